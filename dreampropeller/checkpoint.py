@@ -1,0 +1,170 @@
+"""The whole solver state to and from disk, atomically and without pickle.
+
+A checkpoint is one safetensors file: tensors as such, everything else as JSON in its
+header, with a checksum of each tensor. It is written under another name, flushed to the
+disk and then renamed, so a reader sees all of it or nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import warnings
+import zlib
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from dreampropeller.solution import Stats
+from dreampropeller.solver import SolverState
+from dreampropeller.tree import decode, encode
+
+FORMAT = 1
+_NAME = re.compile(r"step-(\d+)\.safetensors")
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint could not be written or read; the message says what to do."""
+
+
+def save(folder: str | Path, state: SolverState[Any], keep: int = 2) -> Path:
+    """Write a checkpoint and remove older ones.
+
+    Args:
+        folder: Where checkpoints of this run are kept; it is made if need be.
+        state: What to write.
+        keep: How many to keep. Two or more, so that there is one to fall back to.
+
+    Returns:
+        The file, ``step-<step>.safetensors``.
+
+    Raises:
+        CheckpointError: It could not be written; earlier ones are intact.
+    """
+    if keep < 1:
+        raise ValueError(f"`keep` is {keep}: keep at least 1 checkpoint.")
+    folder = Path(folder)
+    path = folder / f"step-{state.step:08d}.safetensors"
+    content = {field: getattr(state, field) for field in _FIELDS}
+    structure, leaves = encode({**content, "stats": asdict(state.stats)})
+    # Safetensors refuses tensors that share memory, and strides it cannot describe.
+    arrays = {
+        str(index): leaf.detach().to("cpu", copy=True).contiguous()
+        for index, leaf in enumerate(leaves)
+    }
+    header = {
+        "format": FORMAT,
+        "structure": structure,
+        "devices": [leaf.device.type for leaf in leaves],
+        "checksums": {key: _checksum(array) for key, array in arrays.items()},
+    }
+    part = path.with_suffix(".part")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file(arrays, part, metadata={"dreampropeller": json.dumps(header)})
+        with open(part, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(part, path)
+        _flush_folder(folder)
+    except (OSError, SafetensorError) as error:
+        with contextlib.suppress(OSError):
+            part.unlink(missing_ok=True)
+        raise CheckpointError(
+            f"The checkpoint of step {state.step} could not be written to `{folder}`: "
+            f"{error}. Earlier checkpoints are intact. Free some space there, or write "
+            "to another folder."
+        ) from error
+    for old in _newest_first(folder)[keep:]:
+        with contextlib.suppress(OSError):
+            old.unlink()
+    return path
+
+
+def load(
+    path: str | Path, device: torch.device | str | None = None
+) -> SolverState[Any]:
+    """Read a checkpoint: a file, or the newest readable one of a folder.
+
+    Args:
+        path: A file `save` wrote, or the folder that holds it. In a folder, a damaged
+            newest checkpoint is passed over with a warning.
+        device: Where tensors that were on a GPU go; default: the current GPU. Tensors
+            that were on the CPU stay there.
+
+    Raises:
+        CheckpointError: There is none, or none can be read.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        return _read(path, device)
+    found = _newest_first(path)
+    for newest in found:
+        try:
+            return _read(newest, device)
+        except CheckpointError as error:  # noqa: PERF203, once per damaged file
+            warnings.warn(
+                f"{error} Falling back to the checkpoint before.", stacklevel=2
+            )
+    raise CheckpointError(
+        f"`{path}` holds no checkpoint that can be read"
+        + (f" ({len(found)} damaged)" if found else "")
+        + ". Name the folder with `step-….safetensors` files, or start a new run."
+    )
+
+
+_FIELDS = ("step", "y", "carry", "guesses", "threshold", "window", "predictor")
+
+
+def _read(path: Path, device: torch.device | str | None) -> SolverState[Any]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = json.loads((file.metadata() or {})["dreampropeller"])
+            # Cloned: mapped memory has other alignments, and CPU kernels round by them.
+            arrays = {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError, KeyError, ValueError) as error:
+        raise CheckpointError(
+            f"The checkpoint `{path}` cannot be read: it is missing, cut short or not "
+            f"one of ours ({error})."
+        ) from error
+    if header["format"] != FORMAT:
+        raise CheckpointError(
+            f"The checkpoint `{path}` has format {header['format']}, and this version "
+            f"reads {FORMAT}. Continue with the version that wrote it."
+        )
+    for key, checksum in header["checksums"].items():
+        if key not in arrays or _checksum(arrays[key]) != checksum:
+            raise CheckpointError(f"The checkpoint `{path}` is damaged.")
+    leaves = [
+        arrays[str(index)] if kind == "cpu" else arrays[str(index)].to(device or kind)
+        for index, kind in enumerate(header["devices"])
+    ]
+    content = decode(header["structure"], leaves)
+    return SolverState(**{**content, "stats": Stats(**content["stats"])})
+
+
+def _checksum(array: Tensor) -> int:
+    return zlib.crc32(array.view(-1).view(torch.uint8).numpy().data)
+
+
+def _newest_first(folder: Path) -> list[Path]:
+    return sorted(
+        (path for path in folder.iterdir() if _NAME.fullmatch(path.name)),
+        reverse=True,
+    )
+
+
+def _flush_folder(folder: Path) -> None:
+    """Make the rename itself durable, where folders can be flushed."""
+    with contextlib.suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)

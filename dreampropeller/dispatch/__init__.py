@@ -1,0 +1,1 @@
+"""Where the drifts of a window are evaluated."""

@@ -1,0 +1,88 @@
+"""What every dispatcher owes the solver, and the oracle that owes nothing else."""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Any
+
+import torch
+
+from dreampropeller.timer import Timer
+from dreampropeller.trajectory import Drift, Trajectory
+from dreampropeller.tree import Aux, Nest, State, tensors
+
+
+class WorkerError(RuntimeError):
+    """A worker failed; the message names the step, the rank and the traceback."""
+
+
+class Dispatcher(abc.ABC):
+    """Evaluates drifts; a context manager opened and closed by `solve`.
+
+    Every rank of a distributed run holds one and calls the same methods in the same
+    order. On a single process the methods that keep ranks together do nothing.
+
+    Args:
+        trajectory: Whose drifts are evaluated.
+
+    Attributes:
+        num_workers: How many drifts can be evaluated at the same time.
+        timer: Counts seconds by phase, for the solver too.
+    """
+
+    num_workers: int = 1
+
+    def __init__(self, trajectory: Trajectory[Any]) -> None:
+        self.trajectory = trajectory
+        self.timer = Timer()
+        self._drift: Drift | None = None
+
+    def __enter__(self) -> Dispatcher:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._drift = None
+
+    @abc.abstractmethod
+    def evaluate(
+        self, steps: Sequence[int], ys: Sequence[State]
+    ) -> list[tuple[State, Aux]]:
+        """Evaluate the drift of each step at its state, in order.
+
+        Args:
+            steps: The steps, shape ``(window,)``.
+            ys: The states, shape ``(window,)``; `ys[0]` is the anchor, which is exact.
+        """
+
+    def agree(self, numbers: Sequence[int]) -> list[int]:
+        """The numbers of rank 0, on every rank."""
+        return list(numbers)
+
+    def share(self, y: State, carry: Nest) -> tuple[State, Nest]:
+        """The state and carry of rank 0, on every rank, after a jump."""
+        return y, carry
+
+    def drift(self, y: State) -> Drift:
+        """This worker's drift, built at its first use on the device of the state."""
+        if self._drift is None:
+            device = next((t.device for t in tensors(y)), torch.device("cpu"))
+            self._drift = self.trajectory.make_drift(device)
+        return self._drift
+
+
+class InlineDispatcher(Dispatcher):
+    """One drift after the other, in this process: the oracle of all others."""
+
+    def evaluate(
+        self, steps: Sequence[int], ys: Sequence[State]
+    ) -> list[tuple[State, Aux]]:
+        """Evaluate one after the other; what the drift raises surfaces unwrapped."""
+        with self.timer.phase("drift"):
+            return [self.drift(y)(step, y) for step, y in zip(steps, ys, strict=True)]

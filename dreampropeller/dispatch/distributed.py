@@ -1,0 +1,317 @@
+"""One process per device, on one machine or many, over `torch.distributed` (SPMD).
+
+Every rank runs the same solver: the update is deterministic, so only drifts travel.
+Slot i of a window is evaluated on rank ``i mod n``, then all drifts are gathered. No
+rank is held back as a driver. Rank 0 decides the stride and when to stop.
+
+Ranks meet before anything is exchanged. At a meeting each says what it is about to do
+and whether it failed, so a failure anywhere is raised everywhere, with its step, rank
+and traceback, instead of leaving the others waiting. A rank that dies without a word
+closes its connection (CPU) or runs into the time-out (GPU).
+"""
+
+from __future__ import annotations
+
+import datetime
+import enum
+import json
+import os
+import traceback
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Any, NoReturn
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from dreampropeller.dispatch import wire
+from dreampropeller.dispatch.base import Dispatcher, WorkerError
+from dreampropeller.trajectory import Trajectory
+from dreampropeller.tree import Aux, Nest, State, decode, encode, tensors
+
+
+class _Meeting(enum.IntEnum):
+    """What a rank is about to do."""
+
+    EVALUATE = 1
+    AGREE = 2
+    SHARE = 3
+    LEAVE = 4
+    COMPARE = 5
+    FAIL = 6
+
+
+_WORD = 8
+"""Integers in a meeting's message."""
+
+
+class DistributedDispatcher(Dispatcher):
+    """Spreads the window over the ranks of a process group.
+
+    Run the program under `torchrun`, or start it with
+    `dreampropeller.dispatch.launcher.launch`. A process group that exists is used and
+    kept; otherwise one is made from torchrun's environment and closed at the end: gloo
+    on CPU, NCCL between GPUs. Inline and distributed solves are equal bit for bit on
+    CPU at the same thread count (`test_dispatch.py`). The GPU path has not been run.
+
+    Args:
+        trajectory: Whose drifts are evaluated. Its initial state must be the same on
+            every rank, on the rank's own device.
+        timeout: Seconds after which a rank that does not answer counts as lost. Longer
+            than the slowest drift.
+        threads: CPU threads of each rank. The same number everywhere, as results
+            depend on it; one by default, so that ranks do not fight for cores.
+        fingerprint_every: Compare the anchors of all ranks at every so many
+            evaluations; None never does (devices of different makes).
+    """
+
+    def __init__(
+        self,
+        trajectory: Trajectory[Any],
+        *,
+        timeout: float = 600.0,
+        threads: int = 1,
+        fingerprint_every: int | None = 50,
+    ) -> None:
+        super().__init__(trajectory)
+        if timeout <= 0:
+            raise ValueError(f"`timeout` is {timeout}: write a number of seconds > 0.")
+        if threads < 1:
+            raise ValueError(f"`threads` is {threads}: write at least 1.")
+        self._timeout = datetime.timedelta(seconds=timeout)
+        self._threads = threads
+        self._fingerprint_every = fingerprint_every
+        self._num_calls = 0
+        self._entries: list[wire.Entry] = []
+        self._owns_group = False
+        self._previous_threads = torch.get_num_threads()
+        self._error_was_raised = False
+
+    def __enter__(self) -> DistributedDispatcher:
+        if not dist.is_initialized():
+            self._open_group()
+        self.rank = dist.get_rank()
+        self.num_workers = dist.get_world_size()
+        self._previous_threads = torch.get_num_threads()
+        torch.set_num_threads(self._threads)
+        return self
+
+    def _open_group(self) -> None:
+        missing = [
+            name
+            for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+            if name not in os.environ
+        ]
+        if missing:
+            raise RuntimeError(
+                f"`DistributedDispatcher` found no process group and no "
+                f"`{missing[0]}` in the environment. Start the program with `torchrun "
+                "--nproc-per-node=2 …`, or through "
+                "`dreampropeller.dispatch.launcher.launch`."
+            )
+        backend = "gloo"
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+            backend = "cpu:gloo,cuda:nccl"
+        dist.init_process_group(backend, timeout=self._timeout)
+        self._owns_group = True
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback_: TracebackType | None,
+    ) -> None:
+        super().__exit__(kind, error, traceback_)
+        try:
+            if error is None:
+                self._meet(_Meeting.LEAVE)  # hear a rank that failed at the very end
+            elif not self._error_was_raised:
+                lines = traceback.format_exception(kind, error, traceback_)
+                self._report_failure("".join(lines), step=None)
+        except WorkerError:
+            if error is None:
+                raise
+        finally:
+            torch.set_num_threads(self._previous_threads)
+            if self._owns_group:
+                dist.destroy_process_group()
+                self._owns_group = False
+
+    def evaluate(
+        self, steps: Sequence[int], ys: Sequence[State]
+    ) -> list[tuple[State, Aux]]:
+        """Evaluate this rank's slots, then gather everybody's.
+
+        Raises:
+            WorkerError: A rank failed or was lost, or the ranks' anchors differ.
+        """
+        mine = range(self.rank, len(steps), self.num_workers)
+        with self.timer.phase("drift"):
+            results = [self._evaluate_one(steps[slot], ys[slot]) for slot in mine]
+        with self.timer.phase("communication"):
+            self._compare_anchors(steps[0], ys[0])
+            device = next((t.device for t in tensors(ys[0])), torch.device("cpu"))
+            return self._gather(results, steps, device)
+
+    def agree(self, numbers: Sequence[int]) -> list[int]:
+        """The numbers of rank 0, on every rank."""
+        with self.timer.phase("communication"):
+            return self._meet(_Meeting.AGREE, *numbers)[0]
+
+    def share(self, y: State, carry: Nest) -> tuple[State, Nest]:
+        """The state and carry of rank 0, on every rank, after a jump."""
+        self._entries = []  # shapes have changed: layouts are exchanged anew
+        self._meet(_Meeting.SHARE)
+        structure, leaves = encode((y, carry))
+        places = [(str(t.device.type), str(t.dtype), list(t.shape)) for t in leaves]
+        (message, *_) = self._gather_text(json.dumps([structure, places]))
+        structure, places = json.loads(message)
+        device = next((t.device for t in leaves), torch.device("cpu"))
+        received: list[Tensor] = []
+        for index, (kind, dtype, shape) in enumerate(places):
+            if self.rank == 0:
+                leaf = leaves[index].detach().clone().contiguous()
+            else:
+                where = torch.device("cpu") if kind == "cpu" else device
+                name = dtype.removeprefix("torch.")
+                leaf = torch.empty(shape, dtype=getattr(torch, name), device=where)
+            # As bytes: not every backend carries every type.
+            self._collective(dist.broadcast, wire.as_bytes(leaf), 0)
+            received.append(leaf)
+        return decode(structure, received)
+
+    def _evaluate_one(self, step: int, y: State) -> tuple[State, Aux]:
+        try:
+            return self.drift(y)(step, y)
+        except Exception:
+            self._report_failure(traceback.format_exc(), step)
+
+    def _gather(
+        self,
+        results: list[tuple[State, Aux]],
+        steps: Sequence[int],
+        device: torch.device,
+    ) -> list[tuple[State, Aux]]:
+        """All ranks' drifts, in slot order, through one flat buffer per rank.
+
+        First the layout where a rank has an entry nobody has seen, then a mask of the
+        entries present in each slot, shape ``(slots_per_rank, entries)``, then bytes.
+        """
+        slots = [wire.entries(drift, aux) for drift, aux in results]
+        results.clear()  # the gathered copies are used, here as on the other ranks
+        known = set(self._entries)
+        entries = dict.fromkeys(entry for slot in slots for entry in slot)
+        new = [entry for entry in entries if entry not in known]
+        heard = self._meet(_Meeting.EVALUATE, steps[0], len(steps), len(new))
+        self._require_same([numbers[:2] for numbers in heard], "window")
+        if any(count for _, _, count in heard):
+            self._learn(new)
+
+        per_rank = -(-len(steps) // self.num_workers)
+        mask = torch.zeros(per_rank, len(self._entries), dtype=torch.uint8)
+        for row, slot in enumerate(slots):
+            mask[row] = torch.tensor([entry in slot for entry in self._entries])
+        masks = [torch.empty_like(mask) for _ in range(self.num_workers)]
+        self._collective(dist.all_gather, masks, mask)
+        present = [
+            [
+                [entry for entry, here in zip(self._entries, row, strict=True) if here]
+                for row in rows.tolist()
+            ]
+            for rows in masks
+        ]
+
+        size = max(wire.size(rows) for rows in present)
+        send = torch.empty(size, dtype=torch.uint8, device=device)
+        wire.pack(present[self.rank], slots, send)
+        slots.clear()
+        buffer = torch.empty(self.num_workers, size, dtype=torch.uint8, device=device)
+        if size:
+            self._collective(dist.all_gather, list(buffer.unbind(0)), send)
+        found = [wire.unpack(*pair) for pair in zip(present, buffer, strict=True)]
+        n = self.num_workers
+        return [found[slot % n][slot // n] for slot in range(len(steps))]
+
+    def _learn(self, new: Sequence[wire.Entry]) -> None:
+        """Agree on the layout of entries that are new to somebody."""
+        rows = [[e.name, e.is_aux, e.dtype, list(e.shape)] for e in new]
+        for text in self._gather_text(json.dumps(rows)):
+            for name, is_aux, dtype, shape in json.loads(text):
+                entry = wire.Entry(name, is_aux, dtype, tuple(shape))
+                if entry not in self._entries:
+                    self._entries.append(entry)
+
+    def _compare_anchors(self, step: int, y: State) -> None:
+        """Stop when the ranks have drifted apart."""
+        self._num_calls += 1
+        every = self._fingerprint_every
+        if every is not None and (self._num_calls - 1) % every == 0:
+            heard = self._meet(_Meeting.COMPARE, step, wire.fingerprint(y))
+            self._require_same(
+                heard,
+                "state (for devices of different makes pass `fingerprint_every=None`)",
+            )
+
+    def _meet(self, meeting: _Meeting, *numbers: int) -> list[list[int]]:
+        """Say what comes next, with a few numbers; hear those of all ranks."""
+        word = [int(meeting), len(numbers), *numbers]
+        mine = torch.tensor(word + [0] * (_WORD - len(word)), dtype=torch.int64)
+        heard = [torch.empty_like(mine) for _ in range(self.num_workers)]
+        self._collective(dist.all_gather, heard, mine)
+        words = [word.tolist() for word in heard]
+        if any(word[0] == _Meeting.FAIL for word in words):
+            self._raise_failure("")
+        self._require_same([[_Meeting(word[0]).name] for word in words], "next action")
+        return [word[2 : 2 + word[1]] for word in words]
+
+    def _require_same(self, heard: list[Any], what: str) -> None:
+        different = [rank for rank, said in enumerate(heard) if said != heard[0]]
+        if not different:
+            return
+        self._error_was_raised = True
+        raise WorkerError(
+            f"The ranks have come apart: rank {different[0]} has another {what} than "
+            f"rank 0 ({heard[different[0]]}, not {heard[0]}). Every rank must call "
+            "`solve` with the same arguments, from the same state, with the same "
+            "versions and thread count."
+        )
+
+    def _report_failure(self, text: str, step: int | None) -> NoReturn:
+        """Tell the other ranks of this rank's failure, and raise it here too."""
+        word = torch.tensor([int(_Meeting.FAIL), *[0] * (_WORD - 1)])
+        heard = [torch.empty_like(word) for _ in range(self.num_workers)]
+        self._collective(dist.all_gather, heard, word)
+        where = f"rank {self.rank}" + ("" if step is None else f", step {step}")
+        self._raise_failure(f"On {where}:\n{text}")
+
+    def _raise_failure(self, text: str) -> NoReturn:
+        """Exchange the failed ranks' texts and raise them everywhere."""
+        texts = [text for text in self._gather_text(text) if text]
+        self._error_was_raised = True
+        raise WorkerError("\n".join(["A worker failed.", *texts]))
+
+    def _gather_text(self, text: str) -> list[str]:
+        mine = torch.frombuffer(bytearray(text.encode() or b" "), dtype=torch.uint8)
+        lengths = [torch.empty(1, dtype=torch.int64) for _ in range(self.num_workers)]
+        self._collective(dist.all_gather, lengths, torch.tensor([mine.numel()]))
+        size = max(int(length) for length in lengths)
+        padded = torch.full((size,), ord(" "), dtype=torch.uint8)
+        padded[: mine.numel()] = mine
+        received = [torch.empty_like(padded) for _ in range(self.num_workers)]
+        self._collective(dist.all_gather, received, padded)
+        return [bytes(block.tolist()).decode().strip() for block in received]
+
+    def _collective(self, operation: Any, *arguments: Any) -> None:
+        """Run a collective; a lost rank becomes an error that says so."""
+        try:
+            operation(*arguments)
+        except (RuntimeError, ValueError) as error:
+            self._error_was_raised = True
+            seconds = self._timeout.total_seconds()
+            raise WorkerError(
+                f"Rank {self.rank} lost contact with another rank: it died, or did not "
+                f"answer within `timeout` = {seconds:g} s (raise it if a drift takes "
+                f"longer). The last checkpoint is intact. Cause: {error}"
+            ) from error

@@ -1,0 +1,109 @@
+"""Starts the ranks of one machine, on torch's own elastic launcher."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
+
+from torch.distributed.elastic.multiprocessing.errors import (
+    ChildFailedError,
+    ProcessFailure,
+)
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+from dreampropeller.dispatch.base import WorkerError
+
+R = TypeVar("R")
+
+
+def launch(function: Callable[..., R], *args: Any, num_workers: int) -> list[R]:
+    """Call a function in `num_workers` new processes, as `torchrun` would start them.
+
+    Args:
+        function: Importable from a module (processes are spawned); it calls `solve`
+            with a `DistributedDispatcher`.
+        *args: Its arguments; picklable.
+        num_workers: Processes on this machine, one per device.
+
+    Returns:
+        What the function returned on each rank.
+
+    Raises:
+        WorkerError: A rank failed. The others have been ended: none is left behind.
+    """
+    if num_workers < 1:
+        raise ValueError(f"`num_workers` is {num_workers}: write at least 1.")
+    with tempfile.TemporaryDirectory(prefix="dreampropeller-") as folder:
+        config = LaunchConfig(
+            min_nodes=1,
+            max_nodes=1,
+            nproc_per_node=num_workers,
+            run_id=f"dreampropeller-{os.getpid()}",
+            rdzv_backend="c10d",
+            rdzv_endpoint="localhost:0",
+            max_restarts=0,  # a solve continues from its checkpoint instead
+            monitor_interval=0.1,
+            **_logs_in(folder),
+        )
+        try:
+            with _quiet():
+                results = elastic_launch(config, _run)(os.getpid(), function, args)
+        except ChildFailedError as error:
+            rank, failure = error.get_first_failure()
+            raise WorkerError(
+                f"Rank {rank} failed (exit code {failure.exitcode}):\n{_text(failure)}"
+            ) from None
+    return [results[rank] for rank in range(num_workers)]
+
+
+def _logs_in(folder: str) -> dict[str, Any]:
+    """Where the launcher keeps its files; by default it leaves a folder behind."""
+    try:
+        from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
+    except ImportError:  # torch < 2.3
+        return {"log_dir": folder}
+    return {"logs_specs": DefaultLogsSpecs(log_dir=folder)}
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep torch from logging a failure that is about to be raised anyway."""
+    loggers = [
+        logging.getLogger("torch.distributed.elastic.multiprocessing.api"),
+        logging.getLogger("torch.multiprocessing.spawn"),
+    ]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+def _text(failure: ProcessFailure) -> str:
+    """The traceback a rank recorded, or what the system says of its end."""
+    message = failure.error_file_data.get("message")
+    if isinstance(message, dict):
+        stack = message["extraInfo"]["py_callstack"]
+        return stack.rpartition("WorkerError: ")[2]  # it holds the first traceback
+    return failure.message
+
+
+def _run(parent: int, function: Callable[..., R], args: tuple[Any, ...]) -> R:
+    threading.Thread(target=_follow, args=(parent,), daemon=True).start()
+    return function(*args)
+
+
+def _follow(parent: int) -> None:
+    """End this process when its launcher was killed: nobody would end it then."""
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    os._exit(1)

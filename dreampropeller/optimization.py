@@ -1,0 +1,276 @@
+r"""Gradient descent with any torch optimizer, as a trajectory.
+
+The state holds the parameters and the evolving buffers, the carry what the optimizers
+and schedulers remember, and (Eq. 10 of `docs/method.md`)
+
+$$\mathrm{drift}(t, \theta) = \nabla_\theta\, \ell(t, \theta), \qquad
+  \mathrm{update} = \text{clip, optimizer step, scheduler step}.$$
+
+Buffers follow Eq. 11: the drift reports what the evaluation did to them, a new value
+where an element changed (integers: the increment), and the update writes just that.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from dreampropeller.optimizers import OptimizerFactory, Optimizers, SchedulerFactory
+from dreampropeller.rng import StepRandom
+from dreampropeller.trajectory import Drift, Trajectory
+from dreampropeller.tree import Aux, Nest, State, copy_nest, differs
+
+Loss: TypeAlias = Callable[[int, State], Any]
+"""`(step, y) -> loss` or `(loss, aux)`; new buffer values are written into `y`."""
+
+
+class OptimizationTrajectory(Trajectory[Nest]):
+    """Parameters rolled out by `torch.optim` (Eq. 10); buffers by Eq. 11.
+
+    Equals the loop ``loss.backward(); clip; optimizer.step(); scheduler.step()`` bit
+    for bit under `Sequential` (`test_optimization.py`).
+
+    Args:
+        loss: ``(step, y)`` gives a scalar loss, or the loss and scalars to log. `y`
+            holds parameters that require gradients and buffers; buffers may be changed
+            in place or replaced in `y`.
+        params: The initial parameters by name.
+        optimizer: A factory: parameters by name give one optimizer or several.
+        num_steps: The number of steps.
+        buffers: Evolving tensors that are not optimised (an occupancy grid).
+        scheduler: A factory: an optimizer gives its scheduler, or None. A sequence
+            holds one factory (or None) for each optimizer.
+        clip_grad_norm: Largest norm of all gradients together.
+        clip_grad_value: Largest absolute value of a gradient entry.
+        seed: The global generators are seeded with (seed, step) during `loss`, so that
+            dropout and `torch.randn` replay; None leaves them alone.
+
+    Raises:
+        ValueError: An optimizer needs a closure, a scheduler a metric, or a parameter
+            belongs to no state.
+        TypeError: An optimizer remembers something a checkpoint could not restore.
+    """
+
+    def __init__(
+        self,
+        loss: Loss,
+        params: Mapping[str, Tensor],
+        optimizer: OptimizerFactory,
+        num_steps: int,
+        *,
+        buffers: Mapping[str, Tensor] | None = None,
+        scheduler: SchedulerFactory | Sequence[SchedulerFactory | None] | None = None,
+        clip_grad_norm: float | None = None,
+        clip_grad_value: float | None = None,
+        seed: int | None = 0,
+    ) -> None:
+        if num_steps < 1:
+            raise ValueError(f"`num_steps` is {num_steps}: write at least 1.")
+        self.num_steps = num_steps
+        self._loss = loss
+        self._random = None if seed is None else StepRandom(seed)
+        self._clip_grad_norm = clip_grad_norm
+        self._clip_grad_value = clip_grad_value
+        self._initial = {
+            name: tensor.detach().clone()
+            for name, tensor in {**params, **(buffers or {})}.items()
+        }
+        if len(self._initial) < len(params) + len(buffers or {}):
+            raise ValueError(
+                "A name stands in both `params` and `buffers`; rename one of them."
+            )
+        self._optimizers = Optimizers(
+            {name: self._initial[name] for name in params}, optimizer, scheduler
+        )
+        self._initial_carry = copy_nest(self._optimizers.export())
+
+    @classmethod
+    def from_module(
+        cls,
+        module: nn.Module,
+        loss: Callable[[int, nn.Module], Any],
+        optimizer: OptimizerFactory,
+        num_steps: int,
+        **options: Any,
+    ) -> OptimizationTrajectory:
+        """Wrap the body of an existing loop: ``(step, module)`` gives its loss.
+
+        The module's own tensors are replaced during a call and stay as they are;
+        `module.load_state_dict(solution.value, strict=False)` takes the result over.
+        Parameters that do not require gradients are frozen and not part of the state.
+
+        Args:
+            module: What is optimised.
+            loss: The body of the loop up to the loss.
+            optimizer: See the class.
+            num_steps: See the class.
+            **options: Further arguments of the class.
+        """
+        body = _LoopBody(module, loss)
+        prefix = "module."
+
+        def functional(step: int, y: State) -> Any:
+            named = {prefix + name: tensor for name, tensor in y.items()}
+            try:
+                return torch.func.functional_call(body, named, (step,))
+            finally:  # rebound buffers are reported through the mapping
+                y.update({name: named[prefix + name] for name in y})
+
+        trainable = {n: p for n, p in module.named_parameters() if p.requires_grad}
+        if not trainable:
+            raise ValueError("No parameter of `module` requires gradients.")
+        buffers = dict(module.named_buffers())
+        self = cls(
+            functional, trainable, optimizer, num_steps, buffers=buffers, **options
+        )
+        self._module = module
+        return self
+
+    _module: nn.Module | None = None
+
+    def init(self) -> tuple[State, Nest]:
+        """The initial parameters and buffers, and the fresh optimizers' memory."""
+        y = {name: tensor.clone() for name, tensor in self._initial.items()}
+        return y, copy_nest(self._initial_carry)
+
+    def make_drift(
+        self, device: torch.device, shard: tuple[int, int] = (0, 1)
+    ) -> Drift:
+        """The gradient of the loss, and what its evaluation did to the buffers."""
+        if shard != (0, 1):
+            raise ValueError(
+                f"`shard={shard}`: a loss gives no access to its views, so a step "
+                "cannot be split. Split the window instead: one step per worker."
+            )
+        if self._module is not None:
+            self._module.to(device)
+        return self._drift
+
+    def _drift(self, step: int, y: State) -> tuple[State, Aux]:
+        leaves = {name: y[name].detach() for name in self._optimizers.trainable}
+        for leaf in leaves.values():
+            leaf.requires_grad_(True)
+        view: State = {
+            name: leaves[name] if name in leaves else tensor.detach().clone()
+            for name, tensor in y.items()
+        }
+        random = self._random.scope(step) if self._random else contextlib.nullcontext()
+        with random, torch.enable_grad():
+            result = self._loss(step, view)
+            loss, aux = result if isinstance(result, tuple) else (result, {})
+            if not isinstance(loss, Tensor) or loss.numel() != 1:
+                raise ValueError(
+                    f"The loss of step {step} is not a scalar tensor; return "
+                    "`loss.mean()`, or a tuple `(loss, aux)`."
+                )
+            gradients = torch.autograd.grad(
+                loss.sum(), list(leaves.values()), allow_unused=True
+            )
+        drift = buffer_drift(
+            {name: tensor for name, tensor in y.items() if name not in leaves},
+            {name: tensor.detach() for name, tensor in view.items()},
+        )
+        for name, gradient in zip(leaves, gradients, strict=True):
+            if gradient is None:
+                continue  # absent, not zero: a zero would make AdamW decay it
+            if gradient.is_sparse:
+                raise ValueError(
+                    f"The gradient of `{name}` is sparse; build the embedding with "
+                    "`sparse=False`."
+                )
+            drift[name] = gradient
+        return drift, {
+            key: float(torch.as_tensor(v).detach()) for key, v in aux.items()
+        }
+
+    def update(
+        self, step: int, y: State, carry: Nest, drift: State
+    ) -> tuple[State, Nest]:
+        """Clip, step every optimizer, then every scheduler; write the buffers."""
+        del step
+        gradients = {n: drift[n] for n in self._optimizers.trainable if n in drift}
+        gradients = self._clip(gradients)
+        params, carry = self._optimizers.step(y, carry, gradients)
+        return {**y, **params, **updated_buffers(y, drift)}, carry
+
+    def _clip(self, gradients: State) -> State:
+        if self._clip_grad_norm is None and self._clip_grad_value is None:
+            return gradients
+        holders = [nn.Parameter(gradient) for gradient in gradients.values()]
+        for holder, gradient in zip(holders, gradients.values(), strict=True):
+            holder.grad = gradient.clone()  # clipping writes in place
+        if self._clip_grad_norm is not None:
+            nn.utils.clip_grad_norm_(holders, self._clip_grad_norm)
+        if self._clip_grad_value is not None:
+            nn.utils.clip_grad_value_(holders, self._clip_grad_value)
+        clipped = [holder.grad for holder in holders]
+        return {n: g for n, g in zip(gradients, clipped, strict=True) if g is not None}
+
+
+class _LoopBody(nn.Module):
+    """Makes a loop's body a `forward`, so that `functional_call` can swap tensors."""
+
+    def __init__(
+        self, module: nn.Module, loss: Callable[[int, nn.Module], Any]
+    ) -> None:
+        super().__init__()
+        self.module = module
+        self._loss = loss
+
+    def forward(self, step: int) -> Any:
+        return self._loss(step, self.module)
+
+
+def buffer_drift(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> State:
+    """What an evaluation did to its buffers (Eq. 11); untouched ones are absent.
+
+    Args:
+        before: The buffers at the guess.
+        after: The same names after the evaluation, among others.
+
+    Returns:
+        For floating and boolean buffers `name` (the new value) and `name/changed`
+        (where it differs from the guess); for integer buffers the increment.
+
+    Raises:
+        ValueError: The evaluation changed a buffer's shape or type.
+    """
+    for name, old in before.items():
+        new = after[name]
+        if new.shape != old.shape or new.dtype != old.dtype:
+            raise ValueError(
+                f"The evaluation changed buffer `{name}` from {tuple(old.shape)} "
+                f"{old.dtype} to {tuple(new.shape)} {new.dtype}; change the structure "
+                "of a state in `Trajectory.jump`."
+            )
+    changed = {name: differs(after[name], old) for name, old in before.items()}
+    if not changed:
+        return {}
+    touched = torch.stack([mask.any() for mask in changed.values()]).tolist()
+    drift: State = {}
+    for (name, mask), was_touched in zip(changed.items(), touched, strict=True):
+        if not was_touched:
+            continue
+        new = after[name]
+        if new.is_floating_point() or new.is_complex() or new.dtype == torch.bool:
+            drift[name], drift[f"{name}/changed"] = new, mask
+        else:
+            drift[name] = new - before[name]
+    return drift
+
+
+def updated_buffers(y: State, drift: State) -> State:
+    """The buffers an update writes (Eq. 11): those the drift reports a change of."""
+    written: State = {}
+    for name, value in drift.items():
+        if name not in y:
+            continue
+        if f"{name}/changed" in drift:
+            written[name] = torch.where(drift[f"{name}/changed"], value, y[name])
+        elif not value.is_floating_point() and not value.is_complex():
+            written[name] = y[name] + value
+    return written

@@ -1,0 +1,245 @@
+r"""One generalised Picard iteration over a window of guessed states.
+
+With the anchor $(y_t, c_t)$ exact and guesses $\hat y_{t+1}, \dots, \hat y_{t+w}$, an
+iteration evaluates $g_i = \mathrm{drift}(t + i, \hat y_{t+i})$ for all slots at once
+and rolls the recurrence out with them (Eqs. 2 and 3 of `docs/method.md`):
+
+$$y_{i+1}, c_{i+1} = \mathrm{update}(t + i, y_i, c_i, g_i), \qquad
+  e_i = \mathrm{norm}(y_{i+1}, \hat y_{t+i+1}) / \mathrm{error\_scale}(t + i + 1).$$
+
+Steps are accepted up to and including the first error over the threshold (Eq. 4); the
+remaining new states are the next guesses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dreampropeller.dispatch.base import Dispatcher
+from dreampropeller.predictor import Predictor, as_predictor
+from dreampropeller.solution import Iteration, Stats
+from dreampropeller.solver import (
+    NonFinite,
+    Solver,
+    SolverState,
+    check_non_finite,
+    raise_or_skip,
+)
+from dreampropeller.threshold import Observation, Threshold
+from dreampropeller.trajectory import Parents, Trajectory, next_jump
+from dreampropeller.tree import Nest, State, all_finite, copy_nest, mean_square
+from dreampropeller.tree import share_differing as exact_error
+from dreampropeller.window import SlidingWindow
+
+
+@dataclass(frozen=True)
+class PicardSolver(Solver):
+    """Solve a window of steps at once, and slide on by the steps that converged.
+
+    `FixedThreshold(0)`, or a window of 1 at any threshold, equals `Sequential` bit for
+    bit on CPU; at threshold 0 the first k steps are exact after k iterations
+    (`test_picard.py`).
+
+    Args:
+        window: How many steps to try and to accept.
+        threshold: What error counts as converged.
+        predictor: How a new slot is guessed: "repeat_last", "momentum", or a
+            `Predictor`.
+        norm: Distance of a new state from its guess, a scalar tensor; default: the mean
+            square over the floating entries (Eq. 6). A threshold of zero ignores it and
+            compares every entry.
+        non_finite: What to do with a drift that is not finite at the anchor: "raise",
+            or "skip" to leave the state as it is and go on (the step counts). At a
+            guess it only cuts the window: a bad guess is no error.
+    """
+
+    window: SlidingWindow
+    threshold: Threshold
+    predictor: str | Predictor = "repeat_last"
+    norm: Callable[[State, State], Tensor] = mean_square
+    non_finite: NonFinite = "raise"
+
+    def __post_init__(self) -> None:
+        for name, value, kind, example in (
+            ("window", self.window, SlidingWindow, "SlidingWindow(8)"),
+            ("threshold", self.threshold, Threshold, "FixedThreshold(0)"),
+        ):
+            if not isinstance(value, kind):
+                raise TypeError(
+                    f"`{name}` is {value!r}: write `PicardSolver({name}={example})`."
+                )
+        as_predictor(self.predictor)
+        check_non_finite(self.non_finite)
+
+    def init(self, y: State, carry: Any) -> SolverState[Any]:
+        """The anchor at step 0, without guesses."""
+        return replace(
+            super().init(y, carry),
+            threshold=self.threshold.init(),
+            window=self.window.init(),
+            predictor=as_predictor(self.predictor).init(),
+        )
+
+    def jumped(
+        self, state: SolverState[Any], parents: Parents | None
+    ) -> SolverState[Any]:
+        """Drop the guesses; the predictor's memory follows the rows."""
+        predictor = as_predictor(self.predictor)
+        memory = predictor.remap(state.predictor, state.y, parents)
+        return replace(super().jumped(state, parents), predictor=memory)
+
+    def iterate(
+        self,
+        trajectory: Trajectory[Any],
+        dispatcher: Dispatcher,
+        state: SolverState[Any],
+    ) -> tuple[SolverState[Any], Iteration]:
+        """Evaluate, roll out, accept, predict."""
+        timer = dispatcher.timer
+        limit = next_jump(trajectory, state.step)
+        length = self.window.length(state.window, limit - state.step)
+        guesses = _fill([state.y, *state.guesses], length + 1)
+        steps = range(state.step, state.step + length)
+
+        evaluated = dispatcher.evaluate(steps, guesses[:-1])
+        drifts: list[State | None] = [drift for drift, _ in evaluated]
+        with timer.phase("finite"):
+            usable = self._usable(state.step, drifts)
+        with timer.phase("rollout"), torch.no_grad():
+            rollout = self._roll_out(trajectory, state, guesses, drifts[:usable], timer)
+
+        bound = self.threshold.bound(state.threshold)
+        proposed = self.window.stride([error <= bound for error in rollout.errors])
+        (stride,) = dispatcher.agree([proposed])
+        carry, end_carry = rollout.carry_at(trajectory, state, stride)
+        accepted = [drift for drift in drifts[:stride] if drift is not None]
+        with timer.phase("predict"):
+            predictor = as_predictor(self.predictor)
+            memory = predictor.observe(state.predictor, accepted)
+            step = state.step + stride
+            ahead = rollout.states[stride + 1 :]
+            wanted = (
+                self.window.length(state.window, limit - step) if step < limit else 0
+            )
+            ahead += predictor.extend(
+                trajectory,
+                state.step + usable,
+                rollout.states[-1],
+                end_carry,
+                memory,
+                max(0, wanted - len(ahead)),
+            )
+        observation = Observation(
+            steps=steps[:usable],
+            guesses=guesses[: usable + 1],
+            states=rollout.states,
+            drifts=[drift or {} for drift in drifts[:usable]],
+            errors=rollout.errors,
+        )
+        after = SolverState(
+            step=step,
+            y=rollout.states[stride],
+            carry=carry,
+            guesses=ahead,
+            threshold=self.threshold.adapt(state.threshold, observation),
+            window=state.window,
+            predictor=memory,
+            stats=Stats(
+                state.stats.num_evaluations + length, [*state.stats.strides, stride]
+            ),
+        )
+        return after, Iteration(
+            begin=state.step,
+            window=length,
+            stride=stride,
+            errors=tuple(rollout.errors),
+            threshold=bound,
+            aux=tuple(aux for _, aux in evaluated[:stride]),
+            seconds=timer.lap(),
+        )
+
+    def _usable(self, step: int, drifts: list[State | None]) -> int:
+        """Slots before the first bad guess; a skipped anchor's drift becomes None."""
+        finite = all_finite([drift or {} for drift in drifts])
+        if not finite[0]:
+            raise_or_skip(self.non_finite, step, drifts[0] or {})
+            drifts[0] = None
+        return 1 + next(
+            (i for i, ok in enumerate(finite[1:]) if not ok), len(drifts) - 1
+        )
+
+    def _roll_out(
+        self,
+        trajectory: Trajectory[Any],
+        state: SolverState[Any],
+        guesses: Sequence[State],
+        drifts: Sequence[State | None],
+        timer: Any,
+    ) -> _Rollout:
+        bound = self.threshold.bound(state.threshold)
+        y, carry = state.y, copy_nest(state.carry)
+        rollout = _Rollout(states=[y], errors=[], drifts=drifts, carry=carry)
+        for slot, drift in enumerate(drifts):
+            step = state.step + slot
+            if drift is not None:
+                with timer.phase("update"):
+                    y, carry = trajectory.update(step, y, carry, drift)
+            with timer.phase("norm"):
+                error = self._error(y, guesses[slot + 1], trajectory, step + 1)
+            rollout.states.append(y)
+            rollout.errors.append(error)
+            if rollout.kept is None and not error <= bound and slot + 1 < len(drifts):
+                # The likely stride: the rollout past it must not touch this carry.
+                rollout.kept = slot + 1, copy_nest(carry)
+        rollout.carry = carry
+        return rollout
+
+    def _error(
+        self, new: State, old: State, trajectory: Trajectory[Any], step: int
+    ) -> float:
+        if self.threshold.exact:
+            return float(exact_error(new, old))
+        scale = trajectory.error_scale(step)
+        error = float(self.norm(new, old))
+        return error / scale if scale else float("inf")
+
+
+@dataclass
+class _Rollout:
+    """States, errors and carries rolled out from an anchor."""
+
+    states: list[State]
+    errors: list[float]
+    drifts: Sequence[State | None]
+    carry: Nest
+    kept: tuple[int, Nest] | None = None
+
+    def carry_at(
+        self, trajectory: Trajectory[Any], state: SolverState[Any], stride: int
+    ) -> tuple[Nest, Nest]:
+        """The carry at the stride, and the one at the end of the rollout."""
+        if stride == len(self.drifts):
+            return self.carry, self.carry
+        if self.kept is not None and self.kept[0] == stride:
+            return self.kept[1], self.carry
+        # A stride other than the first failure's (decided by rank 0, or by another kind
+        # of window): repeat the rollout, which is deterministic, as far as the stride.
+        carry = copy_nest(state.carry)
+        with torch.no_grad():
+            for slot, drift in enumerate(self.drifts[:stride]):
+                if drift is not None:
+                    _, carry = trajectory.update(
+                        state.step + slot, self.states[slot], carry, drift
+                    )
+        return carry, self.carry
+
+
+def _fill(guesses: Sequence[State], count: int) -> list[State]:
+    """The first `count` guesses; what is missing repeats the last one."""
+    filled = list(guesses[:count])
+    return filled + [filled[-1]] * (count - len(filled))

@@ -1,0 +1,117 @@
+r"""What is to be solved.
+
+A trajectory is the recurrence (Eq. 1 of `docs/method.md`)
+
+$$y_{t+1}, c_{t+1} = \mathrm{update}(t, y_t, c_t, \mathrm{drift}(t, y_t)),
+  \qquad t = 0, \dots, T - 1.$$
+
+`drift` is expensive and depends on $y$ alone; `update` is cheap and also sees the
+*carry* $c$ (optimizer moments, multistep history). The solver knows nothing else.
+"""
+
+from __future__ import annotations
+
+import abc
+from typing import Generic, Protocol, TypeVar, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from dreampropeller.tree import Aux, State
+
+C = TypeVar("C")
+
+Parents = dict[str, Tensor]
+"""Row map of a jump: entry $r$ of `parents[name]` is the old row of new row $r$, or −1
+for a row that is new; int64, shape ``(rows,)``."""
+
+
+@runtime_checkable
+class Drift(Protocol):
+    """A pure function of step and state; a plain function is a `Drift`."""
+
+    def __call__(self, step: int, y: State) -> tuple[State, Aux]:
+        """Evaluate the drift of a step.
+
+        Args:
+            step: The step $t$, from 0 to `num_steps` − 1.
+            y: A guess of the state at the step. It must not be changed.
+
+        Returns:
+            The drift, whose names and shapes need not match those of `y`, and scalars
+            to log.
+        """
+        ...
+
+
+class Trajectory(abc.ABC, Generic[C]):
+    """A recurrence with an expensive drift and a cheap update (Eq. 1).
+
+    Attributes:
+        num_steps: The number of steps $T$.
+    """
+
+    num_steps: int
+
+    @abc.abstractmethod
+    def init(self) -> tuple[State, C]:
+        """The state and carry at step 0: the same values at every call, own tensors."""
+
+    @abc.abstractmethod
+    def make_drift(
+        self, device: torch.device, shard: tuple[int, int] = (0, 1)
+    ) -> Drift:
+        """Build the drift; called once per worker.
+
+        Args:
+            device: Where the states to be evaluated live.
+            shard: ``(i, n)`` asks for the i-th of n slices of a step's views, whose
+                contributions add up to the drift. Refuse n > 1 where it is unsupported.
+        """
+
+    @abc.abstractmethod
+    def update(self, step: int, y: State, carry: C, drift: State) -> tuple[State, C]:
+        """Move from step to step + 1: cheap, deterministic, the same on every rank.
+
+        It may consume the carry it is given; `y` and `drift` must stay as they are.
+        """
+
+    def next_jump(self, step: int) -> int:
+        """The smallest jump after `step` (−1 asks for the first); default: none."""
+        del step
+        return self.num_steps
+
+    def jump(self, step: int, y: State, carry: C) -> tuple[State, C, Parents | None]:
+        """Change the structure of the state at a step, before its drift.
+
+        Returns:
+            The new state and carry, and where each row came from (None: no entry
+            changed its rows).
+        """
+        del step
+        return y, carry, None
+
+    def metric(self, carry: C) -> State | None:
+        """A preconditioner of distances between states, by name; default: none."""
+        del carry
+        return None
+
+    def error_scale(self, step: int) -> float:
+        """The unit of the error of the state at a step; default 1."""
+        del step
+        return 1.0
+
+
+def next_jump(trajectory: Trajectory, step: int) -> int:
+    """The next jump, checked and cut at the end of the trajectory.
+
+    Raises:
+        ValueError: The trajectory named a step that is not in the future.
+    """
+    jump = trajectory.next_jump(step)
+    if jump <= step:
+        raise ValueError(
+            f"`next_jump({step})` returned {jump}; it must return the smallest jump "
+            f"after step {step}, or `num_steps` when there is none."
+        )
+    return min(jump, trajectory.num_steps)

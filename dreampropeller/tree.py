@@ -1,0 +1,209 @@
+r"""States and nests of tensors: copies, distances, wire format.
+
+A *state* $y$ is a flat mapping from names to tensors. A *carry* is any nest of `dict`,
+`list` and `tuple` whose leaves are tensors or JSON scalars. Two distances between
+states are used, over the $n$ floating entries (Eq. 6 of `docs/method.md`) or over all
+$N$ entries of whatever type (Eq. 7):
+
+$$\mathrm{mean\_square}(a, b) = \tfrac1n \sum_j (a_j - b_j)^2, \qquad
+  \mathrm{share\_differing}(a, b) = \tfrac1N\, \#\{j : \mathrm{bits}(a_j) \ne
+  \mathrm{bits}(b_j)\}.$$
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, TypeAlias
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+State: TypeAlias = dict[str, Tensor]
+"""What a drift reads and an update writes: parameters and buffers by name."""
+Aux: TypeAlias = dict[str, float]
+"""Scalars to log; reported for accepted steps only."""
+Nest: TypeAlias = Any
+"""`dict`, `list`, `tuple` of tensors and JSON scalars (a recursive type)."""
+
+# Public in all but name: `torch.nn.utils.clip_grad_norm_` is built on them.
+_foreach_norm = torch._foreach_norm  # pyright: ignore[reportPrivateImportUsage]
+_foreach_sub = torch._foreach_sub  # pyright: ignore[reportPrivateImportUsage]
+
+_SCALARS = (bool, int, float, str, type(None))
+_INTEGER_OF_SIZE = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+# Below a typical last-level cache: the difference of two chunks is then summed before
+# it leaves the cache, which halves the time of a distance on CPU.
+_CHUNK = 1 << 18
+
+
+def tensors(nest: Nest) -> Iterator[Tensor]:
+    """Yield every tensor of a nest, in order, aliases as often as they occur."""
+    if isinstance(nest, Tensor):
+        yield nest
+    elif isinstance(nest, dict):
+        for child in nest.values():
+            yield from tensors(child)
+    elif isinstance(nest, (list, tuple)):
+        for child in nest:
+            yield from tensors(child)
+
+
+def copy_nest(nest: Nest) -> Nest:
+    """Copy a nest: same containers, own tensors, aliased tensors aliased again.
+
+    Raises:
+        TypeError: A leaf or container that a checkpoint could not restore.
+    """
+    return _copy(nest, "carry", {})
+
+
+def _copy(nest: Nest, path: str, memo: dict[int, Tensor]) -> Nest:
+    if isinstance(nest, Tensor):
+        if id(nest) not in memo:
+            memo[id(nest)] = nest.detach().clone()
+        return memo[id(nest)]
+    if isinstance(nest, _SCALARS):
+        return nest
+    if type(nest) is dict:
+        return {
+            key: _copy(child, f"{path}[{key!r}]", memo) for key, child in nest.items()
+        }
+    if type(nest) in (list, tuple):
+        return type(nest)(
+            _copy(child, f"{path}[{i}]", memo) for i, child in enumerate(nest)
+        )
+    raise TypeError(
+        f"`{path}` is a `{type(nest).__name__}`. A nest holds `dict`, `list`, `tuple`, "
+        "tensors, numbers, strings, booleans and None: write one of these instead."
+    )
+
+
+def encode(nest: Nest) -> tuple[Any, list[Tensor]]:
+    """Split a nest into JSON and its distinct tensors; `decode` is the inverse.
+
+    Returns:
+        A value `json.dumps` accepts, in which tensors are indices, and the tensors.
+    """
+    found: list[Tensor] = []
+    index: dict[int, int] = {}
+
+    def visit(node: Nest) -> Any:
+        if isinstance(node, Tensor):
+            if id(node) not in index:
+                index[id(node)] = len(found)
+                found.append(node)
+            return {"tensor": index[id(node)]}
+        if isinstance(node, float):
+            return {"float": node.hex()}  # exact, and JSON has no infinity
+        if isinstance(node, _SCALARS):
+            return node
+        if type(node) is dict:  # as pairs: JSON would turn integer keys into strings
+            return {"dict": [[key, visit(child)] for key, child in node.items()]}
+        if type(node) in (list, tuple):
+            return {type(node).__name__: [visit(child) for child in node]}
+        raise TypeError(
+            f"A `{type(node).__name__}` cannot be stored. A nest holds `dict`, `list`, "
+            "`tuple`, tensors, numbers, strings, booleans and None."
+        )
+
+    return visit(nest), found
+
+
+def decode(value: Any, found: Sequence[Tensor]) -> Nest:
+    """Rebuild the nest that `encode` split."""
+    if not isinstance(value, dict):
+        return value
+    ((kind, content),) = value.items()
+    if kind == "tensor":
+        return found[content]
+    if kind == "float":
+        return float.fromhex(content)
+    if kind == "dict":
+        return {key: decode(child, found) for key, child in content}
+    children = [decode(child, found) for child in content]
+    return tuple(children) if kind == "tuple" else children
+
+
+def mean_square(new: State, old: State) -> Float[Tensor, " "]:
+    """Mean square difference over the floating entries of two states (Eq. 6).
+
+    Args:
+        new: A state.
+        old: A state with the same names and shapes.
+
+    Returns:
+        A float64 scalar on the states' device, not synchronised with the host.
+    """
+    squares: list[Tensor] = []
+    count = 0
+    on_gpu: tuple[list[Tensor], list[Tensor]] = ([], [])
+    for name, a in new.items():
+        if not a.is_floating_point() or a.numel() == 0:
+            continue
+        b = old[name]
+        if a is b:  # predicted by repetition: the distance is an exact zero
+            count += a.numel()
+            continue
+        count += a.numel()
+        if a.dtype.itemsize < 4:  # squares of half-precision numbers overflow
+            a, b = a.float(), b.float()
+        if a.device.type != "cpu":
+            on_gpu[0].append(a)
+            on_gpu[1].append(b)
+            continue
+        a, b = a.reshape(-1), b.reshape(-1)
+        if a.numel() <= _CHUNK:
+            squares.append(torch.linalg.vector_norm(a - b).double().square())
+            continue
+        scratch = torch.empty(_CHUNK, dtype=a.dtype)
+        for start in range(0, a.numel(), _CHUNK):
+            part = a[start : start + _CHUNK]
+            difference = scratch[: part.numel()]
+            torch.sub(part, b[start : start + _CHUNK], out=difference)
+            squares.append(torch.linalg.vector_norm(difference).double().square())
+    if on_gpu[0]:  # a handful of kernels, however many tensors there are
+        norms = _foreach_norm(_foreach_sub(*on_gpu))
+        squares += [torch.stack([norm.double() for norm in norms]).square().sum()]
+    if not squares:
+        return torch.zeros((), dtype=torch.float64)
+    return torch.stack(squares).sum() / count
+
+
+def share_differing(new: State, old: State) -> Float[Tensor, " "]:
+    """Share of all entries whose bits differ: zero exactly for equal states (Eq. 7)."""
+    counts = [differs(new[name], old[name]).sum() for name in new if new[name].numel()]
+    total = sum(tensor.numel() for tensor in new.values())
+    if not counts:
+        return torch.zeros((), dtype=torch.float64)
+    return torch.stack(counts).sum().double() / total
+
+
+def differs(new: Tensor, old: Tensor) -> Bool[Tensor, " *shape"]:
+    """Where the bits of two tensors differ: −0 is not 0, a NaN equals its copy."""
+    if new.is_complex():
+        return differs(torch.view_as_real(new), torch.view_as_real(old)).any(-1)
+    if new.is_floating_point():
+        integer = _INTEGER_OF_SIZE[new.dtype.itemsize]
+        return new.view(integer) != old.view(integer)
+    return new != old
+
+
+def all_finite(states: Sequence[State]) -> list[bool]:
+    """Whether each state is free of NaN and infinity; one host synchronisation."""
+    largest: list[Tensor] = []
+    for state in states:
+        floating = [
+            tensor.detach()
+            for tensor in state.values()
+            if tensor.numel() and (tensor.is_floating_point() or tensor.is_complex())
+        ]
+        if floating:
+            norms = _foreach_norm(floating, float("inf"))
+            largest.append(torch.stack([norm.double() for norm in norms]).sum())
+        else:
+            largest.append(torch.zeros((), dtype=torch.float64))
+    if not largest:
+        return []
+    device = max((norm.device for norm in largest), key=lambda d: d.type != "cpu")
+    return torch.isfinite(torch.stack([x.to(device) for x in largest])).tolist()

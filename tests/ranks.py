@@ -1,0 +1,117 @@
+"""What the ranks of the distributed tests run; importable by spawned processes."""
+
+from __future__ import annotations
+
+import functools
+import os
+import time
+import warnings
+from typing import Any
+
+import torch
+
+from dreampropeller import (
+    DistributedDispatcher,
+    FixedThreshold,
+    PicardSolver,
+    Sequential,
+    SlidingWindow,
+    State,
+    Trajectory,
+    solve,
+)
+from dreampropeller.trajectory import Drift
+from tests.helpers import TOYS, OrnsteinUhlenbeck
+
+WINDOWS = (1, 2, 7, 16, 64)
+
+
+def quick(trajectory: Trajectory[Any]) -> DistributedDispatcher:
+    return DistributedDispatcher(trajectory, timeout=20.0, fingerprint_every=5)
+
+
+def solve_all() -> dict[str, Any]:
+    """Every toy and window at threshold 0, and one loose run; value, carry, strides."""
+    torch.distributed.init_process_group("gloo")
+    found: dict[str, Any] = {}
+    for name, toy in TOYS.items():
+        for window in WINDOWS:
+            solver = PicardSolver(SlidingWindow(window), FixedThreshold(0), "momentum")
+            solution = solve(toy.make(), solver, quick)
+            found[f"{name}/{window}"] = (solution.value, solution.carry)
+        solver = PicardSolver(SlidingWindow(7), FixedThreshold(1e-5), "momentum")
+        logged: list[Any] = []
+        solution = solve(
+            toy.make(),
+            solver,
+            quick,
+            on_iteration=lambda _, it, log=logged: log.append(it.aux),
+        )
+        found[f"{name}/loose"] = (solution.value, solution.stats.strides, logged)
+        solution = solve(toy.make(), Sequential(), quick)
+        found[f"{name}/sequential"] = (solution.value, solution.carry)
+    torch.distributed.destroy_process_group()
+    return found
+
+
+class Failing(OrnsteinUhlenbeck):
+    """Fails in the way asked for, at step 11."""
+
+    def __init__(self, how: str) -> None:
+        self.how = how
+
+    def init(self) -> tuple[State, list[int]]:
+        y, carry = super().init()
+        if self.how == "different-start":
+            y["x"] += int(os.environ["RANK"])
+        return y, carry
+
+    def make_drift(
+        self, device: torch.device, shard: tuple[int, int] = (0, 1)
+    ) -> Drift:
+        healthy = super().make_drift(device, shard)
+
+        def drift(step: int, y: State) -> tuple[State, dict[str, float]]:
+            if step == 11:
+                if self.how == "drift":
+                    raise ZeroDivisionError("no such picture")
+                if self.how == "exit":
+                    os._exit(7)
+                if self.how == "hang":
+                    time.sleep(60)
+            return healthy(step, y)
+
+        return drift
+
+    def update(
+        self, step: int, y: State, carry: list[int], drift: State
+    ) -> tuple[State, list[int]]:
+        if self.how == "update" and step == 11 and os.environ["RANK"] == "1":
+            raise KeyError("gone")
+        return super().update(step, y, carry, drift)
+
+
+def solve_failing(how: str) -> None:
+    warnings.simplefilter("ignore")
+    dispatcher = functools.partial(DistributedDispatcher, timeout=3.0)
+    if how == "different-window":
+        size = 4 + int(os.environ["RANK"])
+        solver = PicardSolver(SlidingWindow(size), FixedThreshold(0))
+    else:
+        solver = PicardSolver(SlidingWindow(8), FixedThreshold(0))
+    solve(Failing(how), solver, dispatcher)
+
+
+def stop_on_rank_zero() -> int:
+    def stop(state: Any, _: Any) -> bool:
+        assert torch.get_num_threads() == 1
+        return os.environ["RANK"] == "0" and state.step >= 9
+
+    solver = PicardSolver(SlidingWindow(4), FixedThreshold(0))
+    return solve(OrnsteinUhlenbeck(), solver, quick, on_iteration=stop).state.step
+
+
+def wait_for_the_end(folder: str) -> None:
+    with open(os.path.join(folder, os.environ["RANK"]), "w") as file:
+        file.write(str(os.getpid()))
+    time.sleep(120)

@@ -1,0 +1,104 @@
+"""The wings stay apart: what each room may import, read from the source."""
+
+from __future__ import annotations
+
+import ast
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "dreampropeller"
+LIBRARIES = {
+    "torch",
+    "numpy",
+    "omegaconf",
+    "jaxtyping",
+    "safetensors",
+    "tqdm",
+    "rich",
+}
+# From the bottom up: a room imports rooms before it.
+ROOMS = [
+    "tree",
+    "rng",
+    "timer",
+    "trajectory",
+    "optimizers",
+    "optimization",
+    "predictor",
+    "window",
+    "threshold",
+    "solution",
+    "dispatch.base",
+    "dispatch.wire",
+    "dispatch.distributed",
+    "dispatch.launcher",
+    "solver",
+    "picard",
+    "checkpoint",
+]
+
+
+def room(path: Path) -> str:
+    return ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
+
+
+def imports(path: Path) -> Iterator[str]:
+    """Modules imported when the file is run; what only a type checker sees is out."""
+    todo: list[ast.AST] = [ast.parse(path.read_text())]
+    while todo:
+        node = todo.pop()
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            continue
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            module = node.module or ""
+            inner = [f"{module}.{alias.name}" for alias in node.names]
+            files = [
+                ROOT.joinpath(*name.split(".")).with_suffix(".py") for name in inner
+            ]
+            yield from (
+                name if file.exists() else module
+                for name, file in zip(inner, files, strict=True)
+            )
+        todo.extend(ast.iter_child_nodes(node))
+
+
+CORE = sorted(path for path in PACKAGE.rglob("*.py") if path.name != "__init__.py")
+
+
+def test_every_core_room_has_its_place() -> None:
+    assert sorted(ROOMS) == sorted(room(path) for path in CORE)
+
+
+@pytest.mark.parametrize("path", CORE, ids=room)
+def test_core_room_imports_only_lower_rooms_and_listed_libraries(path: Path) -> None:
+    below = ROOMS[: ROOMS.index(room(path))]
+    for name in imports(path):
+        top = name.partition(".")[0]
+        if top == "dreampropeller":
+            assert name.removeprefix("dreampropeller.") in [*below, "dispatch"], name
+        else:
+            assert top in LIBRARIES or top in sys.stdlib_module_names, name
+
+
+@pytest.mark.parametrize("path", CORE, ids=room)
+def test_core_room_is_small(path: Path) -> None:
+    assert len(path.read_text().splitlines()) <= 400
+
+
+def test_heavy_libraries_are_not_loaded_by_the_core() -> None:
+    import subprocess
+
+    code = (
+        "import sys, dreampropeller; "
+        "print([n for n in ('diffusers', 'transformers', 'lightning', 'ray', 'systems')"
+        " if n in sys.modules])"
+    )
+    run = [sys.executable, "-c", code]
+    assert subprocess.check_output(run, text=True).strip() == "[]"

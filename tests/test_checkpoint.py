@@ -1,0 +1,174 @@
+"""Resumed equals uninterrupted; a damaged file falls back; nothing half-written."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from dreampropeller import (
+    CheckpointError,
+    EMAThreshold,
+    PicardSolver,
+    SlidingWindow,
+    checkpoint,
+    solve,
+)
+from dreampropeller.solution import Stats
+from dreampropeller.solver import SolverState
+from tests.helpers import TOYS, tree_equal
+
+SOLVER = PicardSolver(SlidingWindow(5), EMAThreshold(1e-6, 0.9, "median"), "momentum")
+
+
+@pytest.mark.parametrize("name", TOYS)
+@pytest.mark.parametrize("iterations", [1, 4])
+def test_resumed_equals_uninterrupted(
+    name: str, iterations: int, tmp_path: Path
+) -> None:
+    trajectory = TOYS[name].make()
+    whole = solve(trajectory, SOLVER)
+    half = solve(trajectory, SOLVER, max_iterations=iterations, throw=False)
+    checkpoint.save(tmp_path, half.state)
+    state = checkpoint.load(tmp_path)
+    assert tree_equal(vars(state), vars(half.state) | {"stats": state.stats})
+    resumed = solve(TOYS[name].make(), SOLVER, state=state)
+    assert tree_equal(resumed.value, whole.value)
+    assert tree_equal(resumed.carry, whole.carry)
+    assert resumed.stats == whole.stats
+
+
+def test_jump_at_the_checkpoint_is_not_repeated(tmp_path: Path) -> None:
+    trajectory = TOYS["growing"].make()
+    solver = PicardSolver(SlidingWindow(9), EMAThreshold(1e9, 1.0, "mean"))
+    states: list[SolverState[Any]] = []
+    whole = solve(
+        trajectory,
+        solver,
+        on_iteration=lambda s, _: (
+            checkpoint.save(tmp_path, s) and states.append(s) if s.step == 9 else None
+        ),
+    )
+    assert len(states[0].y["points"]) == 5  # 3 at the start, one more at jumps 0 and 9
+    resumed = solve(TOYS["growing"].make(), solver, state=checkpoint.load(tmp_path))
+    assert tree_equal(resumed.value, whole.value)
+
+
+PROGRAM = """
+import sys, time, random, torch
+from tests.helpers import TOYS
+from tests.test_checkpoint import SOLVER
+from dreampropeller import checkpoint, solve
+torch.set_num_threads(1)
+
+def on_iteration(state, iteration):
+    checkpoint.save(sys.argv[1], state)
+    print(state.step, flush=True)
+    time.sleep(0.02)
+
+state = checkpoint.load(sys.argv[1]) if len(sys.argv) > 2 else None
+solve(TOYS["network-adamw"].make(), SOLVER, state=state, on_iteration=on_iteration)
+"""
+
+
+def test_killed_at_a_random_moment_and_resumed_equals_uninterrupted(
+    tmp_path: Path,
+) -> None:
+    whole = solve(TOYS["network-adamw"].make(), SOLVER)
+    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
+    run = [sys.executable, "-c", PROGRAM, str(tmp_path)]
+    first = subprocess.Popen(run, env=env, stdout=subprocess.PIPE, text=True)
+    assert first.stdout
+    first.stdout.readline()  # at least one checkpoint
+    time.sleep(random.uniform(0, 0.3))
+    first.send_signal(signal.SIGKILL)
+    first.wait()
+    first.stdout.close()
+    subprocess.run([*run, "resume"], env=env, check=True, stdout=subprocess.DEVNULL)
+    state = checkpoint.load(tmp_path)
+    assert tree_equal(state.y, whole.value)
+    assert state.stats == whole.stats
+
+
+def small(step: int) -> SolverState[Any]:
+    return SolverState(
+        step, {"x": torch.full((100,), float(step))}, {"m": (step, None)}
+    )
+
+
+@pytest.mark.parametrize("damage", ["cut", "flipped", "empty", "foreign"])
+def test_damaged_newest_falls_back_with_a_warning(tmp_path: Path, damage: str) -> None:
+    checkpoint.save(tmp_path, small(1))
+    newest = checkpoint.save(tmp_path, small(2))
+    content = bytearray(newest.read_bytes())
+    if damage == "cut":
+        content = content[:-40]
+    elif damage == "flipped":
+        content[-7] ^= 1
+    elif damage == "empty":
+        content = bytearray()
+    else:
+        content = bytearray(b"\2\0\0\0\0\0\0\0{}")
+    newest.write_bytes(content)
+    with pytest.warns(UserWarning, match="Falling back"):
+        state = checkpoint.load(tmp_path)
+    assert state.step == 1
+    assert state.carry == {"m": (1, None)}
+    with pytest.raises(CheckpointError):
+        checkpoint.load(newest)
+
+
+def test_nothing_to_load_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="holds no checkpoint"):
+        checkpoint.load(tmp_path)
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        checkpoint.load(tmp_path / "step-00000001.safetensors")
+
+
+def test_another_format_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = checkpoint.save(tmp_path, small(1))
+    monkeypatch.setattr(checkpoint, "FORMAT", 99)
+    with pytest.raises(CheckpointError, match="format 1, and this version reads 99"):
+        checkpoint.load(path)
+
+
+def test_failed_write_keeps_the_earlier_ones(tmp_path: Path) -> None:
+    checkpoint.save(tmp_path, small(1))
+    (tmp_path / "step-00000002.part").mkdir()  # the file cannot be written there
+    with pytest.raises(CheckpointError, match="Earlier checkpoints are intact"):
+        checkpoint.save(tmp_path, small(2))
+    assert checkpoint.load(tmp_path).step == 1
+
+
+def test_old_ones_are_removed_and_none_is_half_written(tmp_path: Path) -> None:
+    for step in range(5):
+        checkpoint.save(tmp_path, small(step), keep=2)
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert names == ["step-00000003.safetensors", "step-00000004.safetensors"]
+    with pytest.raises(ValueError, match="`keep` is 0"):
+        checkpoint.save(tmp_path, small(5), keep=0)
+
+
+def test_aliased_and_strided_tensors_survive(tmp_path: Path) -> None:
+    shared = torch.arange(6.0)
+    state = SolverState(
+        3,
+        {"a": shared.view(2, 3).T, "b": shared},
+        [shared, shared],
+        guesses=[{"b": shared}, {"b": shared}],
+        stats=Stats(4, [1, 2]),
+    )
+    loaded = checkpoint.load(checkpoint.save(tmp_path, state))
+    assert torch.equal(loaded.y["a"], state.y["a"])
+    assert loaded.carry[0] is loaded.carry[1] is loaded.guesses[0]["b"]
+    assert loaded.stats == Stats(4, [1, 2])

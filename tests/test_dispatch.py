@@ -1,0 +1,202 @@
+"""Two and three gloo processes: the same bits, errors heard, nobody left behind."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from dreampropeller import (
+    DistributedDispatcher,
+    FixedThreshold,
+    InlineDispatcher,
+    PicardSolver,
+    SlidingWindow,
+    WorkerError,
+    launch,
+    solve,
+)
+from dreampropeller.dispatch import wire
+from tests import ranks
+from tests.helpers import TOYS, OrnsteinUhlenbeck, tree_equal
+
+
+@pytest.mark.parametrize("num_workers", [2, 3])
+def test_every_rank_of_every_solve_equals_the_plain_loop(num_workers: int) -> None:
+    answers = launch(ranks.solve_all, num_workers=num_workers)
+    for name, toy in TOYS.items():
+        loop = toy.loop()
+        logged: list[Any] = []
+        inline = solve(
+            toy.make(),
+            PicardSolver(SlidingWindow(7), FixedThreshold(1e-5), "momentum"),
+            on_iteration=lambda _, it, log=logged: log.append(it.aux),
+        )
+        carry = solve(
+            toy.make(), PicardSolver(SlidingWindow(1), FixedThreshold(0))
+        ).carry
+        for answer in answers:
+            for window in (*ranks.WINDOWS, "sequential"):
+                value = (loop[-1], carry)
+                assert tree_equal(answer[f"{name}/{window}"], value), (name, window)
+            value = (inline.value, inline.stats.strides, logged)
+            assert tree_equal(answer[f"{name}/loose"], value), name
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        # Window 8 from step 11: slot 0 of an iteration that begins there, or a guess.
+        ("drift", r"(?s)On rank \d, step 11:.*ZeroDivisionError: no such picture"),
+        ("update", r"(?s)[Rr]ank 1.*KeyError: 'gone'"),
+        ("exit", r"(?s)lost contact|exit code 7"),
+        ("hang", r"(?s)did not answer within `timeout` = 3 s"),
+        ("different-start", r"rank 1 has another state"),
+        ("different-window", r"rank 1 has another window"),
+    ],
+)
+def test_failure_is_heard_everywhere_and_nothing_waits(how: str, message: str) -> None:
+    start = time.monotonic()
+    with pytest.raises(WorkerError, match=message):
+        launch(ranks.solve_failing, how, num_workers=2)
+    assert time.monotonic() - start < 50
+    assert not _children()
+
+
+def test_rank_zero_decides_when_to_stop() -> None:
+    steps = launch(ranks.stop_on_rank_zero, num_workers=2)
+    assert steps[0] == steps[1] < 24
+
+
+def test_one_worker_is_enough() -> None:
+    """The published code waits for ever with one device."""
+    assert launch(ranks.stop_on_rank_zero, num_workers=1)[0] >= 9
+
+
+def test_torchrun_starts_the_same_program(tmp_path: Path) -> None:
+    script = tmp_path / "main.py"
+    script.write_text(
+        "import os, sys\n"
+        "from tests.ranks import quick, OrnsteinUhlenbeck\n"
+        "from dreampropeller import *\n"
+        "solver = PicardSolver(SlidingWindow(7), FixedThreshold(0))\n"
+        "x = solve(OrnsteinUhlenbeck(), solver, quick).value['x'].tolist()\n"
+        "open(f'{sys.argv[1]}/{os.environ[\"RANK\"]}', 'w').write(str(x))\n"
+    )
+    run = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"]
+    run += [
+        "--rdzv-backend=c10d",
+        "--rdzv-endpoint=localhost:0",
+        str(script),
+        str(tmp_path),
+    ]
+    path = str(Path(__file__).parent.parent)
+    env = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    subprocess.run(run, env=env, check=True, capture_output=True, timeout=60)
+    expected = str(TOYS["sde"].loop()[-1]["x"].tolist())
+    assert [(tmp_path / rank).read_text() for rank in "01"] == [expected, expected]
+
+
+def test_ranks_end_when_their_launcher_is_killed(tmp_path: Path) -> None:
+    code = (
+        "import sys\n"
+        "from tests.ranks import wait_for_the_end\n"
+        "from dreampropeller import launch\n"
+        "if __name__ == '__main__':\n"
+        "    launch(wait_for_the_end, sys.argv[1], num_workers=2)\n"
+    )
+    script = tmp_path / "main.py"
+    script.write_text(code)
+    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
+    parent = subprocess.Popen([sys.executable, str(script), str(tmp_path)], env=env)
+    files = [tmp_path / "0", tmp_path / "1"]
+    _wait(lambda: all(f.exists() and f.read_text() for f in files), 40)
+    parent.send_signal(signal.SIGKILL)
+    parent.wait()
+    pids = [int(file.read_text()) for file in files]
+    _wait(lambda: not any(_alive(pid) for pid in pids), 10)
+
+
+def _alive(pid: int) -> bool:
+    status = Path(f"/proc/{pid}/status")
+    return status.exists() and "State:\tZ" not in status.read_text()
+
+
+def _wait(condition: Any, seconds: float) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited too long"
+        time.sleep(0.1)
+
+
+def _children() -> list[str]:
+    me = str(os.getpid())
+    found = []
+    for status in Path("/proc").glob("[0-9]*/status"):
+        try:
+            text = status.read_text()
+        except OSError:
+            continue
+        if f"\nPPid:\t{me}\n" in text and "spawn" in (
+            status.parent / "cmdline"
+        ).read_text().replace("\0", " "):
+            found.append(text.split("\n")[0])
+    return found
+
+
+def test_no_process_group_is_an_error_that_says_what_to_do() -> None:
+    with pytest.raises(RuntimeError, match="torchrun"):
+        solve(
+            OrnsteinUhlenbeck(),
+            PicardSolver(SlidingWindow(2), FixedThreshold(0)),
+            DistributedDispatcher,
+        )
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"timeout": 0.0}, "`timeout`"), ({"threads": 0}, "`threads`")],
+)
+def test_bad_settings_are_refused(options: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        DistributedDispatcher(OrnsteinUhlenbeck(), **options)
+
+
+def test_error_in_an_inline_drift_surfaces_unwrapped() -> None:
+    solver = PicardSolver(SlidingWindow(8), FixedThreshold(0))
+    with pytest.raises(ZeroDivisionError, match="no such picture"):
+        solve(ranks.Failing("drift"), solver, InlineDispatcher)
+
+
+def test_wire_carries_every_type_bit_for_bit() -> None:
+    drift = {
+        "half": torch.tensor([1.5, -0.0], dtype=torch.bfloat16),
+        "flags": torch.tensor([True, False, True]),
+        "count": torch.tensor(-7),
+        "empty": torch.zeros(0, 3),
+        "strided": torch.arange(6.0).view(2, 3).T,
+        "nan": torch.tensor(float("nan"), dtype=torch.float64),
+    }
+    slots = [wire.entries(drift, {"loss": 0.1}), {}, wire.entries({}, {})]
+    rows = [list(slot) for slot in slots]
+    buffer = torch.empty(wire.size(rows), dtype=torch.uint8)
+    wire.pack(rows, slots, buffer)
+    received = wire.unpack(rows, buffer)
+    assert tree_equal(received[0][0], {k: v.contiguous() for k, v in drift.items()})
+    assert received[0][1] == {"loss": 0.1}
+    assert received[1:] == [({}, {}), ({}, {})]
+
+
+def test_fingerprint_sees_a_single_bit() -> None:
+    y = {"x": torch.ones(7), "flags": torch.tensor([True, False])}
+    other = {**y, "x": y["x"].clone()}
+    assert wire.fingerprint(other) == wire.fingerprint(y)
+    other["x"][6] = 1 + 2**-23
+    assert wire.fingerprint(other) != wire.fingerprint(y)
