@@ -1,0 +1,1 @@
+"""Everything that knows 3D or diffusion."""

@@ -1,0 +1,114 @@
+"""The exact answer to a prompt: its pictures, mask, signed distance and mesh.
+
+What score distillation finds for "a red mushroom" can be compared with `truth("a red
+mushroom")`, from any camera and in space.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from systems.toybox.captions import parse
+from systems.toybox.objects import OBJECTS
+from systems.toybox.render import RADIUS, Cameras, Render, render
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """A triangle mesh with a colour at every vertex, not yet lit.
+
+    Attributes:
+        vertices: Shape ``(vertices, 3)``.
+        faces: Vertex numbers, counter-clockwise from outside, shape ``(faces, 3)``.
+        colours: From 0 to 1, shape ``(vertices, 3)``.
+    """
+
+    vertices: Float[Tensor, "vertices 3"]
+    faces: Int[Tensor, "faces 3"]
+    colours: Float[Tensor, "vertices 3"]
+
+
+@dataclass(frozen=True)
+class Truth:
+    """A toybox object in its colour.
+
+    Attributes:
+        colour: A key of `COLOURS`.
+        name: A key of `OBJECTS`.
+    """
+
+    colour: str
+    name: str
+
+    def render(self, cameras: Cameras, size: int, supersample: int = 2) -> Render:
+        """Colour, mask, depth and normals; see `systems.toybox.render.render`."""
+        return render(self.name, self.colour, cameras, size, supersample)
+
+    def sdf(self, points: Tensor) -> Tensor:
+        """Signed distance, negative inside.
+
+        Args:
+            points: Shape ``(..., 3)``, z up, the front towards +x.
+
+        Returns:
+            Shape ``(...)``. Zero exactly on the surface; elsewhere never further from
+            zero than the true distance outside.
+        """
+        return OBJECTS[self.name].sdf(points)
+
+    def albedo(self, points: Tensor) -> Tensor:
+        """Colour of the surface nearest to points ``(..., 3)``, not yet lit."""
+        return OBJECTS[self.name].albedo(points, self.colour)
+
+    def mesh(self, resolution: int = 96) -> Mesh:
+        """The surface by marching cubes.
+
+        Args:
+            resolution: Grid points along each side of the cube around the object.
+        """
+        from skimage.measure import marching_cubes
+
+        side = torch.linspace(-RADIUS, RADIUS, resolution)
+        grid = torch.stack(torch.meshgrid(side, side, side, indexing="ij"), -1)
+        corners, faces, _, _ = marching_cubes(self.sdf(grid).numpy(), 0.0)
+        spacing = 2 * RADIUS / (resolution - 1)
+        vertices = torch.from_numpy(corners.copy()).float() * spacing - RADIUS
+        return Mesh(
+            vertices=vertices,
+            faces=torch.from_numpy(faces.copy()).long(),
+            colours=self.albedo(vertices),
+        )
+
+
+def truth(prompt: str) -> Truth:
+    """The exact answer to a prompt.
+
+    Args:
+        prompt: One colour and one object, such as "a red mushroom, front view"; the
+            view is left to the cameras.
+
+    Raises:
+        ValueError: A word is unknown, or there is not one colour and one object.
+    """
+    return Truth(*parse(prompt))
+
+
+def view_cameras(view: str | None, distance: float = 2.4, fov: float = 50) -> Cameras:
+    """The camera in the middle of a view; None looks from the front left, above."""
+    azimuth, elevation = {
+        "front": (0.0, 15.0),
+        "side": (90.0, 15.0),
+        "back": (180.0, 15.0),
+        "overhead": (30.0, 72.0),
+        None: (35.0, 25.0),
+    }[view]
+    return Cameras(
+        azimuth=torch.tensor([azimuth]),
+        elevation=torch.tensor([elevation]),
+        distance=torch.tensor([float(distance)]),
+        fov=torch.tensor([float(fov)]),
+    )
