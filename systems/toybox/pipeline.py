@@ -1,0 +1,159 @@
+r"""The embedded prior as a diffusers pipeline: words in, pictures out.
+
+Sampling is DDIM with classifier-free guidance: the velocity is
+
+$$\hat v = v(x_t, \varnothing) + s\,\bigl(v(x_t, c) - v(x_t, \varnothing)\bigr)$$
+
+at guidance scale $s$ (J. Ho and T. Salimans, 2022, arXiv 2207.12598); 1 is the plain
+conditional model. Pictures are made in pixel space, so there is no autoencoder.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+from diffusers.schedulers.scheduling_ddim import DDIMScheduler
+from torch import Tensor
+from transformers import CLIPTextModel, PreTrainedTokenizerFast
+
+from systems.toybox import WEIGHTS
+from systems.toybox.captions import check
+from systems.toybox.model import MAX_WORDS
+
+
+class ToyboxPipeline(DiffusionPipeline):
+    """A text-conditioned diffusion model of 32×32 pictures.
+
+    Its parts are plain diffusers and transformers classes, so that each also loads by
+    itself: ``UNet2DConditionModel.from_pretrained(WEIGHTS, subfolder="unet")``.
+
+    Args:
+        unet: Predicts the velocity.
+        text_encoder: Gives the U-Net the words.
+        tokenizer: One token a word.
+        scheduler: Noise schedule and sampler.
+
+    Example:
+        >>> pipeline = ToyboxPipeline.from_pretrained(WEIGHTS)
+        >>> pictures = pipeline("a red mushroom, front view", seed=0)
+    """
+
+    unet: UNet2DConditionModel
+    text_encoder: CLIPTextModel
+    tokenizer: PreTrainedTokenizerFast
+    scheduler: DDIMScheduler
+
+    def __init__(
+        self,
+        unet: UNet2DConditionModel,
+        text_encoder: CLIPTextModel,
+        tokenizer: PreTrainedTokenizerFast,
+        scheduler: DDIMScheduler,
+    ) -> None:
+        super().__init__()
+        self.register_modules(
+            unet=unet,
+            text_encoder=text_encoder,
+            tokenizer=tokenizer,
+            scheduler=scheduler,
+        )
+
+    @torch.no_grad()
+    def encode(self, prompts: Sequence[str]) -> Tensor:
+        """Embed prompts; the empty one is the unconditional embedding.
+
+        Returns:
+            Embeddings, shape ``(prompts, MAX_WORDS, channels)``.
+
+        Raises:
+            ValueError: A prompt has unknown words, or more words than fit.
+        """
+        for prompt in prompts:
+            check(prompt)
+        tokens = self.tokenizer(
+            list(prompts), padding="max_length", max_length=MAX_WORDS
+        ).input_ids
+        for prompt, row in zip(prompts, tokens, strict=True):
+            if len(row) > MAX_WORDS:
+                raise ValueError(
+                    f"`{prompt}` has {len(row) - 2} words and commas, but the embedded "
+                    f"prior reads at most {MAX_WORDS - 2}. Shorten it, for example to "
+                    "`a red mushroom, front view`."
+                )
+        ids = torch.tensor(tokens, device=self.text_encoder.device)
+        return self.text_encoder(ids).last_hidden_state
+
+    @torch.no_grad()
+    def velocity(
+        self, x: Tensor, timestep: Tensor, words: Tensor, blank: Tensor, scale: float
+    ) -> Tensor:
+        """The guided velocity of noisy pictures.
+
+        Args:
+            x: Noisy pictures, shape ``(batch, 3, size, size)``.
+            timestep: A scalar, or one a picture.
+            words: Embeddings of the prompts, shape ``(batch, MAX_WORDS, channels)``.
+            blank: Embedding of the empty prompt, shape ``(1, MAX_WORDS, channels)``.
+            scale: Guidance scale; 1 asks the conditional model alone.
+        """
+        if scale == 1:
+            return self.unet(x, timestep, words).sample
+        both = torch.cat([blank.expand_as(words), words])
+        t = timestep.expand(len(x)).repeat(2)
+        without, given = self.unet(torch.cat([x, x]), t, both).sample.chunk(2)
+        return without + scale * (given - without)
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompt: str | Sequence[str],
+        num_inference_steps: int = 25,
+        guidance_scale: float = 3.0,
+        seed: int = 0,
+    ) -> Tensor:
+        """Sample a picture of each prompt.
+
+        Args:
+            prompt: One prompt, or several.
+            num_inference_steps: DDIM steps.
+            guidance_scale: 1 is the plain conditional model; 3 is a good value.
+            seed: Same seed, same pictures; each picture has noise of its own.
+
+        Returns:
+            Pictures from 0 to 1, shape ``(prompts, 3, size, size)``, on the CPU.
+
+        Raises:
+            ValueError: A prompt has unknown words.
+        """
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        words, blank = self.encode(prompts), self.encode([""])
+        size = self.unet.config["sample_size"]
+        generator = torch.Generator().manual_seed(seed)
+        x = torch.randn(len(prompts), 3, size, size, generator=generator)
+        x = x.to(words.device, words.dtype)
+        self.scheduler.set_timesteps(num_inference_steps)
+        for t in self.scheduler.timesteps:
+            v = self.velocity(x, t.to(x.device), words, blank, guidance_scale)
+            x = self.scheduler.step(v, int(t), x, return_dict=False)[0]
+        return (x.float() / 2 + 0.5).clamp(0, 1).cpu()
+
+
+def load(folder: Path = WEIGHTS) -> ToyboxPipeline:
+    """The embedded prior in single precision, ready on the CPU.
+
+    Raises:
+        ValueError: The folder holds no pipeline.
+    """
+    if not (folder / "model_index.json").exists():
+        raise ValueError(
+            f"`{folder}` holds no pipeline (no `model_index.json`). Make one with "
+            "`python -m systems.toybox.train` and `python -m systems.toybox.export`."
+        )
+    pipeline = ToyboxPipeline.from_pretrained(folder).to(torch.float32)
+    pipeline.unet.eval()
+    pipeline.text_encoder.eval()
+    return pipeline
