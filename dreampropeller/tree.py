@@ -191,19 +191,27 @@ def differs(new: Tensor, old: Tensor) -> Bool[Tensor, " *shape"]:
 
 def all_finite(states: Sequence[State]) -> list[bool]:
     """Whether each state is free of NaN and infinity; one host synchronisation."""
-    largest: list[Tensor] = []
-    for state in states:
-        floating = [
-            tensor.detach()
+    sums = [
+        [
+            tensor.detach().sum(dtype=_wide(tensor.dtype)).to(torch.complex128)
             for tensor in state.values()
-            if tensor.numel() and (tensor.is_floating_point() or tensor.is_complex())
+            if tensor.is_floating_point() or tensor.is_complex()
         ]
-        if floating:
-            norms = _foreach_norm(floating, float("inf"))
-            largest.append(torch.stack([norm.double() for norm in norms]).sum())
-        else:
-            largest.append(torch.zeros((), dtype=torch.float64))
-    if not largest:
-        return []
-    device = max((norm.device for norm in largest), key=lambda d: d.type != "cpu")
-    return torch.isfinite(torch.stack([x.to(device) for x in largest])).tolist()
+        for state in states
+    ]
+    flat = [value for row in sums for value in row]
+    if not flat:
+        return [True] * len(states)
+    device = max((value.device for value in flat), key=lambda d: d.type != "cpu")
+    finite = iter(torch.isfinite(torch.stack([v.to(device) for v in flat])).tolist())
+    passed = [all([next(finite) for _ in row]) for row in sums]
+    # A sum is quick and spoiled by a single NaN, but finite numbers can overflow it.
+    return [ok or _entries_finite(y) for ok, y in zip(passed, states, strict=True)]
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.float32 if dtype.itemsize < 4 else dtype
+
+
+def _entries_finite(state: State) -> bool:
+    return all(bool(torch.isfinite(tensor).all()) for tensor in state.values())
