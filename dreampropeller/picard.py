@@ -85,6 +85,16 @@ class PicardSolver(Solver):
             predictor=as_predictor(self.predictor).init(),
         )
 
+    def adopt(self, state: SolverState[Any]) -> SolverState[Any]:
+        """Start the memories that another kind of solver did not keep."""
+        fresh = self.init(state.y, state.carry)
+        missing = {
+            name: getattr(fresh, name)
+            for name in ("threshold", "window", "predictor")
+            if getattr(state, name) is None
+        }
+        return replace(state, **missing)
+
     def jumped(
         self, state: SolverState[Any], parents: Parents | None
     ) -> SolverState[Any]:

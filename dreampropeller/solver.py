@@ -75,6 +75,10 @@ class Solver(abc.ABC):
             NonFiniteDrift: The drift at the anchor is not finite.
         """
 
+    def adopt(self, state: SolverState[Any]) -> SolverState[Any]:
+        """A state to continue from, perhaps left by another kind of solver."""
+        return state
+
     def jumped(
         self, state: SolverState[Any], parents: Parents | None
     ) -> SolverState[Any]:
@@ -177,7 +181,7 @@ def solve(
             if next_jump(trajectory, -1) == 0:
                 state = _jump(trajectory, solver, workers, state)
         else:
-            state = replace(state, carry=copy_nest(state.carry))
+            state = solver.adopt(replace(state, carry=copy_nest(state.carry)))
         result = Result.SUCCESS
         iterations = 0
         while state.step < trajectory.num_steps:

@@ -140,6 +140,19 @@ def test_state_of_another_window_can_be_continued() -> None:
         assert tree_equal(end.value, TOYS["quadratic-adam"].loop()[-1])
 
 
+def test_state_of_another_solver_can_be_continued() -> None:
+    solvers = [
+        Sequential(),
+        PicardSolver(SlidingWindow(3), EMAThreshold(0.0, 1.0, "mean"), "momentum"),
+        PicardSolver(SlidingWindow(5), EXACT),
+    ]
+    for first in solvers:
+        half = solve(make_quadratic(), first, max_iterations=5, throw=False)
+        for second in solvers:
+            end = solve(make_quadratic(), second, state=half.state)
+            assert tree_equal(end.value, TOYS["quadratic-adam"].loop()[-1])
+
+
 def test_callback_can_stop_the_solve() -> None:
     solution = solve(
         make_quadratic(),

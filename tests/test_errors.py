@@ -1,0 +1,86 @@
+"""Each message says what was given and what to write instead."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from dreampropeller import (
+    EMAThreshold,
+    FixedThreshold,
+    Momentum,
+    NotConverged,
+    PicardSolver,
+    Result,
+    Sequential,
+    SlidingWindow,
+    launch,
+    solve,
+)
+from tests.helpers import OrnsteinUhlenbeck
+
+EXACT = FixedThreshold(0)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: SlidingWindow(0), r"`window.size` is 0.*`SlidingWindow\(8\)`"),
+        (lambda: SlidingWindow(-3), r"`window.size` is -3"),
+        (lambda: FixedThreshold(-1.0), r"`threshold.value` is -1.0.*at least 0"),
+        (lambda: FixedThreshold(float("nan")), r"`threshold.value` is nan"),
+        (lambda: FixedThreshold(float("inf")), r"`threshold.value` is inf"),
+        (lambda: EMAThreshold(-1.0, 0.9, "mean"), r"`threshold.value` is -1.0"),
+        (lambda: EMAThreshold(1.0, 1.1, "mean"), r"`threshold.ema_decay` is 1.1"),
+        (lambda: Momentum(1.0), r"`predictor.decay` is 1.0"),
+        (
+            lambda: PicardSolver(SlidingWindow(2), EXACT, "momentun"),
+            r"`predictor` is 'momentun': write one of `repeat_last`, `momentum`",
+        ),
+        (lambda: launch(print, num_workers=0), r"`num_workers` is 0"),
+    ],
+)
+def test_bad_settings_are_refused_when_they_are_made(
+    make: Callable[[], Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda kind: EMAThreshold(1.0, 0.9, kind),
+        lambda kind: Sequential(kind),
+        lambda kind: PicardSolver(SlidingWindow(2), EXACT, non_finite=kind),
+        lambda kind: PicardSolver(kind, EXACT),
+        lambda kind: PicardSolver(SlidingWindow(2), kind),
+    ],
+)
+def test_unknown_choices_are_refused_with_the_known_ones(make: Any) -> None:
+    # Written as a user's program runs it, without the tests' own type checker.
+    with pytest.raises(Exception, match=r"write|Type-check"):
+        make("nonsense")
+
+
+class Backwards(OrnsteinUhlenbeck):
+    def next_jump(self, step: int) -> int:
+        return 3
+
+
+def test_jump_that_lies_behind_is_an_error() -> None:
+    with pytest.raises(ValueError, match=r"`next_jump\(3\)` returned 3"):
+        solve(Backwards(), Sequential())
+
+
+def test_solve_that_ends_early_keeps_what_it_reached() -> None:
+    with pytest.raises(NotConverged, match=r"`max_iterations`.*step 3 of 16") as caught:
+        solve(OrnsteinUhlenbeck(), Sequential(), max_iterations=3)
+    assert caught.value.solution.state.step == 3
+    assert caught.value.solution.result is Result.MAX_ITERATIONS
+
+
+def test_every_result_is_a_sentence() -> None:
+    assert all(result.value.endswith(".") for result in Result)
