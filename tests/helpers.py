@@ -15,7 +15,7 @@ from dreampropeller.trajectory import Drift, Parents
 from dreampropeller.tree import Nest, State
 
 RANDOM = StepRandom(3)
-STEPS = 16
+STEPS = 12
 
 
 def tree_equal(a: Nest, b: Nest) -> bool:
@@ -194,8 +194,8 @@ def loop_grid() -> list[State]:
     return states
 
 
-# Points that are pulled to targets; the farthest split in two at steps 0, 5 and 11.
-JUMPS = (0, 5, 11)
+# Points that are pulled to targets; the farthest split in two at steps 0, 5 and 9.
+JUMPS = (0, 5, 9)
 
 
 def points_loss(step: int, y: State) -> Tensor:
@@ -225,7 +225,7 @@ class GrowingPoints(OptimizationTrajectory):
 def rows_to_keep(step: int, points: Tensor) -> Tensor:
     farthest = int((points.detach() - 1.5).abs().argmax())
     kept = torch.arange(len(points))
-    if step == 11:  # pruning
+    if step == 9:  # pruning
         kept = kept[kept != farthest]
     return torch.cat([kept, torch.tensor([-1])])
 

@@ -18,6 +18,7 @@ from dreampropeller import (
     SlidingWindow,
     State,
     Trajectory,
+    WorkerError,
     solve,
 )
 from dreampropeller.trajectory import Drift
@@ -100,6 +101,19 @@ def solve_failing(how: str) -> None:
     else:
         solver = PicardSolver(SlidingWindow(8), FixedThreshold(0))
     solve(Failing(how), solver, dispatcher)
+
+
+def hear_failures(kinds: list[str]) -> list[str]:
+    """The error each kind of failure raises on this rank."""
+    torch.distributed.init_process_group("gloo")
+    heard = []
+    for how in kinds:
+        try:
+            solve_failing(how)
+        except (WorkerError, KeyError) as error:  # noqa: PERF203, one a kind
+            heard.append(f"{type(error).__name__}: {error}")
+    torch.distributed.destroy_process_group()
+    return heard
 
 
 def stop_on_rank_zero() -> int:

@@ -76,7 +76,7 @@ def test_jump_that_lies_behind_is_an_error() -> None:
 
 
 def test_solve_that_ends_early_keeps_what_it_reached() -> None:
-    with pytest.raises(NotConverged, match=r"`max_iterations`.*step 3 of 16") as caught:
+    with pytest.raises(NotConverged, match=r"`max_iterations`.*step 3 of 12") as caught:
         solve(OrnsteinUhlenbeck(), Sequential(), max_iterations=3)
     assert caught.value.solution.state.step == 3
     assert caught.value.solution.result is Result.MAX_ITERATIONS
