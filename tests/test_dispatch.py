@@ -32,6 +32,10 @@ from tests.helpers import TOYS, OrnsteinUhlenbeck, tree_equal
 @pytest.mark.parametrize("num_workers", [2, 3])
 def test_every_rank_of_every_solve_equals_the_plain_loop(num_workers: int) -> None:
     answers = launch(ranks.solve_all, num_workers=num_workers)
+    for answer in answers:
+        assert tree_equal(answer["sequential"], TOYS["sde"].loop()[-1])
+        # Only rank 0 asked to stop, and all did.
+        assert 9 <= answer["stopped"] == answers[0]["stopped"] < 12
     for name, toy in TOYS.items():
         loop = toy.loop()
         logged: list[Any] = []
@@ -44,7 +48,7 @@ def test_every_rank_of_every_solve_equals_the_plain_loop(num_workers: int) -> No
             toy.make(), PicardSolver(SlidingWindow(1), FixedThreshold(0))
         ).carry
         for answer in answers:
-            for window in (*ranks.WINDOWS, "sequential"):
+            for window in ranks.WINDOWS:
                 value = (loop[-1], carry)
                 assert tree_equal(answer[f"{name}/{window}"], value), (name, window)
             value = (inline.value, inline.stats.strides, logged)
@@ -69,9 +73,8 @@ def test_failure_is_heard_on_every_rank() -> None:
 @pytest.mark.parametrize(
     ("how", "message"),
     [
-        ("drift", r"(?s)step 11:.*ZeroDivisionError: no such picture"),
         ("exit", r"(?s)lost contact|exit code 7"),
-        ("hang", r"(?s)did not answer within `timeout` = 3 s"),
+        ("hang", r"(?s)did not answer within `timeout` = 2 s"),
     ],
 )
 def test_lost_rank_is_noticed_and_nobody_is_left_behind(how: str, message: str) -> None:
@@ -80,11 +83,6 @@ def test_lost_rank_is_noticed_and_nobody_is_left_behind(how: str, message: str) 
         launch(ranks.solve_failing, how, num_workers=2)
     assert time.monotonic() - start < 50
     assert not _children()
-
-
-def test_rank_zero_decides_when_to_stop() -> None:
-    steps = launch(ranks.stop_on_rank_zero, num_workers=2)
-    assert steps[0] == steps[1] < 12
 
 
 def test_one_worker_is_enough() -> None:

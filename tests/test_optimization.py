@@ -22,7 +22,7 @@ from dreampropeller import (
 from dreampropeller.tree import copy_nest
 from tests.helpers import network_loss, network_start, quadratic_loss, tree_equal
 
-STEPS = 14
+STEPS = 10
 OPTIMIZERS: dict[str, Callable[[Any], Any]] = {
     "SGD": lambda p: torch.optim.SGD(p.values(), lr=0.1, weight_decay=0.01),
     "SGD-momentum": lambda p: torch.optim.SGD(p.values(), lr=0.1, momentum=0.9),

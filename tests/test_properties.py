@@ -94,7 +94,7 @@ thresholds = st.one_of(
 )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(trajectories, windows, predictors)
 def test_zero_threshold_is_sequential(
     trajectory: Random, window: SlidingWindow, predictor: Any
@@ -107,7 +107,7 @@ def test_zero_threshold_is_sequential(
     assert solution.stats.num_iterations <= trajectory.num_steps
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(trajectories, windows, thresholds, predictors, st.integers(0, 20))
 def test_any_solve_ends_and_resumes_where_it_was(
     trajectory: Random,
