@@ -18,9 +18,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dreampropeller import StepRandom
+from systems.cameras import Cameras
 from systems.toybox.captions import HELD_OUT, VIEWS, caption, view_of
 from systems.toybox.objects import COLOURS, OBJECTS
-from systems.toybox.render import Cameras, render
+from systems.toybox.render import render
 
 _Label: TypeAlias = tuple[int, int, int]
 """Number of the object, number of the colour, 1 for a normal map."""

@@ -16,7 +16,11 @@ _SPECIAL = ("<pad>", "<begin>", "<end>", "<unknown>")
 
 
 def make_unet() -> UNet2DConditionModel:
-    """A U-Net of about 4 M parameters; it attends to the text at 8×8 only."""
+    """A U-Net of about 4 M parameters.
+
+    It attends to the text at 8×8 only, and adds the pooled text to the embedding of the
+    timestep, so that every block is told the colour (as in DeepFloyd IF).
+    """
     return UNet2DConditionModel(
         sample_size=SIZE,
         in_channels=3,
@@ -26,6 +30,8 @@ def make_unet() -> UNet2DConditionModel:
         up_block_types=("CrossAttnUpBlock2D", "UpBlock2D", "UpBlock2D"),
         layers_per_block=1,
         cross_attention_dim=96,
+        addition_embed_type="text",
+        addition_embed_type_num_heads=4,
         attention_head_dim=4,  # diffusers reads this as the number of heads
         norm_num_groups=8,
     )

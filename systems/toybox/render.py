@@ -1,4 +1,4 @@
-r"""Exact pictures of toybox objects: cameras, a sphere tracer and a fixed light.
+r"""Exact pictures of toybox objects: a sphere tracer and a fixed light.
 
 A ray $o + t\,d$ is followed by $t \leftarrow t + \mathrm{sdf}(o + t\,d)$ until the
 distance vanishes. A surface point of albedo $a$ and normal $n$ has the colour
@@ -6,8 +6,7 @@ distance vanishes. A surface point of albedo $a$ and normal $n$ has the colour
 $$c = a \,\bigl(k_a + (1 - k_a) \max(0, n \cdot \ell)\bigr),$$
 
 with $\ell$ fixed in the world, so that the colour of a point does not depend on the
-camera. Azimuth 0 looks at the front (from +x), 90° from +y; elevation is over the
-xy-plane.
+camera.
 """
 
 from __future__ import annotations
@@ -18,6 +17,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from systems.cameras import Cameras
 from systems.toybox.objects import COLOURS, OBJECTS, ToyObject
 
 AMBIENT = 0.45
@@ -27,57 +27,6 @@ RADIUS = 1.1
 """All objects fit the ball of this radius."""
 _STEPS = 48
 _HIT = 4e-3
-
-
-@dataclass(frozen=True)
-class Cameras:
-    """Pinhole cameras that look at the origin.
-
-    Attributes:
-        azimuth: Degrees, shape ``(views,)``.
-        elevation: Degrees, shape ``(views,)``.
-        distance: From the origin, shape ``(views,)``.
-        fov: Full field of view, degrees, shape ``(views,)``.
-    """
-
-    azimuth: Float[Tensor, " views"]
-    elevation: Float[Tensor, " views"]
-    distance: Float[Tensor, " views"]
-    fov: Float[Tensor, " views"]
-
-    def __len__(self) -> int:
-        return len(self.azimuth)
-
-    def axes(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Position, right, up and forward, each of shape ``(views, 3)``."""
-        azimuth, elevation = self.azimuth.deg2rad(), self.elevation.deg2rad()
-        flat = elevation.cos()
-        out = torch.stack(
-            [flat * azimuth.cos(), flat * azimuth.sin(), elevation.sin()], -1
-        )
-        # Not from a cross product with the vertical: that fails straight overhead.
-        right = torch.stack(
-            [-azimuth.sin(), azimuth.cos(), torch.zeros_like(azimuth)], -1
-        )
-        up = torch.linalg.cross(out, right, dim=-1)
-        return self.distance[:, None] * out, right, up, -out
-
-    def rays(self, size: int) -> tuple[Tensor, Tensor]:
-        """Origins ``(views, 1, 1, 3)`` and unit directions ``(views, size, size, 3)``.
-
-        Pixel centres; the first row is the top of the picture.
-        """
-        position, right, up, forward = self.axes()
-        centres = (torch.arange(size) + 0.5) / size * 2 - 1
-        half = torch.tan(self.fov.deg2rad() / 2)[:, None, None, None]
-        x = half * centres[None, None, :, None]
-        y = -half * centres[None, :, None, None]
-        directions = (
-            forward[:, None, None] + x * right[:, None, None] + y * up[:, None, None]
-        )
-        return position[:, None, None], torch.nn.functional.normalize(
-            directions, dim=-1
-        )
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,1 @@
+"""Renderers: from a field to pictures."""

@@ -1,0 +1,94 @@
+"""What a setting may be: the checks that config classes share, and schedules."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from typing import Any, TypeAlias
+
+Schedule: TypeAlias = Any
+"""A number, or ``[start, v0, v1, end]``; see `value_at`."""
+
+
+def at_least(name: str, value: float, least: float) -> None:
+    """Refuse a number that is too small, or none.
+
+    Raises:
+        ValueError: Names the setting and the least value.
+    """
+    if not value >= least:
+        raise ValueError(f"`{name}` is {value}: write {least} or more.")
+
+
+def check_range(name: str, value: Sequence[float], least: float, most: float) -> None:
+    """Refuse a range that is upside down or leaves its bounds.
+
+    Raises:
+        ValueError: Names the setting and its bounds.
+    """
+    if not least <= value[0] <= value[1] <= most:
+        raise ValueError(
+            f"`{name}` is {list(value)}: write `[low, high]` with "
+            f"{least} ≤ low ≤ high ≤ {most}."
+        )
+
+
+def one_of(name: str, value: str, allowed: Sequence[str]) -> None:
+    """Refuse a word that is not in the list.
+
+    Raises:
+        ValueError: Names the setting and the list.
+    """
+    if value not in allowed:
+        raise ValueError(f"`{name}` is `{value}`: write {' or '.join(allowed)}.")
+
+
+def check_schedule(name: str, value: Schedule) -> None:
+    """Refuse what `value_at` could not read.
+
+    Raises:
+        ValueError: Names the setting and the form of a schedule.
+    """
+    if _is_number(value):
+        return
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        entries = list(value)
+        steps = (
+            [0, *entries[2:]] if len(entries) == 3 else [*entries[:1], *entries[3::2]]
+        )
+        longer = len(entries) >= 6 and len(entries) % 2 == 0
+        known_form = len(entries) in (3, 4) or longer
+        if known_form and all(map(_is_number, entries)):
+            if all(a < b for a, b in itertools.pairwise(steps)):
+                return
+    raise ValueError(
+        f"`{name}` is {value!r}: write a number, or `[start, v0, v1, end]` to go from "
+        "v0 at step `start` to v1 at step `end`."
+    )
+
+
+def value_at(schedule: Schedule, step: int) -> float:
+    """The value of a schedule at a step: constant before its start and after its end.
+
+    Args:
+        schedule: A number; ``[start, v0, v1, end]``, linear in between; ``[v0, v1,
+            end]``, which starts at 0; or ``[start, v0, v1, step1, v2, step2, …]``, more
+            pieces after the first (threestudio's forms).
+        step: The step on the trajectory.
+    """
+    if _is_number(schedule):
+        return float(schedule)
+    entries = [0, *schedule] if len(schedule) == 3 else list(schedule)
+    steps = [entries[0], *entries[3::2]]
+    values = [entries[1], *entries[2::2]]
+    if step <= steps[0]:
+        return float(values[0])
+    pieces = zip(itertools.pairwise(steps), itertools.pairwise(values), strict=True)
+    for (left, right), (a, b) in pieces:
+        if step < right:
+            return float(a + (b - a) * (step - left) / (right - left))
+    return float(values[-1])
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
