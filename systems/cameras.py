@@ -7,7 +7,7 @@ Right-handed world coordinates, z up: azimuth 0 looks at the front (from +x), 90
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from jaxtyping import Float
@@ -107,6 +107,16 @@ class Views:
     light: Float[Tensor, "views 3"]
     height: int
     width: int
+
+    def one(self, number: int) -> Views:
+        """A view by itself."""
+        part = slice(number, number + 1)
+        cut = {
+            f.name: None if value is None else value[part]
+            for f in fields(self.cameras)
+            for value in [getattr(self.cameras, f.name)]
+        }
+        return Views(Cameras(**cut), self.light[part], self.height, self.width)
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,8 @@ r"""From features to colours.
 
 The point light of DreamFusion (B. Poole et al., 2022, arXiv 2209.14988, section 3.2):
 
-$$c = \rho \,\bigl(\ell_a + \ell_\rho \max(0, n \cdot \tfrac{\ell - x}{\|\ell - x\|})\bigr)$$
+$$c = \rho \,\bigl(\ell_a + \ell_\rho
+  \max(0, n \cdot \tfrac{\ell - x}{\|\ell - x\|})\bigr)$$
 
 with albedo $\rho$, normal $n$ and the light at $\ell$. A step shows the albedo alone,
 the shaded albedo, or the shading of a white body, so that shape cannot hide in colour.

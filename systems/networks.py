@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -22,7 +24,7 @@ class MLP(nn.Sequential):
     ) -> None:
         widths = [inputs, *[neurons] * hidden_layers]
         layers: list[nn.Module] = []
-        for before, after in zip(widths[:-1], widths[1:], strict=True):
+        for before, after in itertools.pairwise(widths):
             layers += [nn.Linear(before, after, bias=False), nn.ReLU()]
         super().__init__(*layers, nn.Linear(widths[-1], outputs, bias=False))
 

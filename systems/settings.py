@@ -51,16 +51,12 @@ def check_schedule(name: str, value: Schedule) -> None:
     """
     if _is_number(value):
         return
-    if isinstance(value, Sequence) and not isinstance(value, str):
-        entries = list(value)
-        steps = (
-            [0, *entries[2:]] if len(entries) == 3 else [*entries[:1], *entries[3::2]]
-        )
-        longer = len(entries) >= 6 and len(entries) % 2 == 0
-        known_form = len(entries) in (3, 4) or longer
-        if known_form and all(map(_is_number, entries)):
-            if all(a < b for a, b in itertools.pairwise(steps)):
-                return
+    if isinstance(value, Sequence) and all(map(_is_number, value)):
+        steps, values = _pieces(value)
+        rising = all(a < b for a, b in itertools.pairwise(steps))
+        whole = len(value) >= 3 and len(values) == len(steps)
+        if whole and rising:
+            return
     raise ValueError(
         f"`{name}` is {value!r}: write a number, or `[start, v0, v1, end]` to go from "
         "v0 at step `start` to v1 at step `end`."
@@ -78,9 +74,7 @@ def value_at(schedule: Schedule, step: int) -> float:
     """
     if _is_number(schedule):
         return float(schedule)
-    entries = [0, *schedule] if len(schedule) == 3 else list(schedule)
-    steps = [entries[0], *entries[3::2]]
-    values = [entries[1], *entries[2::2]]
+    steps, values = _pieces(schedule)
     if step <= steps[0]:
         return float(values[0])
     pieces = zip(itertools.pairwise(steps), itertools.pairwise(values), strict=True)
@@ -88,6 +82,12 @@ def value_at(schedule: Schedule, step: int) -> float:
         if step < right:
             return float(a + (b - a) * (step - left) / (right - left))
     return float(values[-1])
+
+
+def _pieces(schedule: Sequence[float]) -> tuple[list[float], list[float]]:
+    """The steps where a schedule bends, and its values there."""
+    entries = [0, *schedule] if len(schedule) == 3 else list(schedule)
+    return [*entries[:1], *entries[3::2]], [*entries[1:2], *entries[2::2]]
 
 
 def _is_number(value: object) -> bool:

@@ -87,6 +87,35 @@ class ToyboxPipeline(DiffusionPipeline):
         ids = torch.tensor(tokens, device=self.text_encoder.device)
         return self.text_encoder(ids).last_hidden_state
 
+    def encode_prompt(
+        self,
+        prompt: str | Sequence[str],
+        device: torch.device | None = None,
+        num_images_per_prompt: int = 1,
+        do_classifier_free_guidance: bool = True,
+        negative_prompt: str | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Embed prompts as diffusers' own pipelines do.
+
+        Args:
+            prompt: One prompt, or several.
+            device: Where the embeddings go; default: where the encoder is.
+            num_images_per_prompt: Repeat each embedding so often.
+            do_classifier_free_guidance: Embed the negative prompt too.
+            negative_prompt: Default: the empty one.
+
+        Returns:
+            Embeddings of the prompts and of as many negative prompts, or None for
+            these.
+        """
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        count = num_images_per_prompt
+        words = self.encode(prompts).repeat_interleave(count, 0).to(device)
+        if not do_classifier_free_guidance:
+            return words, None
+        blank = self.encode([negative_prompt or ""]).to(device)
+        return words, blank.expand_as(words)
+
     @torch.no_grad()
     def velocity(
         self, x: Tensor, timestep: Tensor, words: Tensor, blank: Tensor, scale: float
@@ -153,7 +182,7 @@ def load(folder: Path = WEIGHTS) -> ToyboxPipeline:
             f"`{folder}` holds no pipeline (no `model_index.json`). Make one with "
             "`python -m systems.toybox.train` and `python -m systems.toybox.export`."
         )
-    pipeline = ToyboxPipeline.from_pretrained(folder).to(torch.float32)
+    pipeline = ToyboxPipeline.from_pretrained(folder)
     pipeline.unet.eval()
     pipeline.text_encoder.eval()
     return pipeline

@@ -1,0 +1,167 @@
+"""What every system offers: a trajectory to solve, and ways to look at a state."""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+import dreampropeller as dp
+from systems.cameras import RandomCameras, Views
+from systems.config import Config
+from systems.reader import ConfigError, read
+
+if TYPE_CHECKING:
+    import trimesh
+
+
+def default_device() -> torch.device:
+    """The GPU of this process if there is one, else the CPU."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    import os
+
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+
+
+class System(abc.ABC):
+    """A way to make a 3D object.
+
+    A system is built from its config alone, the same on every rank; what is optimised
+    is a state that it renders and exports but does not keep.
+
+    Args:
+        config: The run.
+        device: Where it works; default: this process's GPU, or the CPU.
+
+    Attributes:
+        scene: Renders views; its parameters and buffers are the state.
+    """
+
+    scene: nn.Module
+
+    def __init__(self, config: Config, device: torch.device | None = None) -> None:
+        self.config = config
+        self.device = device or default_device()
+        self.random = dp.StepRandom(config.seed)
+        self.cameras = read(RandomCameras, config.data, "data")
+
+    @property
+    @abc.abstractmethod
+    def prompt(self) -> str:
+        """What is wanted."""
+
+    @abc.abstractmethod
+    def trajectory(self) -> dp.OptimizationTrajectory:
+        """The optimisation. Loads the pretrained model."""
+
+    @abc.abstractmethod
+    def render(
+        self, y: dp.State, views: Views
+    ) -> tuple[Float[Tensor, "views 3 height width"], Float[Tensor, "views 1 h w"]]:
+        """Final-look pictures and opacity of a state, on the CPU."""
+
+    @abc.abstractmethod
+    def mesh(self, y: dp.State) -> trimesh.Trimesh:
+        """The surface of a state, with vertex colours.
+
+        Raises:
+            EmptySurface: There is none.
+        """
+
+    def solver(self) -> dp.Solver:
+        """The solver the config asks for."""
+        return self.config.solver.build()
+
+    def turntable(
+        self, y: dp.State, count: int | None = None
+    ) -> Iterator[Float[Tensor, "3 height width"]]:
+        """Pictures from all around.
+
+        Args:
+            y: The state.
+            count: How many; default: `data.n_test_views`.
+        """
+        views = self.cameras.turntable(count)
+        for number in range(len(views.cameras)):
+            yield self.render(y, views.one(number))[0][0]
+
+    def check_state(self, y: dp.State, where: str | Path) -> None:
+        """Refuse a state of another system.
+
+        Raises:
+            ConfigError: Names the first difference.
+        """
+        own = {
+            **dict(self.scene.named_parameters()),
+            **dict(self.scene.named_buffers()),
+        }
+        for name, tensor in y.items():
+            if name not in own or own[name].shape != tensor.shape:
+                expected = tuple(own[name].shape) if name in own else "nothing"
+                raise ConfigError(
+                    f"The checkpoint `{where}` does not fit this config: its `{name}` "
+                    f"has shape {tuple(tensor.shape)}, the config makes {expected}. "
+                    "Use the `config.yaml` of the run it came from."
+                )
+
+
+class EmptySurface(ValueError):
+    """There is no surface at the threshold; the message gives advice."""
+
+
+def extract_mesh(
+    density: Callable[[Tensor], Tensor],
+    colour: Callable[[Tensor], Tensor],
+    radius: float,
+    resolution: int,
+    threshold: float,
+) -> Any:
+    """The surface of a density by marching cubes.
+
+    Args:
+        density: Of points ``(points, 3)``.
+        colour: From 0 to 1, of points.
+        radius: Half the side of the cube that is searched.
+        resolution: Grid points a side.
+        threshold: The density at the surface.
+
+    Raises:
+        EmptySurface: The density is nowhere above the threshold, or everywhere.
+    """
+    import trimesh
+    from skimage.measure import marching_cubes
+
+    side = torch.linspace(-radius, radius, resolution)
+    grid = torch.cartesian_prod(side, side, side)
+    values = torch.cat([density(part) for part in grid.split(2**18)])
+    volume = values.reshape(resolution, resolution, resolution)
+    low, high = float(values.min()), float(values.max())
+    if not low < threshold < high:
+        middle = max(high / 2, 1e-3)
+        raise EmptySurface(
+            f"There is no surface at density {threshold:g}: the densities of this "
+            f"object go from {low:.3g} to {high:.3g}. Try "
+            f"`system.geometry.isosurface_threshold={middle:.3g}`, or more steps "
+            "(`trainer.max_steps`)."
+        )
+    # Close the object where it leaves the cube.
+    for axis in range(3):
+        volume.select(axis, 0).fill_(low)
+        volume.select(axis, -1).fill_(low)
+    corners, faces, _, _ = marching_cubes(volume.numpy(), threshold)
+    vertices = torch.from_numpy(corners.copy()).float()
+    vertices = vertices * (2 * radius / (resolution - 1)) - radius
+    colours = torch.cat([colour(part) for part in vertices.split(2**18)])
+    return trimesh.Trimesh(
+        vertices.numpy(),
+        # Densities rise inwards, so the faces come out inside out.
+        faces[:, ::-1],
+        vertex_colors=(colours.clamp(0, 1) * 255).round().byte().numpy(),
+        process=False,
+    )

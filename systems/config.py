@@ -1,0 +1,217 @@
+"""What a run is: the settings every config shares, and reading one from a file.
+
+A config is a YAML file in threestudio's vocabulary, with two blocks of ours: `solver`
+and `dispatch`; dotted overrides come after it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import dreampropeller as dp
+from systems.reader import merge, read, to_mapping
+from systems.settings import at_least, one_of
+
+
+@dataclass(frozen=True)
+class WindowConfig:
+    """`solver.window`.
+
+    Args:
+        size: Steps tried at once.
+    """
+
+    size: int = 8
+
+    def __post_init__(self) -> None:
+        if self.size < 1:
+            raise ValueError(
+                f"`size` is {self.size}: a window holds at least 1 step. Write "
+                "`solver.window.size=8`, or `solver.name=sequential` for the plain "
+                "loop."
+            )
+
+
+@dataclass(frozen=True)
+class ThresholdConfig:
+    """`solver.threshold`: what error of a step counts as converged.
+
+    Args:
+        name: "paper" is the published rule, "fixed" an absolute error.
+        value: The (first) threshold, a mean square over all entries; with "fixed", 0
+            is the sequential run bit for bit (on CPU).
+        ema_decay: Of the published rule.
+        adaptivity: Of the published rule: "median" or "mean" error of a window.
+    """
+
+    name: str = "paper"
+    value: float = 5e-6
+    ema_decay: float = 0.9
+    adaptivity: str = "median"
+
+    def __post_init__(self) -> None:
+        one_of("name", self.name, ("paper", "fixed"))
+        one_of("adaptivity", self.adaptivity, ("median", "mean"))
+        self.build()
+
+    def build(self) -> dp.Threshold:
+        """The core's threshold."""
+        if self.name == "fixed":
+            return dp.FixedThreshold(self.value)
+        adaptivity: Any = self.adaptivity
+        return dp.EMAThreshold(self.value, self.ema_decay, adaptivity)
+
+
+@dataclass(frozen=True)
+class SolverConfig:
+    """`solver`: how the steps are solved.
+
+    Args:
+        name: "picard", or "sequential" for the plain loop.
+        window: How many steps are tried.
+        threshold: What counts as converged.
+        predictor: First guess of a new step: "momentum" or "repeat_last".
+        non_finite: "raise", or "skip" steps whose gradient is not finite.
+    """
+
+    name: str = "picard"
+    window: WindowConfig = field(default_factory=WindowConfig)
+    threshold: ThresholdConfig = field(default_factory=ThresholdConfig)
+    predictor: str = "momentum"
+    non_finite: str = "raise"
+
+    def __post_init__(self) -> None:
+        one_of("name", self.name, ("picard", "sequential"))
+        one_of("predictor", self.predictor, ("momentum", "repeat_last"))
+        one_of("non_finite", self.non_finite, ("raise", "skip"))
+
+    def build(self) -> dp.Solver:
+        """The core's solver."""
+        non_finite: Any = self.non_finite
+        if self.name == "sequential":
+            return dp.Sequential(non_finite=non_finite)
+        return dp.PicardSolver(
+            dp.SlidingWindow(self.window.size),
+            self.threshold.build(),
+            predictor=self.predictor,
+            non_finite=non_finite,
+        )
+
+
+@dataclass(frozen=True)
+class DispatchConfig:
+    """`dispatch`: where gradients are evaluated.
+
+    Args:
+        num_workers: Processes, one per device; started by `launch.py` itself.
+        threads: CPU threads of each process; null: all cores for one process, one for
+            each of several.
+        timeout: Seconds after which a silent process counts as lost.
+    """
+
+    num_workers: int = 1
+    threads: int | None = None
+    timeout: float = 600.0
+
+    def __post_init__(self) -> None:
+        at_least("num_workers", self.num_workers, 1)
+        at_least("timeout", self.timeout, 1)
+        if self.threads is not None:
+            at_least("threads", self.threads, 1)
+
+
+@dataclass(frozen=True)
+class TrainerConfig:
+    """`trainer`.
+
+    Args:
+        max_steps: Steps of the optimisation.
+        val_check_interval: Steps between two previews.
+        log_every_n_steps: Steps between two entries of the metrics.
+        precision: "32"; mixed precision is not offered yet.
+    """
+
+    max_steps: int = 10000
+    val_check_interval: int = 200
+    log_every_n_steps: int = 1
+    precision: str | int = "32"
+
+    def __post_init__(self) -> None:
+        for name in ("max_steps", "val_check_interval", "log_every_n_steps"):
+            at_least(name, getattr(self, name), 1)
+        if str(self.precision) not in ("32", "32-true"):
+            raise ValueError(
+                f"`precision` is `{self.precision}`: mixed precision is not offered "
+                "yet, write `trainer.precision=32`. (The pretrained model runs in half "
+                "precision on a GPU all the same.)"
+            )
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """`checkpoint`.
+
+    Args:
+        every_n_train_steps: Steps between two checkpoints.
+        keep: How many to keep.
+    """
+
+    every_n_train_steps: int = 100
+    keep: int = 2
+
+    def __post_init__(self) -> None:
+        at_least("every_n_train_steps", self.every_n_train_steps, 1)
+        at_least("keep", self.keep, 1)
+
+
+@dataclass(frozen=True)
+class Config:
+    """A whole run.
+
+    Args:
+        name: Of the experiment: a folder in `exp_root_dir`.
+        system_type: A key of `systems.SYSTEMS`.
+        system: The system's own section, read by its class.
+        data: Cameras; read by the system.
+        tag: Of the run: `name/tag@time` is its folder.
+        exp_root_dir: Where results go.
+        seed: Of everything random.
+        resume: A run folder or a checkpoint to go on from.
+        solver: How.
+        dispatch: Where.
+        trainer: How long.
+        checkpoint: What is kept.
+    """
+
+    name: str
+    system_type: str
+    system: dict[str, Any]
+    data: dict[str, Any]
+    data_type: str = "random-camera-datamodule"
+    tag: str = ""
+    exp_root_dir: str = "outputs"
+    seed: int = 0
+    resume: str | None = None
+    solver: SolverConfig = field(default_factory=SolverConfig)
+    dispatch: DispatchConfig = field(default_factory=DispatchConfig)
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+
+    def __post_init__(self) -> None:
+        one_of("data_type", self.data_type, ("random-camera-datamodule",))
+
+
+def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Read a config file and apply dotted overrides.
+
+    Args:
+        path: A YAML file.
+        overrides: Such as ``"solver.window.size=4"``.
+
+    Raises:
+        ConfigError: The file cannot be read, or a setting cannot be used.
+    """
+    return read(Config, to_mapping(merge(path, overrides)), "")

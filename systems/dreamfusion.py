@@ -1,0 +1,279 @@
+r"""DreamFusion: a field under score distillation.
+
+$$\ell(t, \theta) = \lambda_{sds}\,\ell_{sds} + \lambda_{orient}\,\ell_{orient} +
+  \lambda_{sparsity} \operatorname{mean} \sqrt{o^2 + 0.01} +
+  \lambda_{opaque} H(o)$$
+
+with opacity o and binary entropy H (B. Poole et al., 2022, arXiv 2209.14988; weights
+and form as in threestudio). Each weight is a number or a schedule.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+import dreampropeller as dp
+from systems.backgrounds import BACKGROUNDS
+from systems.base import System, extract_mesh
+from systems.cameras import Views
+from systems.config import Config
+from systems.fields import FIELDS
+from systems.guidance import GuidanceConfig, ScoreDistillation
+from systems.materials import MATERIALS
+from systems.optimizer import OptimizerConfig
+from systems.priors import load
+from systems.prompts import PromptConfig
+from systems.reader import choose, read
+from systems.renderers.volume import RENDERERS, Rendering
+from systems.settings import Schedule, check_schedule, one_of, value_at
+
+GUIDANCES = ("diffusers-guidance", "stable-diffusion-guidance", "deep-floyd-guidance")
+"""One class serves all diffusers pipelines; the others are threestudio's names."""
+PROMPT_PROCESSORS = (
+    "diffusers-prompt-processor",
+    "stable-diffusion-prompt-processor",
+    "deep-floyd-prompt-processor",
+)
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """Weights (`system.loss`), numbers or schedules.
+
+    Args:
+        lambda_sds: Of score distillation.
+        lambda_orient: Against normals that face away from the camera.
+        lambda_sparsity: Against opacity.
+        lambda_opaque: Against half-transparency.
+    """
+
+    lambda_sds: Schedule = 1.0
+    lambda_orient: Schedule = 0.0
+    lambda_sparsity: Schedule = 0.0
+    lambda_opaque: Schedule = 0.0
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            check_schedule(name, value)
+
+
+@dataclass(frozen=True)
+class DreamFusionConfig:
+    """`system`: names of the parts, and a section for each.
+
+    Args:
+        geometry_type: A key of `systems.fields.FIELDS`.
+        geometry: Its settings.
+        material_type: A key of `systems.materials.MATERIALS`.
+        material: Its settings.
+        background_type: A key of `systems.backgrounds.BACKGROUNDS`.
+        background: Its settings.
+        renderer_type: A key of `systems.renderers.volume.RENDERERS`.
+        renderer: Its settings.
+        prompt_processor_type: Any of threestudio's names.
+        prompt_processor: What is wanted.
+        guidance_type: Any of threestudio's names.
+        guidance: Who says so.
+        loss: Weights.
+        optimizer: Who takes the steps.
+    """
+
+    prompt_processor: PromptConfig
+    guidance: GuidanceConfig
+    optimizer: OptimizerConfig
+    geometry_type: str = "implicit-volume"
+    geometry: dict[str, Any] = field(default_factory=dict)
+    material_type: str = "diffuse-with-point-light-material"
+    material: dict[str, Any] = field(default_factory=dict)
+    background_type: str = "neural-environment-map-background"
+    background: dict[str, Any] = field(default_factory=dict)
+    renderer_type: str = "nerf-volume-renderer"
+    renderer: dict[str, Any] = field(default_factory=dict)
+    prompt_processor_type: str = "diffusers-prompt-processor"
+    guidance_type: str = "diffusers-guidance"
+    loss: LossConfig = field(default_factory=LossConfig)
+
+    def __post_init__(self) -> None:
+        one_of("guidance_type", self.guidance_type, GUIDANCES)
+        one_of("prompt_processor_type", self.prompt_processor_type, PROMPT_PROCESSORS)
+        named = self.prompt_processor.pretrained_model_name_or_path
+        if named not in (None, self.guidance.pretrained_model_name_or_path):
+            raise ValueError(
+                f"`prompt_processor` names the model `{named}` and `guidance` "
+                f"`{self.guidance.pretrained_model_name_or_path}`: the guidance's own "
+                "text encoder is used. Leave the first out, or write the same."
+            )
+
+
+class Scene(nn.Module):
+    """Everything that is optimised, and how it is seen.
+
+    Args:
+        config: The system's settings.
+    """
+
+    def __init__(self, config: DreamFusionConfig) -> None:
+        super().__init__()
+        parts: dict[str, Any] = {}
+        for name, table in (
+            ("geometry", FIELDS),
+            ("material", MATERIALS),
+            ("background", BACKGROUNDS),
+            ("renderer", RENDERERS),
+        ):
+            kind: Any = choose(
+                table, getattr(config, f"{name}_type"), f"system.{name}_type"
+            )
+            section = getattr(config, name)
+            parts[name] = kind(read(kind.Config, section, f"system.{name}"))
+        self.geometry = parts["geometry"]
+        self.material = parts["material"]
+        self.background = parts["background"]
+        self.renderer = parts["renderer"]
+        inside, seen = self.geometry.config.radius, self.renderer.config.radius
+        if inside != seen:
+            raise ValueError(
+                f"`system.geometry.radius` is {inside} and `system.renderer.radius` "
+                f"{seen}: write `radius: ${{system.geometry.radius}}` in the renderer."
+            )
+
+    def forward(
+        self,
+        views: Views,
+        step: int | None,
+        random: dp.StepRandom,
+        with_normals: bool = False,
+    ) -> Rendering:
+        """See `systems.renderers.volume.VolumeRenderer`."""
+        return self.renderer(
+            self.geometry,
+            self.material,
+            self.background,
+            views,
+            step,
+            random,
+            with_normals,
+        )
+
+
+class DreamFusion(System):
+    """Text to 3D by score distillation of a field."""
+
+    scene: Scene
+
+    def __init__(self, config: Config, device: torch.device | None = None) -> None:
+        super().__init__(config, device)
+        self.settings = read(DreamFusionConfig, config.system, "system")
+        with self.random.scope(0, "scene"):
+            self.scene = Scene(self.settings).to(self.device)
+        self.settings.optimizer.check(self.scene)
+
+    @property
+    def prompt(self) -> str:
+        """What is wanted."""
+        return self.settings.prompt_processor.prompt
+
+    def trajectory(self) -> dp.OptimizationTrajectory:
+        """Adam (or another) on the loss above; loads the pretrained model."""
+        settings = self.settings
+        prior, words = load(
+            settings.guidance.pretrained_model_name_or_path,
+            settings.prompt_processor.texts(),
+            settings.prompt_processor.negative_prompt,
+            self.device,
+            settings.guidance.half_precision_weights,
+        )
+        guidance = ScoreDistillation(
+            settings.guidance, prior, words, settings.prompt_processor
+        )
+
+        def loss(step: int, scene: nn.Module) -> tuple[Tensor, dict[str, Any]]:
+            return self.loss(step, scene, guidance)
+
+        return dp.OptimizationTrajectory.from_module(
+            self.scene,
+            loss,
+            settings.optimizer.build,
+            self.config.trainer.max_steps,
+            seed=self.config.seed,
+        )
+
+    def loss(
+        self, step: int, scene: nn.Module, guidance: ScoreDistillation
+    ) -> tuple[Tensor, dict[str, Any]]:
+        """The loss of a step, and numbers to log."""
+        weight = {
+            name: value_at(value, step)
+            for name, value in vars(self.settings.loss).items()
+        }
+        views = self.cameras.views(step, self.random)
+        seen: Rendering = scene(
+            views, step, self.random, with_normals=weight["lambda_orient"] > 0
+        )
+        pictures = seen.rgb.permute(0, 3, 1, 2)
+        sds, log = guidance(pictures, views.cameras, step, self.random)
+        total = weight["lambda_sds"] * sds
+        opacity = seen.opacity.clamp(1e-3, 1 - 1e-3)
+        terms = {
+            "orient": seen.backfacing,
+            "sparsity": (seen.opacity.square() + 0.01).sqrt().mean(),
+            "opaque": nn.functional.binary_cross_entropy(opacity, opacity),
+        }
+        for name, value in terms.items():
+            if weight[f"lambda_{name}"]:
+                total = total + weight[f"lambda_{name}"] * value
+        losses = {f"loss_{name}": value for name, value in terms.items()}
+        return total, {
+            "loss": total,
+            "loss_sds": sds,
+            **losses,
+            **log,
+            "opacity": seen.opacity.mean(),
+        }
+
+    @torch.no_grad()
+    def render(
+        self, y: dp.State, views: Views
+    ) -> tuple[Float[Tensor, "views 3 height width"], Float[Tensor, "views 1 h w"]]:
+        """Final-look pictures and opacity of a state, on the CPU."""
+        seen = torch.func.functional_call(self.scene, y, (views, None, self.random))
+        pictures, opacity = (
+            part.permute(0, 3, 1, 2).cpu() for part in (seen.rgb, seen.opacity)
+        )
+        return pictures.clamp(0, 1), opacity
+
+    @torch.no_grad()
+    def mesh(self, y: dp.State) -> Any:
+        """The surface at `isosurface_threshold`, coloured by the albedo."""
+        geometry, material = self.scene.geometry, self.scene.material
+        prefix = "geometry."
+        own = {
+            name.removeprefix(prefix): tensor
+            for name, tensor in y.items()
+            if name.startswith(prefix)
+        }
+
+        def values(points: Tensor) -> tuple[Tensor, Tensor]:
+            return torch.func.functional_call(
+                geometry, own, (points.to(self.device), None)
+            )
+
+        def density(points: Tensor) -> Tensor:
+            inside = points.norm(dim=-1) < geometry.config.radius
+            return values(points)[0].cpu() * inside
+
+        def colour(points: Tensor) -> Tensor:
+            return material.albedo(values(points)[1]).cpu()
+
+        return extract_mesh(
+            density,
+            colour,
+            geometry.config.radius,
+            geometry.config.isosurface_resolution,
+            geometry.config.isosurface_threshold,
+        )

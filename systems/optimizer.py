@@ -1,0 +1,80 @@
+"""The optimizer a config asks for, with a learning rate for each part."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from systems.reader import ConfigError
+from systems.settings import one_of
+
+OPTIMIZERS: Mapping[str, type[torch.optim.Optimizer]] = {
+    "Adam": torch.optim.Adam,
+    "AdamW": torch.optim.AdamW,
+    "SGD": torch.optim.SGD,
+    "RMSprop": torch.optim.RMSprop,
+}
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """`system.optimizer`, in threestudio's form.
+
+    Args:
+        name: A class of `torch.optim`.
+        args: Its arguments.
+        params: Arguments for a part of the scene by its name, such as `background:
+            {lr: 0.001}`; other parts take `args`.
+    """
+
+    name: str = "Adam"
+    args: dict[str, Any] = field(default_factory=dict)
+    params: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        one_of("name", self.name, list(OPTIMIZERS))
+        if "lr" not in self.args:
+            raise ValueError("`args` has no learning rate: write `args.lr=0.01`.")
+
+    def check(self, scene: nn.Module) -> None:
+        """Refuse arguments the optimizer does not take, and parts that are not there.
+
+        Raises:
+            ConfigError: Names them.
+        """
+        parts = [name for name, _ in scene.named_children()]
+        for name in self.params:
+            if name not in parts:
+                raise ConfigError(
+                    f"There is no setting `system.optimizer.params.{name}`. "
+                    f"Known here: {', '.join(parts)}."
+                )
+        probe = {
+            f"{name}.probe": nn.Parameter(torch.zeros(1)) for name in (*parts, "rest")
+        }
+        try:
+            self.build(probe)
+        except (TypeError, ValueError) as error:
+            raise ConfigError(f"In `system.optimizer`: {error}") from error
+
+    def build(self, parameters: Mapping[str, Tensor]) -> torch.optim.Optimizer:
+        """The optimizer of parameters by name."""
+        groups: dict[str, list[Tensor]] = {}
+        for name, tensor in parameters.items():
+            part = name.partition(".")[0]
+            groups.setdefault(part if part in self.params else "", []).append(tensor)
+        arguments: Any = {
+            key: tuple(value) if isinstance(value, list) else value
+            for key, value in self.args.items()
+        }
+        return OPTIMIZERS[self.name](
+            [
+                {"params": tensors, **self.params.get(part, {})}
+                for part, tensors in groups.items()
+            ],
+            **arguments,
+        )

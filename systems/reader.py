@@ -1,0 +1,227 @@
+"""From YAML and command line to validated settings.
+
+Every section belongs to a frozen dataclass: unknown keys are refused by name with the
+nearest known one, values that do not fit their type say what to write.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+T = TypeVar("T")
+MISSING = "???"
+
+
+class ConfigError(ValueError):
+    """A config cannot be used; the message says what to write instead."""
+
+
+def merge(path: str | Path, overrides: Sequence[str]) -> DictConfig:
+    """The YAML file with its overrides, interpolations not yet resolved."""
+    path = Path(path)
+    if not path.is_file():
+        near = sorted(str(file) for file in path.parent.glob("*.yaml"))
+        near = near or sorted(str(file) for file in Path("configs").glob("*.yaml"))
+        hint = difflib.get_close_matches(str(path), near, n=3, cutoff=0.3) or near[:5]
+        raise ConfigError(
+            f"There is no config `{path}`."
+            + (
+                f" Did you mean {', '.join(f'`{name}`' for name in hint)}?"
+                if hint
+                else ""
+            )
+        )
+    try:
+        base = OmegaConf.load(path)
+    except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
+        raise ConfigError(f"`{path}` is no YAML that can be read: {error}") from error
+    if not isinstance(base, DictConfig):
+        raise ConfigError(
+            f"`{path}` must hold `key: value` lines, as configs/*.yaml do."
+        )
+    for override in overrides:
+        key, sign, _ = override.partition("=")
+        if not sign or not key.strip() or override.startswith("-"):
+            raise ConfigError(
+                f"`{override}` is no setting: write `key=value`, for example "
+                '`system.prompt_processor.prompt="a red mushroom"`.'
+            )
+        try:
+            base = OmegaConf.merge(base, OmegaConf.from_dotlist([override]))
+        except (yaml.YAMLError, OmegaConfBaseException, ValueError) as error:
+            raise ConfigError(
+                f"`{override}` cannot be read ({_first_line(error)}). Quote values "
+                "with special characters: `'key=\"value: with colon\"'`."
+            ) from error
+    assert isinstance(base, DictConfig)
+    return base
+
+
+def to_mapping(config: DictConfig) -> dict[str, Any]:
+    """Resolve interpolations; `???` stays."""
+    # OmegaConf 2.4 renames the function that registers resolvers.
+    register = getattr(OmegaConf, "register_resolver", OmegaConf.register_new_resolver)
+    register("rmspace", lambda text, by: str(text).replace(" ", str(by)), replace=True)
+    try:
+        mapping = OmegaConf.to_container(config, resolve=True, throw_on_missing=False)
+    except OmegaConfBaseException as error:
+        reason = _first_line(error)
+        missing = "MissingMandatoryValue" in f"{type(error).__name__} {reason}"
+        if missing or "Missing" in reason:
+            # A tag made of the prompt: the prompt is what is missing.
+            tag = config.pop("tag", None)
+            if tag is not None:
+                return {**to_mapping(config), "tag": ""}
+        raise ConfigError(f"The config cannot be resolved: {reason}") from error
+    assert isinstance(mapping, dict)
+    return {str(key): value for key, value in mapping.items()}
+
+
+def read(kind: type[T], section: Any, where: str) -> T:
+    """Make a settings object of a section.
+
+    Args:
+        kind: A dataclass.
+        section: A mapping.
+        where: The section's dotted name, for messages.
+
+    Raises:
+        ConfigError: A key is unknown or missing, or a value cannot be used.
+    """
+    if not isinstance(section, Mapping):
+        raise ConfigError(f"`{where}` is {section!r}: write a section of `key: value`.")
+    fields: dict[str, dataclasses.Field[Any]] = {
+        f.name: f for f in dataclasses.fields(typing.cast(Any, kind))
+    }
+    for key in section:
+        if key not in fields:
+            raise ConfigError(_unknown(_dotted(where, str(key)), str(key), fields))
+    hints = typing.get_type_hints(kind)
+    values: dict[str, Any] = {}
+    for name, entry in fields.items():
+        required = (
+            entry.default is dataclasses.MISSING
+            and entry.default_factory is dataclasses.MISSING
+        )
+        value = section.get(name, MISSING)
+        if isinstance(value, str) and value == MISSING:
+            if required:
+                raise ConfigError(_missing(_dotted(where, name)))
+            continue
+        values[name] = _convert(value, hints[name], _dotted(where, name))
+    try:
+        return kind(**values)
+    except ConfigError:
+        raise
+    except (ValueError, TypeError) as error:
+        prefix = f"In `{where}`: " if where else ""
+        raise ConfigError(f"{prefix}{error}") from error
+
+
+def choose(table: Mapping[str, T], name: str, where: str) -> T:
+    """An entry of a table of classes.
+
+    Raises:
+        ConfigError: There is none of that name.
+    """
+    if name not in table:
+        raise ConfigError(
+            f"`{where}` is `{name}`: write one of {', '.join(f'`{n}`' for n in table)}."
+        )
+    return table[name]
+
+
+def _convert(value: Any, hint: Any, where: str) -> Any:
+    """A value as the type a field asks for."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if hint is Any:
+        return value
+    if origin in (typing.Union, types.UnionType):
+        if value is None and type(None) in arguments:
+            return None
+        for option in arguments:
+            if option is not type(None):
+                try:
+                    return _convert(value, option, where)
+                except ConfigError:
+                    continue
+        raise _wrong(where, value, hint)
+    if dataclasses.is_dataclass(hint):
+        return read(typing.cast(type[Any], hint), value, where)
+    if origin is tuple:
+        if not isinstance(value, Sequence) or isinstance(value, str):
+            raise _wrong(where, value, hint)
+        if len(value) != len(arguments):
+            raise _wrong(where, value, hint)
+        return tuple(
+            _convert(v, a, where) for v, a in zip(value, arguments, strict=True)
+        )
+    if origin is dict:
+        if not isinstance(value, Mapping):
+            raise ConfigError(
+                f"`{where}` is {value!r}: write a section of `key: value`."
+            )
+        return dict(value)
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if hint is str and isinstance(value, int | float) and not isinstance(value, bool):
+        return str(value)
+    if isinstance(value, hint) and not (hint is not bool and isinstance(value, bool)):
+        return value
+    raise _wrong(where, value, hint)
+
+
+_NAMES = {
+    int: "a whole number",
+    float: "a number",
+    str: "a text",
+    bool: "true or false",
+}
+
+
+def _wrong(where: str, value: Any, hint: Any) -> ConfigError:
+    return ConfigError(f"`{where}` is `{value}`: write {_describe(hint)}.")
+
+
+def _describe(hint: Any) -> str:
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(
+            "null" if a is type(None) else _describe(a) for a in arguments
+        )
+    if origin is tuple:
+        return f"[{', '.join(_describe(a) for a in arguments)}]"
+    return _NAMES.get(hint, str(hint))
+
+
+def _unknown(where: str, key: str, known: Mapping[str, Any]) -> str:
+    near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    hint = f" Did you mean `{near[0]}`?" if near else ""
+    return f"There is no setting `{where}`.{hint} Known here: {', '.join(known)}."
+
+
+def _missing(where: str) -> str:
+    if where.endswith("prompt_processor.prompt"):
+        return (
+            "The prompt is missing: say what to make, for example "
+            '`system.prompt_processor.prompt="a red mushroom"`.'
+        )
+    return f"`{where}` is missing: write `{where}=…`, or a line of it in the config."
+
+
+def _dotted(where: str, key: str) -> str:
+    return f"{where}.{key}" if where else key
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
