@@ -62,9 +62,15 @@ class System(abc.ABC):
 
     @abc.abstractmethod
     def render(
-        self, y: dp.State, views: Views
+        self, y: dp.State, views: Views, grey: float | None = None
     ) -> tuple[Float[Tensor, "views 3 height width"], Float[Tensor, "views 1 h w"]]:
-        """Final-look pictures and opacity of a state, on the CPU."""
+        """Final-look pictures and opacity of a state, on the CPU.
+
+        Args:
+            y: The state.
+            views: From where.
+            grey: Put the object over this grey instead of its own background.
+        """
 
     @abc.abstractmethod
     def mesh(self, y: dp.State) -> trimesh.Trimesh:

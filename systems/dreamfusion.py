@@ -238,14 +238,15 @@ class DreamFusion(System):
 
     @torch.no_grad()
     def render(
-        self, y: dp.State, views: Views
+        self, y: dp.State, views: Views, grey: float | None = None
     ) -> tuple[Float[Tensor, "views 3 height width"], Float[Tensor, "views 1 h w"]]:
-        """Final-look pictures and opacity of a state, on the CPU."""
+        """Final-look pictures and opacity of a state; see `System.render`."""
         seen = torch.func.functional_call(self.scene, y, (views, None, self.random))
-        pictures, opacity = (
-            part.permute(0, 3, 1, 2).cpu() for part in (seen.rgb, seen.opacity)
-        )
-        return pictures.clamp(0, 1), opacity
+        rgb = seen.rgb
+        if grey is not None:
+            rgb = seen.foreground + (1 - seen.opacity) * grey
+        rgb, opacity = (part.permute(0, 3, 1, 2).cpu() for part in (rgb, seen.opacity))
+        return rgb.clamp(0, 1), opacity
 
     @torch.no_grad()
     def mesh(self, y: dp.State) -> Any:

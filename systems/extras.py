@@ -7,6 +7,15 @@ import importlib
 from typing import Any
 
 import torch
+from packaging.version import Version
+
+
+def dtype_argument(dtype: torch.dtype) -> dict[str, torch.dtype]:
+    """How `from_pretrained` of the installed diffusers is told a precision."""
+    import diffusers
+
+    renamed = Version(diffusers.__version__) >= Version("0.42")
+    return {"dtype" if renamed else "torch_dtype": dtype}
 
 
 @functools.cache

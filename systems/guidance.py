@@ -20,7 +20,7 @@ from dreampropeller import StepRandom
 from systems.cameras import Cameras
 from systems.priors import Prior, Words
 from systems.prompts import PromptConfig
-from systems.settings import Schedule, check_schedule, one_of, value_at
+from systems.settings import Schedule, check_range, check_schedule, one_of, value_at
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,7 @@ class GuidanceConfig:
     Args:
         pretrained_model_name_or_path: "toybox", a hub model, or a local folder.
         guidance_scale: s of classifier-free guidance, 1 for none.
+        guidance_rescale: Pulls guided answers back in range, from 0 (off) to 1.
         weighting_strategy: w(t): "sds" is $1 - \bar\alpha_t$, "uniform" is 1,
             "fantasia3d" is $\sqrt{\bar\alpha_t}\,(1 - \bar\alpha_t)$.
         min_step_percent: Least timestep, as a share of all; a number or a schedule.
@@ -42,6 +43,7 @@ class GuidanceConfig:
 
     pretrained_model_name_or_path: str
     guidance_scale: float = 100.0
+    guidance_rescale: float = 0.0
     weighting_strategy: str = "sds"
     min_step_percent: Schedule = 0.02
     max_step_percent: Schedule = 0.98
@@ -55,6 +57,7 @@ class GuidanceConfig:
             self.weighting_strategy,
             ("sds", "uniform", "fantasia3d"),
         )
+        check_range("guidance_rescale", (0, self.guidance_rescale), 0, 1)
         check_schedule("min_step_percent", self.min_step_percent)
         check_schedule("max_step_percent", self.max_step_percent)
         if self.grad_clip is not None:
@@ -113,6 +116,7 @@ class ScoreDistillation:
                 self.words.given[numbers],
                 self.words.without,
                 self.config.guidance_scale,
+                self.config.guidance_rescale,
             )
             gradient = self._weight(t) * (predicted - noise)
             if self.config.grad_clip is not None:

@@ -25,13 +25,13 @@ import torch
 import transformers
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from jaxtyping import Float, Int
-from packaging.version import Version
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from systems.extras import dtype_argument
 from systems.toybox import WEIGHTS
-from systems.toybox.pipeline import ToyboxPipeline
+from systems.toybox.pipeline import ToyboxPipeline, rescaled
 
 ALIASES: Mapping[str, str] = {"toybox": str(WEIGHTS)}
 """Names of models that come with the repository."""
@@ -43,9 +43,6 @@ MOVED: Mapping[str, str] = {
 """Models that left the hub (in November 2025 and before), and what stands in."""
 _TEXT = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
 _NOT_NEEDED = ("safety_checker", "feature_extractor", "watermarker", "image_encoder")
-
-
-_DTYPE = "dtype" if Version(diffusers.__version__) >= Version("0.42") else "torch_dtype"
 
 
 class ModelError(ValueError):
@@ -137,12 +134,13 @@ class Prior:
         words: Tensor,
         without: Tensor,
         guidance_scale: float,
+        guidance_rescale: float = 0.0,
     ) -> Float[Tensor, "views channels rows columns"]:
         r"""The noise in noisy pictures, with classifier-free guidance.
 
-        $\hat\epsilon = \epsilon(\varnothing) + s\,(\epsilon(c) -
-        \epsilon(\varnothing))$ (J. Ho and T. Salimans, 2022, arXiv 2207.12598), as in
-        diffusers; threestudio's scale is one less.
+        The model's answer is $\hat a = a(\varnothing) + s\,(a(c) - a(\varnothing))$ (J.
+        Ho and T. Salimans, 2022, arXiv 2207.12598), as in diffusers; threestudio's
+        scale is one less.
 
         Args:
             noisy: $x_t$.
@@ -150,21 +148,25 @@ class Prior:
             words: Embedding of each view's prompt, shape ``(views, tokens, channels)``.
             without: Embedding of the negative prompt, shape ``(1, tokens, channels)``.
             guidance_scale: s; 1 asks the conditional model alone.
+            guidance_rescale: See `systems.toybox.pipeline.rescaled`.
         """
         if guidance_scale == 1:
-            return self._noise(noisy, t, words)
+            return self._to_noise(self._answer(noisy, t, words), noisy, t)
         blank = without.expand_as(words)
-        both = self._noise(
+        both = self._answer(
             torch.cat([noisy, noisy]), torch.cat([t, t]), torch.cat([blank, words])
         )
         plain, given = both.chunk(2)
-        return plain + guidance_scale * (given - plain)
+        guided = plain + guidance_scale * (given - plain)
+        return self._to_noise(rescaled(guided, given, guidance_rescale), noisy, t)
 
-    def _noise(self, noisy: Tensor, t: Tensor, words: Tensor) -> Tensor:
+    def _answer(self, noisy: Tensor, t: Tensor, words: Tensor) -> Tensor:
         answer = self.unet(
             noisy.to(self.dtype), t, encoder_hidden_states=words.to(self.dtype)
         ).sample.to(noisy.dtype)
-        answer = answer[:, : noisy.shape[1]]  # DeepFloyd IF: a learned variance follows
+        return answer[:, : noisy.shape[1]]  # DeepFloyd IF: a learned variance follows
+
+    def _to_noise(self, answer: Tensor, noisy: Tensor, t: Tensor) -> Tensor:
         if self.prediction_type == "epsilon":
             return answer
         alpha, sigma = self.scales(t)
@@ -256,10 +258,8 @@ def open_pipeline(
             if index["_class_name"] == ToyboxPipeline.__name__
             else DiffusionPipeline
         )
-        if dtype != torch.float32:
-            options[_DTYPE] = dtype
         with quiet:
-            return kind.from_pretrained(source, **options)
+            return kind.from_pretrained(source, **dtype_argument(dtype), **options)
     except (OSError, RuntimeError, ValueError, KeyError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         moved = (

@@ -71,6 +71,7 @@ class Rendering:
 
     Attributes:
         rgb: Colours over the background, shape ``(views, height, width, 3)``.
+        foreground: The object's share of them, shape as `rgb`.
         opacity: From 0 to 1, shape ``(views, height, width, 1)``.
         normal: Normals from −1 to 1 times opacity, shape as `rgb`; zeros where the
             material needs none.
@@ -80,6 +81,7 @@ class Rendering:
     """
 
     rgb: Float[Tensor, "views height width 3"]
+    foreground: Float[Tensor, "views height width 3"]
     opacity: Float[Tensor, "views height width 1"]
     normal: Float[Tensor, "views height width 3"]
     backfacing: Float[Tensor, ""]
@@ -158,7 +160,7 @@ class VolumeRenderer(nn.Module):
             self._rays(
                 geometry,
                 material,
-                *[part[begin : begin + chunk] for part in rays],
+                *[part[begin : begin + chunk] for part in rays[:3]],
                 None if jitter is None else jitter[begin : begin + chunk],
                 shading,
                 step,
@@ -166,13 +168,14 @@ class VolumeRenderer(nn.Module):
             )
             for begin in range(0, len(rays[0]), chunk)
         ]
-        rgb, opacity, normal = (
+        foreground, opacity, normal = (
             torch.cat(part).reshape(*shape, -1)
             for part in list(zip(*parts, strict=True))[:3]
         )
+        rgb = foreground + (1 - opacity) * rays[3].reshape(*shape, 3)
         facing = torch.stack([part[3] for part in parts]).sum()
         seen = (opacity > 0).sum().clamp(min=1)
-        return Rendering(rgb, opacity, normal, facing / seen)
+        return Rendering(rgb, foreground, opacity, normal, facing / seen)
 
     def _rays(
         self,
@@ -181,7 +184,6 @@ class VolumeRenderer(nn.Module):
         origins: Tensor,
         directions: Tensor,
         light: Tensor,
-        behind: Tensor,
         jitter: Tensor | None,
         shading: str,
         step: int | None,
@@ -198,7 +200,7 @@ class VolumeRenderer(nn.Module):
         weights = _weights(samples, density, count)
         colours = material.albedo(features)
         facing = weights.new_zeros(())
-        normal = behind.new_zeros(count, 3)
+        normal = weights.new_zeros(count, 3)
         if with_normals or shading != "albedo":
             normals = geometry.normals(points, step)
             normal = accumulate_along_rays(weights, normals, samples.rays, count)
@@ -209,7 +211,7 @@ class VolumeRenderer(nn.Module):
                 colours = lit if shading == "textureless" else colours * lit
         rgb = accumulate_along_rays(weights, colours, samples.rays, count)
         opacity = accumulate_along_rays(weights, None, samples.rays, count)
-        return rgb + (1 - opacity) * behind, opacity, normal, facing
+        return rgb, opacity, normal, facing
 
     @torch.no_grad()
     def _cut(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -43,7 +44,13 @@ def save_sheet(
         raise ValueError(
             f"`{path}` has no ending of a picture format: write `{path.stem}.png`."
         )
-    values = sheet(pictures, columns).clamp(0, 1).mul(255).round().to(torch.uint8)
+    values = sheet(pictures, columns)
     values = values.repeat_interleave(scale, 1).repeat_interleave(scale, 2)
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(values.permute(1, 2, 0).contiguous().numpy()).save(path)
+    Image.fromarray(to_bytes(values)).save(path)
+
+
+def to_bytes(picture: Float[Tensor, "3 height width"]) -> np.ndarray:
+    """A picture from 0 to 1 as bytes, shape ``(height, width, 3)``."""
+    values = picture.clamp(0, 1).mul(255).round().to(torch.uint8)
+    return values.permute(1, 2, 0).contiguous().numpy()

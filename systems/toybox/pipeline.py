@@ -5,7 +5,14 @@ Sampling is DDIM with classifier-free guidance: the velocity is
 $$\hat v = v(x_t, \varnothing) + s\,\bigl(v(x_t, c) - v(x_t, \varnothing)\bigr)$$
 
 at guidance scale $s$ (J. Ho and T. Salimans, 2022, arXiv 2207.12598); 1 is the plain
-conditional model. Pictures are made in pixel space, so there is no autoencoder.
+conditional model. In pixel space a larger scale drives colours out of range, so the
+result is pulled back to the spread of the conditional velocity,
+
+$$\hat v \leftarrow \phi\,\hat v\, \frac{\operatorname{std} v(x_t, c)}
+  {\operatorname{std} \hat v} + (1 - \phi)\,\hat v$$
+
+with $\phi = 0.7$ (S. Lin et al., 2023, arXiv 2305.08891, Eqs. 14 to 16). Pictures are
+made in pixel space, so there is no autoencoder.
 """
 
 from __future__ import annotations
@@ -20,9 +27,27 @@ from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 from torch import Tensor
 from transformers import CLIPTextModel, PreTrainedTokenizerFast
 
+from systems.extras import dtype_argument
 from systems.toybox import WEIGHTS
 from systems.toybox.captions import check
 from systems.toybox.model import MAX_WORDS
+
+GUIDANCE_RESCALE = 0.7
+
+
+def rescaled(guided: Tensor, given: Tensor, rescale: float) -> Tensor:
+    """Pull a guided answer back to the spread of the conditional one.
+
+    Args:
+        guided: The guided answer of a model, shape ``(batch, channels, h, w)``.
+        given: Its conditional answer, same shape.
+        rescale: From 0 (off) to 1.
+    """
+    if not rescale:
+        return guided
+    axes = (1, 2, 3)
+    ratio = given.std(axes, keepdim=True) / guided.std(axes, keepdim=True)
+    return guided * (rescale * ratio + (1 - rescale))
 
 
 class ToyboxPipeline(DiffusionPipeline):
@@ -118,9 +143,15 @@ class ToyboxPipeline(DiffusionPipeline):
 
     @torch.no_grad()
     def velocity(
-        self, x: Tensor, timestep: Tensor, words: Tensor, blank: Tensor, scale: float
+        self,
+        x: Tensor,
+        timestep: Tensor,
+        words: Tensor,
+        blank: Tensor,
+        scale: float,
+        rescale: float = GUIDANCE_RESCALE,
     ) -> Tensor:
-        """The guided velocity of noisy pictures.
+        r"""The guided velocity of noisy pictures.
 
         Args:
             x: Noisy pictures, shape ``(batch, 3, size, size)``.
@@ -128,13 +159,15 @@ class ToyboxPipeline(DiffusionPipeline):
             words: Embeddings of the prompts, shape ``(batch, MAX_WORDS, channels)``.
             blank: Embedding of the empty prompt, shape ``(1, MAX_WORDS, channels)``.
             scale: Guidance scale; 1 asks the conditional model alone.
+            rescale: $\phi$ above, from 0 (off) to 1.
         """
         if scale == 1:
             return self.unet(x, timestep, words).sample
         both = torch.cat([blank.expand_as(words), words])
         t = timestep.expand(len(x)).repeat(2)
         without, given = self.unet(torch.cat([x, x]), t, both).sample.chunk(2)
-        return without + scale * (given - without)
+        guided = without + scale * (given - without)
+        return rescaled(guided, given, rescale)
 
     @torch.no_grad()
     def __call__(
@@ -142,14 +175,16 @@ class ToyboxPipeline(DiffusionPipeline):
         prompt: str | Sequence[str],
         num_inference_steps: int = 25,
         guidance_scale: float = 3.0,
+        guidance_rescale: float = GUIDANCE_RESCALE,
         seed: int = 0,
     ) -> Tensor:
-        """Sample a picture of each prompt.
+        r"""Sample a picture of each prompt.
 
         Args:
             prompt: One prompt, or several.
             num_inference_steps: DDIM steps.
             guidance_scale: 1 is the plain conditional model; 3 is a good value.
+            guidance_rescale: $\phi$ above, from 0 (off) to 1.
             seed: Same seed, same pictures; each picture has noise of its own.
 
         Returns:
@@ -166,7 +201,9 @@ class ToyboxPipeline(DiffusionPipeline):
         x = x.to(words.device, words.dtype)
         self.scheduler.set_timesteps(num_inference_steps)
         for t in self.scheduler.timesteps:
-            v = self.velocity(x, t.to(x.device), words, blank, guidance_scale)
+            v = self.velocity(
+                x, t.to(x.device), words, blank, guidance_scale, guidance_rescale
+            )
             x = self.scheduler.step(v, int(t), x, return_dict=False)[0]
         return (x.float() / 2 + 0.5).clamp(0, 1).cpu()
 
@@ -182,7 +219,7 @@ def load(folder: Path = WEIGHTS) -> ToyboxPipeline:
             f"`{folder}` holds no pipeline (no `model_index.json`). Make one with "
             "`python -m systems.toybox.train` and `python -m systems.toybox.export`."
         )
-    pipeline = ToyboxPipeline.from_pretrained(folder)
+    pipeline = ToyboxPipeline.from_pretrained(folder, **dtype_argument(torch.float32))
     pipeline.unet.eval()
     pipeline.text_encoder.eval()
     return pipeline

@@ -1,0 +1,123 @@
+"""The front door: a config becomes an object.
+
+    python launch.py --config configs/dreamfusion-toybox.yaml --train \
+        system.prompt_processor.prompt="a red mushroom"
+
+`--train` makes it, `--test resume=RUN` renders and measures it, `--export resume=RUN`
+writes its mesh. Settings follow as `key=value`; `dispatch.num_workers=2` starts two
+processes, and `torchrun launch.py …` works too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import dreampropeller as dp
+import systems
+from dreampropeller.checkpoint import CheckpointError
+from systems import folders, results, workers
+from systems.config import Config, load
+from systems.reader import ConfigError
+from systems.recorder import Recorder
+
+
+def train(config: Config) -> int:
+    """Solve the system's trajectory, here or on several ranks; gives the exit code."""
+    if workers.is_rank():  # started by torchrun
+        leads = int(os.environ["RANK"]) == 0
+        return work(config, folders.make_folder(config) if leads else None)
+    system = systems.build(config)  # refuse before anything is made or started
+    if config.resume is not None:
+        folders.load_state(config.resume, system)
+    folder = folders.make_folder(config)
+    folders.write_setup(folder, config)
+    print(f"Writing to {folder}")
+    if config.dispatch.num_workers == 1:
+        return work(config, folder, system)
+    return workers.run(work, config, folder)
+
+
+def work(config: Config, folder: Path | None, system: Any = None) -> int:
+    """What each rank does; only rank 0 has a folder to write to."""
+    dispatcher, threads = workers.dispatcher(config.dispatch)
+    torch.set_num_threads(threads)
+    system = system or systems.build(config)
+    state = folders.load_state(config.resume, system) if config.resume else None
+    trajectory, solver = system.trajectory(), system.solver()
+    recorder = Recorder(system, folder, begin=state.step if state else 0)
+    with recorder.recording():
+        try:
+            solution = dp.solve(
+                trajectory, solver, dispatcher, state=state, on_iteration=recorder
+            )
+        except dp.NotConverged as error:
+            recorder.save(error.solution.state)
+            raise
+        recorder.save(solution.state)
+    if folder is None:
+        return 0
+    exports = recorder.interrupted is None or recorder.interrupted.name == "SIGINT"
+    made = results.write(folder, system, solution.value) if exports else {}
+    report = results.write_report(folder, recorder, solution, made)
+    print(results.summary(folder, report))
+    return 128 + recorder.interrupted if recorder.interrupted else 0
+
+
+def look(config: Config, film: bool) -> int:
+    """Render and measure, or export, what a run has reached."""
+    if config.resume is None:
+        raise ConfigError(
+            "Nothing to look at: name a run, `resume=outputs/<name>/<tag>@<time>`, "
+            "with the `config.yaml` in it."
+        )
+    system = systems.build(config)
+    state = folders.load_state(config.resume, system)
+    folder = folders.folder_of(config.resume)
+    made = results.write(folder, system, state.y, film=film, mesh=not film)
+    print(results.summary(folder, {**made, "steps": state.step}))
+    return 0 if film or isinstance(made["mesh"], list) else 1
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The options; everything else is `key=value`."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--config", required=True, type=Path, help="a YAML file")
+    task = parser.add_mutually_exclusive_group(required=True)
+    task.add_argument("--train", action="store_true", help="make the object")
+    task.add_argument("--test", action="store_true", help="turntable and quality")
+    task.add_argument("--export", action="store_true", help="mesh")
+    return parser
+
+
+def main() -> int:
+    """Run; a user's mistake is a message and exit code 2, never a traceback."""
+    arguments, overrides = make_parser().parse_known_args()
+    try:
+        config = load(arguments.config, overrides)
+        return train(config) if arguments.train else look(config, arguments.test)
+    except (
+        ConfigError,
+        CheckpointError,
+        ValueError,
+        OSError,
+        dp.NotConverged,
+    ) as error:
+        print(f"error: {error}", file=sys.stderr)
+    except dp.WorkerError as error:
+        print(f"error: {workers.last_words(error)}", file=sys.stderr)
+    except KeyboardInterrupt:
+        print("Stopped. What was saved is in the run folder.", file=sys.stderr)
+        return 130
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,151 @@
+"""A run's folder: where it is, what describes the run, and going on from it.
+
+`outputs/<name>/<tag>@<time>/` holds `config.yaml` (resolved), `command.txt`,
+`environment.json`, `ckpts/`, and what `systems.recorder` and `systems.results` write.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import re
+import shlex
+import subprocess
+import sys
+from dataclasses import asdict
+from datetime import datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+import dreampropeller as dp
+from dreampropeller import checkpoint
+from systems.base import System
+from systems.config import Config
+from systems.reader import ConfigError
+
+CHECKPOINTS = "ckpts"
+
+
+def make_folder(config: Config) -> Path:
+    """The folder of a run; an existing one when it is resumed.
+
+    Raises:
+        ConfigError: It cannot be written.
+    """
+    if config.resume is not None:
+        return folder_of(config.resume)
+    stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
+    tag = re.sub(r"[^\w.,()+-]+", "_", config.tag)[:100] or "run"
+    parent = Path(config.exp_root_dir) / config.name
+    folder = parent / f"{tag}@{stamp}"
+    number = 1
+    while folder.exists():  # two runs in the same second
+        number += 1
+        folder = parent / f"{tag}@{stamp}-{number}"
+    try:
+        folder.mkdir(parents=True)
+    except OSError as error:
+        raise ConfigError(
+            f"Results cannot be written to `{parent}`: {error.strerror or error}. Name "
+            "another folder: `exp_root_dir=…`."
+        ) from error
+    return folder
+
+
+def folder_of(resume: str) -> Path:
+    """The run folder behind a `resume` path.
+
+    Raises:
+        ConfigError: There is nothing there.
+    """
+    path = Path(resume)
+    if not path.exists():
+        raise ConfigError(
+            f"There is nothing to resume at `{path}`. Name a run folder "
+            "(`outputs/<name>/<tag>@<time>`) or one of its checkpoints."
+        )
+    folder = path.parent if path.is_file() else path
+    return folder.parent if folder.name == CHECKPOINTS else folder
+
+
+def load_state(resume: str, system: System) -> dp.SolverState[Any]:
+    """The solver state a `resume` path names, checked against the system.
+
+    Raises:
+        CheckpointError: It cannot be read.
+        ConfigError: It belongs to another config.
+    """
+    path = Path(resume)
+    folder_of(resume)
+    if path.is_dir() and (path / CHECKPOINTS).is_dir():
+        path = path / CHECKPOINTS
+    state = checkpoint.load(path, device=system.device)
+    system.check_state(state.y, path)
+    return state
+
+
+def environment() -> dict[str, Any]:
+    """Machine and versions, for whoever reads the figures."""
+    packages = ("torch", "diffusers", "transformers", "nerfacc", "numpy")
+    return {
+        "dreampropeller": metadata.version("dreampropeller"),
+        "commit": _commit(),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "packages": {name: metadata.version(name) for name in packages},
+    }
+
+
+def write_setup(folder: Path, config: Config) -> None:
+    """Write config, command and environment of a run."""
+    settings = {k: v for k, v in asdict(config).items() if k != "resume"}
+    text = yaml.safe_dump(_plain(settings), sort_keys=False, allow_unicode=True)
+    (folder / "config.yaml").write_text(text, encoding="utf-8")
+    with open(folder / "command.txt", "a", encoding="utf-8") as file:
+        file.write(" ".join(["python", *map(shlex.quote, sys.argv)]) + "\n")
+    write_json(folder / "environment.json", environment())
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write a JSON file in one go: a reader never sees half of it."""
+    part = path.with_name(f"part-{path.name}")
+    part.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    os.replace(part, path)
+
+
+def _plain(value: Any) -> Any:
+    """Tuples as lists, which is how YAML writes them."""
+    if isinstance(value, dict):
+        return {key: _plain(entry) for key, entry in value.items()}
+    return (
+        [_plain(entry) for entry in value] if isinstance(value, list | tuple) else value
+    )
+
+
+def _commit() -> str | None:
+    try:
+        return subprocess.check_output(
+            ["git", "describe", "--always", "--dirty"],
+            cwd=Path(__file__).parent,
+            stderr=subprocess.DEVNULL,
+            text=True,
+        ).strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        names = [line for line in lines if line.startswith("model name")]
+        return names[0].partition(":")[2].strip()
+    except (OSError, IndexError):
+        return platform.processor()

@@ -1,0 +1,188 @@
+"""Writes a run down while it goes on, and listens whether to stop.
+
+Metrics go to `metrics.jsonl` and TensorBoard, the object so far to `preview.png`,
+checkpoints to `ckpts/`. Ctrl-C, SIGTERM or a file named `stop` in the run folder end
+the run after the iteration at hand. Only rank 0 writes and listens.
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any, TextIO
+
+import torch
+from tqdm import tqdm
+
+import dreampropeller as dp
+from dreampropeller import checkpoint
+from systems.base import System
+from systems.export import save_picture
+from systems.folders import CHECKPOINTS
+
+PREVIEW_VIEWS = 4
+STOP = "stop"
+SAME_SIGNAL = 2.0
+"""Seconds within which signals count as one: a launcher repeats the terminal's."""
+
+
+class Recorder:
+    """Writes a run down as it goes on; the `on_iteration` of its solve.
+
+    Args:
+        system: What runs.
+        folder: Where to write; None writes nothing (ranks other than 0).
+        begin: The step the run starts from.
+
+    Attributes:
+        interrupted: The signal that asked to stop, if one did.
+    """
+
+    def __init__(self, system: System, folder: Path | None, begin: int) -> None:
+        self.system = system
+        self.folder = folder
+        self.config = system.config
+        self.interrupted: signal.Signals | None = None
+        self.seconds: dict[str, float] = {}
+        self.started = time.perf_counter()
+        self._interrupted_at = 0.0
+        self._begin = begin
+        self._saved_at = begin
+        self._metrics: TextIO | None = None
+        self._board: Any = None
+        self._bar: Any = None
+
+    @contextmanager
+    def recording(self) -> Iterator[Recorder]:
+        """Open files, progress bar and signal handlers for a solve.
+
+        Whatever ends it, what was accepted by then is saved.
+        """
+        previous = {
+            number: signal.signal(number, self._ask_to_stop)
+            for number in (signal.SIGINT, signal.SIGTERM)
+        }
+        try:
+            with self._files():
+                yield self
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+
+    @contextmanager
+    def _files(self) -> Iterator[None]:
+        if self.folder is None:
+            yield
+            return
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._metrics = open(self.folder / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115
+        self._board = SummaryWriter(str(self.folder / "tensorboard"))
+        self._bar = tqdm(
+            total=self.config.trainer.max_steps,
+            initial=self._begin,
+            desc=self.system.prompt[:40],
+            unit="step",
+            dynamic_ncols=True,
+        )
+        (self.folder / STOP).unlink(missing_ok=True)
+        try:
+            yield
+        finally:
+            self._bar.close()
+            self._metrics.close()
+            self._board.close()
+
+    def __call__(self, state: dp.SolverState[Any], iteration: dp.Iteration) -> bool:
+        """Write an iteration down; True asks the solve to stop."""
+        for phase, seconds in iteration.seconds.items():
+            self.seconds[phase] = self.seconds.get(phase, 0.0) + seconds
+        if self.folder is None:
+            return False
+        self._write_metrics(state, iteration)
+        strides = state.stats.strides
+        self._bar.update(iteration.stride)
+        self._bar.set_postfix_str(
+            f"stride {iteration.stride}/{iteration.window}, "
+            f"{sum(strides) / len(strides):.2f}x fewer iterations"
+        )
+        interval = self.config.trainer.val_check_interval
+        if (state.step // interval) > ((state.step - iteration.stride) // interval):
+            self._preview(state)
+        if state.step - self._saved_at >= self.config.checkpoint.every_n_train_steps:
+            self.save(state)
+        self._look_for_stop()
+        return self.interrupted is not None
+
+    def save(self, state: dp.SolverState[Any]) -> None:
+        """Write a checkpoint."""
+        if self.folder is None:
+            return
+        checkpoint.save(
+            self.folder / CHECKPOINTS, state, keep=self.config.checkpoint.keep
+        )
+        self._saved_at = state.step
+
+    def _write_metrics(
+        self, state: dp.SolverState[Any], iteration: dp.Iteration
+    ) -> None:
+        assert self._metrics is not None
+        every = self.config.trainer.log_every_n_steps
+        elapsed = round(time.perf_counter() - self.started, 3)
+        for offset, aux in enumerate(iteration.aux):
+            step = iteration.begin + offset
+            if step % every:
+                continue
+            entry = {"step": step, **{key: round(v, 6) for key, v in aux.items()}}
+            self._metrics.write(json.dumps(entry) + "\n")
+            for key, value in aux.items():
+                self._board.add_scalar(f"train/{key}", value, step)
+        entry = {
+            "iteration": state.stats.num_iterations,
+            "begin": iteration.begin,
+            "window": iteration.window,
+            "stride": iteration.stride,
+            "errors": [float(f"{error:.4g}") for error in iteration.errors],
+            "threshold": iteration.threshold,
+            "seconds": {k: round(v, 4) for k, v in iteration.seconds.items()},
+            "elapsed": elapsed,
+        }
+        self._metrics.write(json.dumps(entry) + "\n")
+        self._metrics.flush()
+        self._board.add_scalar("solver/stride", iteration.stride, state.step)
+        if iteration.threshold is not None:
+            self._board.add_scalar("solver/threshold", iteration.threshold, state.step)
+
+    def _preview(self, state: dp.SolverState[Any]) -> None:
+        assert self.folder is not None
+        pictures = torch.stack(list(self.system.turntable(state.y, PREVIEW_VIEWS)))
+        save_picture(pictures, self.folder / "preview.png")
+        sheet = torch.cat(list(pictures), -1)
+        self._board.add_image("preview", sheet.clamp(0, 1), state.step)
+
+    def _ask_to_stop(self, number: int, frame: FrameType | None) -> None:
+        """Stop after this iteration; a second time, at once."""
+        del frame
+        if self.folder is None:
+            return  # rank 0 decides for all
+        now = time.monotonic()
+        if self.interrupted is not None and now - self._interrupted_at > SAME_SIGNAL:
+            raise KeyboardInterrupt
+        if self.interrupted is None:
+            self._interrupted_at = now
+            self.interrupted = signal.Signals(number)
+            tqdm.write("Stopping after this iteration; once more stops at once.")
+
+    def _look_for_stop(self) -> None:
+        """A file named `stop` in the run folder asks too; it may name the signal."""
+        assert self.folder is not None
+        file = self.folder / STOP
+        if file.exists():
+            asked = file.read_text().strip()
+            self.interrupted = signal.SIGTERM if asked == "SIGTERM" else signal.SIGINT
+            file.unlink(missing_ok=True)

@@ -1,0 +1,110 @@
+"""What a finished run leaves behind: film, meshes, quality and a report."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+import dreampropeller as dp
+from systems import quality
+from systems.base import EmptySurface, System
+from systems.export import save_film, save_mesh, save_picture
+from systems.folders import environment, write_json
+from systems.recorder import PREVIEW_VIEWS, Recorder
+
+
+def write(
+    folder: Path, system: System, y: dp.State, film: bool = True, mesh: bool = True
+) -> dict[str, Any]:
+    """Write turntable, mesh and quality of a state; returns what there is to report.
+
+    An empty surface is reported, not raised: the rest is still of use.
+    """
+    report: dict[str, Any] = {"prompt": system.prompt}
+    if film:
+        frames = system.turntable(y)
+        total = system.cameras.n_test_views
+        bar = tqdm(frames, total=total, desc="turntable", unit="frame", leave=False)
+        save_film(bar, folder / "turntable.mp4")
+        report["turntable"] = "turntable.mp4"
+        pictures = torch.stack(list(system.turntable(y, PREVIEW_VIEWS)))
+        save_picture(pictures, folder / "preview.png")
+        wanted = quality.truth_of(system)
+        if wanted is None:
+            report["quality"] = "not measured: the toybox has no truth of this prompt"
+        else:
+            measured = quality.against_truth(system, y, wanted)
+            report["quality"] = measured.figures()
+            both = torch.cat([measured.pictures, measured.wanted])
+            save_picture(
+                both.repeat_interleave(4, -1).repeat_interleave(4, -2),
+                folder / "truth.png",
+                quality.NUM_VIEWS,
+            )
+    if mesh:
+        try:
+            surface = system.mesh(y)
+            report["mesh"] = [path.name for path in save_mesh(surface, folder)]
+            report["faces"] = len(surface.faces)
+        except EmptySurface as error:
+            report["mesh"] = f"none: {error}"
+    return report
+
+
+def write_report(
+    folder: Path,
+    recorder: Recorder,
+    solution: dp.Solution[Any],
+    results: dict[str, Any],
+) -> dict[str, Any]:
+    """Write `report.json`: what was solved, at what cost, and how good it is."""
+    stats = solution.stats
+    steps = sum(stats.strides)
+    report = {
+        **results,
+        "result": solution.result.value,
+        "steps": steps,
+        "iterations": stats.num_iterations,
+        "evaluations": stats.num_evaluations,
+        "steps_per_iteration": round(steps / max(1, stats.num_iterations), 3),
+        "seconds": round(time.perf_counter() - recorder.started, 2),
+        "seconds_by_phase": {k: round(v, 3) for k, v in recorder.seconds.items()},
+        "workers": recorder.config.dispatch.num_workers,
+        "solver": asdict(recorder.config.solver),
+        "environment": environment(),
+    }
+    write_json(folder / "report.json", report)
+    return report
+
+
+def summary(folder: Path, report: dict[str, Any]) -> str:
+    """A run in a few lines."""
+    lines = [
+        f"{report['prompt']}: {report['steps']} steps" if "prompt" in report else ""
+    ]
+    if "iterations" in report:
+        lines = [
+            f"{report['steps']} steps in {report['iterations']} iterations "
+            f"({report['steps_per_iteration']:.2f}x fewer), "
+            f"{report['evaluations']} evaluations, {report['seconds']:.1f} s on "
+            f"{report['workers']} worker(s). {report['result']}"
+        ]
+    found = report.get("quality")
+    if isinstance(found, dict):
+        lines.append(
+            f"Against the truth: PSNR {found['psnr']:.1f} dB, "
+            f"SSIM {found['ssim']:.2f}, IoU {found['iou']:.2f}; "
+            f"right colour in {found['right_colour']:.0%} and "
+            f"right object in {found['right_object']:.0%} of the views."
+        )
+    elif found:
+        lines.append(f"Quality {found}.")
+    if isinstance(report.get("mesh"), str):
+        lines.append(f"Mesh {report['mesh']}")
+    lines.append(f"Look into {folder}")
+    return "\n".join(line for line in lines if line)

@@ -1,0 +1,101 @@
+"""Ranks: which dispatcher a run needs, starting processes, and stopping them kindly."""
+
+from __future__ import annotations
+
+import functools
+import os
+import signal
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+
+import dreampropeller as dp
+from systems.config import Config, DispatchConfig
+from systems.recorder import STOP
+
+
+def is_rank() -> bool:
+    """Whether this process was started as one of several."""
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+def dispatcher(config: DispatchConfig) -> tuple[Callable[[Any], dp.Dispatcher], int]:
+    """The dispatcher of a run, and how many CPU threads this process takes."""
+    if not is_rank():
+        return dp.InlineDispatcher, config.threads or torch.get_num_threads()
+    threads = config.threads or 1
+    spread = functools.partial(
+        dp.DistributedDispatcher, threads=threads, timeout=config.timeout
+    )
+    return spread, threads
+
+
+def run(
+    work: Callable[[Config, Path | None], int], config: Config, folder: Path
+) -> int:
+    """Start `dispatch.num_workers` ranks of a function and wait for them.
+
+    Ctrl-C and SIGTERM reach rank 0 through the file `stop` in the run folder, so that
+    it can finish its iteration; a second one ends everything at once.
+
+    Args:
+        work: Called with the config and, on rank 0, the folder; returns an exit code.
+        config: The run.
+        folder: Where it is written down.
+
+    Raises:
+        WorkerError: A rank failed.
+    """
+    outcome: list[Any] = []
+
+    def launch() -> None:
+        try:
+            outcome.extend(
+                dp.launch(
+                    _rank, work, config, folder, num_workers=config.dispatch.num_workers
+                )
+            )
+        except BaseException as error:  # handed to the main thread
+            outcome.append(error)
+
+    asked: list[int] = []
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        del frame
+        if asked:
+            os._exit(128 + number)  # ranks follow their launcher
+        asked.append(number)
+        (folder / STOP).write_text(signal.Signals(number).name)
+
+    previous = {n: signal.signal(n, stop) for n in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        # Not in the main thread: there torch's launcher would end ranks on a signal.
+        thread = threading.Thread(target=launch)
+        thread.start()
+        while thread.is_alive():
+            thread.join(0.2)
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+    first = outcome[0]
+    if isinstance(first, BaseException):
+        raise first
+    return int(first)
+
+
+def _rank(
+    work: Callable[[Config, Path | None], int], config: Config, folder: Path
+) -> int:
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)  # the launching process passes them on
+    return work(config, folder if os.environ["RANK"] == "0" else None)
+
+
+def last_words(error: dp.WorkerError) -> str:
+    """The last line of a rank's traceback, for people."""
+    lines = [line for line in str(error).strip().splitlines() if line.strip()]
+    return lines[-1] if lines else "A rank failed without a word."
