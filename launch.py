@@ -14,7 +14,6 @@ import argparse
 import os
 import sys
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -28,28 +27,26 @@ from systems.recorder import Recorder
 
 
 def train(config: Config) -> int:
-    """Solve the system's trajectory, here or on several ranks; gives the exit code."""
+    """Make the object, here or on several ranks; gives the exit code."""
     if workers.is_rank():  # started by torchrun
-        leads = int(os.environ["RANK"]) == 0
-        return work(config, folders.make_folder(config) if leads else None)
+        return work(config, leads=os.environ["RANK"] == "0")
+    if config.dispatch.num_workers == 1:
+        return work(config)
     system = systems.build(config)  # refuse before anything is made or started
     if config.resume is not None:
         folders.load_state(config.resume, system)
-    folder = folders.make_folder(config)
-    folders.write_setup(folder, config)
-    print(f"Writing to {folder}")
-    if config.dispatch.num_workers == 1:
-        return work(config, folder, system)
-    return workers.run(work, config, folder)
+    return workers.run(work, config, folders.open_folder(config))
 
 
-def work(config: Config, folder: Path | None, system: Any = None) -> int:
-    """What each rank does; only rank 0 has a folder to write to."""
+def work(config: Config, folder: Path | None = None, leads: bool = True) -> int:
+    """What each rank does; the one that leads writes it down, in a folder."""
     dispatcher, threads = workers.dispatcher(config.dispatch)
     torch.set_num_threads(threads)
-    system = system or systems.build(config)
+    system = systems.build(config)
     state = folders.load_state(config.resume, system) if config.resume else None
     trajectory, solver = system.trajectory(), system.solver()
+    if leads:
+        folder = folder or folders.open_folder(config)
     recorder = Recorder(system, folder, begin=state.step if state else 0)
     with recorder.recording():
         try:
@@ -89,7 +86,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--config", required=True, type=Path, help="a YAML file")
+    parser.add_argument("--config", type=Path, help="a YAML file; default: the run's")
     task = parser.add_mutually_exclusive_group(required=True)
     task.add_argument("--train", action="store_true", help="make the object")
     task.add_argument("--test", action="store_true", help="turntable and quality")
@@ -97,11 +94,11 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main() -> int:
+def main(argv: list[str] | None = None) -> int:
     """Run; a user's mistake is a message and exit code 2, never a traceback."""
-    arguments, overrides = make_parser().parse_known_args()
+    arguments, overrides = make_parser().parse_known_args(argv)
     try:
-        config = load(arguments.config, overrides)
+        config = load(arguments.config or folders.config_of(overrides), overrides)
         return train(config) if arguments.train else look(config, arguments.test)
     except (
         ConfigError,

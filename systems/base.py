@@ -39,11 +39,7 @@ class System(abc.ABC):
         config: The run.
         device: Where it works; default: this process's GPU, or the CPU.
 
-    Attributes:
-        scene: Renders views; its parameters and buffers are the state.
     """
-
-    scene: nn.Module
 
     def __init__(self, config: Config, device: torch.device | None = None) -> None:
         self.config = config
@@ -55,6 +51,11 @@ class System(abc.ABC):
     @abc.abstractmethod
     def prompt(self) -> str:
         """What is wanted."""
+
+    @property
+    @abc.abstractmethod
+    def scene(self) -> nn.Module:
+        """Renders views; its parameters and buffers are the state."""
 
     @abc.abstractmethod
     def trajectory(self) -> dp.OptimizationTrajectory:

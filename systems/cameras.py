@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -111,11 +112,8 @@ class Views:
     def one(self, number: int) -> Views:
         """A view by itself."""
         part = slice(number, number + 1)
-        cut = {
-            f.name: None if value is None else value[part]
-            for f in fields(self.cameras)
-            for value in [getattr(self.cameras, f.name)]
-        }
+        every = {f.name: getattr(self.cameras, f.name) for f in fields(self.cameras)}
+        cut: Any = {k: None if v is None else v[part] for k, v in every.items()}
         return Views(Cameras(**cut), self.light[part], self.height, self.width)
 
 

@@ -26,7 +26,7 @@ from systems.fields import FIELDS
 from systems.guidance import GuidanceConfig, ScoreDistillation
 from systems.materials import MATERIALS
 from systems.optimizer import OptimizerConfig
-from systems.priors import load
+from systems.priors import check, load
 from systems.prompts import PromptConfig
 from systems.reader import choose, read
 from systems.renderers.volume import RENDERERS, Rendering
@@ -164,19 +164,26 @@ class Scene(nn.Module):
 class DreamFusion(System):
     """Text to 3D by score distillation of a field."""
 
-    scene: Scene
-
     def __init__(self, config: Config, device: torch.device | None = None) -> None:
         super().__init__(config, device)
         self.settings = read(DreamFusionConfig, config.system, "system")
+        check(
+            self.settings.guidance.pretrained_model_name_or_path,
+            [self.settings.prompt_processor.prompt],
+        )
         with self.random.scope(0, "scene"):
-            self.scene = Scene(self.settings).to(self.device)
-        self.settings.optimizer.check(self.scene)
+            self._scene = Scene(self.settings).to(self.device)
+        self.settings.optimizer.check(self._scene)
 
     @property
     def prompt(self) -> str:
         """What is wanted."""
         return self.settings.prompt_processor.prompt
+
+    @property
+    def scene(self) -> Scene:
+        """The field, its look, what is behind, and the renderer."""
+        return self._scene
 
     def trajectory(self) -> dp.OptimizationTrajectory:
         """Adam (or another) on the loss above; loads the pretrained model."""

@@ -13,6 +13,7 @@ import re
 import shlex
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict
 from datetime import datetime
 from importlib import metadata
@@ -29,16 +30,22 @@ from systems.config import Config
 from systems.reader import ConfigError
 
 CHECKPOINTS = "ckpts"
+CONFIG = "config.yaml"
 
 
-def make_folder(config: Config) -> Path:
-    """The folder of a run; an existing one when it is resumed.
+def open_folder(config: Config) -> Path:
+    """Make a run's folder and describe the run in it; a resumed run keeps its own.
 
     Raises:
         ConfigError: It cannot be written.
     """
-    if config.resume is not None:
-        return folder_of(config.resume)
+    folder = _make(config) if config.resume is None else folder_of(config.resume)
+    write_setup(folder, config)
+    print(f"Writing to {folder}")
+    return folder
+
+
+def _make(config: Config) -> Path:
     stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
     tag = re.sub(r"[^\w.,()+-]+", "_", config.tag)[:100] or "run"
     parent = Path(config.exp_root_dir) / config.name
@@ -73,6 +80,21 @@ def folder_of(resume: str) -> Path:
     return folder.parent if folder.name == CHECKPOINTS else folder
 
 
+def config_of(overrides: Sequence[str]) -> Path:
+    """The config of the run that `resume=…` names, when none is given.
+
+    Raises:
+        ConfigError: There is none.
+    """
+    for override in overrides:
+        if override.startswith("resume="):
+            return folder_of(override.removeprefix("resume=")) / CONFIG
+    raise ConfigError(
+        "Which config? Write `--config configs/dreamfusion-toybox.yaml`, or name a run "
+        "to go on from: `resume=outputs/<name>/<tag>@<time>`."
+    )
+
+
 def load_state(resume: str, system: System) -> dp.SolverState[Any]:
     """The solver state a `resume` path names, checked against the system.
 
@@ -105,10 +127,10 @@ def environment() -> dict[str, Any]:
 
 
 def write_setup(folder: Path, config: Config) -> None:
-    """Write config, command and environment of a run."""
+    """Write `config.yaml`, `command.txt` and `environment.json`."""
     settings = {k: v for k, v in asdict(config).items() if k != "resume"}
     text = yaml.safe_dump(_plain(settings), sort_keys=False, allow_unicode=True)
-    (folder / "config.yaml").write_text(text, encoding="utf-8")
+    (folder / CONFIG).write_text(text, encoding="utf-8")
     with open(folder / "command.txt", "a", encoding="utf-8") as file:
         file.write(" ".join(["python", *map(shlex.quote, sys.argv)]) + "\n")
     write_json(folder / "environment.json", environment())

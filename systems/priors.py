@@ -15,6 +15,7 @@ import gc
 import hashlib
 import json
 import os
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +31,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from systems.extras import dtype_argument
-from systems.toybox import WEIGHTS
+from systems.toybox import WEIGHTS, captions
 from systems.toybox.pipeline import ToyboxPipeline, rescaled
 
 ALIASES: Mapping[str, str] = {"toybox": str(WEIGHTS)}
@@ -217,9 +218,38 @@ def load(
 def resolve(name: str) -> str:
     """The folder or hub name behind a name."""
     name = ALIASES.get(name, name)
-    if Path(name).is_dir():
+    if Path(name).is_dir() or name not in MOVED:
         return name
-    return MOVED.get(name, name)
+    print(f"`{name}` left the hub; using `{MOVED[name]}`.", file=sys.stderr)
+    return MOVED[name]
+
+
+def check(name: str, prompts: Sequence[str]) -> None:
+    """Refuse early what `load` would refuse, as far as that needs no loading.
+
+    Raises:
+        ModelError: A folder is not there, or holds no pipeline.
+        ValueError: The embedded prior does not know a word.
+    """
+    source = ALIASES.get(name, name)
+    folder = Path(source)
+    if not folder.is_dir():
+        if source.startswith((".", "/", "~")) or source.count("/") != 1:
+            raise ModelError(
+                f"There is no folder `{source}`. Write the path of a diffusers "
+                "pipeline folder, a name on the hub, or `toybox`."
+            )
+        return
+    try:
+        index = json.loads((folder / "model_index.json").read_text())
+    except (OSError, ValueError) as error:
+        raise ModelError(
+            f"`{source}` is no diffusers pipeline (no readable `model_index.json`). "
+            "Save one there with `pipeline.save_pretrained(...)`, or write `toybox`."
+        ) from error
+    if index.get("_class_name") == ToyboxPipeline.__name__:
+        for prompt in prompts:
+            captions.check(prompt)
 
 
 def open_pipeline(
@@ -235,20 +265,11 @@ def open_pipeline(
     Raises:
         ModelError: It cannot be had.
     """
+    check(source, [])
     local = Path(source).is_dir()
-    if not local and (source.startswith((".", "/", "~")) or source.count("/") > 1):
-        raise ModelError(
-            f"There is no folder `{source}`. Write the path of a diffusers pipeline "
-            "folder, a name on the hub, or `toybox`."
-        )
-    if local and not (Path(source) / "model_index.json").exists():
-        raise ModelError(
-            f"`{source}` is no diffusers pipeline (no `model_index.json`). Save one "
-            "there with `pipeline.save_pretrained(...)`, or write `toybox`."
-        )
     quiet = _no_progress_bars() if local else contextlib.nullcontext()
     try:
-        index = dict(DiffusionPipeline.load_config(source))
+        index: Any = DiffusionPipeline.load_config(source)
         left_out = _NOT_NEEDED if with_text else (*_NOT_NEEDED, *_TEXT)
         options: dict[str, Any] = {part: None for part in left_out if part in index}
         if "requires_safety_checker" in index:

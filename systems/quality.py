@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -107,7 +108,7 @@ def measure(
     from skimage.metrics import structural_similarity
 
     error = float((pictures - goal).square().mean())
-    similar = [
+    similar: list[Any] = [
         structural_similarity(a.numpy(), b.numpy(), channel_axis=0, data_range=1.0)
         for a, b in zip(pictures, goal, strict=True)
     ]

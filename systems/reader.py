@@ -19,7 +19,6 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 T = TypeVar("T")
-MISSING = "???"
 
 
 class ConfigError(ValueError):
@@ -68,21 +67,22 @@ def merge(path: str | Path, overrides: Sequence[str]) -> DictConfig:
 
 
 def to_mapping(config: DictConfig) -> dict[str, Any]:
-    """Resolve interpolations; `???` stays."""
+    """Resolve interpolations.
+
+    Raises:
+        ConfigError: A value is missing (`???`), or refers to one that is not there.
+    """
     # OmegaConf 2.4 renames the function that registers resolvers.
     register = getattr(OmegaConf, "register_resolver", OmegaConf.register_new_resolver)
     register("rmspace", lambda text, by: str(text).replace(" ", str(by)), replace=True)
+    for key in sorted(OmegaConf.missing_keys(config)):
+        raise ConfigError(_missing(key))
     try:
-        mapping = OmegaConf.to_container(config, resolve=True, throw_on_missing=False)
+        mapping = OmegaConf.to_container(config, resolve=True)
     except OmegaConfBaseException as error:
-        reason = _first_line(error)
-        missing = "MissingMandatoryValue" in f"{type(error).__name__} {reason}"
-        if missing or "Missing" in reason:
-            # A tag made of the prompt: the prompt is what is missing.
-            tag = config.pop("tag", None)
-            if tag is not None:
-                return {**to_mapping(config), "tag": ""}
-        raise ConfigError(f"The config cannot be resolved: {reason}") from error
+        raise ConfigError(
+            f"The config cannot be resolved: {_first_line(error)}"
+        ) from error
     assert isinstance(mapping, dict)
     return {str(key): value for key, value in mapping.items()}
 
@@ -113,12 +113,10 @@ def read(kind: type[T], section: Any, where: str) -> T:
             entry.default is dataclasses.MISSING
             and entry.default_factory is dataclasses.MISSING
         )
-        value = section.get(name, MISSING)
-        if isinstance(value, str) and value == MISSING:
-            if required:
-                raise ConfigError(_missing(_dotted(where, name)))
-            continue
-        values[name] = _convert(value, hints[name], _dotted(where, name))
+        if name in section:
+            values[name] = _convert(section[name], hints[name], _dotted(where, name))
+        elif required:
+            raise ConfigError(_missing(_dotted(where, name)))
     try:
         return kind(**values)
     except ConfigError:

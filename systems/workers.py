@@ -35,7 +35,7 @@ def dispatcher(config: DispatchConfig) -> tuple[Callable[[Any], dp.Dispatcher], 
 
 
 def run(
-    work: Callable[[Config, Path | None], int], config: Config, folder: Path
+    work: Callable[[Config, Path | None, bool], int], config: Config, folder: Path
 ) -> int:
     """Start `dispatch.num_workers` ranks of a function and wait for them.
 
@@ -43,7 +43,8 @@ def run(
     it can finish its iteration; a second one ends everything at once.
 
     Args:
-        work: Called with the config and, on rank 0, the folder; returns an exit code.
+        work: Called with the config, the folder (rank 0) or None, and whether this
+            is rank 0; returns an exit code.
         config: The run.
         folder: Where it is written down.
 
@@ -88,11 +89,12 @@ def run(
 
 
 def _rank(
-    work: Callable[[Config, Path | None], int], config: Config, folder: Path
+    work: Callable[[Config, Path | None, bool], int], config: Config, folder: Path
 ) -> int:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)  # the launching process passes them on
-    return work(config, folder if os.environ["RANK"] == "0" else None)
+    leads = os.environ["RANK"] == "0"
+    return work(config, folder if leads else None, leads)
 
 
 def last_words(error: dp.WorkerError) -> str:

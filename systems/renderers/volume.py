@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 
 import torch
 from jaxtyping import Float
-from nerfacc import (  # pyright: ignore[reportMissingTypeStubs]
+from nerfacc import (
     OccGridEstimator,
     accumulate_along_rays,
     render_weight_from_density,
@@ -88,6 +88,16 @@ class Rendering:
 
 
 @dataclass(frozen=True)
+class _Rays:
+    """Rays: origins, directions and the light they meet, ``(rays, 3)``, and shifts."""
+
+    origins: Tensor
+    directions: Tensor
+    light: Tensor
+    jitter: Tensor  # share of a sample by which a ray's samples are shifted, (rays, 1)
+
+
+@dataclass(frozen=True)
 class _Samples:
     """What is evaluated: interval ends, and the samples' rays."""
 
@@ -146,33 +156,26 @@ class VolumeRenderer(nn.Module):
         shape = directions.shape[:3]
         light = views.light[:, None, None].expand(*shape, 3)
         behind = background(directions.to(device), step, random)
-        rays = [
+        flat = [
             part.expand(*shape, 3).reshape(-1, 3).to(device)
-            for part in (origins, directions, light, behind)
+            for part in (origins, directions, light)
         ]
-        jitter = None
+        jitter = torch.full((len(flat[0]), 1), 0.5, device=device)
         if step is not None and self.config.randomized:
             generator = random.generator(step, "samples")
-            jitter = torch.rand(len(rays[0]), 1, generator=generator).to(device)
+            jitter = torch.rand(jitter.shape, generator=generator).to(device)
         shading = material.shading(step, random)
-        chunk = len(rays[0]) if step is not None else self.config.eval_chunk_size
+        chunk = len(jitter) if step is not None else self.config.eval_chunk_size
+        pieces = zip(*(part.split(chunk) for part in (*flat, jitter)), strict=True)
         parts = [
-            self._rays(
-                geometry,
-                material,
-                *[part[begin : begin + chunk] for part in rays[:3]],
-                None if jitter is None else jitter[begin : begin + chunk],
-                shading,
-                step,
-                with_normals,
-            )
-            for begin in range(0, len(rays[0]), chunk)
+            self._rays(geometry, material, _Rays(*piece), shading, step, with_normals)
+            for piece in pieces
         ]
         foreground, opacity, normal = (
             torch.cat(part).reshape(*shape, -1)
             for part in list(zip(*parts, strict=True))[:3]
         )
-        rgb = foreground + (1 - opacity) * rays[3].reshape(*shape, 3)
+        rgb = foreground + (1 - opacity) * behind
         facing = torch.stack([part[3] for part in parts]).sum()
         seen = (opacity > 0).sum().clamp(min=1)
         return Rendering(rgb, foreground, opacity, normal, facing / seen)
@@ -181,21 +184,19 @@ class VolumeRenderer(nn.Module):
         self,
         geometry: Field,
         material: Albedo | PointLight,
-        origins: Tensor,
-        directions: Tensor,
-        light: Tensor,
-        jitter: Tensor | None,
+        rays: _Rays,
         shading: str,
         step: int | None,
         with_normals: bool,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        count = len(origins)
-        if origins.is_cuda and self.config.grid_prune:
-            samples = self._march(origins, directions, jitter is not None)
+        count = len(rays.origins)
+        if rays.origins.is_cuda and self.config.grid_prune:
+            samples = self._march(rays, step is not None and self.config.randomized)
         else:
-            samples = self._cut(origins, directions, jitter)
+            samples = self._cut(rays)
+        directions = rays.directions[samples.rays]
         middle = ((samples.begin + samples.end) / 2)[:, None]
-        points = origins[samples.rays] + directions[samples.rays] * middle
+        points = rays.origins[samples.rays] + directions * middle
         density, features = geometry(points, step)
         weights = _weights(samples, density, count)
         colours = material.albedo(features)
@@ -204,21 +205,20 @@ class VolumeRenderer(nn.Module):
         if with_normals or shading != "albedo":
             normals = geometry.normals(points, step)
             normal = accumulate_along_rays(weights, normals, samples.rays, count)
-            away = (normals * directions[samples.rays]).sum(-1).clamp(min=0)
+            away = (normals * directions).sum(-1).clamp(min=0)
             facing = (weights.detach() * away.square()).sum()
             if shading != "albedo":
-                lit = material.light(points, normals, light[samples.rays])
+                lit = material.light(points, normals, rays.light[samples.rays])
                 colours = lit if shading == "textureless" else colours * lit
         rgb = accumulate_along_rays(weights, colours, samples.rays, count)
         opacity = accumulate_along_rays(weights, None, samples.rays, count)
         return rgb, opacity, normal, facing
 
     @torch.no_grad()
-    def _cut(
-        self, origins: Tensor, directions: Tensor, jitter: Tensor | None
-    ) -> _Samples:
+    def _cut(self, rays: _Rays) -> _Samples:
         """Equal samples inside the ball, those in unoccupied cells left out."""
         size, radius = self.config.step_size, self.config.radius
+        origins, directions = rays.origins, rays.directions
         closest = -(origins * directions).sum(-1, keepdim=True)
         distance = origins.square().sum(-1, keepdim=True) - closest.square()
         half = (radius**2 - distance).clamp(min=0).sqrt()
@@ -226,32 +226,33 @@ class VolumeRenderer(nn.Module):
         slots = torch.arange(
             int(2 * radius / size) + 1, device=origins.device, dtype=origins.dtype
         )
-        begin = near + (slots + (0.5 if jitter is None else jitter) - 0.5) * size
+        begin = near + (slots + rays.jitter - 0.5) * size
         middle = begin + size / 2
         points = origins[:, None] + directions[:, None] * middle[..., None]
         inside = (middle > near) & (middle < far)
         if self.config.grid_prune:
             inside &= self.occupancy.contains(points)
-        rays, _ = inside.nonzero(as_tuple=True)
+        number, _ = inside.nonzero(as_tuple=True)
         chosen = inside.flatten().nonzero()[:, 0]
         begin = begin[inside]
-        return _Samples(begin, begin + size, rays, chosen, tuple(inside.shape))
+        dense = (inside.shape[0], inside.shape[1])
+        return _Samples(begin, begin + size, number, chosen, dense)
 
     @torch.no_grad()
-    def _march(self, origins: Tensor, directions: Tensor, randomized: bool) -> _Samples:
+    def _march(self, rays: _Rays, randomized: bool) -> _Samples:
         """Nerfacc's marching through our grid; CUDA only, not yet run."""
         side, radius = self.config.occupancy.resolution, self.config.radius
-        box = [-radius] * 3 + [radius] * 3
+        box = torch.tensor([-radius] * 3 + [radius] * 3)
         grid = OccGridEstimator(roi_aabb=box, resolution=side, levels=1)
-        grid = grid.to(origins.device)
+        grid = grid.to(rays.origins.device)
         grid.binaries = self.occupancy.occupied().view(1, side, side, side)
-        rays, begin, end = grid.sampling(
-            origins,
-            directions,
+        number, begin, end = grid.sampling(
+            rays.origins,
+            rays.directions,
             render_step_size=self.config.step_size,
             stratified=randomized,
         )
-        return _Samples(begin, end, rays.long(), None, (len(origins), 0))
+        return _Samples(begin, end, number.long(), None, (len(rays.origins), 0))
 
 
 def _weights(samples: _Samples, density: Tensor, count: int) -> Tensor:
