@@ -56,7 +56,9 @@ def merge(path: str | Path, overrides: Sequence[str]) -> DictConfig:
                 '`system.prompt_processor.prompt="a red mushroom"`.'
             )
         try:
-            base = OmegaConf.merge(base, OmegaConf.from_dotlist([override]))
+            parsed = OmegaConf.select(OmegaConf.from_dotlist([override]), key)
+            # A whole section replaces the old one, whose keys need not fit.
+            OmegaConf.update(base, key, parsed, merge=False)
         except (yaml.YAMLError, OmegaConfBaseException, ValueError) as error:
             raise ConfigError(
                 f"`{override}` cannot be read ({_first_line(error)}). Quote values "

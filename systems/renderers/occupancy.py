@@ -7,7 +7,8 @@ $$o \leftarrow \max(\gamma\,o,\ \sigma(x)\,\delta)$$
 
 at a random point x of the cell, with the step size δ of the renderer. It is evolving
 state: a buffer, changed while a drift is evaluated, and so part of the trajectory's
-state (Eq. 11 of `docs/method.md`).
+state (Eq. 11 of `docs/method.md`). Cells that were never looked at hold −1 and count
+as occupied.
 """
 
 from __future__ import annotations
@@ -62,7 +63,7 @@ class Occupancy(nn.Module):
         super().__init__()
         self.config = config
         self.radius = radius
-        self.register_buffer("value", torch.zeros(config.resolution**3))
+        self.register_buffer("value", -torch.ones(config.resolution**3))
 
     def refresh(
         self,
@@ -98,8 +99,9 @@ class Occupancy(nn.Module):
 
     def occupied(self) -> Bool[Tensor, " cells"]:
         """The cells worth asking."""
-        bound = self.value.mean().clamp(max=self.config.threshold)
-        return self.value > bound
+        known = self.value >= 0
+        mean = (self.value * known).sum() / known.sum().clamp(min=1)
+        return ~known | (self.value > mean.clamp(max=self.config.threshold))
 
     def contains(self, points: Float[Tensor, "*batch 3"]) -> Bool[Tensor, "*batch"]:
         """Whether points of the cube lie in occupied cells."""

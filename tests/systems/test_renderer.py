@@ -141,6 +141,7 @@ def test_occupancy_remembers_decays_and_looks_again() -> None:
         seen.append(len(points))
         return (points[:, 0] > 0).float()
 
+    assert grid.occupied().all()  # nothing is known yet
     grid.refresh(0, density, 2.0, DICE)
     assert seen == [64]
     assert torch.equal(grid.value.reshape(4, 4, 4)[2:], torch.full((2, 4, 4), 2.0))

@@ -1,0 +1,225 @@
+"""The main job's promises: pure drifts, exactness, right losses, files that open."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import trimesh
+
+import dreampropeller as dp
+from dreampropeller import checkpoint
+from systems import make_system, quality
+from systems.base import EmptySurface, extract_mesh
+from systems.export import save_film, save_mesh
+from systems.reader import ConfigError
+from systems.toybox.truth import truth
+from tests.helpers import tree_equal
+from tests.systems.scenes import SMALL, TOYBOX, small, solve_exactly
+
+
+@pytest.fixture(scope="module")
+def sequential() -> dp.Solution[Any]:
+    return dp.solve(small().trajectory(), dp.Sequential())
+
+
+def test_drift_is_the_same_in_any_order(sequential: dp.Solution[Any]) -> None:
+    """With the occupancy grid on, half way down the optimisation."""
+    trajectory = small().trajectory()
+    middle = dp.solve(trajectory, dp.Sequential(), max_iterations=20, throw=False)
+    y = middle.value
+    assert (y["renderer.occupancy.value"] > 0).any()
+    drift = trajectory.make_drift(torch.device("cpu"))
+    steps = (20, 33, 21, 4)
+    first = {step: drift(step, y) for step in steps}
+    other = small().trajectory().make_drift(torch.device("cpu"))
+    for step in reversed(steps):
+        for again in (drift(step, y), other(step, y)):
+            assert tree_equal(again[0], first[step][0])
+            assert again[1] == first[step][1]
+    assert "renderer.occupancy.value" in first[20][0]  # a refresh is due
+    assert "renderer.occupancy.value" not in first[21][0]
+    del sequential
+
+
+@pytest.mark.parametrize("window", [1, 6])
+def test_threshold_zero_is_sequential(
+    window: int, sequential: dp.Solution[Any]
+) -> None:
+    solver = dp.PicardSolver(dp.SlidingWindow(window), dp.FixedThreshold(0), "momentum")
+    solution = dp.solve(small().trajectory(), solver)
+    assert tree_equal(solution.value, sequential.value)
+    assert tree_equal(solution.carry, sequential.carry)
+
+
+def test_two_ranks_equal_the_sequential_run(sequential: dp.Solution[Any]) -> None:
+    trajectory = small().trajectory()
+    y, _ = trajectory.init()
+    drift = trajectory.make_drift(torch.device("cpu"))
+    for answer in dp.launch(solve_exactly, 5, num_workers=2):
+        assert tree_equal(answer["value"], sequential.value)
+        for step, (gradient, aux) in answer["drifts"].items():
+            own, own_aux = drift(step, y)
+            assert tree_equal(gradient, own)
+            assert aux == own_aux
+
+
+def test_default_solver_keeps_the_picture_in_fewer_iterations(
+    sequential: dp.Solution[Any],
+) -> None:
+    system = small("solver.window.size=4")
+    solution = dp.solve(system.trajectory(), system.solver())
+    assert solution.stats.num_iterations < 25
+    pictures = [
+        torch.stack(list(system.turntable(s.value))) for s in (solution, sequential)
+    ]
+    assert (pictures[0] - pictures[1]).abs().mean() < 0.02
+
+
+def test_loss_is_the_weighted_sum_of_its_terms() -> None:
+    weights = {"sds": 1.0, "orient": 0.5, "sparsity": 2.0, "opaque": 3.0}
+    settings = [f"system.loss.lambda_{k}={v}" for k, v in weights.items()]
+    trajectory = small(*settings).trajectory()
+    y, _ = trajectory.init()
+    _, aux = trajectory.make_drift(torch.device("cpu"))(3, y)
+    total = sum(weight * aux[f"loss_{name}"] for name, weight in weights.items())
+    assert aux["loss"] == pytest.approx(total, rel=1e-5)
+    assert aux["loss_orient"] > 0
+    assert aux["loss_opaque"] > 0
+
+
+def test_schedule_of_a_weight_follows_the_step() -> None:
+    trajectory = small("system.loss.lambda_sparsity=[0,0.0,100.0,10]").trajectory()
+    y, _ = trajectory.init()
+    drift = trajectory.make_drift(torch.device("cpu"))
+    for step, weight in ((10, 100.0), (5, 50.0), (0, 0.0)):
+        _, aux = drift(step, y)
+        expected = aux["loss_sds"] + weight * aux["loss_sparsity"]
+        assert aux["loss"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_learning_rates_of_the_parts() -> None:
+    settings = [
+        "system.background_type=solid-color-background",
+        "system.background={learned: true}",
+        "system.optimizer.params={background: {lr: 0.001}}",
+        "system.optimizer.args={lr: 0.1}",
+    ]
+    system = small(*settings)
+    names = dict(system.scene.named_parameters())
+    optimizer = system.settings.optimizer.build(names)
+    rates = {
+        name: group["lr"]
+        for group in optimizer.param_groups
+        for name, tensor in names.items()
+        if any(tensor is own for own in group["params"])
+    }
+    assert rates == {"geometry.grid": 0.1, "background.color": 0.001}
+
+
+def test_mesh_of_a_ball_is_round_closed_and_outside_out(tmp_path: Path) -> None:
+    mesh = extract_mesh(
+        lambda points: 10 * (1 - points.norm(dim=-1)),
+        lambda points: torch.tensor([1.0, 0.5, 0.0]).expand(len(points), 3),
+        radius=1.0,
+        resolution=48,
+        threshold=4.0,
+    )
+    assert np.allclose(np.linalg.norm(mesh.vertices, axis=1), 0.6, atol=0.01)
+    assert mesh.is_watertight
+    assert mesh.volume == pytest.approx(4 / 3 * math.pi * 0.6**3, rel=0.02)
+    assert mesh.vertices.mean(0) == pytest.approx(np.zeros(3), abs=1e-3)
+    for path in save_mesh(mesh, tmp_path):
+        again = trimesh.load(path, force="mesh")
+        assert len(again.faces) == len(mesh.faces)  # pyright: ignore[reportAttributeAccessIssue]
+        colours = again.visual.vertex_colors  # pyright: ignore[reportAttributeAccessIssue]
+        assert (colours[:, :3] == [255, 128, 0]).all()
+
+
+def test_mesh_stands_upright_in_both_files(tmp_path: Path) -> None:
+    """A cone-like body, wider below: z is up in the obj, y in the glb."""
+    mesh = extract_mesh(
+        lambda p: 5 - 8 * p[:, :2].norm(dim=-1) - 4 * p[:, 2].clamp(min=-0.5).abs(),
+        lambda points: torch.ones(len(points), 3),
+        radius=1.0,
+        resolution=32,
+        threshold=1.0,
+    )
+    mesh.apply_translation([0.0, 0.0, 2.0])
+    paths = save_mesh(mesh, tmp_path)
+    for path, axis in zip(paths, (1, 2), strict=True):
+        again = trimesh.load(path, force="mesh")
+        assert again.bounds[0][axis] > 0.5  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def test_empty_surface_gives_advice() -> None:
+    system = small("system.geometry.isosurface_threshold=1000000")
+    with pytest.raises(EmptySurface, match=r"isosurface_threshold=.*more steps"):
+        system.mesh(system.trajectory().init()[0])
+
+
+# imageio's reader leaves its pipes to the garbage collector.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_film_can_be_read_back(tmp_path: Path) -> None:
+    import imageio.v3 as imageio
+
+    frames = [torch.full((3, 64, 64), grey) for grey in (0.0, 0.5, 1.0)]
+    save_film(frames, tmp_path / "film.mp4")
+    film = imageio.imread(tmp_path / "film.mp4")
+    assert film.shape == (3, 64, 64, 3)
+    assert np.allclose(film.mean((1, 2, 3)), [0, 128, 255], atol=6)
+
+
+def test_quality_of_the_truth_itself_is_perfect() -> None:
+    wanted = truth("a green tree")
+    views = quality.fixed_views()
+    exact = wanted.render(views.cameras, quality.SIZE)
+    goal = exact.over(torch.full((3,), quality.GREY))
+    same = quality.measure(goal, exact.mask, goal, exact.mask, wanted)
+    assert same.psnr >= 100
+    assert same.ssim == pytest.approx(1.0)
+    assert same.iou == 1.0
+    assert same.right_colour == 1.0
+    assert same.right_object >= 0.75
+    shifted = (goal + 0.1).clamp(0, 1)
+    nothing = quality.measure(shifted, 0 * exact.mask, goal, exact.mask, wanted)
+    error = float((shifted - goal).square().mean())
+    assert nothing.psnr == pytest.approx(-10 * math.log10(error))
+    assert nothing.iou == 0.0
+    other = quality.measure(goal, exact.mask, goal, exact.mask, truth("a red car"))
+    assert other.right_colour == 0.0
+    assert other.right_object < 0.2
+
+
+def test_quality_sees_the_object_over_its_own_grey() -> None:
+    """Whatever is behind it in training."""
+    system = small(
+        "system.background_type=solid-color-background",
+        "system.background={color: [0.0, 1.0, 0.0]}",
+    )
+    y, _ = system.trajectory().init()
+    found = quality.against_truth(system, y, truth("a red mushroom"))
+    corner = found.pictures[:, :, 0, 0]
+    assert torch.allclose(corner, torch.full_like(corner, quality.GREY))
+
+
+def test_checkpoint_of_another_config_is_refused(tmp_path: Path) -> None:
+    y, carry = small().trajectory().init()
+    path = checkpoint.save(tmp_path, dp.Sequential().init(y, carry))
+    with pytest.raises(ConfigError, match=r"`geometry.grid` has shape .*config.yaml"):
+        small("system.geometry.resolution=9").check_state(
+            checkpoint.load(path).y, tmp_path
+        )
+
+
+def test_five_lines_of_a_notebook() -> None:
+    system = make_system(TOYBOX, *SMALL, "system.geometry.isosurface_threshold=2")
+    solution = dp.solve(system.trajectory(), system.solver())
+    mesh = system.mesh(solution.value)
+    frames = list(system.turntable(solution.value, 4))
+    assert len(mesh.faces) > 50
+    assert [tuple(frame.shape) for frame in frames] == [(3, 16, 16)] * 4
