@@ -45,8 +45,7 @@ def work(config: Config, folder: Path | None = None, leads: bool = True) -> int:
     system = systems.build(config)
     state = folders.load_state(config.resume, system) if config.resume else None
     trajectory, solver = system.trajectory(), system.solver()
-    if leads:
-        folder = folder or folders.open_folder(config)
+    folder = folder or (folders.open_folder(config) if leads else None)
     recorder = Recorder(system, folder, begin=state.step if state else 0)
     with recorder.recording():
         try:

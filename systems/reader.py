@@ -190,7 +190,8 @@ _NAMES = {
 
 
 def _wrong(where: str, value: Any, hint: Any) -> ConfigError:
-    return ConfigError(f"`{where}` is `{value}`: write {_describe(hint)}.")
+    found = "empty" if value is None else f"`{value}`"
+    return ConfigError(f"`{where}` is {found}: write {_describe(hint)}.")
 
 
 def _describe(hint: Any) -> str:

@@ -40,6 +40,38 @@ ROOMS = [
     "picard",
     "checkpoint",
 ]
+# The workspace, likewise; `toybox` knows its cameras and nothing else of it.
+WORKSPACE = [
+    "settings",
+    "cameras",
+    "extras",
+    "toybox",
+    "activations",
+    "networks",
+    "reader",
+    "config",
+    "prompts",
+    "fields.base",
+    "fields.voxel_grid",
+    "fields.hash_grid",
+    "fields",
+    "materials",
+    "backgrounds",
+    "renderers.occupancy",
+    "renderers.volume",
+    "renderers",
+    "priors",
+    "guidance",
+    "optimizer",
+    "base",
+    "dreamfusion",
+    "quality",
+    "export",
+    "folders",
+    "recorder",
+    "results",
+    "workers",
+]
 
 
 def room(path: Path) -> str:
@@ -90,6 +122,31 @@ def test_core_room_imports_only_lower_rooms_and_listed_libraries(path: Path) -> 
 @pytest.mark.parametrize("path", CORE, ids=room)
 def test_core_room_is_small(path: Path) -> None:
     assert len(path.read_text().splitlines()) <= 400
+
+
+def workspace_room(path: Path) -> str:
+    name = ".".join(path.relative_to(ROOT / "systems").with_suffix("").parts)
+    name = name.removesuffix(".__init__")
+    return "toybox" if name.startswith("toybox") else name
+
+
+SYSTEMS = sorted(
+    path
+    for path in (ROOT / "systems").rglob("*.py")
+    if path != ROOT / "systems" / "__init__.py"
+)
+
+
+@pytest.mark.parametrize("path", SYSTEMS, ids=lambda p: str(p.relative_to(ROOT)))
+def test_workspace_room_imports_only_lower_rooms(path: Path) -> None:
+    own = workspace_room(path)
+    below = [*WORKSPACE[: WORKSPACE.index(own)], *(["toybox"] * (own == "toybox"))]
+    for name in imports(path):
+        top, _, rest = name.partition(".")
+        assert top not in ("launch", "tests", "benchmarks"), name
+        if top == "systems" and rest:
+            lower = "toybox" if rest.startswith("toybox") else rest
+            assert lower in below, name
 
 
 def test_heavy_libraries_are_not_loaded_by_the_core() -> None:

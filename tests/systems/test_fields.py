@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 
@@ -14,21 +17,22 @@ from systems.networks import MLP, spherical_harmonics
 POINTS = torch.rand(50, 3, generator=torch.Generator().manual_seed(1)) * 1.6 - 0.8
 
 
-def voxels(**settings: object) -> VoxelGrid:
-    field = VoxelGrid(VoxelGridConfig(resolution=9, **settings))  # pyright: ignore[reportArgumentType]
+def voxels(**settings: Any) -> VoxelGrid:
+    field = VoxelGrid(VoxelGridConfig(resolution=9, **settings))
     with torch.no_grad():
         field.grid.normal_(generator=torch.Generator().manual_seed(0))
     return field.double()
 
 
-def volume(**settings: object) -> ImplicitVolume:
+def volume(**settings: Any) -> ImplicitVolume:
     encoding = HashGridConfig(n_levels=3, log2_hashmap_size=8, base_resolution=4)
     torch.manual_seed(0)
     field = ImplicitVolume(
-        ImplicitVolumeConfig(pos_encoding_config=encoding, **settings)  # pyright: ignore[reportArgumentType]
+        ImplicitVolumeConfig(pos_encoding_config=encoding, **settings)
     )
     with torch.no_grad():
-        field.encoding.table.uniform_(-1, 1)  # pyright: ignore[reportCallIssue]
+        table: Any = field.encoding.table
+        table.uniform_(-1, 1)
     return field.double()
 
 
@@ -52,8 +56,8 @@ def test_voxel_grid_is_exact_at_its_corners_and_linear_between() -> None:
         (-2.5, -2.5),
     ],
 )
-def test_density_bias_by_hand(bias: object, value: float) -> None:
-    field = VoxelGrid(VoxelGridConfig(density_bias=bias, resolution=4))  # pyright: ignore[reportArgumentType]
+def test_density_bias_by_hand(bias: Any, value: float) -> None:
+    field = VoxelGrid(VoxelGridConfig(density_bias=bias, resolution=4))
     point = torch.tensor([[0.0, 0.3, 0.0]])
     expected = torch.nn.functional.softplus(torch.as_tensor(value))
     assert field.density(point, None).item() == pytest.approx(expected.item(), abs=1e-4)
@@ -74,7 +78,9 @@ def test_analytic_normals_are_the_limit_of_finite_differences() -> None:
 
 
 @pytest.mark.parametrize("make", [voxels, volume])
-def test_gradient_of_density_and_features_is_right(make: type[Field]) -> None:
+def test_gradient_of_density_and_features_is_right(
+    make: Callable[[], Field],
+) -> None:
     field = make()
     names = [name for name, _ in field.named_parameters()]
     values = [p.detach().requires_grad_() for p in field.parameters()]
@@ -126,12 +132,12 @@ def test_fine_levels_come_later() -> None:
     seen = [config.active_levels(step) for step in (0, 149, 150, 200, 900, None)]
     assert seen == [2, 2, 3, 4, 4, 4]
     field = ImplicitVolume(ImplicitVolumeConfig(pos_encoding_config=config))
-    grads = {}
+    grads: dict[int, int] = {}
     for step in (0, 500):
         field.zero_grad()
         field.raw(POINTS, step)[1].sum().backward()
-        table = field.encoding.table.grad  # pyright: ignore[reportAttributeAccessIssue]
-        grads[step] = (table.abs().sum(-1) > 0).sum().item()  # pyright: ignore[reportOptionalMemberAccess]
+        table: Any = field.encoding.table
+        grads[step] = int((table.grad.abs().sum(-1) > 0).sum())
     assert 0 < grads[0] < grads[500]
 
 
@@ -146,7 +152,9 @@ def test_spherical_harmonics_are_orthonormal() -> None:
 
 
 def test_perceptron_has_the_layers_asked_for() -> None:
-    widths = [tuple(p.shape) for p in MLP(5, 3, neurons=7, hidden_layers=2).parameters()]
+    widths = [
+        tuple(p.shape) for p in MLP(5, 3, neurons=7, hidden_layers=2).parameters()
+    ]
     assert widths == [(7, 5), (7, 7), (3, 7)]
 
 

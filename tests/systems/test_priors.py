@@ -79,12 +79,14 @@ def stable_diffusion(tmp_path_factory: pytest.TempPathFactory) -> Path:
             pad_token_id=1,
         )
     )
-    vae = AutoencoderKL(
-        block_out_channels=(8, 16),
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        latent_channels=4,
-        norm_num_groups=4,
+    shape: Any = {  # diffusers annotates these as tuples of one
+        "block_out_channels": (8, 16),
+        "down_block_types": ("DownEncoderBlock2D",) * 2,
+        "up_block_types": ("UpDecoderBlock2D",) * 2,
+    }
+    vae = AutoencoderKL(latent_channels=4, norm_num_groups=4, **shape)
+    scheduler: Any = DDIMScheduler(
+        prediction_type="v_prediction", steps_offset=1, clip_sample=False
     )
     whole = StableDiffusionPipeline(
         vae=vae,
@@ -97,9 +99,7 @@ def stable_diffusion(tmp_path_factory: pytest.TempPathFactory) -> Path:
             down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
             up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
         ),
-        scheduler=DDIMScheduler(
-            prediction_type="v_prediction", steps_offset=1, clip_sample=False
-        ),
+        scheduler=scheduler,
         safety_checker=None,  # pyright: ignore[reportArgumentType]
         feature_extractor=None,  # pyright: ignore[reportArgumentType]
         requires_safety_checker=False,
@@ -122,9 +122,7 @@ def deep_floyd(tmp_path_factory: pytest.TempPathFactory) -> Path:
         tokenizer_object=tokens, pad_token="<pad>", eos_token="</s>", unk_token="</s>"
     )
     encoder = T5EncoderModel(
-        T5Config(
-            vocab_size=3, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2
-        )
+        T5Config(vocab_size=3, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
     )
     whole = IFPipeline(
         tokenizer=tokenizer,  # pyright: ignore[reportArgumentType]
@@ -229,7 +227,7 @@ def test_learned_variance_is_left_out(deep_floyd: Path) -> None:
 class _Oracle:
     """A pipeline whose U-Net knows the clean picture x."""
 
-    def __init__(self, kind: str, clean: torch.Tensor) -> None:
+    def __init__(self, kind: Any, clean: torch.Tensor) -> None:
         self.scheduler = DDIMScheduler(prediction_type=kind)
         self.kept = self.scheduler.alphas_cumprod
         self.kind, self.clean = kind, clean
@@ -324,7 +322,9 @@ def test_guided_noise_is_the_toybox_pipelines_own() -> None:
     whole = pipeline.load()
     prior, words = priors.load("toybox", ["a red mug", "a blue car"], "", CPU)
     x, t = torch.randn(2, 3, 32, 32), torch.tensor([300, 700])
-    v = whole.velocity(x, t, whole.encode(["a red mug", "a blue car"]), words.without, 3)
+    v = whole.velocity(
+        x, t, whole.encode(["a red mug", "a blue car"]), words.without, 3
+    )
     alpha, sigma = prior.scales(t)
     noise = prior.noise(x, t, words.given, words.without, 3.0, 0.7)
     assert torch.allclose(noise, alpha * v + sigma * x, atol=1e-4)
@@ -362,7 +362,7 @@ def test_missing_models_say_what_to_write(
     with pytest.raises(ModelError, match="is no diffusers pipeline"):
         priors.check(str(tmp_path), [])
     (tmp_path / "model_index.json").write_text('{"_class_name": "DiTPipeline"}')
-    with pytest.raises(ModelError, match="cannot be loaded: .*=toybox"):
+    with pytest.raises(ModelError, match=r"cannot be loaded: .*=toybox"):
         priors.open_pipeline(str(tmp_path))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(ModelError, match="needs one: write the name"):

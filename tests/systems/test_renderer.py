@@ -75,8 +75,9 @@ def test_pruned_rendering_equals_the_full_one() -> None:
 
 
 def test_rendering_in_pieces_is_the_same() -> None:
-    whole, pieces = renderer(grid_prune=False), renderer(
-        grid_prune=False, eval_chunk_size=50
+    whole, pieces = (
+        renderer(grid_prune=False),
+        renderer(grid_prune=False, eval_chunk_size=50),
     )
     arguments = (Ball(3.0), Albedo(AlbedoConfig()), WHITE, views(), None, DICE)
     a, b = whole(*arguments), pieces(*arguments)

@@ -1,0 +1,378 @@
+"""The front door: what a run leaves behind, stopping, resuming, and every refusal."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+import launch
+from dreampropeller import checkpoint
+from systems.folders import folder_of
+from tests.helpers import tree_equal
+from tests.systems.scenes import SMALL, TOYBOX
+
+ROOT = Path(__file__).parent.parent.parent
+PROMPT = SMALL[0]
+FEW = (*SMALL, "trainer.max_steps=12", "trainer.val_check_interval=4")
+FILES = {
+    "config.yaml",
+    "command.txt",
+    "environment.json",
+    "metrics.jsonl",
+    "tensorboard",
+    "ckpts",
+    "preview.png",
+    "turntable.mp4",
+    "truth.png",
+    "report.json",
+}
+
+
+@pytest.fixture(autouse=True)
+def _quiet_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    for name in ("RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def train(out: Path, *overrides: str, config: str = TOYBOX) -> int:
+    arguments = ["--config", config, "--train", *FEW, f"exp_root_dir={out}"]
+    return launch.main([*arguments, "dispatch.threads=1", *overrides])
+
+
+def run_folder(out: Path) -> Path:
+    (folder,) = out.glob("*/*@*")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run; look at it, do not change it."""
+    out = tmp_path_factory.mktemp("finished")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(ROOT)
+        assert train(out, "system.geometry.isosurface_threshold=2") == 0
+    return run_folder(out)
+
+
+def start(out: Path, *overrides: str) -> subprocess.Popen[str]:
+    """A run of many steps in a process of its own."""
+    command = [sys.executable, "launch.py", "--config", TOYBOX, "--train", *SMALL]
+    return subprocess.Popen(
+        [*command, f"exp_root_dir={out}", "trainer.max_steps=4000", *overrides],
+        cwd=ROOT,
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        start_new_session=True,
+    )
+
+
+def wait_for_steps(out: Path, process: subprocess.Popen[str]) -> Path:
+    for _ in range(600):
+        for metrics in out.glob("*/*@*/metrics.jsonl"):
+            if len(metrics.read_text().splitlines()) > 10:
+                return metrics.parent
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.1)
+    raise AssertionError("The run did not start.")
+
+
+def test_a_run_leaves_everything_behind(finished: Path) -> None:
+    assert finished.name.startswith("a_red_mushroom@")
+    assert {path.name for path in finished.iterdir()} == {
+        *FILES,
+        "mesh.glb",
+        "mesh.obj",
+    }
+    report = json.loads((finished / "report.json").read_text())
+    assert report["steps"] == 12
+    assert report["iterations"] < 12 <= report["evaluations"]
+    assert set(report["quality"]) >= {"psnr", "ssim", "iou", "right_colour"}
+    assert report["environment"]["packages"]["torch"]
+    lines = [
+        json.loads(x) for x in (finished / "metrics.jsonl").read_text().split("\n") if x
+    ]
+    assert [line["step"] for line in lines if "step" in line] == list(range(12))
+    strides = [line["stride"] for line in lines if "stride" in line]
+    assert sum(strides) == 12
+    assert len(strides) == report["iterations"]
+    settings = yaml.safe_load((finished / "config.yaml").read_text())
+    assert settings["system"]["prompt_processor"]["prompt"] == "a red mushroom"
+    assert settings["system"]["guidance"]["max_step_percent"][3] == 12  # resolved
+
+
+def test_the_resolved_config_is_a_config(finished: Path, tmp_path: Path) -> None:
+    """And gives the same object again."""
+    again = ["--config", str(finished / "config.yaml"), "--train"]
+    assert launch.main([*again, f"exp_root_dir={tmp_path}"]) == 0
+    values = [
+        checkpoint.load(folder / "ckpts").y
+        for folder in (finished, run_folder(tmp_path))
+    ]
+    assert tree_equal(*values)
+
+
+def test_test_and_export_look_at_a_finished_run(finished: Path, tmp_path: Path) -> None:
+    import shutil
+
+    copy = tmp_path / "copy"
+    shutil.copytree(finished, copy)
+    for name in ("turntable.mp4", "truth.png", "mesh.glb", "mesh.obj"):
+        (copy / name).unlink()
+    assert launch.main(["--test", f"resume={copy}"]) == 0  # the run's own config
+    assert (copy / "turntable.mp4").exists()
+    assert (copy / "truth.png").exists()
+    assert not (copy / "mesh.glb").exists()
+    (newest,) = (copy / "ckpts").glob("*.safetensors")
+    assert launch.main(["--export", f"resume={newest}"]) == 0
+    assert (copy / "mesh.glb").exists()
+    empty = "system.geometry.isosurface_threshold=1e9"
+    assert launch.main(["--export", f"resume={copy}", empty]) == 1
+
+
+def test_sequential_is_the_plain_loop_and_threshold_zero_equals_it(
+    tmp_path: Path,
+) -> None:
+    exact = ("solver.threshold.name=fixed", "solver.threshold.value=0")
+    values = []
+    for name, settings in (("a", ("solver.name=sequential",)), ("b", exact)):
+        assert train(tmp_path / name, *settings) == 0
+        values.append(checkpoint.load(run_folder(tmp_path / name) / "ckpts").y)
+    assert tree_equal(*values)
+
+
+def test_resumed_run_equals_the_undisturbed_one(finished: Path, tmp_path: Path) -> None:
+    del finished
+    settings = ("checkpoint.every_n_train_steps=1", "checkpoint.keep=100")
+    assert train(tmp_path / "whole", *settings) == 0
+    whole = run_folder(tmp_path / "whole")
+    end = checkpoint.load(whole / "ckpts").y
+    files = sorted((whole / "ckpts").iterdir())
+    for file in files[len(files) // 2 :]:
+        file.unlink()
+    assert train(tmp_path / "unused", *settings, f"resume={whole}") == 0
+    assert tree_equal(checkpoint.load(whole / "ckpts").y, end)
+    assert len((whole / "command.txt").read_text().splitlines()) == 2
+    assert folder_of(str(files[0])) == whole
+
+
+def test_two_workers_write_one_run_and_equal_one(tmp_path: Path) -> None:
+    settings = ("solver.window.size=4",)
+    assert train(tmp_path / "one", *settings) == 0
+    assert train(tmp_path / "two", *settings, "dispatch.num_workers=2") == 0
+    folders = [run_folder(tmp_path / name) for name in ("one", "two")]
+    values = [checkpoint.load(folder / "ckpts").y for folder in folders]
+    assert tree_equal(*values)
+    assert json.loads((folders[1] / "report.json").read_text())["workers"] == 2
+
+
+def test_torchrun_works_too(tmp_path: Path) -> None:
+    command = ["-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
+    arguments = ["launch.py", "--config", TOYBOX, "--train", *FEW]
+    subprocess.run(
+        [sys.executable, *command, *arguments, f"exp_root_dir={tmp_path}"],
+        cwd=ROOT,
+        check=True,
+        capture_output=True,
+        timeout=120,
+    )
+    assert (run_folder(tmp_path) / "report.json").exists()
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_ctrl_c_once_saves_and_exports(tmp_path: Path, workers: int) -> None:
+    process = start(tmp_path, f"dispatch.num_workers={workers}")
+    folder = wait_for_steps(tmp_path, process)
+    os.killpg(process.pid, signal.SIGINT)  # a terminal tells the whole group
+    output, errors = process.communicate(timeout=90)
+    assert process.returncode == 130, errors
+    assert "Traceback" not in errors
+    assert "iterations" in output
+    report = json.loads((folder / "report.json").read_text())
+    assert 0 < report["steps"] < 4000
+    assert checkpoint.load(folder / "ckpts").step == report["steps"]
+    assert (folder / "turntable.mp4").exists()
+
+
+def test_sigterm_saves_and_leaves(tmp_path: Path) -> None:
+    process = start(tmp_path)
+    folder = wait_for_steps(tmp_path, process)
+    process.terminate()
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 143, errors
+    assert checkpoint.load(folder / "ckpts").step > 0
+    assert not (folder / "turntable.mp4").exists()
+
+
+def test_a_file_named_stop_stops(tmp_path: Path) -> None:
+    process = start(tmp_path)
+    folder = wait_for_steps(tmp_path, process)
+    (folder / "stop").touch()
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, errors
+    assert not (folder / "stop").exists()
+
+
+def test_no_space_left_loses_nothing(finished: Path, tmp_path: Path) -> None:
+    """A limit on file sizes stands in for the full disk: checkpoints do not fit."""
+    del finished
+
+    def limit() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+
+    command = [sys.executable, "launch.py", "--config", TOYBOX, "--train", *FEW]
+    done = subprocess.run(
+        [*command, f"exp_root_dir={tmp_path}"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        preexec_fn=limit,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert "error: The checkpoint of step" in done.stderr
+    assert "Free some space" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_full_disk_while_measuring(finished: Path, tmp_path: Path) -> None:
+    """`/dev/full` is a disk without space: the metrics go there."""
+    import shutil
+
+    copy = tmp_path / "copy"
+    shutil.copytree(finished, copy)
+    (copy / "metrics.jsonl").unlink()
+    (copy / "metrics.jsonl").symlink_to("/dev/full")
+    before = checkpoint.load(copy / "ckpts").step
+    arguments = ["--config", str(copy / "config.yaml"), "--train", f"resume={copy}"]
+    assert launch.main([*arguments, "trainer.max_steps=24"]) == 2
+    assert checkpoint.load(copy / "ckpts").step == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--config", TOYBOX, "--train"], "The prompt is missing"),
+        (["system.prompt_processor.prompt="], "is empty: write a text"),
+        (["system.prompt_processor.prompt=' '"], "say what to make"),
+        (["system.prompt_processor.prompt=a red mushrom"], "did you mean mushroom"),
+        (["system.prompt_processor.prompt=a zebra"], "does not know `zebra`"),
+        (["system.geometry.resolutio=3"], "Did you mean `resolution`?"),
+        (["sistem.geometry.resolution=3"], "Did you mean `system`?"),
+        (["trainer.max_step=3"], "Did you mean `max_steps`?"),
+        (["trainer.max_steps=many"], "`trainer.max_steps` is `many`: write a whole"),
+        (["trainer.max_steps=0"], "`max_steps` is 0: write 1 or more"),
+        (["trainer.precision=16-mixed"], "write `trainer.precision=32`"),
+        (["data.elevation_range=[10]"], "write [a number, a number]"),
+        (["data.elevation_range=[80,-10]"], "`[low, high]`"),
+        (["solver.window.size=-1"], "Write `solver.window.size=8`"),
+        (["solver.window.size=1.5"], "write a whole number"),
+        (["solver.name=picardy"], "write picard or sequential"),
+        (["solver.threshold.value=-1"], "threshold"),
+        (["dispatch.num_workers=0"], "`num_workers` is 0: write 1 or more"),
+        (["system_type=dreamfusion"], "write one of `dreamfusion-system`"),
+        (["system.geometry_type=mesh"], "write one of `voxel-grid`"),
+        (["system.geometry.radius=2.0", "system.renderer.radius=1.0"], "radius"),
+        (["system.loss.lambda_sds=[0,1]"], "`[start, v0, v1, end]`"),
+        (["system.guidance.guidance_rescale=2"], "`guidance_rescale`"),
+        (["system.guidance.pretrained_model_name_or_path=./no"], "no folder `./no`"),
+        (["system.optimizer.name=LBFGS"], "write Adam or"),
+        (["system.optimizer.args.lr=fast"], "In `system.optimizer`"),
+        (["system.optimizer.args.momentum=0.9"], "In `system.optimizer`"),
+        (["system.optimizer.params.geo.lr=0.1"], "system.optimizer.params.geo"),
+        (["tag"], "`tag` is no setting: write `key=value`"),
+        (["--epochs=3"], "is no setting: write `key=value`"),
+        (["tag=[1"], "cannot be read"),
+        (["resume=/nowhere"], "nothing to resume at `/nowhere`"),
+        (["exp_root_dir=/proc/none"], "Results cannot be written to"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_mistakes_are_answered_in_a_few_lines(
+    arguments: list[str],
+    message: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    if arguments[0] != "--config":
+        here = (
+            [] if arguments[0].startswith("exp_root") else [f"exp_root_dir={tmp_path}"]
+        )
+        arguments = ["--config", TOYBOX, "--train", PROMPT, *here, *arguments]
+    assert launch.main(arguments) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert message in error
+    assert len(error) < 900
+    assert not list(tmp_path.iterdir())  # refused before anything was made
+
+
+def test_mistakes_in_files(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], finished: Path
+) -> None:
+    broken = tmp_path / "broken.yaml"
+    broken.write_text("name: [1\n")
+    words = tmp_path / "words.yaml"
+    words.write_text("- a list\n")
+    half = tmp_path / "half"
+    (half / "ckpts").mkdir(parents=True)
+    (whole,) = (finished / "ckpts").iterdir()
+    (half / "ckpts" / whole.name).write_bytes(whole.read_bytes()[:5000])
+    config = ["--config", str(finished / "config.yaml")]
+    other = "system.geometry.resolution=9"
+    cases: list[tuple[list[str], str]] = [
+        (["--config", "configs/dreamfuson-toybox.yaml", "--train"], "Did you mean"),
+        (["--config", str(broken), "--train"], "no YAML that can be read"),
+        (["--config", str(words), "--train"], "must hold `key: value` lines"),
+        ([*config, "--test", f"resume={half}"], "no checkpoint that can be read"),
+        ([*config, "--test", f"resume={tmp_path}"], "no checkpoint that can be read"),
+        ([*config, "--test", f"resume={finished}", other], "does not fit this config"),
+        ([*config, "--export"], "Nothing to look at: name a run"),
+        (["--train"], "Which config?"),
+    ]
+    for arguments, message in cases:
+        with pytest.warns() if "half" in str(arguments) else _nothing():
+            assert launch.main(arguments) == 2, arguments
+        error = capsys.readouterr().err
+        assert message in error, (arguments, error)
+        assert len(error) < 900
+
+
+def _nothing() -> Any:
+    import contextlib
+
+    return contextlib.nullcontext()
+
+
+def test_a_rank_that_fails_says_why_without_a_traceback(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The model's folder has an index and no weights, which only loading finds out."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    model = tmp_path / "model"
+    model.mkdir()
+    index = {"_class_name": "DDPMPipeline", "unet": ["diffusers", "UNet2DModel"]}
+    (model / "model_index.json").write_text(json.dumps(index))
+    name = f"system.guidance.pretrained_model_name_or_path={model}"
+    assert train(tmp_path / "out", name, "dispatch.num_workers=2") == 2
+    error = capsys.readouterr().err
+    assert f"The model `{model}` cannot be loaded" in error
+    assert "Traceback" not in error
+
+
+def test_the_front_door_is_short() -> None:
+    assert len((ROOT / "launch.py").read_text().splitlines()) < 120
+    assert torch.get_num_threads() == 1
