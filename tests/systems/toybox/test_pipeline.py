@@ -100,7 +100,7 @@ def test_guidance_extrapolates_from_the_empty_prompt(
     without = prior.unet(x, t, blank).sample
     torch.testing.assert_close(prior.velocity(x, t, words, blank, 1.0), given)
     torch.testing.assert_close(
-        prior.velocity(x, t, words, blank, 3.0),
+        prior.velocity(x, t, words, blank, 3.0, rescale=0.0),
         without + 3 * (given - without),
         atol=1e-4,
         rtol=1e-4,
@@ -110,10 +110,7 @@ def test_guidance_extrapolates_from_the_empty_prompt(
 def test_shipped_weights_draw_what_they_are_asked_for(
     prior: pipeline.ToyboxPipeline,
 ) -> None:
-    """Half of six prompts; by chance it would be one object in 16, one colour in 8.
-
-    The weights fall short of their targets (docs/toybox.md): raise this with them.
-    """
+    """Five of six prompts; by chance it would be one object in 16, one colour in 8."""
     pairs = [
         *(("green", "tree"), ("red", "mushroom"), ("blue", "torus")),
         *(("red", "cube"), ("purple", "snowman"), ("blue", "car")),
@@ -122,8 +119,8 @@ def test_shipped_weights_draw_what_they_are_asked_for(
     seen = classifier.load().judge(pictures)
     objects = [list(OBJECTS)[i] for i in seen.objects.tolist()]
     colours = [list(COLOURS)[i] for i in seen.colours.tolist()]
-    assert sum(o == n for o, (_, n) in zip(objects, pairs, strict=True)) >= 3
-    assert sum(k == c for k, (c, _) in zip(colours, pairs, strict=True)) >= 3
+    assert sum(o == n for o, (_, n) in zip(objects, pairs, strict=True)) >= 5
+    assert sum(k == c for k, (c, _) in zip(colours, pairs, strict=True)) >= 5
 
 
 def test_shipped_weights_are_small() -> None:
