@@ -168,6 +168,19 @@ class CheckpointConfig:
 
 
 @dataclass(frozen=True)
+class QualityConfig:
+    """`quality`: who judges an object whose truth is not known.
+
+    Args:
+        clip: A CLIP model, on the hub or in a local folder; null: nobody judges.
+        prompts: A text file of prompts that the right one is picked from.
+    """
+
+    clip: str | None = None
+    prompts: str = "configs/prompts.txt"
+
+
+@dataclass(frozen=True)
 class Config:
     """A whole run.
 
@@ -184,6 +197,7 @@ class Config:
         dispatch: Where.
         trainer: How long.
         checkpoint: What is kept.
+        quality: Who judges the object.
     """
 
     name: str
@@ -199,6 +213,7 @@ class Config:
     dispatch: DispatchConfig = field(default_factory=DispatchConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    quality: QualityConfig = field(default_factory=QualityConfig)
 
     def __post_init__(self) -> None:
         one_of("data_type", self.data_type, ("random-camera-datamodule",))

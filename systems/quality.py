@@ -6,14 +6,14 @@ union of silhouettes, over 16 fixed views that no training step is tied to,
 $$\mathrm{PSNR} = -10 \log_{10} \operatorname{mean} (x - x^*)^2, \qquad
   \mathrm{IoU} = |A \cap B| / |A \cup B|.$$
 
-Without truth: CLIP score and R-precision (D. H. Park et al., 2021), when a CLIP model
-is at hand.
+Without truth: CLIP score and R-precision (`systems.clip`), when a CLIP model is at
+hand.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ from torch import Tensor
 import dreampropeller as dp
 from systems.base import System
 from systems.cameras import Cameras, Views
+from systems.clip import ClipError, judge, read_prompts
 from systems.toybox.classifier import load as load_classifier
 from systems.toybox.objects import COLOURS, OBJECTS
 from systems.toybox.truth import Truth, truth
@@ -128,3 +129,20 @@ def measure(
         pictures=pictures,
         wanted=goal,
     )
+
+
+def by_clip(system: System, y: dp.State) -> dict[str, float] | str:
+    """CLIP's figures of a state, in the final look, or why there are none."""
+    wanted = system.config.quality
+    if wanted.clip is None:
+        return (
+            "not measured: the toybox has no truth of this prompt, and `quality.clip` "
+            "names no CLIP model (such as `openai/clip-vit-base-patch32`)"
+        )
+    try:
+        others = read_prompts(wanted.prompts)
+        pictures = torch.stack(list(system.turntable(y, NUM_VIEWS)))
+        figures = judge(wanted.clip, pictures, system.prompt, others, system.device)
+    except ClipError as error:
+        return f"not measured: {error}"
+    return asdict(figures)

@@ -36,7 +36,7 @@ def write(
         save_picture(pictures, folder / "preview.png")
         wanted = quality.truth_of(system)
         if wanted is None:
-            report["quality"] = "not measured: the toybox has no truth of this prompt"
+            report["quality"] = quality.by_clip(system, y)
         else:
             measured = quality.against_truth(system, y, wanted)
             report["quality"] = measured.figures()
@@ -95,7 +95,12 @@ def summary(folder: Path, report: dict[str, Any]) -> str:
             f"{report['workers']} worker(s). {report['result']}"
         ]
     found = report.get("quality")
-    if isinstance(found, dict):
+    if isinstance(found, dict) and "clip_score" in found:
+        lines.append(
+            f"CLIP score {found['clip_score']:.1f}, R-precision "
+            f"{found['r_precision']:.0%} among {found['num_prompts']} prompts."
+        )
+    elif isinstance(found, dict):
         lines.append(
             f"Against the truth: PSNR {found['psnr']:.1f} dB, "
             f"SSIM {found['ssim']:.2f}, IoU {found['iou']:.2f}; "

@@ -65,6 +65,7 @@ WORKSPACE = [
     "optimizer",
     "base",
     "dreamfusion",
+    "clip",
     "quality",
     "export",
     "folders",
