@@ -75,6 +75,9 @@ def write_report(
         "seconds": round(time.perf_counter() - recorder.started, 2),
         "seconds_by_phase": {k: round(v, 3) for k, v in recorder.seconds.items()},
         "workers": recorder.config.dispatch.num_workers,
+        "gpu_memory": (  # bytes, on the first device
+            torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None
+        ),
         "solver": asdict(recorder.config.solver),
         "environment": environment(),
     }

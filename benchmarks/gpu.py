@@ -1,0 +1,120 @@
+"""What could not be measured without a GPU: run the GPU configs briefly, fill a file.
+
+`python -m benchmarks.gpu` runs each config twice through `launch.py`, as the plain loop
+on one device and accelerated on all of them, and writes seconds, iterations, quality
+and memory of both to `benchmarks/results/gpu-<device>.json`, with a table on the
+terminal. A config that cannot run (a model that is not at hand) is written down with
+its reason. `pytest -m gpu` is the test that belongs to it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from systems.folders import environment, write_json
+
+CONFIGS = {
+    "configs/dreamfusion-toybox.yaml": "a red mushroom",
+    "configs/dreamfusion-toybox-hashgrid.yaml": "a red mushroom",
+    "configs/dreamfusion-sd.yaml": "a zoomed out DSLR photo of a ripe strawberry",
+    "configs/dreamfusion-if.yaml": "a zoomed out DSLR photo of a ripe strawberry",
+}
+STEPS = 60
+RESULTS = Path("benchmarks/results")
+
+
+def run(config: str, prompt: str, settings: list[str], to: Path) -> dict[str, Any]:
+    """One run of `launch.py`: its report, or why there is none."""
+    before = set(to.rglob("report.json"))
+    command = [
+        *(sys.executable, "launch.py", "--config", config, "--train"),
+        f"system.prompt_processor.prompt={prompt}",
+        f"exp_root_dir={to}",
+        *settings,
+    ]
+    done = subprocess.run(command, stderr=subprocess.PIPE, text=True)
+    made = set(to.rglob("report.json")) - before
+    if done.returncode or not made:
+        errors = [line for line in done.stderr.splitlines() if "error" in line.lower()]
+        return {"config": config, "not_run": (errors or ["no word of why"])[-1][:500]}
+    report = json.loads(made.pop().read_text())
+    chosen = (
+        *("steps", "iterations", "evaluations", "seconds", "seconds_by_phase"),
+        *("workers", "quality", "gpu_memory"),
+    )
+    return {
+        "config": config,
+        "command": command[1:],
+        **{name: report.get(name) for name in chosen},
+    }
+
+
+def row(entry: dict[str, Any]) -> str:
+    """A line of the table."""
+    if "not_run" in entry:
+        return f"| {entry['config']} | not run: {entry['not_run']} | | | | |"
+    found = entry["quality"]
+    psnr = f"{found['psnr']:.1f} dB" if "psnr" in found else "not measured"
+    memory = entry["gpu_memory"]
+    return (
+        f"| {entry['config']} | {entry['workers']} | {entry['iterations']} | "
+        f"{entry['seconds']:.1f} | {psnr} | "
+        f"{'' if memory is None else f'{memory / 2**30:.1f} GiB'} |"
+    )
+
+
+def main() -> int:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--configs", nargs="+", default=list(CONFIGS))
+    parser.add_argument("--steps", type=int, default=STEPS)
+    parser.add_argument("--workers", type=int, help="default: one per device")
+    parser.add_argument("--set", nargs="*", default=[], help="further settings")
+    parser.add_argument("--cpu", action="store_true", help="try the command itself")
+    parser.add_argument("--runs", type=Path, default=Path("outputs/gpu"))
+    parser.add_argument("--to", type=Path, default=RESULTS)
+    arguments = parser.parse_args()
+    if not torch.cuda.is_available() and not arguments.cpu:
+        print(
+            "error: no CUDA device: there is nothing to measure here. Run this on a "
+            "machine with a GPU and a CUDA build of torch, or try the command itself "
+            "with `--cpu` (its file says so).",
+            file=sys.stderr,
+        )
+        return 2
+    device = "cpu" if arguments.cpu else torch.cuda.get_device_name()
+    workers = arguments.workers or max(1, torch.cuda.device_count())
+    entries = []
+    for config in arguments.configs:
+        prompt = CONFIGS.get(config, "a red mushroom")
+        settings = [f"trainer.max_steps={arguments.steps}", *arguments.set]
+        entries += [
+            run(config, prompt, [*settings, "solver.name=sequential"], arguments.runs),
+            run(
+                config,
+                prompt,
+                [*settings, f"dispatch.num_workers={workers}"],
+                arguments.runs,
+            ),
+        ]
+    arguments.to.mkdir(parents=True, exist_ok=True)
+    name = re.sub(r"\W+", "-", device).strip("-").lower()
+    file = arguments.to / f"gpu-{name}.json"
+    write_json(file, {"environment": environment(), "runs": entries})
+    print("| config | workers | iterations | seconds | PSNR | memory |")
+    print("|---|---|---|---|---|---|")
+    print("\n".join(map(row, entries)))
+    print(f"Written to {file}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

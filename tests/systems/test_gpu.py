@@ -1,0 +1,62 @@
+"""The main job on a CUDA device: `pytest -m gpu`. Skipped where there is none."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import dreampropeller as dp
+from dreampropeller import StepRandom
+from systems import quality
+from systems.config import load
+from systems.dreamfusion import DreamFusion
+from systems.extras import probe
+from systems.fields.hash_grid import HashGridConfig, _make_encoding
+from systems.renderers.volume import VolumeRenderer
+from tests.systems.scenes import SMALL, TOYBOX, small
+
+pytestmark = pytest.mark.gpu
+
+
+def test_a_gpu_makes_the_same_object_as_the_cpu() -> None:
+    """Not bitwise: half-precision prior, nerfacc's marching, atomic additions."""
+    found = {}
+    for device in (torch.device("cuda"), torch.device("cpu")):
+        system = DreamFusion(load(TOYBOX, [*SMALL, "data.batch_size=4"]), device)
+        solution = dp.solve(system.trajectory(), system.solver())
+        wanted = quality.truth_of(system)
+        assert wanted is not None
+        found[device.type] = quality.against_truth(system, solution.value, wanted)
+    assert found["cuda"].psnr == pytest.approx(found["cpu"].psnr, abs=1.5)
+    assert found["cuda"].iou == pytest.approx(found["cpu"].iou, abs=0.1)
+
+
+def test_threshold_zero_stays_near_the_sequential_run() -> None:
+    plain = dp.solve(small().trajectory(), dp.Sequential())
+    solver = dp.PicardSolver(dp.SlidingWindow(6), dp.FixedThreshold(0), "momentum")
+    exact = dp.solve(small().trajectory(), solver)
+    for name, tensor in plain.value.items():
+        assert tensor.is_cuda
+        torch.testing.assert_close(exact.value[name], tensor, atol=5e-2, rtol=0)
+
+
+def test_marching_sees_what_the_cut_sees(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The two ways to find samples, over one state and the same views."""
+    system = small()
+    solution = dp.solve(system.trajectory(), dp.Sequential())
+    views = system.cameras.turntable(4)
+    marched = system.render(solution.value, views, grey=0.5)[0]
+    monkeypatch.setattr(VolumeRenderer, "_march", lambda self, rays, _: self._cut(rays))
+    cut = system.render(solution.value, views, grey=0.5)[0]
+    assert float((marched - cut).abs().mean()) < 0.02
+
+
+def test_tiny_cuda_nn_has_our_shape() -> None:
+    found, reason = probe("tinycudann", needs_cuda=True)
+    if found is None:
+        pytest.skip(reason)
+    config = HashGridConfig()
+    encoding = _make_encoding(config).cuda()
+    points = torch.rand(64, 3, generator=StepRandom(0).generator(0, "points")).cuda()
+    code = encoding(points)
+    assert code.shape == (64, config.n_levels * config.n_features_per_level)
