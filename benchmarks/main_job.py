@@ -9,41 +9,18 @@ from __future__ import annotations
 
 import argparse
 import json
-import time
 from pathlib import Path
 from typing import Any
 
 import torch
 
-import dreampropeller as dp
-from systems import make_system, quality
+from benchmarks import runs
 from systems.folders import environment
 from systems.toybox.captions import SCORED, caption
 from systems.toybox.pictures import save_sheet
 
 CONFIG = "configs/dreamfusion-toybox.yaml"
 SHOWN = 8
-
-
-def run(prompt: str, config: str, settings: list[str]) -> tuple[dict[str, Any], Any]:
-    """Solve a prompt with the config's own solver; figures and pictures."""
-    system = make_system(config, f"system.prompt_processor.prompt={prompt}", *settings)
-    wanted = quality.truth_of(system)
-    assert wanted is not None
-    trajectory = system.trajectory()
-    start = time.perf_counter()
-    solution = dp.solve(trajectory, system.solver())
-    seconds = time.perf_counter() - start
-    found = quality.against_truth(system, solution.value, wanted)
-    entry = {
-        "prompt": prompt,
-        **found.figures(),
-        "steps": trajectory.num_steps,
-        "iterations": solution.stats.num_iterations,
-        "evaluations": solution.stats.num_evaluations,
-        "seconds": round(seconds, 1),
-    }
-    return entry, found
 
 
 def table(entries: list[dict[str, Any]]) -> str:
@@ -53,7 +30,7 @@ def table(entries: list[dict[str, Any]]) -> str:
         "| prompt | PSNR, dB | SSIM | IoU | colour | object | iterations |",
         "|---|---|---|---|---|---|---|",
     ]
-    means = {name: sum(e[name] for e in entries) / len(entries) for name in names}
+    means = {name: runs.mean(entries, name) for name in names}
     lines += [
         f"| {entry['prompt']} | {entry['psnr']:.1f} | {entry['ssim']:.2f} | "
         f"{entry['iou']:.2f} | {entry['right_colour']:.0%} | "
@@ -76,7 +53,8 @@ def main() -> None:
     entries, rows = [], []
     for colour, name in SCORED[: arguments.count]:
         prompt = caption(colour, name, None, normal=False)
-        entry, found = run(prompt, arguments.config, arguments.set)
+        job = runs.job(arguments.config, prompt, *arguments.set)
+        entry, found = runs.solved(job)
         print(json.dumps(entry), flush=True)
         entries.append(entry)
         rows += [found.pictures[:SHOWN], found.wanted[:SHOWN]]
@@ -84,8 +62,8 @@ def main() -> None:
     save_sheet(torch.cat(rows), arguments.to / "sheet.png", 2 * SHOWN, scale=2)
     seconds = sum(entry["seconds"] for entry in entries)
     text = (
-        f"{table(entries)}\n\n{entries[0]['steps']} steps each, {seconds:.0f} s in all "
-        f"on {environment()['processor']}, {arguments.threads} threads.\n"
+        f"{table(entries)}\n\n{entries[0]['solved_steps']} steps each, {seconds:.0f} s "
+        f"in all on {environment()['processor']}, {arguments.threads} threads.\n"
     )
     (arguments.to / "table.md").write_text(text, encoding="utf-8")
     print(text)

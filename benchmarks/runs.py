@@ -1,0 +1,128 @@
+"""Runs for the tables: solve a job, measure it, and never solve it twice.
+
+A job is a config with settings. Its entry in the log holds the job, the quality of the
+result, what it cost, and how long it took; an interrupted benchmark goes on where it
+was.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+import dreampropeller as dp
+from systems import build, quality
+from systems.config import load
+from systems.toybox.captions import SCORED, caption
+
+Job = Mapping[str, Any]
+
+
+def prompt_of(name: str) -> str:
+    """The scored prompt of an object."""
+    (colour,) = [colour for colour, other in SCORED if other == name]
+    return caption(colour, name, None, normal=False)
+
+
+def job(config: str, prompt: str, *settings: str, **labels: Any) -> dict[str, Any]:
+    """A run to make.
+
+    Args:
+        config: Path of a YAML file.
+        prompt: What to make.
+        *settings: Such as ``"trainer.max_steps=50"``.
+        **labels: What the table needs to know of it.
+    """
+    return {
+        "config": config,
+        "prompt": prompt,
+        "settings": [f"system.prompt_processor.prompt={prompt}", *settings],
+        **labels,
+    }
+
+
+def solve(wanted: Job) -> dict[str, Any]:
+    """Solve a job on this process and measure the result."""
+    entry, _ = solved(wanted)
+    return entry
+
+
+def solved(wanted: Job) -> tuple[dict[str, Any], quality.Quality]:
+    """The same, with the pictures."""
+    system = build(load(wanted["config"], wanted["settings"]))
+    truth = quality.truth_of(system)
+    assert truth is not None, "benchmarks need prompts of the toybox"
+    trajectory = system.trajectory()
+    start = time.perf_counter()
+    solution = dp.solve(trajectory, system.solver(), throw=False)
+    seconds = round(time.perf_counter() - start, 2)
+    found = quality.against_truth(system, solution.value, truth)
+    cost = {
+        "solved_steps": sum(solution.stats.strides),
+        "iterations": solution.stats.num_iterations,
+        "evaluations": solution.stats.num_evaluations,
+        "seconds": seconds,
+    }
+    return {**wanted, **found.figures(), **cost}, found
+
+
+def run_all(
+    jobs: Sequence[Job],
+    log: Path,
+    workers: int,
+    how: Callable[[Job], dict[str, Any]] = solve,
+) -> list[dict[str, Any]]:
+    """Run the jobs that the log does not have, in processes of one thread.
+
+    Returns:
+        An entry for each job, in their order.
+    """
+    known = _read(log)
+    todo = [entry for entry in jobs if _key(entry) not in known]
+    log.parent.mkdir(parents=True, exist_ok=True)
+    os.environ["OMP_NUM_THREADS"] = "1"
+    context = multiprocessing.get_context("spawn")
+    with (
+        context.Pool(workers, torch.set_num_threads, (1,)) as pool,
+        open(log, "a", encoding="utf-8") as file,
+        tqdm(total=sum(map(_steps, todo)), unit="step", desc=log.parent.name) as bar,
+    ):
+        for entry in pool.imap_unordered(how, todo):
+            file.write(json.dumps(entry) + "\n")
+            file.flush()
+            bar.update(_steps(entry))
+    known = _read(log)
+    return [{**known[_key(entry)], **entry} for entry in jobs]
+
+
+def hours(entries: Sequence[Mapping[str, Any]]) -> float:
+    """Computing time of entries, in core-hours."""
+    return sum(entry["seconds"] for entry in entries) / 3600
+
+
+def mean(entries: Sequence[Mapping[str, Any]], name: str) -> float:
+    """The mean of a figure."""
+    return sum(entry[name] for entry in entries) / len(entries)
+
+
+def _steps(wanted: Job) -> int:
+    return load(wanted["config"], wanted["settings"]).trainer.max_steps
+
+
+def _key(wanted: Job) -> str:
+    return json.dumps([wanted["config"], wanted["settings"]])
+
+
+def _read(log: Path) -> dict[str, dict[str, Any]]:
+    if not log.exists():
+        return {}
+    entries = [json.loads(line) for line in log.read_text().splitlines()]
+    return {_key(entry): entry for entry in entries}
