@@ -3,8 +3,9 @@
     python launch.py --config configs/dreamfusion-toybox.yaml --train \
         system.prompt_processor.prompt="a red mushroom"
 
-`--train` makes it, `--test resume=RUN` renders and measures it, `--export resume=RUN`
-writes its mesh. Settings follow as `key=value`; `dispatch.num_workers=2` starts two
+`--train` makes it, `--compare` makes it with and without acceleration and says whether
+that pays, `--test resume=RUN` renders and measures it, `--export resume=RUN` writes its
+mesh. Settings follow as `key=value`; `dispatch.num_workers=2` starts two
 processes, and `torchrun launch.py …` works too.
 """
 
@@ -20,22 +21,22 @@ import torch
 import dreampropeller as dp
 import systems
 from dreampropeller.checkpoint import CheckpointError
-from systems import folders, results, workers
+from systems import compare, folders, results, workers
 from systems.config import Config, load
 from systems.reader import ConfigError
 from systems.recorder import Recorder
 
 
-def train(config: Config) -> int:
+def train(config: Config, folder: Path | None = None) -> int:
     """Make the object, here or on several ranks; gives the exit code."""
     if workers.is_rank():  # started by torchrun
         return work(config, leads=os.environ["RANK"] == "0")
     if config.dispatch.num_workers == 1:
-        return work(config)
+        return work(config, folder)
     system = systems.build(config)  # refuse before anything is made or started
     if config.resume is not None:
         folders.load_state(config.resume, system)
-    return workers.run(work, config, folders.open_folder(config))
+    return workers.run(work, config, folder or folders.open_folder(config))
 
 
 def work(config: Config, folder: Path | None = None, leads: bool = True) -> int:
@@ -80,6 +81,21 @@ def look(config: Config, film: bool) -> int:
     return 0 if film or isinstance(made["mesh"], list) else 1
 
 
+def contrast(path: Path | None, words: list[str]) -> int:
+    """Compare: two finished runs, or the two ways to make one."""
+    overrides = [word for word in words if "=" in word or word.startswith("-")]
+    named = [word for word in words if word not in overrides]
+    if len(named) == 2 and not overrides and path is None:
+        return compare.compare_folders(*named)
+    if path is None or named not in ([], ["rivals"]):
+        raise ConfigError(
+            "Compare what? Write `--config FILE --compare KEY=VALUE …`, `--config FILE "
+            "--compare rivals KEY=VALUE …`, or `--compare RUN RUN` with two finished "
+            "run folders."
+        )
+    return compare.compare(path, overrides, train, rivals=bool(named))
+
+
 def make_parser() -> argparse.ArgumentParser:
     """The options; everything else is `key=value`."""
     parser = argparse.ArgumentParser(
@@ -88,6 +104,13 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--config", type=Path, help="a YAML file; default: the run's")
     task = parser.add_mutually_exclusive_group(required=True)
     task.add_argument("--train", action="store_true", help="make the object")
+    task.add_argument(
+        "--compare",
+        nargs="*",
+        metavar="RUN",
+        help="with and without acceleration; `rivals` adds plain loops of the same "
+        "budget; two RUNs compares what is finished",
+    )
     task.add_argument("--test", action="store_true", help="turntable and quality")
     task.add_argument("--export", action="store_true", help="mesh")
     return parser
@@ -97,6 +120,8 @@ def main(argv: list[str] | None = None) -> int:
     """Run; a user's mistake is a message and exit code 2, never a traceback."""
     arguments, overrides = make_parser().parse_known_args(argv)
     try:
+        if arguments.compare is not None:
+            return contrast(arguments.config, [*arguments.compare, *overrides])
         config = load(arguments.config or folders.config_of(overrides), overrides)
         return train(config) if arguments.train else look(config, arguments.test)
     except (

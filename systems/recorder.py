@@ -41,6 +41,9 @@ class Recorder:
 
     Attributes:
         interrupted: The signal that asked to stop, if one did.
+        seconds: Time by phase of the solve.
+        solving: Wall-clock seconds of the solve, without what the recorder itself
+            takes to write, save and render.
     """
 
     def __init__(self, system: System, folder: Path | None, begin: int) -> None:
@@ -50,6 +53,8 @@ class Recorder:
         self.interrupted: signal.Signals | None = None
         self.seconds: dict[str, float] = {}
         self.started = time.perf_counter()
+        self.solving = 0.0
+        self._returned = self.started
         self._interrupted_at = 0.0
         self._begin = begin
         self._saved_at = begin
@@ -91,6 +96,7 @@ class Recorder:
             dynamic_ncols=True,
         )
         (self.folder / STOP).unlink(missing_ok=True)
+        self._returned = time.perf_counter()
         try:
             yield
         finally:
@@ -100,6 +106,13 @@ class Recorder:
 
     def __call__(self, state: dp.SolverState[Any], iteration: dp.Iteration) -> bool:
         """Write an iteration down; True asks the solve to stop."""
+        self.solving += time.perf_counter() - self._returned
+        try:
+            return self._write(state, iteration)
+        finally:
+            self._returned = time.perf_counter()
+
+    def _write(self, state: dp.SolverState[Any], iteration: dp.Iteration) -> bool:
         for phase, seconds in iteration.seconds.items():
             self.seconds[phase] = self.seconds.get(phase, 0.0) + seconds
         if self.folder is None:
@@ -151,6 +164,7 @@ class Recorder:
             "threshold": iteration.threshold,
             "seconds": {k: round(v, 4) for k, v in iteration.seconds.items()},
             "elapsed": elapsed,
+            "solving": round(self.solving, 4),
         }
         self._metrics.write(json.dumps(entry) + "\n")
         self._metrics.flush()

@@ -73,8 +73,10 @@ def write_report(
         "evaluations": stats.num_evaluations,
         "steps_per_iteration": round(steps / max(1, stats.num_iterations), 3),
         "seconds": round(time.perf_counter() - recorder.started, 2),
+        "solving_seconds": round(recorder.solving, 3),
         "seconds_by_phase": {k: round(v, 3) for k, v in recorder.seconds.items()},
         "workers": recorder.config.dispatch.num_workers,
+        "threads": torch.get_num_threads(),
         "gpu_memory": (  # bytes, on the first device
             torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None
         ),

@@ -6,6 +6,7 @@ from tests import typechecker as typechecker  # named in pyproject.toml
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "gpu: needs a CUDA device (`pytest -m gpu`)")
+    config.addinivalue_line("markers", "browser: needs chromium and playwright")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

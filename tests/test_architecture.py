@@ -72,6 +72,12 @@ WORKSPACE = [
     "recorder",
     "results",
     "workers",
+    "report.runs",
+    "report.figures",
+    "report.curves",
+    "report.page",
+    "report",
+    "compare",
 ]
 
 

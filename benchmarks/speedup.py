@@ -1,0 +1,232 @@
+"""Speed-up and quality of the accelerated run, beside the rivals of the same budget.
+
+`python -m benchmarks.speedup` runs the default config over 6 prompts and 2 seeds: the
+plain loop; the published threshold (median and mean) and a fixed one at windows 4, 8
+and 16; and plain loops of a k-th of the steps, with the same views or k times as many,
+each at the best of five learning rates. It writes a table and a plot; interrupted, it
+goes on where it was. Wall-clock is measured by `benchmarks.wallclock`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import math
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks import runs
+from systems.config import load
+from systems.folders import environment
+
+CONFIG = "configs/dreamfusion-toybox.yaml"
+OBJECTS = ("sphere", "mushroom", "mug", "house", "rocket", "fish")
+SEEDS = (0, 1)
+WINDOWS = (4, 8, 16)
+RIVAL = 8
+"""The k of the rivals."""
+RATES = (0.5, 1.0, 2.0, 4.0, 8.0)
+FIXED = 1e-4
+THRESHOLDS = {
+    "published, median": (
+        "solver.threshold.name=paper",
+        "solver.threshold.adaptivity=median",
+    ),
+    "published, mean": (
+        "solver.threshold.name=paper",
+        "solver.threshold.adaptivity=mean",
+    ),
+    f"fixed, {FIXED:g}": (
+        "solver.threshold.name=fixed",
+        f"solver.threshold.value={FIXED}",
+    ),
+}
+PLAIN = "sequential"
+Entry = dict[str, Any]
+
+
+def jobs(config: str, settings: list[str]) -> list[Entry]:
+    """Every run of the table, with its row."""
+    wanted = load(config, ["system.prompt_processor.prompt=a red mug", *settings])
+    steps, views = wanted.trainer.max_steps, wanted.data["batch_size"]
+    rate = wanted.system["optimizer"]["args"]["lr"]
+    few = math.ceil(steps / RIVAL)
+    rows: list[tuple[str, int | None, float, tuple[str, ...]]] = [
+        (PLAIN, None, rate, ("solver.name=sequential",))
+    ]
+    rows += [
+        (name, window, rate, (*chosen, f"solver.window.size={window}"))
+        for name, chosen in THRESHOLDS.items()
+        for window in WINDOWS
+    ]
+    for name, more in (
+        (f"{few} steps", ()),
+        (f"{few} steps of {RIVAL}x the views", (f"data.batch_size={views * RIVAL}",)),
+    ):
+        rows += [
+            (
+                name,
+                None,
+                rate * factor,
+                (
+                    "solver.name=sequential",
+                    f"trainer.max_steps={few}",
+                    f"system.optimizer.args.lr={rate * factor}",
+                    *more,
+                ),
+            )
+            for factor in RATES
+        ]
+    return [
+        runs.job(
+            config,
+            runs.prompt_of(name),
+            f"seed={seed}",
+            *settings,
+            *chosen,
+            row=row,
+            window=window,
+            rate=value,
+            seed=seed,
+        )
+        for row, window, value, chosen in rows
+        for name in OBJECTS
+        for seed in SEEDS
+    ]
+
+
+def solve(job: runs.Job) -> Entry:
+    """Solve a job, and keep its pictures to compare with other runs' ones."""
+    entry, found = runs.solved(job)
+    name = hashlib.sha256(repr(job["settings"]).encode()).hexdigest()[:16]
+    file = Path(job["pictures"]) / f"{name}.pt"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    torch.save(found.pictures, file)
+    return {**entry, "pictures": str(file)}
+
+
+def deviation(entry: Entry, plain: dict[tuple[str, int], Entry]) -> float:
+    """PSNR of a run's pictures against the plain loop's; infinite when equal."""
+    base = plain[entry["prompt"], entry["seed"]]
+    a, b = (torch.load(e["pictures"], weights_only=True) for e in (entry, base))
+    error = float((a - b).square().mean())
+    return -10 * math.log10(error) if error else math.inf
+
+
+def best_rates(entries: list[Entry]) -> list[Entry]:
+    """Of a rival, the entries at the learning rate with the best mean PSNR."""
+    by_rate: dict[float, list[Entry]] = defaultdict(list)
+    for entry in entries:
+        by_rate[entry["rate"]].append(entry)
+    return max(by_rate.values(), key=lambda found: runs.mean(found, "psnr"))
+
+
+def summarise(entries: list[Entry]) -> list[Entry]:
+    """A line for each row of the table."""
+    plain = {(e["prompt"], e["seed"]): e for e in entries if e["row"] == PLAIN}
+    groups: dict[tuple[str, int | None], list[Entry]] = defaultdict(list)
+    for entry in entries:
+        groups[entry["row"], entry["window"]].append(entry)
+    lines = []
+    for (row, window), found in groups.items():
+        chosen = best_rates(found)
+        apart = [deviation(e, plain) for e in chosen]
+        lines.append(
+            {
+                "row": row,
+                "window": window,
+                "rate": chosen[0]["rate"],
+                **{
+                    name: runs.mean(chosen, name)
+                    for name in ("iterations", "evaluations", "psnr", "iou")
+                },
+                "loss": runs.mean(list(plain.values()), "psnr")
+                - runs.mean(chosen, "psnr"),
+                "apart": math.inf if row == PLAIN else sum(apart) / len(apart),
+            }
+        )
+    return lines
+
+
+def other_seed(entries: list[Entry]) -> float:
+    """Mean PSNR of the plain loop of one seed against that of the other."""
+    plain = {(e["prompt"], e["seed"]): e for e in entries if e["row"] == PLAIN}
+    prompts = {prompt for prompt, _ in plain}
+    apart = [
+        deviation({**plain[p, SEEDS[0]], "seed": SEEDS[1]}, plain) for p in prompts
+    ]
+    return sum(apart) / len(apart)
+
+
+def table(lines: list[Entry]) -> str:
+    """The lines as Markdown."""
+    steps = next(line["iterations"] for line in lines if line["row"] == PLAIN)
+    text = [
+        "| | window | iterations | fewer | gradients | PSNR, dB | against sequential, "
+        "dB | IoU | pictures against sequential, dB |",
+        "|---" * 9 + "|",
+    ]
+    text += [
+        f"| {line['row']} (lr {line['rate']:g}) | {line['window'] or '–'} | "
+        f"{line['iterations']:.1f} | {steps / line['iterations']:.1f}× | "
+        f"{line['evaluations']:.0f} | {line['psnr']:.2f} | {-line['loss']:+.2f} | "
+        f"{line['iou']:.3f} | "
+        f"{'–' if math.isinf(line['apart']) else format(line['apart'], '.1f')} |"
+        for line in lines
+    ]
+    return "\n".join(text)
+
+
+def plot(lines: list[Entry], path: Path) -> None:
+    """Quality against iterations."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.2), layout="constrained")
+    axes = figure.add_subplot()
+    for row in {line["row"]: None for line in lines}:
+        own = [line for line in lines if line["row"] == row]
+        axes.plot(
+            [line["iterations"] for line in own],
+            [line["psnr"] for line in own],
+            "o-" if len(own) > 1 else "s",
+            label=row,
+        )
+    axes.set(xlabel="iterations", ylabel="mean PSNR, dB", xscale="log")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    figure.savefig(path, dpi=130)
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--config", default=CONFIG)
+    parser.add_argument("--workers", type=int, default=2, help="processes of 1 thread")
+    parser.add_argument("--set", nargs="*", default=[], help="further settings")
+    parser.add_argument("--to", type=Path, default=Path("outputs/speedup"))
+    arguments = parser.parse_args()
+    wanted = [
+        {**job, "pictures": str(arguments.to / "pictures")}
+        for job in jobs(arguments.config, arguments.set)
+    ]
+    entries = runs.run_all(
+        wanted, arguments.to / "runs.jsonl", arguments.workers, solve
+    )
+    lines = summarise(entries)
+    text = (
+        f"{table(lines)}\n\nMeans over {', '.join(OBJECTS)} and seeds "
+        f"{', '.join(map(str, SEEDS))}; rivals at the best of five learning rates. "
+        f"Plain loops of different seeds: {other_seed(entries):.1f} dB apart. Cost: "
+        f"{len(entries)} runs, {runs.hours(entries):.1f} core-hours on "
+        f"{environment()['processor']}, one thread each.\n"
+    )
+    (arguments.to / "table.md").write_text(text, encoding="utf-8")
+    plot(lines, arguments.to / "speedup.png")
+    print(text)
+
+
+if __name__ == "__main__":
+    main()

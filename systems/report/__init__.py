@@ -1,0 +1,1 @@
+"""A comparison as a page people open: figures, curves, films, one sentence."""
