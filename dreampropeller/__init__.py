@@ -11,6 +11,7 @@ from dreampropeller.dispatch.distributed import (
     DistributedDispatcher as DistributedDispatcher,
 )
 from dreampropeller.dispatch.launcher import launch as launch
+from dreampropeller.drift_threshold import DriftThreshold as DriftThreshold
 from dreampropeller.optimization import OptimizationTrajectory as OptimizationTrajectory
 from dreampropeller.picard import PicardSolver as PicardSolver
 from dreampropeller.predictor import Momentum as Momentum

@@ -14,13 +14,14 @@ remaining new states are the next guesses.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from dreampropeller.dispatch.base import Dispatcher
+from dreampropeller.drift_threshold import DriftThreshold
 from dreampropeller.predictor import Predictor, as_predictor
 from dreampropeller.solution import Iteration, Stats
 from dreampropeller.solver import (
@@ -47,7 +48,8 @@ class PicardSolver(Solver):
 
     Args:
         window: How many steps to try and to accept.
-        threshold: What error counts as converged.
+        threshold: What error counts as converged; default: `DriftThreshold`, which
+            needs no tuning to the problem's scale.
         predictor: How a new slot is guessed: "repeat_last", "momentum", or a
             `Predictor`.
         norm: Distance of a new state from its guess, a scalar tensor; default: the mean
@@ -59,7 +61,7 @@ class PicardSolver(Solver):
     """
 
     window: SlidingWindow
-    threshold: Threshold
+    threshold: Threshold = field(default_factory=DriftThreshold)
     predictor: str | Predictor = "repeat_last"
     norm: Callable[[State, State], Tensor] = mean_square
     non_finite: NonFinite = "raise"
@@ -101,7 +103,11 @@ class PicardSolver(Solver):
         """Drop the guesses; the predictor's memory follows the rows."""
         predictor = as_predictor(self.predictor)
         memory = predictor.remap(state.predictor, state.y, parents)
-        return replace(super().jumped(state, parents), predictor=memory)
+        return replace(
+            super().jumped(state, parents),
+            predictor=memory,
+            threshold=self.threshold.jumped(state.threshold),
+        )
 
     def iterate(
         self,
@@ -120,12 +126,20 @@ class PicardSolver(Solver):
         drifts: list[State | None] = [drift for drift, _ in evaluated]
         with timer.phase("finite"):
             usable = self._usable(state.step, drifts)
+        finite = [drift or {} for drift in drifts[:usable]]
+        with timer.phase("threshold"):
+            learnt = self.threshold.learn(
+                state.threshold, steps[:usable], guesses[:usable], finite
+            )
+        most = self.threshold.limit(learnt, usable, limit - state.step)
         with timer.phase("rollout"), torch.no_grad():
-            rollout = self._roll_out(trajectory, state, guesses, drifts[:usable], timer)
+            rollout = self._roll_out(
+                trajectory, state, guesses, drifts[:usable], learnt, most, timer
+            )
 
-        bound = self.threshold.bound(state.threshold)
+        bound = self.threshold.bound(learnt)
         proposed = self.window.stride([error <= bound for error in rollout.errors])
-        (stride,) = dispatcher.agree([proposed])
+        (stride,) = dispatcher.agree([min(proposed, most)])
         carry, end_carry = rollout.carry_at(trajectory, state, stride)
         accepted = [drift for drift in drifts[:stride] if drift is not None]
         with timer.phase("predict"):
@@ -148,15 +162,19 @@ class PicardSolver(Solver):
             steps=steps[:usable],
             guesses=guesses[: usable + 1],
             states=rollout.states,
-            drifts=[drift or {} for drift in drifts[:usable]],
+            drifts=finite,
             errors=rollout.errors,
+            distances=rollout.distances,
+            stride=stride,
         )
+        with timer.phase("threshold"):
+            adapted = self.threshold.adapt(learnt, observation)
         after = SolverState(
             step=step,
             y=rollout.states[stride],
             carry=carry,
             guesses=ahead,
-            threshold=self.threshold.adapt(state.threshold, observation),
+            threshold=adapted,
             window=state.window,
             predictor=memory,
             stats=Stats(
@@ -171,6 +189,7 @@ class PicardSolver(Solver):
             threshold=bound,
             aux=tuple(aux for _, aux in evaluated[:stride]),
             seconds=timer.lap(),
+            diagnostics=self.threshold.diagnostics(learnt),
         )
 
     def _usable(self, step: int, drifts: list[State | None]) -> int:
@@ -189,34 +208,39 @@ class PicardSolver(Solver):
         state: SolverState[Any],
         guesses: Sequence[State],
         drifts: Sequence[State | None],
+        learnt: Nest,
+        most: int,
         timer: Any,
     ) -> _Rollout:
-        bound = self.threshold.bound(state.threshold)
+        bound = self.threshold.bound(learnt)
         y, carry = state.y, copy_nest(state.carry)
-        rollout = _Rollout(states=[y], errors=[], drifts=drifts, carry=carry)
+        rollout = _Rollout(states=[y], drifts=drifts, carry=carry)
         for slot, drift in enumerate(drifts):
             step = state.step + slot
             if drift is not None:
                 with timer.phase("update"):
                     y, carry = trajectory.update(step, y, carry, drift)
             with timer.phase("norm"):
-                error = self._error(y, guesses[slot + 1], trajectory, step + 1)
+                distance = self._distance(y, guesses[slot + 1], trajectory, step + 1)
+                error = self.threshold.error(learnt, step + 1, distance)
             rollout.states.append(y)
+            rollout.distances.append(distance)
             rollout.errors.append(error)
-            if rollout.kept is None and not error <= bound and slot + 1 < len(drifts):
+            ends = not error <= bound or slot + 1 == most
+            if rollout.kept is None and ends and slot + 1 < len(drifts):
                 # The likely stride: the rollout past it must not touch this carry.
                 rollout.kept = slot + 1, copy_nest(carry)
         rollout.carry = carry
         return rollout
 
-    def _error(
+    def _distance(
         self, new: State, old: State, trajectory: Trajectory[Any], step: int
     ) -> float:
         if self.threshold.exact:
             return float(exact_error(new, old))
         scale = trajectory.error_scale(step)
-        error = float(self.norm(new, old))
-        return error / scale if scale else float("inf")
+        distance = float(self.norm(new, old))
+        return distance / scale if scale else float("inf")
 
 
 @dataclass
@@ -224,9 +248,10 @@ class _Rollout:
     """States, errors and carries rolled out from an anchor."""
 
     states: list[State]
-    errors: list[float]
     drifts: Sequence[State | None]
     carry: Nest
+    distances: list[float] = field(default_factory=list)
+    errors: list[float] = field(default_factory=list)
     kept: tuple[int, Nest] | None = None
 
     def carry_at(

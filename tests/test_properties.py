@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dreampropeller import (
+    DriftThreshold,
     EMAThreshold,
     FixedThreshold,
     Momentum,
@@ -84,7 +85,8 @@ trajectories = st.builds(
 windows = st.builds(SlidingWindow, st.integers(1, 24))
 predictors = st.sampled_from(["repeat_last", "momentum", Momentum(0.0)])
 thresholds = st.one_of(
-    st.builds(FixedThreshold, st.floats(0, 1)),
+    st.builds(FixedThreshold, st.floats(0, 1), st.booleans()),
+    st.builds(DriftThreshold, st.floats(0, 2), st.integers(2, 5), st.integers(1, 9)),
     st.builds(
         EMAThreshold,
         st.floats(0, 1),
