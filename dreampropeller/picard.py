@@ -35,7 +35,7 @@ from dreampropeller.threshold import Observation, Threshold
 from dreampropeller.trajectory import Parents, Trajectory, next_jump
 from dreampropeller.tree import Nest, State, all_finite, copy_nest, mean_square
 from dreampropeller.tree import share_differing as exact_error
-from dreampropeller.window import SlidingWindow
+from dreampropeller.window import Window
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class PicardSolver(Solver):
         window: How many steps to try and to accept.
         threshold: What error counts as converged; default: `DriftThreshold`, which
             needs no tuning to the problem's scale.
-        predictor: How a new slot is guessed: "repeat_last", "momentum", or a
+        predictor: How a new slot is guessed: "repeat_last", "momentum", "auto", or a
             `Predictor`.
         norm: Distance of a new state from its guess, a scalar tensor; default: the mean
             square over the floating entries (Eq. 6). A threshold of zero ignores it and
@@ -60,7 +60,7 @@ class PicardSolver(Solver):
             guess it only cuts the window: a bad guess is no error.
     """
 
-    window: SlidingWindow
+    window: Window
     threshold: Threshold = field(default_factory=DriftThreshold)
     predictor: str | Predictor = "repeat_last"
     norm: Callable[[State, State], Tensor] = mean_square
@@ -68,7 +68,7 @@ class PicardSolver(Solver):
 
     def __post_init__(self) -> None:
         for name, value, kind, example in (
-            ("window", self.window, SlidingWindow, "SlidingWindow(8)"),
+            ("window", self.window, Window, "SlidingWindow(8)"),
             ("threshold", self.threshold, Threshold, "FixedThreshold(0)"),
         ):
             if not isinstance(value, kind):
@@ -88,12 +88,12 @@ class PicardSolver(Solver):
         )
 
     def adopt(self, state: SolverState[Any]) -> SolverState[Any]:
-        """Start the memories that another kind of solver did not keep."""
+        """Start the memories that another kind of solver did not keep, or kept else."""
         fresh = self.init(state.y, state.carry)
         missing = {
             name: getattr(fresh, name)
             for name in ("threshold", "window", "predictor")
-            if getattr(state, name) is None
+            if not _same_kind(getattr(state, name), getattr(fresh, name))
         }
         return replace(state, **missing)
 
@@ -139,18 +139,21 @@ class PicardSolver(Solver):
 
         bound = self.threshold.bound(learnt)
         proposed = self.window.stride([error <= bound for error in rollout.errors])
-        (stride,) = dispatcher.agree([min(proposed, most)])
+        predictor = as_predictor(self.predictor)
+        with timer.phase("predict"):
+            memory = predictor.judge(state.predictor, state.step, rollout.states)
+        stride, choice = dispatcher.agree(
+            [min(proposed, most), predictor.choice(memory)]
+        )
+        window = self.window.adapt(state.window, length, stride)
         carry, end_carry = rollout.carry_at(trajectory, state, stride)
         accepted = [drift for drift in drifts[:stride] if drift is not None]
         with timer.phase("predict"):
-            predictor = as_predictor(self.predictor)
-            memory = predictor.observe(state.predictor, accepted)
+            memory = predictor.settle(predictor.observe(memory, accepted), choice)
             step = state.step + stride
             ahead = rollout.states[stride + 1 :]
-            wanted = (
-                self.window.length(state.window, limit - step) if step < limit else 0
-            )
-            ahead += predictor.extend(
+            wanted = self.window.length(window, limit - step) if step < limit else 0
+            guessed, memory = predictor.extend(
                 trajectory,
                 state.step + usable,
                 rollout.states[-1],
@@ -158,6 +161,7 @@ class PicardSolver(Solver):
                 memory,
                 max(0, wanted - len(ahead)),
             )
+            ahead += guessed
         observation = Observation(
             steps=steps[:usable],
             guesses=guesses[: usable + 1],
@@ -175,7 +179,7 @@ class PicardSolver(Solver):
             carry=carry,
             guesses=ahead,
             threshold=adapted,
-            window=state.window,
+            window=window,
             predictor=memory,
             stats=Stats(
                 state.stats.num_evaluations + length, [*state.stats.strides, stride]
@@ -189,7 +193,10 @@ class PicardSolver(Solver):
             threshold=bound,
             aux=tuple(aux for _, aux in evaluated[:stride]),
             seconds=timer.lap(),
-            diagnostics=self.threshold.diagnostics(learnt),
+            diagnostics={
+                **self.threshold.diagnostics(learnt),
+                **predictor.diagnostics(memory),
+            },
         )
 
     def _usable(self, step: int, drifts: list[State | None]) -> int:
@@ -278,3 +285,10 @@ def _fill(guesses: Sequence[State], count: int) -> list[State]:
     """The first `count` guesses; what is missing repeats the last one."""
     filled = list(guesses[:count])
     return filled + [filled[-1]] * (count - len(filled))
+
+
+def _same_kind(kept: Nest, fresh: Nest) -> bool:
+    """Whether a memory was left by the same kind of component."""
+    if isinstance(fresh, dict):
+        return isinstance(kept, dict) and kept.keys() == fresh.keys()
+    return type(kept) is type(fresh)

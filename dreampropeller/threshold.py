@@ -150,16 +150,16 @@ class FixedThreshold(Threshold):
 
     def init(self) -> Nest:
         """The unit of a relative value, 0 while it is not known."""
-        return 0.0 if self.relative else None
+        return {"unit": 0.0} if self.relative else None
 
     def bound(self, memory: Nest) -> float:
         """The value, in its unit."""
-        return self.value * memory if self.relative else self.value
+        return self.value * memory["unit"] if self.relative else self.value
 
     def limit(self, memory: Nest, length: int, remaining: int) -> int:
         """One step while the unit is not known."""
         del remaining
-        return 1 if self.relative and not memory else length
+        return 1 if self.relative and not memory["unit"] else length
 
     def adapt(self, memory: Nest, observation: Observation) -> Nest:
         """Measure the updates, when they are the unit."""
@@ -170,7 +170,7 @@ class FixedThreshold(Threshold):
             for old, new in itertools.pairwise(observation.states)
         )
         median = updates[len(updates) // 2]
-        return median if 0 < median < math.inf else memory
+        return {"unit": median} if 0 < median < math.inf else memory
 
 
 @dataclass(frozen=True)
