@@ -11,8 +11,10 @@ from dreampropeller.dispatch.distributed import (
     DistributedDispatcher as DistributedDispatcher,
 )
 from dreampropeller.dispatch.launcher import launch as launch
+from dreampropeller.drift_threshold import DriftThreshold as DriftThreshold
 from dreampropeller.optimization import OptimizationTrajectory as OptimizationTrajectory
 from dreampropeller.picard import PicardSolver as PicardSolver
+from dreampropeller.predictor import Auto as Auto
 from dreampropeller.predictor import Momentum as Momentum
 from dreampropeller.predictor import Predictor as Predictor
 from dreampropeller.predictor import RepeatLast as RepeatLast
@@ -33,6 +35,8 @@ from dreampropeller.trajectory import Drift as Drift
 from dreampropeller.trajectory import Trajectory as Trajectory
 from dreampropeller.tree import Aux as Aux
 from dreampropeller.tree import State as State
+from dreampropeller.window import AdaptiveWindow as AdaptiveWindow
 from dreampropeller.window import SlidingWindow as SlidingWindow
+from dreampropeller.window import Window as Window
 
 __version__ = "0.1.0"

@@ -14,13 +14,14 @@ remaining new states are the next guesses.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from dreampropeller.dispatch.base import Dispatcher
+from dreampropeller.drift_threshold import DriftThreshold
 from dreampropeller.predictor import Predictor, as_predictor
 from dreampropeller.solution import Iteration, Stats
 from dreampropeller.solver import (
@@ -34,7 +35,7 @@ from dreampropeller.threshold import Observation, Threshold
 from dreampropeller.trajectory import Parents, Trajectory, next_jump
 from dreampropeller.tree import Nest, State, all_finite, copy_nest, mean_square
 from dreampropeller.tree import share_differing as exact_error
-from dreampropeller.window import SlidingWindow
+from dreampropeller.window import Window
 
 
 @dataclass(frozen=True)
@@ -47,8 +48,9 @@ class PicardSolver(Solver):
 
     Args:
         window: How many steps to try and to accept.
-        threshold: What error counts as converged.
-        predictor: How a new slot is guessed: "repeat_last", "momentum", or a
+        threshold: What error counts as converged; default: `DriftThreshold`, which
+            needs no tuning to the problem's scale.
+        predictor: How a new slot is guessed: "repeat_last", "momentum", "auto", or a
             `Predictor`.
         norm: Distance of a new state from its guess, a scalar tensor; default: the mean
             square over the floating entries (Eq. 6). A threshold of zero ignores it and
@@ -58,15 +60,15 @@ class PicardSolver(Solver):
             guess it only cuts the window: a bad guess is no error.
     """
 
-    window: SlidingWindow
-    threshold: Threshold
+    window: Window
+    threshold: Threshold = field(default_factory=DriftThreshold)
     predictor: str | Predictor = "repeat_last"
     norm: Callable[[State, State], Tensor] = mean_square
     non_finite: NonFinite = "raise"
 
     def __post_init__(self) -> None:
         for name, value, kind, example in (
-            ("window", self.window, SlidingWindow, "SlidingWindow(8)"),
+            ("window", self.window, Window, "SlidingWindow(8)"),
             ("threshold", self.threshold, Threshold, "FixedThreshold(0)"),
         ):
             if not isinstance(value, kind):
@@ -86,12 +88,12 @@ class PicardSolver(Solver):
         )
 
     def adopt(self, state: SolverState[Any]) -> SolverState[Any]:
-        """Start the memories that another kind of solver did not keep."""
+        """Start the memories that another kind of solver did not keep, or kept else."""
         fresh = self.init(state.y, state.carry)
         missing = {
             name: getattr(fresh, name)
             for name in ("threshold", "window", "predictor")
-            if getattr(state, name) is None
+            if not _same_kind(getattr(state, name), getattr(fresh, name))
         }
         return replace(state, **missing)
 
@@ -101,7 +103,11 @@ class PicardSolver(Solver):
         """Drop the guesses; the predictor's memory follows the rows."""
         predictor = as_predictor(self.predictor)
         memory = predictor.remap(state.predictor, state.y, parents)
-        return replace(super().jumped(state, parents), predictor=memory)
+        return replace(
+            super().jumped(state, parents),
+            predictor=memory,
+            threshold=self.threshold.jumped(state.threshold),
+        )
 
     def iterate(
         self,
@@ -120,23 +126,34 @@ class PicardSolver(Solver):
         drifts: list[State | None] = [drift for drift, _ in evaluated]
         with timer.phase("finite"):
             usable = self._usable(state.step, drifts)
+        finite = [drift or {} for drift in drifts[:usable]]
+        with timer.phase("threshold"):
+            learnt = self.threshold.learn(
+                state.threshold, steps[:usable], guesses[:usable], finite
+            )
+        most = self.threshold.limit(learnt, usable, limit - state.step)
         with timer.phase("rollout"), torch.no_grad():
-            rollout = self._roll_out(trajectory, state, guesses, drifts[:usable], timer)
+            rollout = self._roll_out(
+                trajectory, state, guesses, drifts[:usable], learnt, most, timer
+            )
 
-        bound = self.threshold.bound(state.threshold)
+        bound = self.threshold.bound(learnt)
         proposed = self.window.stride([error <= bound for error in rollout.errors])
-        (stride,) = dispatcher.agree([proposed])
+        predictor = as_predictor(self.predictor)
+        with timer.phase("predict"):
+            memory = predictor.judge(state.predictor, state.step, rollout.states)
+        stride, choice = dispatcher.agree(
+            [min(proposed, most), predictor.choice(memory)]
+        )
+        window = self.window.adapt(state.window, length, stride)
         carry, end_carry = rollout.carry_at(trajectory, state, stride)
         accepted = [drift for drift in drifts[:stride] if drift is not None]
         with timer.phase("predict"):
-            predictor = as_predictor(self.predictor)
-            memory = predictor.observe(state.predictor, accepted)
+            memory = predictor.settle(predictor.observe(memory, accepted), choice)
             step = state.step + stride
             ahead = rollout.states[stride + 1 :]
-            wanted = (
-                self.window.length(state.window, limit - step) if step < limit else 0
-            )
-            ahead += predictor.extend(
+            wanted = self.window.length(window, limit - step) if step < limit else 0
+            guessed, memory = predictor.extend(
                 trajectory,
                 state.step + usable,
                 rollout.states[-1],
@@ -144,20 +161,25 @@ class PicardSolver(Solver):
                 memory,
                 max(0, wanted - len(ahead)),
             )
+            ahead += guessed
         observation = Observation(
             steps=steps[:usable],
             guesses=guesses[: usable + 1],
             states=rollout.states,
-            drifts=[drift or {} for drift in drifts[:usable]],
+            drifts=finite,
             errors=rollout.errors,
+            distances=rollout.distances,
+            stride=stride,
         )
+        with timer.phase("threshold"):
+            adapted = self.threshold.adapt(learnt, observation)
         after = SolverState(
             step=step,
             y=rollout.states[stride],
             carry=carry,
             guesses=ahead,
-            threshold=self.threshold.adapt(state.threshold, observation),
-            window=state.window,
+            threshold=adapted,
+            window=window,
             predictor=memory,
             stats=Stats(
                 state.stats.num_evaluations + length, [*state.stats.strides, stride]
@@ -171,6 +193,10 @@ class PicardSolver(Solver):
             threshold=bound,
             aux=tuple(aux for _, aux in evaluated[:stride]),
             seconds=timer.lap(),
+            diagnostics={
+                **self.threshold.diagnostics(learnt),
+                **predictor.diagnostics(memory),
+            },
         )
 
     def _usable(self, step: int, drifts: list[State | None]) -> int:
@@ -189,34 +215,39 @@ class PicardSolver(Solver):
         state: SolverState[Any],
         guesses: Sequence[State],
         drifts: Sequence[State | None],
+        learnt: Nest,
+        most: int,
         timer: Any,
     ) -> _Rollout:
-        bound = self.threshold.bound(state.threshold)
+        bound = self.threshold.bound(learnt)
         y, carry = state.y, copy_nest(state.carry)
-        rollout = _Rollout(states=[y], errors=[], drifts=drifts, carry=carry)
+        rollout = _Rollout(states=[y], drifts=drifts, carry=carry)
         for slot, drift in enumerate(drifts):
             step = state.step + slot
             if drift is not None:
                 with timer.phase("update"):
                     y, carry = trajectory.update(step, y, carry, drift)
             with timer.phase("norm"):
-                error = self._error(y, guesses[slot + 1], trajectory, step + 1)
+                distance = self._distance(y, guesses[slot + 1], trajectory, step + 1)
+                error = self.threshold.error(learnt, step + 1, distance)
             rollout.states.append(y)
+            rollout.distances.append(distance)
             rollout.errors.append(error)
-            if rollout.kept is None and not error <= bound and slot + 1 < len(drifts):
+            ends = not error <= bound or slot + 1 == most
+            if rollout.kept is None and ends and slot + 1 < len(drifts):
                 # The likely stride: the rollout past it must not touch this carry.
                 rollout.kept = slot + 1, copy_nest(carry)
         rollout.carry = carry
         return rollout
 
-    def _error(
+    def _distance(
         self, new: State, old: State, trajectory: Trajectory[Any], step: int
     ) -> float:
         if self.threshold.exact:
             return float(exact_error(new, old))
         scale = trajectory.error_scale(step)
-        error = float(self.norm(new, old))
-        return error / scale if scale else float("inf")
+        distance = float(self.norm(new, old))
+        return distance / scale if scale else float("inf")
 
 
 @dataclass
@@ -224,9 +255,10 @@ class _Rollout:
     """States, errors and carries rolled out from an anchor."""
 
     states: list[State]
-    errors: list[float]
     drifts: Sequence[State | None]
     carry: Nest
+    distances: list[float] = field(default_factory=list)
+    errors: list[float] = field(default_factory=list)
     kept: tuple[int, Nest] | None = None
 
     def carry_at(
@@ -253,3 +285,10 @@ def _fill(guesses: Sequence[State], count: int) -> list[State]:
     """The first `count` guesses; what is missing repeats the last one."""
     filled = list(guesses[:count])
     return filled + [filled[-1]] * (count - len(filled))
+
+
+def _same_kind(kept: Nest, fresh: Nest) -> bool:
+    """Whether a memory was left by the same kind of component."""
+    if isinstance(fresh, dict):
+        return isinstance(kept, dict) and kept.keys() == fresh.keys()
+    return type(kept) is type(fresh)

@@ -56,10 +56,12 @@ class Iteration:
         begin: The anchor's step before the iteration.
         window: Number of slots evaluated.
         stride: Number of steps accepted.
-        errors: Error of each rolled-out slot, shape ``(slots,)``.
+        errors: Error of each rolled-out slot as the threshold measures it, shape
+            ``(slots,)``; with `DriftThreshold` the estimated relative drift errors.
         threshold: The largest error that passed; None for the sequential solver.
         aux: What the drifts logged at the accepted steps, in order.
         seconds: Where the time went, by phase, in seconds.
+        diagnostics: What threshold, predictor and window believe, by name.
     """
 
     begin: int
@@ -69,6 +71,7 @@ class Iteration:
     threshold: float | None
     aux: tuple[Aux, ...]
     seconds: dict[str, float]
+    diagnostics: dict[str, float] = field(default_factory=dict)
 
     @property
     def end(self) -> int:

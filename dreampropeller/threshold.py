@@ -1,18 +1,19 @@
 r"""What error counts as converged.
 
-Slot $i$ passes when $e_i \le \varepsilon$ (Eq. 4); a NaN fails. A threshold gives
-$\varepsilon$ for an iteration and adapts it afterwards.
+Slot $i$ passes when $e_i \le \varepsilon$ (Eq. 4); a NaN fails. A threshold may learn
+from the drifts of an iteration before it gives $\varepsilon$, and adapts afterwards.
 """
 
 from __future__ import annotations
 
 import abc
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from dreampropeller.tree import Nest, State
+from dreampropeller.tree import Nest, State, mean_square
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,10 @@ class Observation:
             compared, shape ``(window + 1,)``.
         states: The anchor and the states rolled out from it, shape ``(window + 1,)``.
         drifts: The drifts, shape ``(window,)``.
-        errors: Errors of `states[1:]` against `guesses[1:]`, shape ``(window,)``.
+        errors: Errors of `states[1:]` against `guesses[1:]`, as the threshold measures
+            them, shape ``(window,)``.
+        distances: The same in the solver's norm, shape ``(window,)``.
+        stride: The steps accepted.
     """
 
     steps: Sequence[int]
@@ -33,6 +37,8 @@ class Observation:
     states: Sequence[State]
     drifts: Sequence[State]
     errors: Sequence[float]
+    distances: Sequence[float] = ()
+    stride: int = 1
 
 
 class Threshold(abc.ABC):
@@ -48,9 +54,58 @@ class Threshold(abc.ABC):
     def init(self) -> Nest:
         """The threshold's memory at the start of a solve."""
 
+    def learn(
+        self,
+        memory: Nest,
+        steps: Sequence[int],
+        guesses: Sequence[State],
+        drifts: Sequence[State],
+    ) -> Nest:
+        """The memory once an iteration's drifts are known; default: unchanged.
+
+        Args:
+            memory: The memory before.
+            steps: The steps evaluated, shape ``(window,)``.
+            guesses: The states they were evaluated at, shape ``(window,)``.
+            drifts: Their drifts, finite, shape ``(window,)``.
+        """
+        del steps, guesses, drifts
+        return memory
+
     @abc.abstractmethod
     def bound(self, memory: Nest) -> float:
         """The largest error that passes in this iteration."""
+
+    def error(self, memory: Nest, step: int, distance: float) -> float:
+        """The error of a guess of the state at a step; default: its distance.
+
+        Args:
+            memory: The memory after `learn`.
+            step: The compared state's step.
+            distance: Distance of the new state from the guess in the solver's norm.
+        """
+        del memory, step
+        return distance
+
+    def limit(self, memory: Nest, length: int, remaining: int) -> int:
+        """The most steps to accept, whatever passes; default: all.
+
+        Args:
+            memory: The memory after `learn`.
+            length: The steps evaluated, at least 1.
+            remaining: Steps before the next jump or the end.
+        """
+        del memory, remaining
+        return length
+
+    def diagnostics(self, memory: Nest) -> dict[str, float]:
+        """What the threshold believes, by name, to log; default: nothing."""
+        del memory
+        return {}
+
+    def jumped(self, memory: Nest) -> Nest:
+        """The memory after a jump, when no drift fits any more; default: unchanged."""
+        return memory
 
     def adapt(self, memory: Nest, observation: Observation) -> Nest:
         """The memory after an iteration; default: unchanged."""
@@ -60,18 +115,26 @@ class Threshold(abc.ABC):
 
 @dataclass(frozen=True)
 class FixedThreshold(Threshold):
-    """An error that never adapts.
+    r"""An error that never adapts.
 
     The error is absolute, in the units of the norm: the mean square of a parameter's
     change unless another norm is given. It depends on the learning rate and on the
     scale of the parameters, so it must be chosen for each problem. Zero compares the
     states bit by bit: the solve then equals `Sequential` (`test_picard.py`).
 
+    With `relative`, the unit is the median squared update of the iteration before (by
+    mean squares, whatever the solver's norm): a guess passes while it is off by at most
+    $\sqrt{v}$ optimizer steps. That is free of the scale of parameters and learning
+    rate, but not of how much the drift changes within a step. In the first iteration
+    there is no unit yet, and only the anchor's step is accepted.
+
     Args:
         value: The largest error that passes, at least 0.
+        relative: Whether `value` counts squared updates.
     """
 
     value: float
+    relative: bool = False
 
     def __post_init__(self) -> None:
         if not (0 <= self.value < math.inf):
@@ -86,13 +149,28 @@ class FixedThreshold(Threshold):
         return self.value == 0
 
     def init(self) -> Nest:
-        """No memory."""
-        return None
+        """The unit of a relative value, 0 while it is not known."""
+        return {"unit": 0.0} if self.relative else None
 
     def bound(self, memory: Nest) -> float:
-        """The value."""
-        del memory
-        return self.value
+        """The value, in its unit."""
+        return self.value * memory["unit"] if self.relative else self.value
+
+    def limit(self, memory: Nest, length: int, remaining: int) -> int:
+        """One step while the unit is not known."""
+        del remaining
+        return 1 if self.relative and not memory["unit"] else length
+
+    def adapt(self, memory: Nest, observation: Observation) -> Nest:
+        """Measure the updates, when they are the unit."""
+        if not self.relative or self.exact:
+            return memory
+        updates = sorted(
+            float(mean_square(new, old))
+            for old, new in itertools.pairwise(observation.states)
+        )
+        median = updates[len(updates) // 2]
+        return {"unit": median} if 0 < median < math.inf else memory
 
 
 @dataclass(frozen=True)

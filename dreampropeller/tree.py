@@ -170,6 +170,15 @@ def mean_square(new: State, old: State) -> Float[Tensor, " "]:
     return torch.stack(squares).sum() / count
 
 
+def norm(state: State) -> float:
+    """The root of the sum of squares of the floating entries."""
+    zero = {
+        name: value.new_zeros(()).expand(value.shape) for name, value in state.items()
+    }
+    count = sum(v.numel() for v in state.values() if v.is_floating_point())
+    return float(mean_square(state, zero) * count) ** 0.5
+
+
 def share_differing(new: State, old: State) -> Float[Tensor, " "]:
     """Share of all entries whose bits differ: zero exactly for equal states (Eq. 7)."""
     counts = [differs(new[name], old[name]).sum() for name in new if new[name].numel()]

@@ -2,14 +2,43 @@
 
 from __future__ import annotations
 
+import abc
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from dreampropeller.tree import Nest
 
 
+class Window(abc.ABC):
+    """How far ahead an iteration looks; it moves on by the accepted steps (Eq. 5)."""
+
+    def init(self) -> Nest:
+        """The window's memory at the start of a solve; default: none."""
+        return None
+
+    @abc.abstractmethod
+    def length(self, memory: Nest, remaining: int) -> int:
+        """Steps to try, with `remaining` steps before the next jump or the end."""
+
+    def stride(self, passed: Sequence[bool]) -> int:
+        """Steps to accept: the position of the first failure plus one.
+
+        Args:
+            passed: Whether each slot's error passed, shape ``(window,)``, not empty.
+        """
+        for slot, ok in enumerate(passed):
+            if not ok:
+                return slot + 1  # the anchor's own drift is exact: never stall
+        return len(passed)
+
+    def adapt(self, memory: Nest, length: int, stride: int) -> Nest:
+        """The memory after `stride` of `length` steps were accepted."""
+        del length, stride
+        return memory
+
+
 @dataclass(frozen=True)
-class SlidingWindow:
+class SlidingWindow(Window):
     """A window of fixed size that moves on by the accepted steps (Eq. 5).
 
     The stride is the position of the first failure plus one: the state behind the
@@ -32,22 +61,64 @@ class SlidingWindow:
                 "`SlidingWindow(8)`, or use `Sequential()` for the plain loop."
             )
 
-    def init(self) -> Nest:
-        """The window's memory at the start of a solve: none, its size is fixed."""
-        return None
-
     def length(self, memory: Nest, remaining: int) -> int:
-        """Steps to try, with `remaining` steps before the next jump or the end."""
+        """The size, cut by what remains."""
         del memory
         return min(self.size, remaining)
 
-    def stride(self, passed: Sequence[bool]) -> int:
-        """Steps to accept.
 
-        Args:
-            passed: Whether each slot's error passed, shape ``(window,)``, not empty.
-        """
-        for slot, ok in enumerate(passed):
-            if not ok:
-                return slot + 1  # the anchor's own drift is exact: never stall
-        return len(passed)
+@dataclass(frozen=True)
+class AdaptiveWindow(Window):
+    r"""A window that follows the strides between two sizes (ours, Eq. 14).
+
+    After an iteration with stride $s$, the mean stride
+    $\bar s \leftarrow (\bar s + s) / 2$ makes the next size
+    $\mathrm{round}(2 \bar s / n)\, n$ between the bounds: a step is then evaluated
+    about twice. The window grows while more than half of it is accepted, and shrinks
+    while less is. Windows cut by a jump or the end teach nothing. Slots beyond the
+    number of devices cost rounds of evaluations; whether their longer strides pay for
+    these depends on the problem, so compare seconds, not iterations.
+
+    Args:
+        smallest: The size to start from, and the least.
+        largest: The most steps tried at once.
+        multiple: Sizes are multiples of n; take the number of devices. The bounds are
+            used as they are.
+    """
+
+    smallest: int
+    largest: int
+    multiple: int = 1
+
+    def __post_init__(self) -> None:
+        if self.smallest < 1 or self.multiple < 1:
+            raise ValueError(
+                f"`window.smallest` is {self.smallest} and `window.multiple` "
+                f"{self.multiple}: write at least 1, as `AdaptiveWindow(8, 32, 8)`."
+            )
+        if self.largest < self.smallest:
+            raise ValueError(
+                f"`window.largest` is {self.largest}, less than the smallest size "
+                f"{self.smallest}: write at least that."
+            )
+
+    def init(self) -> Nest:
+        """A mean stride that gives the smallest size."""
+        return self.smallest / 2
+
+    def size(self, memory: Nest) -> int:
+        """The size that the mean stride asks for."""
+        wanted = round(2 * memory / self.multiple) * self.multiple
+        return min(max(wanted, self.smallest), self.largest)
+
+    def length(self, memory: Nest, remaining: int) -> int:
+        """The size, cut by what remains."""
+        return min(self.size(memory), remaining)
+
+    def adapt(self, memory: Nest, length: int, stride: int) -> Nest:
+        """Follow the stride, unless the window was cut."""
+        if length < self.size(memory):
+            return memory
+        # Within the bounds, so that a long calm does not delay the next turn.
+        mean = (memory + stride) / 2
+        return min(max(mean, self.smallest / 2), self.largest / 2)

@@ -40,29 +40,49 @@ class ThresholdConfig:
     """`solver.threshold`: what error of a step counts as converged.
 
     Args:
-        name: "paper" is the published rule, "fixed" an absolute error.
-        value: The (first) threshold, a mean square over all entries; with "fixed", 0
-            is the sequential run bit for bit (on CPU).
+        name: "drift" bounds the relative error of the drift, "paper" is the published
+            rule, "fixed" a fixed error.
+        value: With "drift", the share of itself that a drift may be off by (default
+            0.1). With "paper", the first threshold (default 5e-6), and with "fixed" the
+            only one, a mean square over all entries; no default. With "drift" and
+            "fixed", 0 is the sequential run bit for bit (on CPU).
+        relative: With "fixed": `value` counts squared updates of the optimizer.
         ema_decay: Of the published rule.
         adaptivity: Of the published rule: "median" or "mean" error of a window.
     """
 
-    name: str = "paper"
-    value: float = 5e-6
+    name: str = "drift"
+    value: float | None = None
+    relative: bool = False
     ema_decay: float = 0.9
     adaptivity: str = "median"
 
     def __post_init__(self) -> None:
-        one_of("name", self.name, ("paper", "fixed"))
+        one_of("name", self.name, ("drift", "paper", "fixed"))
+        if self.name == "fixed" and self.value is None:
+            raise ValueError(
+                "`value` is missing: write `value=0` for the sequential run bit for "
+                "bit, a mean squared error, or `name=drift`, which needs none."
+            )
+        if self.relative and self.name != "fixed":
+            raise ValueError(
+                f"`relative` has no effect on `{self.name}`: write `name=fixed`, or "
+                "leave it out."
+            )
         one_of("adaptivity", self.adaptivity, ("median", "mean"))
         self.build()
 
     def build(self) -> dp.Threshold:
         """The core's threshold."""
+        if self.name == "drift":
+            return dp.DriftThreshold(0.1 if self.value is None else self.value)
         if self.name == "fixed":
-            return dp.FixedThreshold(self.value)
+            assert self.value is not None
+            return dp.FixedThreshold(self.value, self.relative)
         adaptivity: Any = self.adaptivity
-        return dp.EMAThreshold(self.value, self.ema_decay, adaptivity)
+        return dp.EMAThreshold(
+            5e-6 if self.value is None else self.value, self.ema_decay, adaptivity
+        )
 
 
 @dataclass(frozen=True)

@@ -31,6 +31,7 @@ ROOMS = [
     "predictor",
     "window",
     "threshold",
+    "drift_threshold",
     "solution",
     "dispatch.base",
     "dispatch.wire",

@@ -8,6 +8,9 @@ from typing import Any
 import pytest
 
 from dreampropeller import (
+    AdaptiveWindow,
+    Auto,
+    DriftThreshold,
     EMAThreshold,
     FixedThreshold,
     Momentum,
@@ -34,10 +37,17 @@ EXACT = FixedThreshold(0)
         (lambda: FixedThreshold(float("inf")), r"`threshold.value` is inf"),
         (lambda: EMAThreshold(-1.0, 0.9, "mean"), r"`threshold.value` is -1.0"),
         (lambda: EMAThreshold(1.0, 1.1, "mean"), r"`threshold.ema_decay` is 1.1"),
+        (lambda: DriftThreshold(-1.0), r"`threshold.value` is -1.0.*such as 0.1"),
+        (lambda: DriftThreshold(0.1, 1), r"`threshold.hold_every` is 1: write 2"),
+        (lambda: DriftThreshold(0.1, 8, 0), r"`threshold.memory` is 0: write 1"),
+        (lambda: AdaptiveWindow(0, 4), r"`window.smallest` is 0.*at least 1"),
+        (lambda: AdaptiveWindow(8, 4), r"`window.largest` is 4.*smallest size 8"),
+        (lambda: Auto(2.0), r"`predictor.decay` is 2.0"),
+        (lambda: Auto(probe_every=0), r"`predictor.probe_every` is 0"),
         (lambda: Momentum(1.0), r"`predictor.decay` is 1.0"),
         (
             lambda: PicardSolver(SlidingWindow(2), EXACT, "momentun"),
-            r"`predictor` is 'momentun': write one of `repeat_last`, `momentum`",
+            r"`predictor` is 'momentun': write one of `repeat_last`, `momentum`,",
         ),
         (lambda: launch(print, num_workers=0), r"`num_workers` is 0"),
     ],

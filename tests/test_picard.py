@@ -8,6 +8,8 @@ import pytest
 import torch
 
 from dreampropeller import (
+    AdaptiveWindow,
+    DriftThreshold,
     EMAThreshold,
     FixedThreshold,
     NotConverged,
@@ -48,7 +50,7 @@ def test_sequential_equals_the_plain_loop(
 
 
 @pytest.mark.parametrize("window", WINDOWS)
-@pytest.mark.parametrize("predictor", ["repeat_last", "momentum"])
+@pytest.mark.parametrize("predictor", ["repeat_last", "momentum", "auto"])
 def test_zero_threshold_is_sequential_and_ends_in_time(
     toy: tuple[Trajectory[Any], list[State]], window: int, predictor: str
 ) -> None:
@@ -145,6 +147,8 @@ def test_state_of_another_solver_can_be_continued() -> None:
         Sequential(),
         PicardSolver(SlidingWindow(3), EMAThreshold(0.0, 1.0, "mean"), "momentum"),
         PicardSolver(SlidingWindow(5), EXACT),
+        PicardSolver(SlidingWindow(5), FixedThreshold(1e-40, relative=True)),
+        PicardSolver(AdaptiveWindow(2, 6), DriftThreshold(1e-18), "auto"),
     ]
     for first in solvers:
         half = solve(make_quadratic(), first, max_iterations=3, throw=False)

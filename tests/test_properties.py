@@ -10,6 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dreampropeller import (
+    AdaptiveWindow,
+    Auto,
+    DriftThreshold,
     EMAThreshold,
     FixedThreshold,
     Momentum,
@@ -20,6 +23,7 @@ from dreampropeller import (
     StepRandom,
     Threshold,
     Trajectory,
+    Window,
     solve,
 )
 from dreampropeller.trajectory import Drift, Parents
@@ -81,10 +85,16 @@ trajectories = st.builds(
     jumps=st.frozensets(st.integers(0, 17), max_size=3),
     poison=st.sampled_from([0.0, 0.0, 0.05]),
 )
-windows = st.builds(SlidingWindow, st.integers(1, 24))
-predictors = st.sampled_from(["repeat_last", "momentum", Momentum(0.0)])
+windows = st.one_of(
+    st.builds(SlidingWindow, st.integers(1, 24)),
+    st.builds(AdaptiveWindow, st.integers(1, 4), st.integers(4, 24), st.integers(1, 4)),
+)
+predictors = st.sampled_from(
+    ["repeat_last", "momentum", Momentum(0.0), "auto", Auto(0.5, 1)]
+)
 thresholds = st.one_of(
-    st.builds(FixedThreshold, st.floats(0, 1)),
+    st.builds(FixedThreshold, st.floats(0, 1), st.booleans()),
+    st.builds(DriftThreshold, st.floats(0, 2), st.integers(2, 5), st.integers(1, 9)),
     st.builds(
         EMAThreshold,
         st.floats(0, 1),
@@ -97,7 +107,7 @@ thresholds = st.one_of(
 @settings(max_examples=50, deadline=None)
 @given(trajectories, windows, predictors)
 def test_zero_threshold_is_sequential(
-    trajectory: Random, window: SlidingWindow, predictor: Any
+    trajectory: Random, window: Window, predictor: Any
 ) -> None:
     plain = solve(trajectory, Sequential("skip"))
     solver = PicardSolver(window, FixedThreshold(0), predictor, non_finite="skip")
@@ -111,7 +121,7 @@ def test_zero_threshold_is_sequential(
 @given(trajectories, windows, thresholds, predictors, st.integers(0, 20))
 def test_any_solve_ends_and_resumes_where_it_was(
     trajectory: Random,
-    window: SlidingWindow,
+    window: Window,
     threshold: Threshold,
     predictor: Any,
     pause: int,
@@ -119,7 +129,7 @@ def test_any_solve_ends_and_resumes_where_it_was(
     solver = PicardSolver(window, threshold, predictor, non_finite="skip")
     whole = solve(trajectory, solver)
     assert sum(whole.stats.strides) == trajectory.num_steps
-    assert all(1 <= stride <= window.size for stride in whole.stats.strides)
+    assert all(1 <= stride <= 24 for stride in whole.stats.strides)
     assert whole.carry["t"][0] <= trajectory.num_steps
     half = solve(trajectory, solver, max_iterations=pause, throw=False)
     resumed = solve(trajectory, solver, state=half.state)

@@ -7,8 +7,16 @@ from typing import Any
 
 import pytest
 
-from dreampropeller import EMAThreshold, FixedThreshold, SlidingWindow
+from dreampropeller import (
+    AdaptiveWindow,
+    EMAThreshold,
+    FixedThreshold,
+    PicardSolver,
+    SlidingWindow,
+    solve,
+)
 from dreampropeller.threshold import Observation
+from tests.helpers import TOYS
 
 
 @pytest.mark.parametrize(
@@ -29,6 +37,34 @@ def test_stride_is_the_first_failure_plus_one(passed: list[bool], stride: int) -
 @pytest.mark.parametrize(("remaining", "length"), [(1, 1), (6, 6), (7, 7), (90, 7)])
 def test_window_is_cut_by_what_remains(remaining: int, length: int) -> None:
     assert SlidingWindow(7).length(None, remaining) == length
+
+
+def test_adaptive_window_follows_the_strides() -> None:
+    window = AdaptiveWindow(4, 32, multiple=4)
+    memory, sizes = window.init(), []
+    for _ in range(12):  # everything passes
+        sizes.append(window.length(memory, 1000))
+        memory = window.adapt(memory, sizes[-1], sizes[-1])
+    # Mean strides 2, 3, 5.5, 8.75 … make round(2 s̄ / 4) 4.
+    assert sizes[:4] == [4, 8, 12, 16]
+    assert sizes[-1] == 32
+    for _ in range(20):  # a quarter passes: down to the bound
+        size = window.length(memory, 1000)
+        memory = window.adapt(memory, size, max(1, size // 4))
+    assert window.length(memory, 1000) == 4
+    for _ in range(30):  # six pass whatever the size: twice as many are tried
+        memory = window.adapt(memory, window.length(memory, 1000), 6)
+    assert window.length(memory, 1000) == 12
+    assert window.length(memory, 3) == 3
+    assert window.adapt(memory, 3, 1) == memory  # cut by the end: teaches nothing
+
+
+def test_adaptive_window_with_equal_bounds_is_a_sliding_one() -> None:
+    strides = [
+        solve(TOYS["network-sgd"].make(), PicardSolver(window, FixedThreshold(1e-4)))
+        for window in (AdaptiveWindow(5, 5, 3), SlidingWindow(5))
+    ]
+    assert strides[0].stats == strides[1].stats
 
 
 def observed(errors: list[float]) -> Observation:

@@ -1,0 +1,199 @@
+r"""A threshold that promises something about the drift, not about the state.
+
+A step may be accepted while the drift at its guess is close to the drift at its final
+state, relative to the drift itself (Eq. 12 of `docs/method.md`). That error is
+estimated for nearly nothing: a slot that was not accepted is evaluated again at a new
+guess, same step, same random numbers, and the two drifts give a secant.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import median
+
+import torch
+
+from dreampropeller.threshold import Observation, Threshold
+from dreampropeller.tree import Nest, State, norm
+
+ROUNDING = 64
+"""Relative changes of a drift below so many units in the last place say nothing."""
+
+
+@dataclass(frozen=True)
+class DriftThreshold(Threshold):
+    r"""Accept a guess while its drift is off by at most a share of itself (Eq. 12).
+
+    With $g, g'$ the drifts of one step at two guesses that are $d$ apart (the root of
+    the solver's norm) and $\lVert\cdot\rVert$ the root of the sum of squares,
+
+    $$\kappa = \frac{\lVert g' - g \rVert}
+        {\max(\lVert g' \rVert,\, \mathrm{median}_i \lVert g_i \rVert)\, d},
+      \qquad \text{accept while}\quad \kappa\, d_i \le \delta .$$
+
+    $\kappa$ is the step's own if it was evaluated twice, else the upper quartile of the
+    last ones of all steps: timestep, noise and camera make the secants of different
+    steps differ by a factor of about three, those of one step agree within a third
+    (measured, see `docs/method.md`). While there is no secant, one step is accepted.
+    When everything passes, the last slot is held back every `hold_every` iterations to
+    get one; never in a window of one step, which is `Sequential`.
+
+    Where it fails: secants are measured over larger distances than those they judge, so
+    a drift with jumps (an occupancy grid's refresh, a clipped gradient) is judged by
+    its average slope. A drift that is mostly noise makes the promise weaker: its norm,
+    the unit here, is then larger than the part that matters, and it falls when views
+    are added. Between two measurements a sudden change goes unseen. It holds the drifts
+    of the slots that were not accepted, at most one state a slot.
+
+    Args:
+        value: The largest relative error of a drift δ, at least 0. 0 compares states
+            bit by bit, as `FixedThreshold(0)` does.
+        hold_every: Iterations after which a secant is asked for, at least 2.
+        memory: Secants remembered, over all steps.
+    """
+
+    value: float = 0.1
+    hold_every: int = 8
+    memory: int = 32
+
+    def __post_init__(self) -> None:
+        if not (0 <= self.value < math.inf):
+            raise ValueError(
+                f"`threshold.value` is {self.value}: write the share of itself that a "
+                "drift may be off by, such as 0.1 (0 reproduces the sequential run)."
+            )
+        for name, number, least in (
+            ("hold_every", self.hold_every, 2),
+            ("memory", self.memory, 1),
+        ):
+            if number < least:
+                raise ValueError(
+                    f"`threshold.{name}` is {number}: write {least} or more."
+                )
+
+    @property
+    def exact(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Whether the tolerance is zero."""
+        return self.value == 0
+
+    def init(self) -> Nest:
+        """No secant yet."""
+        return {"held": {}, "own": {}, "secants": [], "age": 0, "measured": None}
+
+    def learn(
+        self,
+        memory: Nest,
+        steps: Sequence[int],
+        guesses: Sequence[State],
+        drifts: Sequence[State],
+    ) -> Nest:
+        """Measure the secants of the slots that were evaluated before."""
+        own = {step: k for step, k in memory["own"].items() if step >= steps[0]}
+        if self.exact or not memory["held"]:
+            age = memory["age"] + 1
+            return {**memory, "own": own, "age": age, "measured": None}
+        parts = [_moving(y, drift) for y, drift in zip(guesses, drifts, strict=True)]
+        norms = [norm(part) for part in parts]
+        middle = median(norms)
+        secants: list[float] = []
+        errors: list[float] = []
+        for step, part, size in zip(steps, parts, norms, strict=True):
+            if step not in memory["held"]:
+                continue
+            before, distance = memory["held"][step]
+            unit = max(size, middle)
+            if not distance > 0 or not unit > 0 or before.keys() != part.keys():
+                continue
+            error = norm({n: value - before[n] for n, value in part.items()}) / unit
+            if not math.isfinite(error):
+                continue
+            errors.append(error)
+            if 0 < error < _rounding(part) and (memory["secants"] or secants):
+                continue
+            own[step] = error / distance
+            secants.append(own[step])
+        return {
+            "held": {},
+            "own": own,
+            "secants": [*memory["secants"], *secants][-self.memory :],
+            "age": 0 if errors else memory["age"] + 1,
+            "measured": median(errors) if errors else None,
+        }
+
+    def bound(self, memory: Nest) -> float:
+        """The tolerance δ."""
+        del memory
+        return self.value
+
+    def error(self, memory: Nest, step: int, distance: float) -> float:
+        """The estimated relative error of the drift at a guess."""
+        if self.exact:
+            return distance
+        if distance < 0:
+            return math.nan
+        return self._slope(memory, step) * math.sqrt(distance)
+
+    def limit(self, memory: Nest, length: int, remaining: int) -> int:
+        """One step while there is no secant; a slot less when one is due."""
+        if self.exact:
+            return length
+        if not memory["secants"]:
+            return 1
+        # At a jump or the end no slot is left to be evaluated again.
+        due = memory["age"] >= self.hold_every - 1 and length < remaining
+        return max(1, length - 1) if due else length
+
+    def adapt(self, memory: Nest, observation: Observation) -> Nest:
+        """Keep the drifts of the slots that will be evaluated again."""
+        if self.exact:
+            return memory
+        seen = observation
+        held = {
+            # Its next guess is the new state, at this distance from the old one.
+            seen.steps[slot]: (
+                _moving(seen.guesses[slot], seen.drifts[slot]),
+                math.sqrt(seen.distances[slot - 1]),
+            )
+            for slot in range(seen.stride, len(seen.drifts))
+            if seen.distances[slot - 1] >= 0
+        }
+        return {**memory, "held": held}
+
+    def jumped(self, memory: Nest) -> Nest:
+        """Secants of another structure are forgotten."""
+        del memory
+        return self.init()
+
+    def diagnostics(self, memory: Nest) -> dict[str, float]:
+        """The secant of a step without its own, and the error measured last."""
+        if self.exact or not memory["secants"]:
+            return {}
+        found = {"secant": self._slope(memory, -1)}
+        if memory["measured"] is not None:
+            found["measured_drift_error"] = memory["measured"]
+        return found
+
+    def _slope(self, memory: Nest, step: int) -> float:
+        if step in memory["own"]:
+            return memory["own"][step]
+        known = sorted(memory["secants"])
+        return known[3 * len(known) // 4] if known else math.inf
+
+
+def _moving(y: State, drift: State) -> State:
+    """The entries of a drift that move the state: no statistics, no buffers' values."""
+    floating = {
+        name: value
+        for name, value in drift.items()
+        if value.is_floating_point() and f"{name}/changed" not in drift
+    }
+    own = {n: v for n, v in floating.items() if n in y and y[n].shape == v.shape}
+    return own or floating
+
+
+def _rounding(drift: State) -> float:
+    return ROUNDING * max(
+        (torch.finfo(value.dtype).eps for value in drift.values()), default=0.0
+    )

@@ -1,0 +1,269 @@
+"""What the drift-relative threshold promises, on drifts whose secants are known."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from dreampropeller import (
+    DriftThreshold,
+    FixedThreshold,
+    Iteration,
+    PicardSolver,
+    SlidingWindow,
+    SolverState,
+    State,
+    Trajectory,
+    checkpoint,
+    solve,
+)
+from dreampropeller.threshold import Observation
+from dreampropeller.trajectory import Drift
+from tests.helpers import STEPS, TOYS, noise, tree_equal
+
+
+class Descent(Trajectory[None]):
+    """Gradient descent on a noisy quadratic; every secant is the curvature."""
+
+    def __init__(
+        self, rate: float, num_steps: int = 60, curvature: float = 1.0
+    ) -> None:
+        self.rate, self.num_steps, self.curvature = rate, num_steps, curvature
+
+    def init(self) -> tuple[State, None]:
+        return {"x": torch.ones(4, dtype=torch.float64)}, None
+
+    def make_drift(
+        self, device: torch.device, shard: tuple[int, int] = (0, 1)
+    ) -> Drift:
+        def drift(step: int, y: State) -> tuple[State, dict[str, float]]:
+            return {"x": self.curvature * y["x"] + 0.3 * noise(step, 4)}, {}
+
+        return drift
+
+    def update(
+        self, step: int, y: State, carry: None, drift: State
+    ) -> tuple[State, None]:
+        return {"x": y["x"] - self.rate * drift["x"]}, carry
+
+
+def observe(
+    steps: list[int], drifts: list[float], distances: list[float], stride: int
+) -> Observation:
+    values = [{"x": torch.tensor([value])} for value in drifts]
+    return Observation(
+        steps, [*values, values[-1]], values, values, distances, distances, stride
+    )
+
+
+def learn(
+    threshold: DriftThreshold, memory: Any, steps: list[int], drifts: list[float]
+) -> Any:
+    values = [{"x": torch.tensor([value])} for value in drifts]
+    return threshold.learn(memory, steps, values, values)
+
+
+def test_secants_worked_by_hand() -> None:
+    threshold = DriftThreshold(0.5)
+    memory = learn(threshold, threshold.init(), [0, 1, 2], [2.0, 4.0, 1.0])
+    assert threshold.limit(memory, 3, 9) == 1  # nothing is known
+    # Slots 1 and 2 are held back; their next guesses are 0.1 and 0.5 away.
+    memory = threshold.adapt(
+        memory, observe([0, 1, 2], [2.0, 4.0, 1.0], [0.01, 0.25, 4.0], stride=1)
+    )
+    memory = learn(threshold, memory, [1, 2, 3], [5.0, 2.0, 3.0])
+    assert threshold.limit(memory, 3, 9) == 3
+    # Step 1: |5 - 4| / 5 / 0.1 = 2. Step 2: |2 - 1| / median(5, 2, 3) / 0.5 = 2/3.
+    assert threshold.error(memory, 1, 0.04) == pytest.approx(2 * 0.2)
+    assert threshold.error(memory, 2, 0.04) == pytest.approx(2 / 3 * 0.2)
+    assert threshold.error(memory, 9, 0.04) == pytest.approx(2 * 0.2)  # the larger
+    assert threshold.bound(memory) == 0.5
+    found = threshold.diagnostics(memory)
+    assert found["secant"] == pytest.approx(2)
+    assert found["measured_drift_error"] == pytest.approx((1 / 5 + 1 / 3) / 2)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_bad_numbers_fail_and_teach_nothing(bad: float) -> None:
+    threshold = DriftThreshold(0.5)
+    memory = threshold.adapt(
+        threshold.init(), observe([0, 1, 2], [2.0, 4.0, 1.0], [0.01, bad, 1.0], 1)
+    )
+    memory = learn(threshold, memory, [1, 2], [5.0, 2.0])
+    assert all(math.isfinite(secant) for secant in memory["secants"])
+    assert memory["secants"][0] == pytest.approx(2)
+    error = threshold.error(memory, 1, bad)
+    assert not error <= threshold.bound(memory)
+
+
+@pytest.mark.parametrize("rate", [0.002, 0.02, 0.2])
+@pytest.mark.parametrize("predictor", ["repeat_last", "momentum"])
+def test_drifts_of_accepted_steps_are_off_by_the_tolerance_at_most(
+    rate: float, predictor: str
+) -> None:
+    """The promise itself: secants are exact here, and so is the estimate."""
+    tolerance = 0.1
+    trajectory = Descent(rate)
+    evaluated: dict[int, State] = {}  # the last drift of each step, and the norms
+
+    def drift_of(step: int, y: State) -> State:
+        return trajectory.make_drift(torch.device("cpu"))(step, y)[0]
+
+    class Spy(Descent):
+        def make_drift(
+            self, device: torch.device, shard: tuple[int, int] = (0, 1)
+        ) -> Drift:
+            inner = trajectory.make_drift(torch.device("cpu"))
+
+            def drift(step: int, y: State) -> tuple[State, dict[str, float]]:
+                evaluated[step] = inner(step, y)[0]
+                return evaluated[step], {}
+
+            return drift
+
+    solver = PicardSolver(SlidingWindow(8), DriftThreshold(tolerance), predictor)
+    anchors: dict[int, State] = {0: trajectory.init()[0]}
+    seen: list[Iteration] = []
+
+    def check(state: SolverState[Any], iteration: Iteration) -> None:
+        seen.append(iteration)
+        y = anchors[iteration.begin]
+        # The secants' unit is at least the median norm of a window that had this step.
+        norms = sorted(float(g["x"].norm()) for g in evaluated.values())
+        for step in range(iteration.begin, iteration.end):
+            off = float((drift_of(step, y)["x"] - evaluated[step]["x"]).norm())
+            assert off <= tolerance * norms[-1] + 1e-12
+            y, _ = trajectory.update(step, y, None, evaluated[step])
+        assert tree_equal(y, state.y)
+        anchors[state.step] = y
+
+    solution = solve(Spy(rate), solver, on_iteration=check)
+    assert solution.stats.strides[0] == 1
+    if rate == 0.002:
+        assert solution.stats.num_iterations <= 60 / 8 + 4
+    # A larger rate moves the drift more in a step: the stride adapts by itself.
+    assert solution.stats.num_iterations >= {0.002: 8, 0.02: 9, 0.2: 20}[rate]
+
+
+def test_stride_does_not_depend_on_the_scale_of_the_problem() -> None:
+    solver = PicardSolver(SlidingWindow(8), DriftThreshold(0.1))
+    plain = solve(Descent(0.02), solver).stats.strides
+    assert {5, 7, 8} <= set(plain)
+
+    class Scaled(Descent):
+        """The same problem in other units of the state and of the drift."""
+
+        def init(self) -> tuple[State, None]:
+            return {"x": torch.full((4,), 1024.0, dtype=torch.float64)}, None
+
+        def make_drift(
+            self, device: torch.device, shard: tuple[int, int] = (0, 1)
+        ) -> Drift:
+            inner = super().make_drift(torch.device("cpu"))
+            return lambda step, y: (
+                {"x": 16 * inner(step, {"x": y["x"] / 1024})[0]["x"]},
+                {},
+            )
+
+        def update(
+            self, step: int, y: State, carry: None, drift: State
+        ) -> tuple[State, None]:
+            return super().update(step, y, carry, {"x": drift["x"] * 64})
+
+    assert solve(Scaled(0.02), solver).stats.strides == plain
+
+
+def test_a_slot_is_held_back_now_and_then_when_everything_passes() -> None:
+    solver = PicardSolver(SlidingWindow(4), DriftThreshold(1e6, hold_every=3))
+    strides = solve(Descent(0.01, num_steps=40), solver).stats.strides
+    # One step without a secant; then it is measured, and again every third iteration;
+    # the last window holds nothing back.
+    assert strides == [1, 4, 4, 3, 4, 4, 3, 4, 4, 3, 4, 2]
+    assert solve(Descent(0.01, num_steps=4), solver).stats.strides == [1, 3]
+
+
+def test_constant_drift_needs_no_second_look() -> None:
+    solver = PicardSolver(SlidingWindow(8), DriftThreshold(0.01))
+    solution = solve(Descent(0.1, num_steps=57, curvature=0.0), solver)
+    assert solution.stats.strides == [1, *[8] * 7]
+
+
+def test_rounding_is_no_evidence() -> None:
+    threshold = DriftThreshold(0.1)
+    memory = {**threshold.init(), "secants": [2.0]}
+    seen = observe([0, 1], [1.0, 1.0], [1e-16, 1.0], stride=1)
+    memory = learn(threshold, threshold.adapt(memory, seen), [1, 2], [1 + 2e-7, 1.0])
+    assert memory["secants"] == [2.0]
+    assert memory["age"] == 0
+
+
+@pytest.mark.parametrize("toy", TOYS)
+@pytest.mark.parametrize("window", [1, 2, 7, 64])
+def test_tolerance_zero_is_sequential(toy: str, window: int) -> None:
+    solver = PicardSolver(SlidingWindow(window), DriftThreshold(0), "momentum")
+    solution = solve(TOYS[toy].make(), solver)
+    assert tree_equal(solution.value, TOYS[toy].loop()[-1])
+
+
+@pytest.mark.parametrize("toy", TOYS)
+def test_a_small_tolerance_stays_close_and_a_window_of_one_is_sequential(
+    toy: str,
+) -> None:
+    loop = TOYS[toy].loop()[-1]
+    solver = PicardSolver(SlidingWindow(5), DriftThreshold(1e-3))
+    solution = solve(TOYS[toy].make(), solver)
+    assert solution.stats.num_iterations < STEPS
+    for name, value in solution.value.items():
+        torch.testing.assert_close(value, loop[name], rtol=0.02, atol=0.02)
+    alone = PicardSolver(SlidingWindow(1), DriftThreshold(0.5))
+    solution = solve(TOYS[toy].make(), alone)
+    assert tree_equal(solution.value, loop)
+    assert solution.stats.strides == [1] * STEPS
+
+
+@pytest.mark.parametrize("toy", ["network-sgd", "growing"])
+def test_a_checkpoint_goes_on_as_if_nothing_had_happened(
+    toy: str, tmp_path: Path
+) -> None:
+    solver = PicardSolver(SlidingWindow(5), DriftThreshold(0.05), "momentum")
+    whole = solve(TOYS[toy].make(), solver)
+    for pause in range(1, whole.stats.num_iterations):
+        half = solve(TOYS[toy].make(), solver, max_iterations=pause, throw=False)
+        checkpoint.save(tmp_path / str(pause), half.state)
+        state = checkpoint.load(tmp_path / str(pause))
+        resumed = solve(TOYS[toy].make(), solver, state=state)
+        assert tree_equal(resumed.value, whole.value)
+        assert resumed.stats == whole.stats
+        assert tree_equal(resumed.state.threshold, whole.state.threshold)
+
+
+def test_what_is_remembered_at_a_jump_is_forgotten() -> None:
+    memories: dict[int, Any] = {}
+    solver = PicardSolver(SlidingWindow(5), DriftThreshold(1e6))
+    solve(
+        TOYS["growing"].make(),
+        solver,
+        on_iteration=lambda state, _: memories.update({state.step: state.threshold}),
+    )
+    assert {5, 9} <= memories.keys()
+    assert memories[5] == memories[9] == solver.threshold.init()
+    assert memories[1]["held"]
+
+
+def test_relative_threshold_counts_optimizer_steps() -> None:
+    """Off by at most ten updates passes, whatever their size."""
+    strides = []
+    for rate in (1e-6, 1e-3):
+        solver = PicardSolver(SlidingWindow(8), FixedThreshold(100.0, relative=True))
+        drift = Descent(rate, num_steps=33, curvature=0.0)
+        strides.append(solve(drift, solver).stats.strides)
+    assert strides[0] == strides[1]
+    assert strides[0][0] == 1
+    assert max(strides[0]) == 8
+    exact = PicardSolver(SlidingWindow(8), FixedThreshold(0, relative=True))
+    solution = solve(TOYS["network-sgd"].make(), exact)
+    assert tree_equal(solution.value, TOYS["network-sgd"].loop()[-1])
