@@ -87,6 +87,8 @@ def run_all(
     """
     known = _read(log)
     todo = [entry for entry in jobs if _key(entry) not in known]
+    if not todo:
+        return [{**known[_key(entry)], **entry} for entry in jobs]
     log.parent.mkdir(parents=True, exist_ok=True)
     os.environ["OMP_NUM_THREADS"] = "1"
     context = multiprocessing.get_context("spawn")
@@ -96,7 +98,7 @@ def run_all(
         tqdm(total=sum(map(_steps, todo)), unit="step", desc=log.parent.name) as bar,
     ):
         for entry in pool.imap_unordered(how, todo):
-            file.write(json.dumps(entry) + "\n")
+            file.write("\n" + json.dumps(entry))  # a torn line before stays alone
             file.flush()
             bar.update(_steps(entry))
     known = _read(log)
@@ -124,5 +126,11 @@ def _key(wanted: Job) -> str:
 def _read(log: Path) -> dict[str, dict[str, Any]]:
     if not log.exists():
         return {}
-    entries = [json.loads(line) for line in log.read_text().splitlines()]
-    return {_key(entry): entry for entry in entries}
+    known = {}
+    for line in log.read_text().splitlines():
+        try:
+            entry = json.loads(line)
+        except ValueError:  # also of an empty line
+            continue  # the run was killed while it wrote; the job is made again
+        known[_key(entry)] = entry
+    return known

@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from benchmarks import runs, speedup, tune, wallclock
 from tests.systems.scenes import SMALL, TOYBOX
 
 
@@ -42,3 +45,77 @@ def test_the_gpu_command_fills_its_file(tmp_path: Path) -> None:
     assert filled["environment"]["gpu"] is None
     assert all("missing.yaml" in entry["not_run"] for entry in refused)
     assert "not run" in done.stdout
+
+
+def test_tuning_picks_the_fewest_steps_near_the_plateau() -> None:
+    found = {(25, 0.1): 20.0, (50, 0.1): 22.6, (50, 0.2): 21.0, (100, 0.1): 23.0}
+    entries = [
+        {"steps": steps, "rate": rate, "psnr": psnr, "iou": 0.5}
+        for (steps, rate), psnr in found.items()
+    ]
+    entries += [
+        {"steps": steps, "rate": 0.2, "psnr": 10.0, "iou": 0.1} for steps in (25, 100)
+    ]
+    text, steps, rate = tune.table(entries)
+    assert (steps, rate) == (50, 0.1)
+    assert "**22.6 / 0.50**" in text
+
+
+def test_runs_are_made_once(tmp_path: Path) -> None:
+    jobs = [
+        runs.job(TOYBOX, "a red mug", f"trainer.max_steps={n}", n=n) for n in (3, 4)
+    ]
+    log = tmp_path / "log.jsonl"
+    first = runs.run_all(jobs[:1], log, 1, how=_stamp)
+    with open(log, "a") as file:
+        file.write('\n{"config": "killed in the mid')
+    second = runs.run_all(jobs[::-1], log, 1, how=_stamp)
+    assert second[1] == first[0]
+    assert [entry["n"] for entry in second] == [4, 3]
+    assert runs.run_all(jobs, log, 0, how=_stamp) == second[::-1]
+
+
+def _stamp(job: runs.Job) -> dict[str, Any]:
+    return {**job, "stamp": time.time_ns()}
+
+
+def test_rivals_are_ranked_at_their_best_rate(tmp_path: Path) -> None:
+    lines = []
+    for row, window, rate, psnr, iterations in (
+        (speedup.PLAIN, None, 0.1, 22.0, 40),
+        ("drift", 8, 0.1, 21.9, 8),
+        ("5 steps", None, 0.1, 15.0, 5),
+        ("5 steps", None, 0.4, 20.0, 5),
+    ):
+        file = tmp_path / f"{row}-{rate}.pt"
+        torch.save(torch.full((2, 3, 4, 4), psnr / 100), file)
+        lines += [
+            {
+                **{"row": row, "window": window, "rate": rate, "seed": seed},
+                **{"prompt": "a red mug", "pictures": str(file), "iou": 0.8},
+                **{"psnr": psnr, "iterations": iterations, "evaluations": 40},
+            }
+            for seed in speedup.SEEDS
+        ]
+    found = {line["row"]: line for line in speedup.summarise(lines)}
+    assert found["5 steps"]["rate"] == 0.4
+    assert found["drift"]["loss"] == pytest.approx(0.1)
+    assert found["drift"]["apart"] == pytest.approx(60, abs=0.1)
+    text = speedup.table(list(found.values()))
+    assert "| drift (lr 0.1) | 8 | 8.0 | 5.0× | 40 | 21.90 | -0.10 | 0.800 |" in text
+    speedup.plot(list(found.values()), tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").stat().st_size > 5000
+
+
+def test_wallclock_compares_within_a_round() -> None:
+    def round_of(plain: float, alone: float, two: float) -> dict[str, Any]:
+        names = (wallclock.PLAIN, *list(wallclock.ways([4]))[2:])
+        report = {"iterations": 9, "evaluations": 40, "quality": {"psnr": 20.0}}
+        return {
+            name: {**report, "solving_seconds": seconds}
+            for name, seconds in zip(names, (plain, alone, two), strict=True)
+        }
+
+    # The machine was three times slower in the second round.
+    text = wallclock.table([round_of(4, 5, 2.5), round_of(12, 15, 7.5)])
+    assert "| window 4, 2 workers of 1 thread | 5.0 | 1.60× | 2.00× | 9 | 40 |" in text
