@@ -148,22 +148,26 @@ class FixedThreshold(Threshold):
         """Whether the threshold is zero."""
         return self.value == 0
 
+    @property
+    def _has_unit(self) -> bool:
+        return self.relative and not self.exact
+
     def init(self) -> Nest:
         """The unit of a relative value, 0 while it is not known."""
-        return {"unit": 0.0} if self.relative else None
+        return {"unit": 0.0} if self._has_unit else None
 
     def bound(self, memory: Nest) -> float:
         """The value, in its unit."""
-        return self.value * memory["unit"] if self.relative else self.value
+        return self.value * memory["unit"] if self._has_unit else self.value
 
     def limit(self, memory: Nest, length: int, remaining: int) -> int:
         """One step while the unit is not known."""
         del remaining
-        return 1 if self.relative and not memory["unit"] else length
+        return 1 if self._has_unit and not memory["unit"] else length
 
     def adapt(self, memory: Nest, observation: Observation) -> Nest:
         """Measure the updates, when they are the unit."""
-        if not self.relative or self.exact:
+        if not self._has_unit:
             return memory
         updates = sorted(
             float(mean_square(new, old))

@@ -6,8 +6,9 @@ and `dispatch`; dotted overrides come after it.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,18 +22,48 @@ class WindowConfig:
     """`solver.window`.
 
     Args:
-        size: Steps tried at once.
+        size: Steps tried at once; "auto" takes one for each worker, and up to four when
+            the strides pay for them. `load` puts the numbers in its place, so that a
+            run goes on with the window it began with.
+        max_size: The window follows the strides between `size` and this; null keeps it
+            at `size`.
+        multiple: Of what the sizes in between are multiples.
     """
 
-    size: int = 8
+    size: int | str = 8
+    max_size: int | None = None
+    multiple: int = 1
 
     def __post_init__(self) -> None:
+        if self.size == "auto":
+            if self.max_size is not None or self.multiple != 1:
+                raise ValueError(
+                    "`size` is `auto`, which sets `max_size` and `multiple` itself: "
+                    "leave them out, or write a number for `size`."
+                )
+            return
+        if not isinstance(self.size, int):
+            raise ValueError(f"`size` is `{self.size}`: write a whole number or auto.")
         if self.size < 1:
             raise ValueError(
                 f"`size` is {self.size}: a window holds at least 1 step. Write "
                 "`solver.window.size=8`, or `solver.name=sequential` for the plain "
                 "loop."
             )
+        self.build()
+
+    def resolved(self, num_workers: int) -> WindowConfig:
+        """The same with numbers for "auto"."""
+        if self.size != "auto":
+            return self
+        return WindowConfig(num_workers, 4 * num_workers, num_workers)
+
+    def build(self) -> dp.Window:
+        """The core's window."""
+        assert isinstance(self.size, int), "`load` resolves `auto`"
+        if self.max_size is None:
+            return dp.SlidingWindow(self.size)
+        return dp.AdaptiveWindow(self.size, self.max_size, self.multiple)
 
 
 @dataclass(frozen=True)
@@ -93,7 +124,8 @@ class SolverConfig:
         name: "picard", or "sequential" for the plain loop.
         window: How many steps are tried.
         threshold: What counts as converged.
-        predictor: First guess of a new step: "momentum" or "repeat_last".
+        predictor: First guess of a new step: "momentum", "repeat_last", or "auto", the
+            one that guessed better of late.
         non_finite: "raise", or "skip" steps whose gradient is not finite.
     """
 
@@ -105,7 +137,7 @@ class SolverConfig:
 
     def __post_init__(self) -> None:
         one_of("name", self.name, ("picard", "sequential"))
-        one_of("predictor", self.predictor, ("momentum", "repeat_last"))
+        one_of("predictor", self.predictor, ("momentum", "repeat_last", "auto"))
         one_of("non_finite", self.non_finite, ("raise", "skip"))
 
     def build(self) -> dp.Solver:
@@ -114,7 +146,7 @@ class SolverConfig:
         if self.name == "sequential":
             return dp.Sequential(non_finite=non_finite)
         return dp.PicardSolver(
-            dp.SlidingWindow(self.window.size),
+            self.window.build(),
             self.threshold.build(),
             predictor=self.predictor,
             non_finite=non_finite,
@@ -249,4 +281,8 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     Raises:
         ConfigError: The file cannot be read, or a setting cannot be used.
     """
-    return read(Config, to_mapping(merge(path, overrides)), "")
+    config = read(Config, to_mapping(merge(path, overrides)), "")
+    # Ranks started by torchrun are counted by it, not by the config.
+    workers = int(os.environ.get("WORLD_SIZE", config.dispatch.num_workers))
+    solver = replace(config.solver, window=config.solver.window.resolved(workers))
+    return replace(config, solver=solver)

@@ -8,6 +8,7 @@ the run after the iteration at hand. Only rank 0 writes and listens.
 from __future__ import annotations
 
 import json
+import math
 import signal
 import time
 from collections.abc import Iterator
@@ -160,8 +161,9 @@ class Recorder:
             "begin": iteration.begin,
             "window": iteration.window,
             "stride": iteration.stride,
-            "errors": [float(f"{error:.4g}") for error in iteration.errors],
+            "errors": [_number(error) for error in iteration.errors],
             "threshold": iteration.threshold,
+            **{name: _number(v) for name, v in iteration.diagnostics.items()},
             "seconds": {k: round(v, 4) for k, v in iteration.seconds.items()},
             "elapsed": elapsed,
             "solving": round(self.solving, 4),
@@ -171,6 +173,8 @@ class Recorder:
         self._board.add_scalar("solver/stride", iteration.stride, state.step)
         if iteration.threshold is not None:
             self._board.add_scalar("solver/threshold", iteration.threshold, state.step)
+        for name, value in iteration.diagnostics.items():
+            self._board.add_scalar(f"solver/{name}", value, state.step)
 
     def _preview(self, state: dp.SolverState[Any]) -> None:
         assert self.folder is not None
@@ -200,3 +204,8 @@ class Recorder:
             asked = file.read_text().strip()
             self.interrupted = signal.SIGTERM if asked == "SIGTERM" else signal.SIGINT
             file.unlink(missing_ok=True)
+
+
+def _number(value: float) -> float | None:
+    """Four digits; JSON has no infinity and no NaN."""
+    return float(f"{value:.4g}") if math.isfinite(value) else None

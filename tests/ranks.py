@@ -11,7 +11,9 @@ from typing import Any
 import torch
 
 from dreampropeller import (
+    AdaptiveWindow,
     DistributedDispatcher,
+    DriftThreshold,
     FixedThreshold,
     PicardSolver,
     Sequential,
@@ -25,6 +27,7 @@ from dreampropeller.trajectory import Drift
 from tests.helpers import TOYS, OrnsteinUhlenbeck
 
 WINDOWS = (1, 2, 7, 16, 64)
+ADAPTIVE = PicardSolver(AdaptiveWindow(2, 6, 2), DriftThreshold(0.2), "auto")
 
 
 def quick(trajectory: Trajectory[Any]) -> DistributedDispatcher:
@@ -49,6 +52,8 @@ def solve_all() -> dict[str, Any]:
             on_iteration=lambda _, it, log=logged: log.append(it.aux),
         )
         found[f"{name}/loose"] = (solution.value, solution.stats.strides, logged)
+        solution = solve(toy.make(), ADAPTIVE, quick)
+        found[f"{name}/adaptive"] = (solution.value, solution.stats, solution.carry)
     solution = solve(OrnsteinUhlenbeck(), Sequential(), quick)
     found["sequential"] = solution.value
     found["stopped"] = stop_on_rank_zero()

@@ -267,3 +267,5 @@ def test_relative_threshold_counts_optimizer_steps() -> None:
     exact = PicardSolver(SlidingWindow(8), FixedThreshold(0, relative=True))
     solution = solve(TOYS["network-sgd"].make(), exact)
     assert tree_equal(solution.value, TOYS["network-sgd"].loop()[-1])
+    plain = PicardSolver(SlidingWindow(8), FixedThreshold(0))
+    assert solution.stats == solve(TOYS["network-sgd"].make(), plain).stats

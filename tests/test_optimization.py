@@ -311,3 +311,77 @@ def test_unsound_losses_are_refused(loss: Any, message: str) -> None:
     )
     with pytest.raises(ValueError, match=message):
         solve(trajectory, Sequential())
+
+
+def batches(step: int) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(step)
+    return [torch.rand(8, 2, generator=generator) for _ in range(2)]
+
+
+def decay_groups(named: dict[str, Any]) -> list[dict[str, Any]]:
+    """The usual rule: matrices decay, vectors do not."""
+    return [
+        {"params": [p for p in named.values() if p.ndim > 1], "weight_decay": 0.1},
+        {"params": [p for p in named.values() if p.ndim < 2], "weight_decay": 0.0},
+    ]
+
+
+class AveragingAdamW(torch.optim.AdamW):
+    """Keeps a moving average of the weights in its own state, hence in the carry."""
+
+    def step(self, closure: Any = None) -> Any:
+        result = super().step(closure)
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                state = self.state[parameter]
+                state.setdefault("average", parameter.detach().clone())
+                state["average"].lerp_(parameter.detach(), 0.1)
+        return result
+
+
+def small_net() -> nn.Sequential:
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        return nn.Sequential(nn.Linear(2, 16), nn.Tanh(), nn.Linear(16, 1))
+
+
+def loss_of(net: nn.Module, batch: Tensor) -> Tensor:
+    return (net(batch)[:, 0] - torch.sin(3 * batch[:, 0])).square().mean()
+
+
+@pytest.mark.parametrize("half", [False, True])
+def test_accumulation_decay_groups_averages_and_autocast_equal_their_loop(
+    half: bool,
+) -> None:
+    """What a training loop adds around its step, written where it belongs here."""
+    autocast = torch.autocast("cpu", torch.bfloat16, enabled=half)
+    net = small_net()
+    optimizer = AveragingAdamW(decay_groups(dict(net.named_parameters())), lr=0.05)
+    for step in range(STEPS):
+        optimizer.zero_grad()
+        for batch in batches(step):  # one backward pass for each
+            with autocast:
+                part = loss_of(net, batch) / 2
+            part.backward()
+        optimizer.step()
+
+    def loss(step: int, net: nn.Module) -> Tensor:
+        total = torch.zeros(())
+        for batch in batches(step):
+            with autocast:  # anew: its copies of the weights serve one backward pass
+                total = total + loss_of(net, batch) / 2
+        return total
+
+    trajectory = OptimizationTrajectory.from_module(
+        small_net(),
+        loss,
+        lambda named: AveragingAdamW(decay_groups(named), lr=0.05),
+        STEPS,
+    )
+    check({n: p.detach() for n, p in net.named_parameters()}, trajectory)
+    exact = PicardSolver(SlidingWindow(5), FixedThreshold(0), "momentum")
+    averages = solve(trajectory, exact).carry["optimizers"][0]["state"]
+    for name, parameter in net.named_parameters():
+        expected = optimizer.state[parameter]["average"]
+        assert tree_equal(averages[name]["average"], expected), name
+        assert not torch.equal(expected, parameter)

@@ -119,3 +119,35 @@ def test_wallclock_compares_within_a_round() -> None:
     # The machine was three times slower in the second round.
     text = wallclock.table([round_of(4, 5, 2.5), round_of(12, 15, 7.5)])
     assert "| window 4, 2 workers of 1 thread | 5.0 | 1.60× | 2.00× | 9 | 40 |" in text
+
+
+def test_the_frontier_is_computed_drawn_and_resumed(tmp_path: Path) -> None:
+    small = [s for s in SMALL if "prompt" not in s and "max_steps" not in s]
+    arguments = (
+        *("--config", TOYBOX, "--objects", "mug", "--regimes", "small:24:0.005"),
+        *("--thresholds", "drift:0.1", "relative:1e6", "--predictors", "auto"),
+        *("--windows", "4", "--exact", "--rivals", "8", "--workers", "1"),
+        *("--to", str(tmp_path), "--set", *small),
+    )
+    done = command("pareto", *arguments)
+    assert done.returncode == 0, done.stderr
+    log = (tmp_path / "runs.jsonl").read_text()
+    rows = [json.loads(line) for line in log.splitlines() if line]
+    by_row = {row["row"]: row for row in rows}
+    plain, exact = by_row["plain loop"], by_row["exact"]
+    assert (plain["iterations"], plain["evaluations"]) == (24, 24)
+    assert exact["psnr"] == plain["psnr"]  # bit for bit
+    # The first step alone, then whole windows; for the drift a slot is held back.
+    assert by_row["relative:1e6"]["iterations"] == 7
+    assert 7 <= by_row["drift:0.1"]["iterations"] <= exact["iterations"]
+    assert sum(row["row"].startswith("T/8") for row in rows) == 10
+    text = (tmp_path / "table.md").read_text()
+    assert text.count("\n| small |") == 6  # rivals at their best only
+    assert (tmp_path / "pareto.png").stat().st_size > 10_000
+    again = command("pareto", *arguments)
+    assert again.returncode == 0
+    assert (tmp_path / "runs.jsonl").read_text() == log
+    count = command("pareto", *arguments, "--count")
+    assert count.stdout.startswith("14 runs of 126 steps")
+    wrong = command("pareto", *arguments, "--thresholds", "drifty")
+    assert "`drifty` is no threshold: write `paper:median`" in wrong.stderr

@@ -109,6 +109,9 @@ def test_a_run_leaves_everything_behind(finished: Path) -> None:
     strides = [line["stride"] for line in lines if "stride" in line]
     assert sum(strides) == 12
     assert len(strides) == report["iterations"]
+    # The first step alone, then the steps evaluated again say how good guesses were.
+    assert strides[0] == 1
+    assert any(line.get("measured_drift_error", 0) > 0 for line in lines)
     settings = yaml.safe_load((finished / "config.yaml").read_text())
     assert settings["system"]["prompt_processor"]["prompt"] == "a red mushroom"
     assert settings["system"]["guidance"]["max_step_percent"][3] == 12  # resolved

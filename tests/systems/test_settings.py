@@ -6,6 +6,9 @@ from typing import Any
 
 import pytest
 
+import dreampropeller as dp
+from systems.config import Config, load
+from systems.reader import ConfigError
 from systems.settings import at_least, check_range, check_schedule, value_at
 
 
@@ -45,3 +48,54 @@ def test_nan_is_not_at_least_anything() -> None:
 def test_range_upside_down_is_refused() -> None:
     with pytest.raises(ValueError, match=r"`\[low, high\]` with -90 ≤ low ≤ high ≤ 90"):
         check_range("elevation_range", (80, -10), -90, 90)
+
+
+def config(*overrides: str) -> Config:
+    prompt = "system.prompt_processor.prompt=a red mushroom"
+    return load("configs/dreamfusion-toybox.yaml", [prompt, *overrides])
+
+
+def solver(*overrides: str) -> dp.PicardSolver:
+    made = config(*overrides).solver.build()
+    assert isinstance(made, dp.PicardSolver)
+    return made
+
+
+def test_window_auto_is_resolved_from_the_workers_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    auto = "solver.window.size=auto"
+    resolved = config(auto, "dispatch.num_workers=3").solver
+    assert (resolved.window.size, resolved.window.max_size) == (3, 12)
+    assert resolved.build() == solver(  # what is written down says the same
+        "solver.window.size=3", "solver.window.max_size=12", "solver.window.multiple=3"
+    )
+    assert solver(auto).window == dp.AdaptiveWindow(1, 4, 1)
+    monkeypatch.setenv("WORLD_SIZE", "2")  # torchrun
+    assert solver(auto).window == dp.AdaptiveWindow(2, 8, 2)
+
+
+def test_thresholds_by_name() -> None:
+    name = "solver.threshold.name="
+    assert solver().threshold == dp.DriftThreshold(0.1)
+    assert solver(f"{name}paper").threshold == dp.EMAThreshold(5e-6, 0.9, "median")
+    zero = solver(f"{name}fixed", "solver.threshold.value=0").threshold
+    assert zero == dp.FixedThreshold(0)
+    relative = ("solver.threshold.value=2", "solver.threshold.relative=true")
+    assert solver(f"{name}fixed", *relative).threshold == dp.FixedThreshold(2, True)
+    assert solver("solver.predictor=auto").predictor == "auto"
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (["solver.threshold.name=fixed"], "`value` is missing: write `value=0`"),
+        (["solver.threshold.relative=true"], "no effect on `drift`.*`name=fixed`"),
+        (["solver.window.size=soon"], "write a whole number or auto"),
+        (["solver.window.max_size=4"], "`window.largest` is 4"),
+        (["solver.window.size=auto", "solver.window.max_size=4"], "leave them out"),
+    ],
+)
+def test_solver_settings_that_cannot_be_used(settings: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        config(*settings)

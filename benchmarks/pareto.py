@@ -1,0 +1,234 @@
+"""Quality against iterations: which threshold, predictor and window to take.
+
+`python -m benchmarks.pareto` solves a prompt with every threshold, predictor and window
+in two regimes, beside the plain loop, the exact solve and the rivals (a k-th of the
+steps, k times the views, each at the best of five learning rates). A regime is
+`name:steps:rate`: *tuned* is what `benchmarks.tune` found, *small* takes many small
+steps, as threestudio's configs do. It writes a table and a plot; interrupted, it goes
+on where it was. `--count` only says how many runs and gradients it would take.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks import runs
+from systems.config import load
+from systems.folders import environment
+
+CONFIG = "configs/dreamfusion-toybox-hashgrid.yaml"
+REGIMES = ("tuned:200:0.02", "small:1000:0.005")
+WINDOWS = (4, 8, 16, 32)
+PREDICTORS = ("repeat_last", "momentum", "auto")
+THRESHOLDS = ("paper:median", "paper:mean", "fixed:1e-4", "relative:1", "drift:0.1")
+RATES = (0.5, 1.0, 2.0, 4.0, 8.0)
+PLAIN = "plain loop"
+EXACT = "exact"
+Entry = dict[str, Any]
+
+
+def threshold(spec: str) -> list[str]:
+    """The settings of a threshold: `kind:value`, or `exact`."""
+    kind, _, value = spec.partition(":")
+    name = "solver.threshold.name="
+    if kind == "paper":
+        return [f"{name}paper", f"solver.threshold.adaptivity={value}"]
+    if kind == "drift":
+        return [f"{name}drift", f"solver.threshold.value={value}"]
+    if kind in ("fixed", "relative"):
+        relative = f"solver.threshold.relative={str(kind == 'relative').lower()}"
+        return [f"{name}fixed", f"solver.threshold.value={value}", relative]
+    if spec == EXACT:
+        return [f"{name}fixed", "solver.threshold.value=0"]
+    raise SystemExit(
+        f"`{spec}` is no threshold: write `paper:median`, `paper:mean`, `fixed:VALUE`, "
+        "`relative:VALUE`, `drift:VALUE` or `exact`."
+    )
+
+
+def jobs(arguments: argparse.Namespace) -> list[Entry]:
+    """Every run, with its row."""
+    rows: list[tuple[str, str, str, int, int, float, list[str]]] = []
+    for regime in arguments.regimes:
+        name, steps, rate = regime.split(":")
+        steps, rate = int(steps), float(rate)
+        rows.append((name, PLAIN, "", 1, steps, rate, ["solver.name=sequential"]))
+        for window in arguments.windows:
+            size = f"solver.window.size={window}"
+            for spec in arguments.thresholds:
+                for guess in arguments.predictors:
+                    chosen = [size, f"solver.predictor={guess}", *threshold(spec)]
+                    rows.append((name, spec, guess, window, steps, rate, chosen))
+            if arguments.exact:
+                chosen = [size, *threshold(EXACT)]
+                rows.append((name, EXACT, "momentum", window, steps, rate, chosen))
+        for k in arguments.rivals:
+            few = math.ceil(steps / k)
+            views = k * load_views(arguments)
+            for factor in RATES:
+                plain = ["solver.name=sequential"]
+                rows.append((name, f"T/{k} steps", "", k, few, rate * factor, plain))
+                many = [*plain, f"data.batch_size={views}"]
+                label = f"T/{k} steps, {k}x views"
+                rows.append((name, label, "", k, few, rate * factor, many))
+    return [
+        runs.job(
+            arguments.config,
+            runs.prompt_of(shape),
+            *arguments.set,
+            f"seed={seed}",
+            f"trainer.max_steps={steps}",
+            f"system.optimizer.args.lr={rate:g}",
+            *chosen,
+            regime=name,
+            row=row,
+            predictor=predictor,
+            window=window,
+            steps=steps,
+            rate=rate,
+            shape=shape,
+            seed=seed,
+        )
+        for name, row, predictor, window, steps, rate, chosen in rows
+        for shape in arguments.objects
+        for seed in arguments.seeds
+    ]
+
+
+def load_views(arguments: argparse.Namespace) -> int:
+    """Views a step of the config."""
+    prompt = f"system.prompt_processor.prompt={runs.prompt_of(arguments.objects[0])}"
+    return int(load(arguments.config, [prompt, *arguments.set]).data["batch_size"])
+
+
+def points(entries: Sequence[Entry]) -> list[Entry]:
+    """One point a row and window: means over prompts and seeds; rivals at their best.
+
+    `factor` counts iterations from the plain loop's steps of the same regime.
+    """
+    cells: dict[tuple[Any, ...], list[Entry]] = defaultdict(list)
+    for entry in entries:
+        key = ("regime", "row", "predictor", "window", "rate")
+        cells[tuple(entry[name] for name in key)].append(entry)
+    best: dict[tuple[Any, ...], Entry] = {}
+    for (regime, row, predictor, window, rate), cell in cells.items():
+        point = {
+            "regime": regime,
+            "row": row,
+            "predictor": predictor,
+            "window": window,
+            "rate": rate,
+            **{
+                name: runs.mean(cell, name)
+                for name in ("psnr", "iou", "iterations", "evaluations")
+            },
+        }
+        key = (regime, row, predictor, window)
+        if key not in best or point["psnr"] > best[key]["psnr"]:
+            best[key] = point
+    plain = {p["regime"]: p for p in best.values() if p["row"] == PLAIN}
+    for point in best.values():
+        base = plain[point["regime"]]
+        point["factor"] = base["iterations"] / point["iterations"]
+        point["gain"] = point["psnr"] - base["psnr"]
+    return list(best.values())
+
+
+def table(found: Sequence[Entry]) -> str:
+    """A Markdown table."""
+    lines = [
+        "| regime | threshold or rival | predictor | window or k | lr | iterations "
+        "(factor) | evaluations | PSNR, dB | against the plain loop | IoU |",
+        "|" + "---|" * 10,
+    ]
+    lines += [
+        f"| {p['regime']} | {p['row']} | {p['predictor']} | {p['window']} | "
+        f"{p['rate']:g} | {p['iterations']:.0f} ({p['factor']:.1f}x) | "
+        f"{p['evaluations']:.0f} | {p['psnr']:.2f} | {p['gain']:+.2f} | "
+        f"{p['iou']:.3f} |"
+        for p in found
+    ]
+    return "\n".join(lines)
+
+
+def plot(found: Sequence[Entry], path: Path) -> None:
+    """Loss of quality against the factor, a panel a regime; rivals are crosses."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    regimes = list(dict.fromkeys(point["regime"] for point in found))
+    figure, axes = pyplot.subplots(
+        1, len(regimes), figsize=(6 * len(regimes), 4.5), squeeze=False
+    )
+    for axis, regime in zip(axes[0], regimes, strict=True):
+        lines: dict[str, list[Entry]] = defaultdict(list)
+        for point in found:
+            if point["regime"] == regime and point["row"] != PLAIN:
+                name = f"{point['row']} {point['predictor']}".strip()
+                lines[name].append(point)
+        for name, line in lines.items():
+            rival = name.startswith("T/")
+            axis.plot(
+                [point["factor"] for point in line],
+                [point["gain"] for point in line],
+                "x" if rival else "o-",
+                markersize=5,
+                linewidth=1,
+                label=name,
+            )
+        axis.axhline(0, color="black", linewidth=0.5)
+        axis.set_xscale("log", base=2)
+        axis.set_xlabel("fewer iterations than the plain loop")
+        axis.set_ylabel("PSNR against the plain loop, dB")
+        axis.set_title(regime)
+        axis.legend(fontsize=6)
+    figure.tight_layout()
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--config", default=CONFIG)
+    parser.add_argument("--objects", nargs="+", default=["tree"])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--regimes", nargs="+", default=list(REGIMES))
+    parser.add_argument("--thresholds", nargs="*", default=list(THRESHOLDS))
+    parser.add_argument("--predictors", nargs="*", default=list(PREDICTORS))
+    parser.add_argument("--windows", type=int, nargs="*", default=list(WINDOWS))
+    parser.add_argument("--exact", action="store_true", help="threshold 0 as well")
+    parser.add_argument("--rivals", type=int, nargs="*", default=[8, 32], help="k")
+    parser.add_argument("--workers", type=int, default=2, help="processes of 1 thread")
+    parser.add_argument("--set", nargs="*", default=[], help="further settings")
+    parser.add_argument("--count", action="store_true", help="say the cost, and stop")
+    parser.add_argument("--to", type=Path, default=Path("outputs/pareto"))
+    arguments = parser.parse_args()
+    wanted = jobs(arguments)
+    if arguments.count:
+        steps = sum(job["steps"] for job in wanted)
+        print(f"{len(wanted)} runs of {steps} steps in all, a gradient or more a step.")
+        return
+    entries = runs.run_all(wanted, arguments.to / "runs.jsonl", arguments.workers)
+    found = points(entries)
+    plot(found, arguments.to / "pareto.png")
+    summary = (
+        f"{table(found)}\n\nMeans over {', '.join(arguments.objects)} and "
+        f"{len(arguments.seeds)} seed(s); `{arguments.config}` "
+        f"{' '.join(arguments.set)}. Cost: {len(entries)} runs, "
+        f"{runs.hours(entries):.2f} core-hours on {environment()['processor']}, one "
+        "thread each.\n"
+    )
+    (arguments.to / "table.md").write_text(summary, encoding="utf-8")
+    print(summary)
+
+
+if __name__ == "__main__":
+    main()
