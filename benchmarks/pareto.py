@@ -25,7 +25,14 @@ CONFIG = "configs/dreamfusion-toybox-hashgrid.yaml"
 REGIMES = ("tuned:200:0.02", "small:1000:0.005")
 WINDOWS = (4, 8, 16, 32)
 PREDICTORS = ("repeat_last", "momentum", "auto")
-THRESHOLDS = ("paper:median", "paper:mean", "fixed:1e-4", "relative:1", "drift:0.1")
+THRESHOLDS = (
+    "paper:median",
+    "paper:mean",
+    "fixed:1e-4",
+    "relative:1",
+    "drift:0.05",
+    "drift:0.1",
+)
 RATES = (0.5, 1.0, 2.0, 4.0, 8.0)
 PLAIN = "plain loop"
 EXACT = "exact"
