@@ -33,11 +33,13 @@ ROOMS = [
     "threshold",
     "solution",
     "dispatch.base",
+    "dispatch.batched",
     "dispatch.wire",
     "dispatch.distributed",
     "dispatch.launcher",
     "solver",
     "picard",
+    "calibration",
     "checkpoint",
 ]
 # The workspace, likewise; `toybox` knows its cameras and nothing else of it.

@@ -23,6 +23,7 @@ from dreampropeller.adapters.sampling import Denoiser as Denoiser
 from dreampropeller.adapters.sampling import Form, check_scheduler, learns_variance
 from dreampropeller.adapters.sampling import SamplingTrajectory as SamplingTrajectory
 from dreampropeller.adapters.sampling import worst_picture as worst_picture
+from dreampropeller.calibration import Calibration, calibrate, choose
 from dreampropeller.dispatch.base import Dispatcher, InlineDispatcher
 from dreampropeller.picard import PicardSolver
 from dreampropeller.solution import Iteration, Solution
@@ -43,6 +44,7 @@ def sample(
     tolerance: float = 0.1,
     form: Form = "semi-linear",
     dispatcher: Callable[[Trajectory[Any]], Dispatcher] = InlineDispatcher,
+    calibration: Calibration | None = None,
     on_iteration: OnIteration | None = None,
     on_solution: Callable[[Solution[Any]], None] | None = None,
     **arguments: Any,
@@ -64,6 +66,8 @@ def sample(
         dispatcher: Where the model runs: `InlineDispatcher` (one step after the
             other), `BatchedDispatcher` (a window in one call, close but not bitwise) or
             `DistributedDispatcher` (a window spread over devices).
+        calibration: What `measure` found: a batched window if that pays on this device,
+            else the plain loop; in place of `dispatcher`.
         on_iteration: As for `solve`; it cannot stop the solve.
         on_solution: Called with the solution: iterations, evaluations, strides.
         **arguments: Everything else the pipeline takes.
@@ -79,9 +83,7 @@ def sample(
         >>> images = sample(pipeline, "a red mug", num_inference_steps=100).images
     """
     _check(pipeline, num_inference_steps, window, tolerance, form, arguments)
-    solver = PicardSolver(
-        SlidingWindow(window), FixedThreshold(tolerance**2), norm=worst_picture
-    )
+    solver = _solver(window, tolerance)
 
     def run(trajectory: SamplingTrajectory, advanced: Callable[[int], Any]) -> Tensor:
         def watch(state: SolverState[Any], iteration: Iteration) -> None:
@@ -89,7 +91,11 @@ def sample(
             if on_iteration is not None:
                 on_iteration(state, iteration)
 
-        solution = solve(trajectory, solver, dispatcher, on_iteration=watch)
+        how, where = solver, dispatcher
+        if calibration is not None:
+            choice = choose(solver, calibration, trajectory.latents.device)
+            how, where = choice.solver, choice.dispatcher
+        solution = solve(trajectory, how, where, on_iteration=watch)
         if on_solution is not None:
             on_solution(solution)
         return solution.value["x"]
@@ -98,6 +104,41 @@ def sample(
         arguments["prompt"] = prompt
     with _Loop(pipeline, arguments, form, run).taken_over():
         return pipeline(num_inference_steps=num_inference_steps, **arguments)
+
+
+def measure(
+    pipeline: Any,
+    prompt: str | list[str] | None = None,
+    *,
+    num_inference_steps: int,
+    window: int = 10,
+    tolerance: float = 0.1,
+    form: Form = "semi-linear",
+    **arguments: Any,
+) -> Calibration:
+    """Whether a batched window pays for this pipeline on this device.
+
+    Arguments are those of `sample`; record the answer with its ``save``.
+    """
+    _check(pipeline, num_inference_steps, window, tolerance, form, arguments)
+    found: list[Calibration] = []
+
+    def run(trajectory: SamplingTrajectory, advanced: Callable[[int], Any]) -> Tensor:
+        del advanced
+        found.append(calibrate(trajectory, _solver(window, tolerance)))
+        return trajectory.latents
+
+    if prompt is not None:
+        arguments["prompt"] = prompt
+    with _Loop(pipeline, arguments, form, run).taken_over():
+        pipeline(num_inference_steps=num_inference_steps, **arguments)
+    return found[0]
+
+
+def _solver(window: int, tolerance: float) -> PicardSolver:
+    return PicardSolver(
+        SlidingWindow(window), FixedThreshold(tolerance**2), norm=worst_picture
+    )
 
 
 def _check(

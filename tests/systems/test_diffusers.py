@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from dreampropeller import checkpoint
 from dreampropeller.adapters.diffusers import (
     Denoiser,
     SamplingTrajectory,
+    measure,
     sample,
     worst_picture,
 )
@@ -226,6 +228,48 @@ def test_a_model_seen_in_order_has_a_pure_drift(sd: Any) -> None:
     assert tree_equal(y, found.init()[0])
     with pytest.raises(ValueError, match="cannot be split into 2 shards"):
         found.make_drift(torch.device("cpu"), (0, 2))
+
+
+@pytest.mark.parametrize("guidance_scale", [1.0, 5.0])
+def test_a_batched_window_is_close(sd: Any, guidance_scale: float) -> None:
+    whole, arguments = sd("ddpm")
+    arguments |= {"guidance_scale": guidance_scale, "window": 4, "tolerance": 1e-3}
+    one, many = (
+        sample(whole, ["a", "b"], dispatcher=kind, generator=noise(), **arguments)
+        for kind in (dp.InlineDispatcher, dp.BatchedDispatcher)
+    )
+    assert abs(one.images - many.images).max() < 1e-4
+
+
+def test_deep_floyd_batched(request: pytest.FixtureRequest) -> None:
+    folder = request.getfixturevalue("deep_floyd")
+    whole: Any = quiet(IFPipeline.from_pretrained(folder, safety_checker=None))
+    arguments: Any = {"clean_caption": False, "output_type": "pt", "tolerance": 1e-3}
+    arguments |= {"num_inference_steps": STEPS, "window": 4}
+    one, many = (
+        sample(whole, ["a", "a a"], dispatcher=kind, generator=noise(), **arguments)
+        for kind in (dp.InlineDispatcher, dp.BatchedDispatcher)
+    )
+    torch.testing.assert_close(one.images, many.images, atol=1e-4, rtol=1e-4)
+
+
+def test_a_calibration_decides_between_window_and_plain_loop(
+    sd: Any, tmp_path: Path
+) -> None:
+    whole, arguments = sd("ddim")
+    arguments |= {"window": 3}
+    found = measure(whole, "a", **arguments)
+    assert found.window == 3
+    assert found.sequential > 0
+    assert found.batched > 0
+    for gain, iterations in ((2.0, 3), (0.5, STEPS)):
+        record = dataclasses.replace(found, batched=found.sequential / gain)
+        record.save(tmp_path / "calibration.json")
+        record = dp.Calibration.load(tmp_path / "calibration.json")
+        solutions = []
+        arguments |= {"calibration": record, "on_solution": solutions.append}
+        sample(whole, "a", tolerance=99.0, generator=noise(), **arguments)
+        assert solutions[0].stats.num_iterations == iterations
 
 
 @pytest.mark.parametrize(
