@@ -4,8 +4,8 @@
         system.prompt_processor.prompt="a red mushroom"
 
 `--train` makes it, `--test resume=RUN` renders and measures it, `--export resume=RUN`
-writes its mesh. Settings follow as `key=value`; `dispatch.num_workers=2` starts two
-processes, and `torchrun launch.py …` works too.
+writes its mesh; `--sample` draws pictures (`configs/sample-toybox.yaml`). Settings are
+`key=value`; `dispatch.num_workers=2` starts two processes, `torchrun launch.py` works.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import torch
 import dreampropeller as dp
 import systems
 from dreampropeller.checkpoint import CheckpointError
-from systems import folders, results, workers
+from systems import folders, results, sampling, workers
 from systems.config import Config, load
 from systems.reader import ConfigError
 from systems.recorder import Recorder
@@ -90,6 +90,7 @@ def make_parser() -> argparse.ArgumentParser:
     task.add_argument("--train", action="store_true", help="make the object")
     task.add_argument("--test", action="store_true", help="turntable and quality")
     task.add_argument("--export", action="store_true", help="mesh")
+    task.add_argument("--sample", action="store_true", help="pictures of a prompt")
     return parser
 
 
@@ -98,14 +99,10 @@ def main(argv: list[str] | None = None) -> int:
     arguments, overrides = make_parser().parse_known_args(argv)
     try:
         config = load(arguments.config or folders.config_of(overrides), overrides)
+        if arguments.sample:
+            return sampling.run(config)
         return train(config) if arguments.train else look(config, arguments.test)
-    except (
-        ConfigError,
-        CheckpointError,
-        ValueError,
-        OSError,
-        dp.NotConverged,
-    ) as error:
+    except (CheckpointError, ValueError, OSError, dp.NotConverged) as error:
         print(f"error: {error}", file=sys.stderr)
     except dp.WorkerError as error:
         print(f"error: {workers.last_words(error)}", file=sys.stderr)

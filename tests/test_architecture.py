@@ -74,6 +74,7 @@ WORKSPACE = [
     "recorder",
     "results",
     "workers",
+    "sampling",
 ]
 
 

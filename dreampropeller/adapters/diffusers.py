@@ -26,8 +26,9 @@ from dreampropeller.adapters.sampling import worst_picture as worst_picture
 from dreampropeller.calibration import Calibration, calibrate, choose
 from dreampropeller.dispatch.base import Dispatcher, InlineDispatcher
 from dreampropeller.picard import PicardSolver
+from dreampropeller.predictor import Momentum
 from dreampropeller.solution import Iteration, Solution
-from dreampropeller.solver import SolverState, solve
+from dreampropeller.solver import Solver, SolverState, solve
 from dreampropeller.threshold import FixedThreshold
 from dreampropeller.trajectory import Trajectory
 from dreampropeller.window import SlidingWindow
@@ -45,6 +46,7 @@ def sample(
     form: Form = "semi-linear",
     dispatcher: Callable[[Trajectory[Any]], Dispatcher] = InlineDispatcher,
     calibration: Calibration | None = None,
+    solver: Solver | None = None,
     on_iteration: OnIteration | None = None,
     on_solution: Callable[[Solution[Any]], None] | None = None,
     **arguments: Any,
@@ -68,6 +70,8 @@ def sample(
             `DistributedDispatcher` (a window spread over devices).
         calibration: What `measure` found: a batched window if that pays on this device,
             else the plain loop; in place of `dispatcher`.
+        solver: Another solver, in place of `window` and `tolerance`; its threshold is
+            the squared tolerance.
         on_iteration: As for `solve`; it cannot stop the solve.
         on_solution: Called with the solution: iterations, evaluations, strides.
         **arguments: Everything else the pipeline takes.
@@ -83,7 +87,7 @@ def sample(
         >>> images = sample(pipeline, "a red mug", num_inference_steps=100).images
     """
     _check(pipeline, num_inference_steps, window, tolerance, form, arguments)
-    solver = _solver(window, tolerance)
+    wanted = solver or solver_for(window, tolerance, form)
 
     def run(trajectory: SamplingTrajectory, advanced: Callable[[int], Any]) -> Tensor:
         def watch(state: SolverState[Any], iteration: Iteration) -> None:
@@ -91,9 +95,9 @@ def sample(
             if on_iteration is not None:
                 on_iteration(state, iteration)
 
-        how, where = solver, dispatcher
-        if calibration is not None:
-            choice = choose(solver, calibration, trajectory.latents.device)
+        how, where = wanted, dispatcher
+        if calibration is not None and isinstance(wanted, PicardSolver):
+            choice = choose(wanted, calibration, trajectory.latents.device)
             how, where = choice.solver, choice.dispatcher
         solution = solve(trajectory, how, where, on_iteration=watch)
         if on_solution is not None:
@@ -125,7 +129,7 @@ def measure(
 
     def run(trajectory: SamplingTrajectory, advanced: Callable[[int], Any]) -> Tensor:
         del advanced
-        found.append(calibrate(trajectory, _solver(window, tolerance)))
+        found.append(calibrate(trajectory, solver_for(window, tolerance, form)))
         return trajectory.latents
 
     if prompt is not None:
@@ -135,9 +139,19 @@ def measure(
     return found[0]
 
 
-def _solver(window: int, tolerance: float) -> PicardSolver:
+def solver_for(
+    window: int, tolerance: float, form: Form = "semi-linear"
+) -> PicardSolver:
+    """The solver of `sample`, for a trajectory of your own.
+
+    In the semi-linear form new slots are guessed by rolling the scheduler on with the
+    last answer; in the published one they repeat the last state.
+    """
     return PicardSolver(
-        SlidingWindow(window), FixedThreshold(tolerance**2), norm=worst_picture
+        SlidingWindow(window),
+        FixedThreshold(tolerance**2),
+        predictor=Momentum(0.0) if form == "semi-linear" else "repeat_last",
+        norm=worst_picture,
     )
 
 
