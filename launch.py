@@ -5,8 +5,9 @@
 
 `--train` makes it, `--compare` makes it with and without acceleration and says whether
 that pays, `--test resume=RUN` renders and measures it, `--export resume=RUN` writes its
-mesh. Settings follow as `key=value`; `dispatch.num_workers=2` starts two
-processes, and `torchrun launch.py …` works too.
+mesh; `--sample` draws pictures (`configs/sample-toybox.yaml`). Settings follow as
+`key=value`; `dispatch.num_workers=2` starts two processes, and `torchrun launch.py …`
+works too.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import torch
 import dreampropeller as dp
 import systems
 from dreampropeller.checkpoint import CheckpointError
-from systems import compare, folders, results, workers
+from systems import compare, folders, results, sampling, workers
 from systems.config import Config, load
 from systems.reader import ConfigError
 from systems.recorder import Recorder
@@ -113,6 +114,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     task.add_argument("--test", action="store_true", help="turntable and quality")
     task.add_argument("--export", action="store_true", help="mesh")
+    task.add_argument("--sample", action="store_true", help="pictures of a prompt")
     return parser
 
 
@@ -123,14 +125,10 @@ def main(argv: list[str] | None = None) -> int:
         if arguments.compare is not None:
             return contrast(arguments.config, [*arguments.compare, *overrides])
         config = load(arguments.config or folders.config_of(overrides), overrides)
+        if arguments.sample:
+            return sampling.run(config)
         return train(config) if arguments.train else look(config, arguments.test)
-    except (
-        ConfigError,
-        CheckpointError,
-        ValueError,
-        OSError,
-        dp.NotConverged,
-    ) as error:
+    except (CheckpointError, ValueError, OSError, dp.NotConverged) as error:
         print(f"error: {error}", file=sys.stderr)
     except dp.WorkerError as error:
         print(f"error: {workers.last_words(error)}", file=sys.stderr)

@@ -3,10 +3,14 @@
 The public names, from the bottom up; `docs/method.md` holds the mathematics.
 """
 
+from dreampropeller.calibration import Calibration as Calibration
+from dreampropeller.calibration import calibrate as calibrate
+from dreampropeller.calibration import choose as choose
 from dreampropeller.checkpoint import CheckpointError as CheckpointError
 from dreampropeller.dispatch.base import Dispatcher as Dispatcher
 from dreampropeller.dispatch.base import InlineDispatcher as InlineDispatcher
 from dreampropeller.dispatch.base import WorkerError as WorkerError
+from dreampropeller.dispatch.batched import BatchedDispatcher as BatchedDispatcher
 from dreampropeller.dispatch.distributed import (
     DistributedDispatcher as DistributedDispatcher,
 )

@@ -37,17 +37,18 @@ def sample(arguments: argparse.Namespace) -> None:
     """Draw pictures with the prior."""
     from diffusers.utils import logging
 
-    from systems.toybox.pipeline import load
+    from systems.toybox.pipeline import draw, load
 
     logging.disable_progress_bar()
     _at_least("--count", arguments.count, 1)
     _at_least("--steps", arguments.steps, 1)
     prior = load(arguments.weights)
-    pictures = prior(
+    pictures = draw(
+        prior,
         [arguments.prompt] * arguments.count,
+        arguments.seed,
         num_inference_steps=arguments.steps,
         guidance_scale=arguments.guidance_scale,
-        seed=arguments.seed,
     )
     save_sheet(pictures, arguments.output, arguments.columns, arguments.scale)
     print(f"Wrote {arguments.count} samples to {arguments.output}.")

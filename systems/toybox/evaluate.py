@@ -141,7 +141,7 @@ def beside_truth(prior: pipeline.ToyboxPipeline, seed: int = 0) -> Tensor:
     """
     pairs = [*SCORED, *HELD_OUT]
     asked = [caption(c, n, v, normal=False) for c, n in pairs for v in VIEWS]
-    samples = prior(asked, seed=seed)
+    samples = pipeline.draw(prior, asked, seed)
     background = torch.full((3,), BACKGROUND)
     truths = [
         truth(p).render(view_cameras(view_in(p)), samples.shape[-1]).over(background)
@@ -198,7 +198,7 @@ def main() -> None:
     seconds = {"loading": round(time.perf_counter() - start, 3)}
     seconds["guided step of 4 views"] = round(guided_step_seconds(prior), 4)
     asked = prompts(arguments.count)
-    pictures = prior([p.text for p in asked], seed=arguments.seed)
+    pictures = pipeline.draw(prior, [p.text for p in asked], arguments.seed)
     seen = classifier.load(arguments.classifier).judge(pictures)
     files = [f for f in arguments.weights.rglob("*") if f.is_file()]
     report = {

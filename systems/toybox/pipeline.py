@@ -17,13 +17,20 @@ made in pixel space, so there is no autoencoder.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
+from diffusers.image_processor import VaeImageProcessor
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
-from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
+from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import (
+    rescale_noise_cfg,
+)
 from diffusers.schedulers.scheduling_ddim import DDIMScheduler
+from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 from transformers import CLIPTextModel, PreTrainedTokenizerFast
 
@@ -45,9 +52,7 @@ def rescaled(guided: Tensor, given: Tensor, rescale: float) -> Tensor:
     """
     if not rescale:
         return guided
-    axes = (1, 2, 3)
-    ratio = given.std(axes, keepdim=True) / guided.std(axes, keepdim=True)
-    return guided * (rescale * ratio + (1 - rescale))
+    return rescale_noise_cfg(guided, given, guidance_rescale=rescale)
 
 
 class ToyboxPipeline(DiffusionPipeline):
@@ -64,7 +69,8 @@ class ToyboxPipeline(DiffusionPipeline):
 
     Example:
         >>> pipeline = ToyboxPipeline.from_pretrained(WEIGHTS)
-        >>> pictures = pipeline("a red mushroom, front view", seed=0)
+        >>> noise = torch.Generator().manual_seed(0)
+        >>> picture = pipeline("a red mushroom, front view", generator=noise).images[0]
     """
 
     unet: UNet2DConditionModel
@@ -157,7 +163,7 @@ class ToyboxPipeline(DiffusionPipeline):
             x: Noisy pictures, shape ``(batch, 3, size, size)``.
             timestep: A scalar, or one a picture.
             words: Embeddings of the prompts, shape ``(batch, MAX_WORDS, channels)``.
-            blank: Embedding of the empty prompt, shape ``(1, MAX_WORDS, channels)``.
+            blank: Embedding of the empty prompt, the same shape or of one prompt.
             scale: Guidance scale; 1 asks the conditional model alone.
             rescale: $\phi$ above, from 0 (off) to 1.
         """
@@ -172,40 +178,74 @@ class ToyboxPipeline(DiffusionPipeline):
     @torch.no_grad()
     def __call__(
         self,
-        prompt: str | Sequence[str],
+        prompt: str | list[str],
         num_inference_steps: int = 25,
         guidance_scale: float = 3.0,
+        negative_prompt: str | None = None,
+        num_images_per_prompt: int = 1,
+        eta: float = 0.0,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: Tensor | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
         guidance_rescale: float = GUIDANCE_RESCALE,
-        seed: int = 0,
-    ) -> Tensor:
+    ) -> ImagePipelineOutput | tuple[Any]:
         r"""Sample a picture of each prompt.
 
         Args:
             prompt: One prompt, or several.
-            num_inference_steps: DDIM steps.
+            num_inference_steps: Steps of the scheduler.
             guidance_scale: 1 is the plain conditional model; 3 is a good value.
+            negative_prompt: What is not wanted; default: the empty prompt.
+            num_images_per_prompt: Pictures of each prompt.
+            eta: Noise of DDIM, from 0 (none) to 1 (as much as DDPM).
+            generator: Of the noise: one for all pictures, or one a picture.
+            latents: The noise to start from, shape ``(pictures, 3, size, size)``.
+            output_type: "pil", "np" (``(pictures, size, size, 3)``, 0 to 1), "pt"
+                (``(pictures, 3, size, size)``, 0 to 1) or "latent" (the same, −1 to 1).
+            return_dict: Return an object with `images`, or a tuple.
             guidance_rescale: $\phi$ above, from 0 (off) to 1.
-            seed: Same seed, same pictures; each picture has noise of its own.
-
-        Returns:
-            Pictures from 0 to 1, shape ``(prompts, 3, size, size)``, on the CPU.
 
         Raises:
             ValueError: A prompt has unknown words.
         """
-        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-        words, blank = self.encode(prompts), self.encode([""])
-        size = self.unet.config["sample_size"]
-        generator = torch.Generator().manual_seed(seed)
-        x = torch.randn(len(prompts), 3, size, size, generator=generator)
-        x = x.to(words.device, words.dtype)
-        self.scheduler.set_timesteps(num_inference_steps)
-        for t in self.scheduler.timesteps:
-            v = self.velocity(
-                x, t.to(x.device), words, blank, guidance_scale, guidance_rescale
-            )
-            x = self.scheduler.step(v, int(t), x, return_dict=False)[0]
-        return (x.float() / 2 + 0.5).clamp(0, 1).cpu()
+        words, blank = self.encode_prompt(
+            prompt, None, num_images_per_prompt, True, negative_prompt
+        )
+        assert blank is not None
+        scheduler: Any = self.scheduler
+        scheduler.set_timesteps(num_inference_steps)
+        if latents is None:
+            size = self.unet.config["sample_size"]
+            shape = (len(words), 3, size, size)
+            latents = randn_tensor(shape, generator, words.device, words.dtype)
+        x = latents * scheduler.init_noise_sigma
+        known = inspect.signature(scheduler.step).parameters
+        extra: Any = {"eta": eta, "generator": generator}
+        extra = {name: value for name, value in extra.items() if name in known}
+        progress_bar: Any = self.progress_bar
+        with progress_bar(total=num_inference_steps) as bar:
+            for t in scheduler.timesteps:
+                v = self.velocity(
+                    x, t.to(x.device), words, blank, guidance_scale, guidance_rescale
+                )
+                x = scheduler.step(v, t, x, **extra, return_dict=False)[0]
+                bar.update()
+        processor = VaeImageProcessor()
+        images: Any = processor.postprocess(x, output_type=output_type)
+        return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+
+def draw(
+    pipeline: ToyboxPipeline, prompts: Sequence[str], seed: int, **settings: Any
+) -> Tensor:
+    """Pictures of prompts from a seed, 0 to 1, shape ``(prompts, 3, size, size)``."""
+    noise = torch.Generator().manual_seed(seed)
+    kind = "pt"
+    made = pipeline(list(prompts), generator=noise, output_type=kind, **settings)
+    assert isinstance(made, ImagePipelineOutput)
+    assert isinstance(made.images, Tensor)
+    return made.images.float().cpu()
 
 
 def load(folder: Path = WEIGHTS) -> ToyboxPipeline:

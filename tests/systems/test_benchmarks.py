@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import runs, speedup, tune, wallclock
+from benchmarks import runs, sampling, speedup, tune, wallclock
 from tests.systems.scenes import SMALL, TOYBOX
 
 
@@ -151,3 +151,44 @@ def test_the_frontier_is_computed_drawn_and_resumed(tmp_path: Path) -> None:
     assert count.stdout.startswith("14 runs of 126 steps")
     wrong = command("pareto", *arguments, "--thresholds", "drifty")
     assert "`drifty` is no threshold: write `paper:median`" in wrong.stderr
+
+
+def test_our_published_form_takes_the_iterations_of_diffusers(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Same seed, window and tolerance; and the sequential pipeline is the reference."""
+    bench = sampling.Bench()
+    for sampler in ("ddim-100", "ddpm-100"):
+        kind, _ = sampling.SAMPLERS[sampler]
+        # A divisor of 1000: diffusers takes variances at timesteps that it does not
+        # visit otherwise, and the strides then differ now and then.
+        monkeypatch.setitem(sampling.SAMPLERS, sampler, (kind, 20))
+        job = {"part": "published", "sampler": sampler, "prompt": sampling.PROMPT}
+        job |= {"seed": 0, "window": 4, "tolerance": 0.3}
+        plain = bench.run({**job, "method": "sequential"})
+        assert (plain["iterations"], plain["error"]) == (20, 0)
+        theirs = bench.run({**job, "method": "diffusers"})
+        ours = bench.run({**job, "method": "published"})
+        assert ours["iterations"] == theirs["iterations"] < 20
+        assert ours["evaluations"] == theirs["evaluations"]
+        assert ours["error"] == pytest.approx(theirs["error"], abs=1e-4)
+
+
+def test_a_log_is_gone_on_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    todo = list(sampling.jobs())
+    assert len({sampling.identity(job) for job in todo}) == len(todo)
+
+    class Counted:
+        def run(self, job: sampling.Job) -> sampling.Job:
+            return {**job, "iterations": 1, "evaluations": 1, "seconds": 0, "error": 0}
+
+    monkeypatch.setattr(sampling, "Bench", Counted)
+    log = tmp_path / "log.jsonl"
+    sampling.work(log, todo[:2], hours=1)
+    sampling.work(log, todo[:3], hours=1)
+    assert list(map(sampling.identity, sampling.read(log))) == [
+        sampling.identity(job) for job in todo[:3]
+    ]
+    assert "| ddim-100 | sequential |" in sampling.table(
+        sampling.read(log), "published"
+    )

@@ -1,5 +1,7 @@
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
@@ -84,7 +86,8 @@ def test_a_folder_without_a_pipeline_is_refused(tmp_path: Path) -> None:
 
 def test_the_seed_decides_the_pictures(prior: pipeline.ToyboxPipeline) -> None:
     once, again, other = (
-        prior("a red cube", num_inference_steps=2, seed=seed) for seed in (1, 1, 2)
+        pipeline.draw(prior, ["a red cube"], seed, num_inference_steps=2)
+        for seed in (1, 1, 2)
     )
     assert torch.equal(once, again)
     assert not torch.equal(once, other)
@@ -107,6 +110,23 @@ def test_guidance_extrapolates_from_the_empty_prompt(
     )
 
 
+def test_it_answers_as_diffusers_pipelines_do(prior: pipeline.ToyboxPipeline) -> None:
+    def ask(kind: str, **more: Any) -> Any:
+        noise = torch.Generator().manual_seed(0)
+        more = {"num_inference_steps": 2, "generator": noise, **more}
+        return prior("a red cube", output_type=kind, **more)
+
+    tensor = ask("pt").images
+    assert torch.equal(torch.from_numpy(ask("np").images).movedim(-1, 1), tensor)
+    assert torch.equal((ask("latent").images / 2 + 0.5).clamp(0, 1), tensor)
+    (picture,) = ask("pil", return_dict=False)[0]
+    assert np.abs(np.asarray(picture) / 255 - ask("np").images[0]).max() <= 0.5 / 255
+    start = torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(ask("pt", latents=start).images, tensor)
+    assert not torch.equal(ask("pt", eta=1.0).images, tensor)
+    assert len(ask("pt", num_images_per_prompt=2).images) == 2
+
+
 def test_shipped_weights_draw_what_they_are_asked_for(
     prior: pipeline.ToyboxPipeline,
 ) -> None:
@@ -115,7 +135,7 @@ def test_shipped_weights_draw_what_they_are_asked_for(
         *(("green", "tree"), ("red", "mushroom"), ("blue", "torus")),
         *(("red", "cube"), ("purple", "snowman"), ("blue", "car")),
     ]
-    pictures = prior([f"a {c} {n}, side view" for c, n in pairs])
+    pictures = pipeline.draw(prior, [f"a {c} {n}, side view" for c, n in pairs], 0)
     seen = classifier.load().judge(pictures)
     objects = [list(OBJECTS)[i] for i in seen.objects.tolist()]
     colours = [list(COLOURS)[i] for i in seen.colours.tolist()]

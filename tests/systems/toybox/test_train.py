@@ -12,7 +12,7 @@ from systems.toybox.captions import HELD_OUT
 from systems.toybox.classifier import Judgement
 from systems.toybox.export import export
 from systems.toybox.objects import COLOURS, OBJECTS
-from systems.toybox.pipeline import load
+from systems.toybox.pipeline import draw, load
 from systems.toybox.train import Budget, Run, learning_rate, seconds_until, train
 
 logging.disable_progress_bar()
@@ -49,7 +49,10 @@ def test_train_logs_and_its_state_can_be_exported(
     entries = (tmp_path / "loss.jsonl").read_text().splitlines()
     assert [json.loads(entry)["step"] for entry in entries] == [20]
     assert export(state, tmp_path / "pipeline") == 20
-    assert load(tmp_path / "pipeline")("a red cube", 1).shape == (1, 3, 32, 32)
+    picture = draw(
+        load(tmp_path / "pipeline"), ["a red cube"], 0, num_inference_steps=1
+    )
+    assert picture.shape == (1, 3, 32, 32)
     # Only the repository survives: exported weights are a place to start from.
     again = Run(tmp_path / "pipeline", seed=0)
     exported = torch.load(state, weights_only=True)["average"]

@@ -1,0 +1,383 @@
+r"""Diffusion sampling as a trajectory (ParaDiGMS, and its semi-linear form).
+
+A sampler of `diffusers` turns noise $x_0$ into a picture $x_T$ by
+
+$$x_{t+1} = \Phi_t(x_t, c_t, m(x_t, t)) + \sigma_t z_t,$$
+
+where the model's answer $m$ is expensive and the scheduler's step $\Phi$ is not; the
+carry $c$ is a multistep scheduler's history. Two forms of it are trajectories:
+
+| form | drift | update |
+|---|---|---|
+| semi-linear | $m(x_t, t)$, guided | the scheduler's own `step` |
+| published | $\Phi_t(x_t, m(x_t, t)) + \sigma_t z_t - x_t$ | $x_t + \mathrm{drift}$ |
+
+In the semi-linear form only the answer is as old as the guess; what is linear in $x$,
+and history, are exact, so that fewer iterations are needed. A step's noise is drawn
+once, from the caller's generator in step order, as a pipeline draws it.
+
+References:
+    Shih et al. 2023, arXiv 2305.16317, Algorithm 1 (the published form).
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias
+
+import torch
+from torch import Tensor
+
+from dreampropeller.trajectory import Trajectory
+from dreampropeller.tree import Aux, Nest, State
+
+Form = Literal["semi-linear", "published"]
+Generators: TypeAlias = "torch.Generator | list[torch.Generator] | None"
+
+HISTORY: Mapping[str, tuple[str, ...]] = {
+    "DDPMScheduler": (),
+    "DDPMParallelScheduler": (),
+    "DDIMScheduler": (),
+    "DDIMParallelScheduler": (),
+    "DPMSolverMultistepScheduler": ("model_outputs", "lower_order_nums", "_step_index"),
+}
+"""What the `step` of each known scheduler changes, which becomes the carry."""
+
+
+def check_scheduler(scheduler: Any, form: str = "semi-linear") -> None:
+    """Refuse a scheduler or a form that cannot be a trajectory.
+
+    Raises:
+        ValueError: The scheduler is unknown, or its increments read history and the
+            published form is asked for.
+    """
+    name = type(scheduler).__name__
+    if form not in ("semi-linear", "published"):
+        raise ValueError(
+            f"`form` is {form!r}: write `semi-linear` (the model's answer is the "
+            "drift) or `published` (the increment is)."
+        )
+    if name not in HISTORY:
+        raise ValueError(
+            f"`{name}` is no scheduler that can be sampled in parallel. Known: "
+            f"{', '.join(f'`{known}`' for known in HISTORY)}. Write, for example, "
+            "`pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler."
+            "config)`."
+        )
+    if HISTORY[name] and form == "published":
+        raise ValueError(
+            f"`{name}` is a multistep method: its increment reads the answers of "
+            "earlier steps, so it is no function of step and state. Write "
+            '`form="semi-linear"`, which keeps that history in the carry.'
+        )
+
+
+@dataclass(frozen=True)
+class Denoiser:
+    r"""A U-Net with its conditions and guidance: one answer for noisy pictures.
+
+    With guidance the U-Net is asked for both answers at once, the unconditional first,
+    and $m = m_\varnothing + s\,(m_c - m_\varnothing)$; then it is pulled back to the
+    spread of $m_c$ by the share $\phi$. A learned variance, the channels beyond those
+    of the picture, is that of $m_c$.
+
+    Args:
+        unet: Called as ``unet(x, timestep, **conditions)``; returns a tuple.
+        conditions: Keyword arguments. Tensors whose first axis is the batch (pictures,
+            or twice as many with guidance) are repeated for a batched window.
+        guidance_scale: The scale $s$; None: the U-Net's answer is used as it is.
+        guidance_rescale: The share $\phi$, from 0 to 1.
+        keeps_variance: Pass a learned variance on to the scheduler.
+
+    References:
+        Ho and Salimans 2022, arXiv 2207.12598; Lin et al. 2023, arXiv 2305.08891,
+        Eqs. 15 and 16.
+    """
+
+    unet: Callable[..., Any]
+    conditions: Mapping[str, Any]
+    guidance_scale: float | None = None
+    guidance_rescale: float = 0.0
+    keeps_variance: bool = False
+
+    def __call__(self, x: Tensor, timestep: Tensor) -> Tensor:
+        """The answer for one step.
+
+        Args:
+            x: Noisy pictures, shape ``(pictures, channels, height, width)``.
+            timestep: The scheduler's timestep, a scalar.
+        """
+        answer = self.unet(self._doubled(x), timestep, **self.conditions)[0]
+        return self._guided(answer, x.shape[1])
+
+    def batch(self, xs: Sequence[Tensor], timesteps: Sequence[Tensor]) -> list[Tensor]:
+        """The answers for several steps, from one call of the U-Net."""
+        inputs = torch.cat([self._doubled(x) for x in xs])
+        size = len(inputs) // len(xs)
+        times = torch.stack(list(timesteps)).repeat_interleave(size)
+        conditions = _repeated(dict(self.conditions), size, len(xs))
+        answers = self.unet(inputs, times, **conditions)[0].chunk(len(xs))
+        return [self._guided(answer, xs[0].shape[1]) for answer in answers]
+
+    def _doubled(self, x: Tensor) -> Tensor:
+        return x if self.guidance_scale is None else torch.cat([x, x])
+
+    def _guided(self, answer: Tensor, channels: int) -> Tensor:
+        if self.guidance_scale is not None:
+            without, given = answer.chunk(2)
+            without = without[:, :channels]
+            given, variance = given[:, :channels], given[:, channels:]
+            answer = without + self.guidance_scale * (given - without)
+            if self.guidance_rescale > 0:
+                answer = _rescaled(answer, given, self.guidance_rescale)
+            if variance.shape[1]:
+                answer = torch.cat([answer, variance], 1)
+        return answer if self.keeps_variance else answer[:, :channels]
+
+
+def worst_picture(new: State, old: State) -> Tensor:
+    """The published norm: the largest mean square change of a picture of the batch."""
+    difference = new["x"].float() - old["x"].float()
+    return difference.square().flatten(1).mean(1).max()
+
+
+class SamplingTrajectory(Trajectory[Nest]):
+    r"""From latents to a sample; the state is ``{"x": latents}``.
+
+    Errors are in the published unit: that of the state at step $t$ is divided by the
+    variance of the posterior at its timestep,
+
+    $$\sigma_t^2 = \frac{1 - \bar\alpha_{t+1}}{1 - \bar\alpha_t}
+      \Bigl(1 - \frac{\bar\alpha_t}{\bar\alpha_{t+1}}\Bigr),$$
+
+    whatever the sampler's own noise is, and compared with the squared tolerance:
+    ``FixedThreshold(tolerance**2)`` with the norm `worst_picture`.
+
+    Args:
+        denoiser: The model's answer, as a function of x and timestep: a `Denoiser`, or
+            a function of your own (`BatchedDispatcher` also needs its ``batch``).
+        scheduler: After ``set_timesteps``. It is copied and stays as it is.
+        latents: The noise to start from, shape ``(pictures, channels, h, w)``.
+        generator: Of the noise of stochastic samplers, as given to a pipeline. It is
+            left where a sequential run would leave it. None: torch's global one.
+        eta: Noise of DDIM, from 0 (none); other samplers ignore it.
+        form: "semi-linear" or "published".
+
+    Raises:
+        ValueError: `check_scheduler` refuses it, or `eta` is negative.
+    """
+
+    def __init__(
+        self,
+        denoiser: Callable[[Tensor, Tensor], Tensor],
+        scheduler: Any,
+        latents: Tensor,
+        *,
+        generator: Generators = None,
+        eta: float = 0.0,
+        form: Form = "semi-linear",
+    ) -> None:
+        check_scheduler(scheduler, form)
+        if not eta >= 0:
+            raise ValueError(f"`eta` is {eta}: write 0 (no noise) to 1 (as DDPM).")
+        self.denoiser, self.form = denoiser, form
+        self.latents = latents.detach().clone()
+        self.timesteps: Tensor = scheduler.timesteps
+        self.num_steps = len(self.timesteps)
+        self._step = _Step(scheduler, eta)
+        self._draws = self._record(generator)
+
+    def init(self) -> tuple[State, Nest]:
+        """The latents, and the history before the first step."""
+        return {"x": self.latents.clone()}, self._step.history()
+
+    def make_drift(
+        self, device: torch.device, shard: tuple[int, int] = (0, 1)
+    ) -> _Drift:
+        """The model's answer, or the increment, of a step."""
+        if shard[1] > 1:
+            raise ValueError(
+                f"A sampling step cannot be split into {shard[1]} shards: its pictures "
+                "are one call of the model. Spread the window's steps instead."
+            )
+        del device  # the model stays where the pipeline put it
+        return _Drift(self)
+
+    def update(
+        self, step: int, y: State, carry: Nest, drift: State
+    ) -> tuple[State, Nest]:
+        """The scheduler's step, or the sum of state and increment."""
+        if self.form == "published":
+            return {"x": y["x"] + drift["x"]}, carry
+        x, carry = self.advance(step, y["x"], carry, drift["x"])
+        return {"x": x}, carry
+
+    def advance(
+        self, step: int, x: Tensor, carry: Nest, answer: Tensor
+    ) -> tuple[Tensor, Nest]:
+        """The scheduler's own step, with the noise of this step."""
+        return self._step(step, x, carry, answer, _restored(self._draws[step]))
+
+    def error_scale(self, step: int) -> float:
+        """The posterior variance at the timestep of a state; 0 at the end."""
+        if step >= self.num_steps:
+            return 0.0
+        kept = self._step.scheduler.alphas_cumprod
+        now = float(kept[int(self.timesteps[step])])
+        after = (
+            float(kept[int(self.timesteps[step + 1])])
+            if step + 1 < self.num_steps
+            else 1.0
+        )
+        # The floor is the published one: an exact state passes even where it is zero.
+        return max((1 - after) / (1 - now) * (1 - now / after), 1e-20)
+
+    def _record(self, generator: Generators) -> list[list[Draw]]:
+        """Where the generators stand before each step's draw.
+
+        The scheduler itself walks through all steps with empty answers, so that what
+        it draws, and when, is its own; the caller's generators move on with it.
+        """
+        sources = _sources(generator, self.latents.device)
+        wide = self._step.learns_variance and not HISTORY[self._step.name]
+        channels = self.latents.shape[1] * (2 if wide else 1)
+        empty = self.latents.new_zeros(
+            (len(self.latents), channels, *self.latents.shape[2:])
+        )
+        x, carry = self.latents, self._step.history()
+        draws: list[list[Draw]] = []
+        with torch.no_grad():
+            for step in range(self.num_steps):
+                now = [(source.device, source.get_state()) for source in sources]
+                before = draws[-1] if draws else now
+                same = all(
+                    torch.equal(a, b)
+                    for (_, a), (_, b) in zip(now, before, strict=True)
+                )
+                draws.append(before if same else now)  # one copy while nothing is drawn
+                x, carry = self._step(step, x, carry, empty, sources)
+        return draws
+
+
+@dataclass(frozen=True)
+class _Drift:
+    trajectory: SamplingTrajectory
+
+    def __call__(self, step: int, y: State) -> tuple[State, Aux]:
+        with torch.no_grad():
+            timestep = self.trajectory.timesteps[step]
+            answer = self.trajectory.denoiser(y["x"], timestep)
+            return self._of(step, y, answer), {}
+
+    def batch(
+        self, steps: Sequence[int], ys: Sequence[State]
+    ) -> list[tuple[State, Aux]]:
+        """Answers of several steps from one call of the model."""
+        denoiser: Any = self.trajectory.denoiser
+        if not hasattr(denoiser, "batch"):
+            raise ValueError(
+                "This denoiser answers one step at a time. Give it a method "
+                "`batch(xs, timesteps)`, as `Denoiser` has, or use `InlineDispatcher`."
+            )
+        with torch.no_grad():
+            timesteps = [self.trajectory.timesteps[step] for step in steps]
+            answers = denoiser.batch([y["x"] for y in ys], timesteps)
+            triples = zip(steps, ys, answers, strict=True)
+            return [(self._of(step, y, answer), {}) for step, y, answer in triples]
+
+    def _of(self, step: int, y: State, answer: Tensor) -> State:
+        if self.trajectory.form == "semi-linear":
+            return {"x": answer}
+        after, _ = self.trajectory.advance(step, y["x"], {}, answer)
+        return {"x": after - y["x"]}
+
+
+class _Step:
+    """A scheduler's `step` as a function: what it changes goes in and comes out."""
+
+    def __init__(self, scheduler: Any, eta: float) -> None:
+        self.name = type(scheduler).__name__
+        self.scheduler = copy.copy(scheduler)  # `step` rebinds, it changes no tensor
+        self._fields = HISTORY[self.name]
+        self._start = {name: getattr(scheduler, name) for name in self._fields}
+        known = inspect.signature(scheduler.step).parameters
+        self._settings = {"eta": eta} if "eta" in known else {}
+        self.learns_variance = learns_variance(scheduler)
+
+    def history(self) -> Nest:
+        """What the scheduler remembers before the first step."""
+        return {name: _own(value) for name, value in self._start.items()}
+
+    def __call__(
+        self,
+        step: int,
+        x: Tensor,
+        carry: Nest,
+        answer: Tensor,
+        generators: list[torch.Generator],
+    ) -> tuple[Tensor, Nest]:
+        for name in self._fields:
+            setattr(self.scheduler, name, _own(carry[name]))
+        after = self.scheduler.step(
+            answer,
+            self.scheduler.timesteps[step],
+            x,
+            generator=generators if len(generators) > 1 else generators[0],
+            return_dict=False,
+            **self._settings,
+        )[0]
+        return after, {name: getattr(self.scheduler, name) for name in self._fields}
+
+
+def learns_variance(scheduler: Any) -> bool:
+    """Whether a scheduler reads a variance from the model's further channels."""
+    return scheduler.config.get("variance_type") in ("learned", "learned_range")
+
+
+Draw: TypeAlias = tuple[torch.device, Tensor]
+
+
+def _sources(generator: Generators, device: torch.device) -> list[torch.Generator]:
+    if isinstance(generator, list):
+        return generator
+    if generator is not None:
+        return [generator]
+    if device.type == "cuda":
+        index = torch.cuda.current_device() if device.index is None else device.index
+        return [torch.cuda.default_generators[index]]
+    return [torch.default_generator]
+
+
+def _restored(draws: list[Draw]) -> list[torch.Generator]:
+    """Private generators that stand where the caller's stood."""
+    restored = []
+    for device, state in draws:
+        generator = torch.Generator(device)
+        generator.set_state(state)
+        restored.append(generator)
+    return restored
+
+
+def _own(value: Any) -> Any:
+    """A list of its own: `step` shifts the multistep history in place."""
+    return list(value) if isinstance(value, list) else value
+
+
+def _repeated(value: Any, size: int, count: int) -> Any:
+    if isinstance(value, dict):
+        return {name: _repeated(child, size, count) for name, child in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(_repeated(child, size, count) for child in value)
+    if isinstance(value, Tensor) and value.ndim and len(value) == size:
+        return value.repeat(count, *[1] * (value.ndim - 1))
+    return value
+
+
+def _rescaled(guided: Tensor, given: Tensor, share: float) -> Tensor:
+    """Eqs. 15 and 16 of Lin et al., in the order diffusers rounds them."""
+    axes = list(range(1, given.ndim))
+    spread = given.std(axes, keepdim=True) / guided.std(axes, keepdim=True)
+    return share * (guided * spread) + (1 - share) * guided

@@ -1,0 +1,142 @@
+"""`launch.py --sample`, from config to files."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import dreampropeller as dp
+import launch
+from systems.sampling import ACCEPTED, EMPTY, TRIED, Strip
+from systems.toybox import pipeline as toybox
+
+CONFIG = "configs/sample-toybox.yaml"
+
+
+def draw(to: Path, *overrides: str, prompt: str = "a blue mug") -> int:
+    return launch.main(
+        [
+            *("--config", CONFIG, "--sample", f"exp_root_dir={to}"),
+            *(f"system.prompt_processor.prompt={prompt}", "dispatch.threads=1"),
+            *("system.sampler.num_inference_steps=4", "solver.window.size=3"),
+            *overrides,
+        ]
+    )
+
+
+def made(to: Path) -> tuple[Path, dict[str, Any]]:
+    (folder,) = (to / "sample-toybox").glob("*@*")
+    return folder, json.loads((folder / "report.json").read_text())
+
+
+def pixels(file: Path) -> torch.Tensor:
+    with Image.open(file) as picture:
+        return torch.from_numpy(np.array(picture)).long()
+
+
+def test_a_prompt_becomes_a_picture_a_strip_and_figures(tmp_path: Path) -> None:
+    assert draw(tmp_path, "solver.threshold.value=0") == 0
+    folder, report = made(tmp_path)
+    assert report["steps"] == sum(report["strides"]) == 4
+    assert report["iterations"] == len(report["strides"]) <= 4
+    assert report["evaluations"] >= 4
+    own = toybox.draw(toybox.load(), ["a blue mug"], 0, num_inference_steps=4, eta=0.0)
+    shown = pixels(folder / "sample.png")[::8, ::8].movedim(-1, 0)
+    assert torch.equal(shown, (own[0] * 255).round().long())
+    width = pixels(folder / "strip.png").shape[1]
+    assert width == 5 * 34  # four steps and the sample
+    assert (folder / "config.yaml").exists()
+
+
+def test_two_processes_draw_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    sheets = []
+    for number in (1, 2):
+        to = tmp_path / str(number)
+        assert draw(to, f"dispatch.num_workers={number}") == 0
+        folder, report = made(to)
+        assert report["workers"] == number
+        sheets.append(pixels(folder / "sample.png"))
+    assert torch.equal(*sheets)
+
+
+def test_batched_asks_its_record(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert draw(tmp_path, "system.sampler.batched=true") == 0
+    record = tmp_path / "sample-toybox" / "calibration.json"
+    found = dp.Calibration.load(record)
+    assert found.window == 3
+    said = capsys.readouterr().out
+    assert ("Batched: " if found.gain > 1 else "The plain loop: ") in said
+
+
+def test_the_documented_call_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    text = Path("docs/sampling.md").read_text(encoding="utf-8")
+    code = text.partition("```python\n")[2].partition("```")[0]
+    names: dict[str, Any] = {}
+    exec(compile(code.replace("100", "6"), "sampling.md", "exec"), names)
+    assert names["picture"].size == (32, 32)
+    assert 1 < int(capsys.readouterr().out.split()[0]) <= 6
+
+
+def test_the_strip_shows_what_was_asked_and_accepted() -> None:
+    strip = Strip()
+
+    def state(step: int, *values: float) -> dp.SolverState[Any]:
+        y, *guesses = [{"x": torch.full((1, 3, 2, 2), v)} for v in values]
+        return dp.SolverState(step=step, y=y, carry=None, guesses=guesses)
+
+    def iteration(begin: int, window: int, stride: int) -> dp.Iteration:
+        return dp.Iteration(begin, window, stride, (), None, (), {})
+
+    strip(state(1, 0.1, 0.2, 0.3), iteration(0, 3, 1))
+    strip(state(3, 0.5, 0.6), iteration(1, 3, 2))
+    strip(state(4, 1.0), iteration(3, 1, 1))
+    cells, columns = strip.picture(4)
+    assert columns == 5
+    borders = [tuple(round(v, 3) for v in cell[:, 0, 0].tolist()) for cell in cells]
+    assert borders == [
+        *(EMPTY, ACCEPTED, ACCEPTED, TRIED, EMPTY),
+        *(EMPTY, EMPTY, EMPTY, ACCEPTED, ACCEPTED),
+    ]
+    inside = [float(cells[i, 0, 1, 1]) * 2 - 1 for i in (1, 2, 3, 8, 9)]
+    assert inside == pytest.approx([0.1, 0.2, 0.3, 0.5, 1.0], abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["solver.window.size=0"], "a window holds at least 1 step"),
+        (["system.sampler.num_inference_steps=0"], "is 0: write 1 or more"),
+        (["system.sampler.scheduler=euler"], "write ddim or ddpm or dpm++"),
+        (["system.sampler.shape=round"], "There is no setting `system.sampler.shape`"),
+        (["system.prompt_processor.prompt=a red dragon"], "does not know `dragon`"),
+        (["system_type=dreamfusion-system"], "`--sample` draws pictures"),
+        (["resume=outputs"], "A sample is not resumed"),
+        (
+            ["dispatch.num_workers=2", "system.sampler.batched=true"],
+            "choose one",
+        ),
+        (
+            ["system.sampler.scheduler=dpm++", "system.sampler.form=published"],
+            "is a multistep method",
+        ),
+    ],
+)
+def test_a_mistake_is_a_sentence(
+    overrides: list[str],
+    message: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert draw(tmp_path, *overrides) == 2
+    assert message in capsys.readouterr().err
