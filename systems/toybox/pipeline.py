@@ -26,9 +26,6 @@ import torch
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
-from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import (
-    rescale_noise_cfg,
-)
 from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
@@ -52,7 +49,10 @@ def rescaled(guided: Tensor, given: Tensor, rescale: float) -> Tensor:
     """
     if not rescale:
         return guided
-    return rescale_noise_cfg(guided, given, guidance_rescale=rescale)
+    axes = (1, 2, 3)
+    ratio = given.std(axes, keepdim=True) / guided.std(axes, keepdim=True)
+    # In diffusers' order of operations, for the same bits.
+    return rescale * (guided * ratio) + (1 - rescale) * guided
 
 
 class ToyboxPipeline(DiffusionPipeline):
