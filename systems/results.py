@@ -99,6 +99,11 @@ def summary(folder: Path, report: dict[str, Any]) -> str:
             f"{report['evaluations']} evaluations, {report['seconds']:.1f} s on "
             f"{report['workers']} worker(s). {report['result']}"
         ]
+        if report["workers"] == 1 and report["evaluations"] > 1.2 * report["steps"]:
+            lines.append(
+                f"On one worker the plain loop is faster: it takes {report['steps']} "
+                "gradients (`solver.name=sequential`)."
+            )
     found = report.get("quality")
     if isinstance(found, dict) and "clip_score" in found:
         lines.append(
