@@ -6,6 +6,7 @@ import io
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -86,10 +87,15 @@ def errors(run: Run) -> str:
     """Error of the slots of each iteration, and the threshold."""
 
     def paint(axes: Axes) -> None:
-        known = [e for e in run.iterations if e["errors"]]
+        # Not finite, and null in the file: nothing is known of a slot yet.
+        known = [
+            {**entry, "errors": np.array(entry["errors"], dtype=float)}
+            for entry in run.iterations
+            if any(error is not None for error in entry["errors"])
+        ]
         begin = [entry["begin"] for entry in known]
-        rows: list[tuple[str, Callable[[list[float]], float]]] = [
-            ("largest", max),
+        rows: list[tuple[str, Callable[[np.ndarray], float]]] = [
+            ("largest", np.nanmax),
             ("middle slot", lambda values: values[len(values) // 2]),
             ("first slot", lambda values: values[0]),
         ]
@@ -106,6 +112,15 @@ def errors(run: Run) -> str:
         if any(bounds):
             axes.plot(begin, bounds, "--", color="#222", lw=1.2, label="threshold")
             axes.set_yscale("log")
+        told = [
+            (entry["begin"], entry["measured_drift_error"])
+            for entry in known
+            if entry.get("measured_drift_error") is not None
+        ]
+        if told:
+            axes.plot(
+                *zip(*told, strict=True), "x", color="#222", ms=4, label="measured"
+            )
         axes.set(xlabel="step", ylabel="error of a slot")
         axes.legend(frameon=False, fontsize=8)
 
