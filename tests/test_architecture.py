@@ -40,6 +40,14 @@ ROOMS = [
     "picard",
     "checkpoint",
 ]
+# Adapters may import the core and each other; what they adapt is imported lazily.
+ADAPTERS = [
+    "adapters.attributes",
+    "adapters.loop",
+    "adapters.precision",
+    "adapters.optimization",
+    "adapters.lightning",
+]
 # The workspace, likewise; `toybox` knows its cameras and nothing else of it.
 WORKSPACE = [
     "settings",
@@ -102,11 +110,14 @@ def imports(path: Path) -> Iterator[str]:
         todo.extend(ast.iter_child_nodes(node))
 
 
-CORE = sorted(path for path in PACKAGE.rglob("*.py") if path.name != "__init__.py")
+FILES = sorted(path for path in PACKAGE.rglob("*.py") if path.name != "__init__.py")
+CORE = [path for path in FILES if path.parent.name != "adapters"]
+ADAPTER_FILES = [path for path in FILES if path.parent.name == "adapters"]
 
 
 def test_every_core_room_has_its_place() -> None:
     assert sorted(ROOMS) == sorted(room(path) for path in CORE)
+    assert sorted(ADAPTERS) == sorted(room(path) for path in ADAPTER_FILES)
 
 
 @pytest.mark.parametrize("path", CORE, ids=room)
@@ -120,7 +131,18 @@ def test_core_room_imports_only_lower_rooms_and_listed_libraries(path: Path) -> 
             assert top in LIBRARIES or top in sys.stdlib_module_names, name
 
 
-@pytest.mark.parametrize("path", CORE, ids=room)
+@pytest.mark.parametrize("path", ADAPTER_FILES, ids=room)
+def test_adapter_imports_the_core_and_lower_adapters(path: Path) -> None:
+    below = [*ROOMS, *ADAPTERS[: ADAPTERS.index(room(path))]]
+    for name in imports(path):
+        top, _, rest = name.partition(".")
+        if top == "dreampropeller":
+            assert rest in [*below, "dispatch", "adapters", ""], name
+        else:
+            assert top in LIBRARIES or top in sys.stdlib_module_names, name
+
+
+@pytest.mark.parametrize("path", FILES, ids=room)
 def test_core_room_is_small(path: Path) -> None:
     assert len(path.read_text().splitlines()) <= 400
 
