@@ -46,7 +46,12 @@ ADAPTERS = [
     "adapters.loop",
     "adapters.precision",
     "adapters.optimization",
+    "adapters.refusals",
     "adapters.lightning",
+    "adapters.verification",
+    "adapters.lift3d",
+    "adapters.growing",
+    "adapters.threestudio",
 ]
 # The workspace, likewise; `toybox` knows its cameras and nothing else of it.
 WORKSPACE = [

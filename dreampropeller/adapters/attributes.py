@@ -44,7 +44,7 @@ class Attributes:
         seen: set[int] = set()
         todo: list[tuple[str, object]] = list(roots.items())
         while todo:
-            path, owner = todo.pop()
+            path, owner = todo.pop(0)  # nearest first: the shortest name
             if id(owner) in seen or not hasattr(owner, "__dict__"):
                 continue
             seen.add(id(owner))
@@ -106,7 +106,8 @@ class _Note:
         self._items: list[_Note] | None = None
         self._keys: list[Any] = []
         self._copy: Any = None
-        if isinstance(value, Tensor):
+        self._version = -1
+        if _is_value(value):
             self._copy = value.detach().clone()
             self._version = value._version
         elif isinstance(value, torch.Generator):
@@ -125,7 +126,7 @@ class _Note:
             return type(now) is type(value) and (now == value or now != now)
         if now is not value:
             return False
-        if isinstance(value, Tensor):
+        if _is_value(value):
             return value._version == self._version
         if isinstance(value, torch.Generator):
             return torch.equal(value.get_state(), self._copy)
@@ -145,7 +146,7 @@ class _Note:
     def restored(self) -> Any:
         """The value as it was, in the object that held it."""
         value = self._value
-        if isinstance(value, Tensor):
+        if _is_value(value):
             if value._version != self._version:
                 with torch.no_grad():
                     value.detach().copy_(self._copy)
@@ -165,3 +166,8 @@ class _Note:
             value.clear()
             value.update(self._copy)
         return value
+
+
+def _is_value(value: Any) -> bool:
+    """A parameter is part of the state wherever it is held."""
+    return isinstance(value, Tensor) and not isinstance(value, nn.Parameter)

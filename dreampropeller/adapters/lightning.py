@@ -16,29 +16,19 @@ Lightning itself is not imported: the module brings it.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
-from dreampropeller.adapters import loop, optimization
+from dreampropeller.adapters import loop, optimization, refusals
 from dreampropeller.adapters.attributes import Attributes
 from dreampropeller.adapters.precision import Precision
 from dreampropeller.optimization import buffer_drift, updated_buffers
 from dreampropeller.rng import StepRandom
 from dreampropeller.trajectory import Drift, Trajectory
 from dreampropeller.tree import Aux, Nest, State, copy_nest
-
-_REFUSED_HOOKS = {
-    "optimizer_step": "compute the learning rate with a scheduler of interval `step`",
-    "lr_scheduler_step": "use a scheduler that depends on the step alone",
-    "optimizer_zero_grad": "leave gradients to the solver",
-    "configure_gradient_clipping": "pass `gradient_clip_val`",
-    "on_train_epoch_start": "do it in `training_step`, from `self.global_step`",
-    "on_train_epoch_end": "do it in `training_step`, from `self.global_step`",
-}
 
 
 @runtime_checkable
@@ -118,7 +108,7 @@ class LightningTrajectory(Trajectory[Nest]):
         self.attributes = Attributes(
             self._roots(), follow=self._follow, skip=self._SKIP
         )
-        self._refuse_other_optimizers()
+        refusals.check_optimizers(self.attributes, self._owned)
 
     _SKIP = ("_trainer", "cfg", "hparams", "_hparams")
 
@@ -126,26 +116,7 @@ class LightningTrajectory(Trajectory[Nest]):
 
     def _refuse(self, module: Any) -> None:
         """Refuse what cannot be evaluated ahead of time."""
-        if not isinstance(module, nn.Module) or not all(
-            hasattr(module, name) for name in ("training_step", "configure_optimizers")
-        ):
-            raise TypeError(
-                f"`module` is a `{type(module).__name__}`: pass a LightningModule, or "
-                "wrap a plain loop with `OptimizationTrajectory.from_module`."
-            )
-        if not getattr(module, "automatic_optimization", True):
-            raise ValueError(
-                f"`{type(module).__name__}` optimises by hand "
-                "(`automatic_optimization = False`), so its gradients never leave "
-                "`training_step`. Return the loss instead, or write the step as an "
-                "`OptimizationTrajectory`."
-            )
-        for name, advice in _REFUSED_HOOKS.items():
-            if loop.overrides(module, name):
-                raise ValueError(
-                    f"`{type(module).__name__}.{name}` belongs to the trainer's loop, "
-                    f"which does not run here; remove it and {advice}."
-                )
+        refusals.check_module(module)
 
     def _open(self, data: Any, seed: int) -> None:
         """Set everything up in Lightning's order, up to the first step."""
@@ -153,7 +124,8 @@ class LightningTrajectory(Trajectory[Nest]):
         if hasattr(data, "train_dataloader"):
             data.prepare_data()
             data.setup("fit")
-        self._batch, loader, datamodule, self._epoch_length = loop.batches(data, seed)
+        found = self._find_batches(data, seed)
+        self.batch, loader, datamodule, self._epoch_length = found
         self.shim = loop.Shim(self.num_steps, datamodule, loader)
         for one in module.modules():
             if hasattr(one, "_trainer"):
@@ -171,6 +143,12 @@ class LightningTrajectory(Trajectory[Nest]):
         module.on_train_start()
         module.zero_grad(set_to_none=True)
         module.train()
+
+    def _find_batches(
+        self, data: Any, seed: int
+    ) -> tuple[Callable[[int], Any], Any, Any, int | None]:
+        """Batches by step, the loader, the data module, the length of an epoch."""
+        return loop.batches(data, seed)
 
     def _configure(self) -> None:
         optimizers, schedules = optimization.read(self.module.configure_optimizers())
@@ -236,6 +214,25 @@ class LightningTrajectory(Trajectory[Nest]):
         """
         self._enter(step, y)
 
+    def probe(
+        self, step: int, y: State, look: Callable[[], Any], restore: bool = True
+    ) -> tuple[State, Any]:
+        """Evaluate a drift, and look around before its random streams are restored.
+
+        Args:
+            step: The step.
+            y: The state.
+            look: Called at the end of the evaluation.
+            restore: Put attributes back first, as every evaluation of a run does.
+
+        Returns:
+            The drift, and what `look` saw.
+        """
+        self._enter(step, y, restore)
+        with self._random.scope(step):
+            drift, _ = self._evaluate(step, y)
+            return drift, look()
+
     def _drift(self, step: int, y: State) -> tuple[State, Aux]:
         self._enter(step, y)
         with self._random.scope(step):  # for the module's own draws alone
@@ -247,7 +244,7 @@ class LightningTrajectory(Trajectory[Nest]):
         versions = {name: p._version for name, p in self._parameters.items()}
         self._logged = {}
         batch = loop.transfer(
-            self._batch(step), module, self.shim.datamodule, self.device
+            self.batch(step), module, self.shim.datamodule, self.device
         )
         index = step if self._epoch_length is None else step % self._epoch_length
         with torch.enable_grad():
@@ -286,9 +283,10 @@ class LightningTrajectory(Trajectory[Nest]):
 
     # --- its parts ----------------------------------------------------------------
 
-    def _enter(self, step: int, y: State) -> None:
+    def _enter(self, step: int, y: State, restore: bool = True) -> None:
         """Make the module what it is at the start of a step."""
-        self.attributes.restore()
+        if restore:
+            self.attributes.restore()
         self.load(y)
         self.shim.global_step = step
         if self._epoch_length is not None:
@@ -371,18 +369,6 @@ class LightningTrajectory(Trajectory[Nest]):
     def _log_dict(self, values: Any, *args: Any, **options: Any) -> None:
         del args, options
         self._logged.update(values)
-
-    def _refuse_other_optimizers(self) -> None:
-        for path, owner in self.attributes.objects():
-            for name, value in vars(owner).items():
-                if isinstance(value, Optimizer) and id(value) not in self._owned:
-                    where = f"{path}.{name}" if path else name
-                    raise ValueError(
-                        f"`{where}` is an optimizer of its own, which "
-                        "`configure_optimizers` does not return: what it trains "
-                        "depends on the order of evaluations. Return its parameters "
-                        "from `configure_optimizers`, or choose a setting without it."
-                    )
 
 
 def _device(device: torch.device | str | None) -> torch.device:

@@ -69,7 +69,7 @@ class KeyedLoader:
                 "exists only after batch 6. Pass a function of the step instead of "
                 "the loader: `LightningTrajectory(module, lambda step: batch, …)`."
             )
-        self._loader = loader
+        self.loader = loader
         self._random = StepRandom(seed)
         self._epoch: tuple[int, list[Any]] | None = None
         self.length = len(loader)
@@ -78,12 +78,12 @@ class KeyedLoader:
         """The batch of a step, collated by the loader's own function."""
         epoch, position = divmod(step, self.length)
         if self._epoch is None or self._epoch[0] != epoch:
-            sampler = self._loader.batch_sampler or self._loader.sampler
+            sampler = self.loader.batch_sampler or self.loader.sampler
             with self._random.scope(epoch, "data order"):
                 self._epoch = epoch, list(sampler)
         chosen: Any = self._epoch[1][position]
-        dataset, collate = self._loader.dataset, self._loader.collate_fn
-        if self._loader.batch_sampler is None:  # batching is left to the data set
+        dataset, collate = self.loader.dataset, self.loader.collate_fn
+        if self.loader.batch_sampler is None:  # batching is left to the data set
             return collate(dataset[chosen])
         return collate([dataset[index] for index in chosen])
 
@@ -109,7 +109,7 @@ def batches(data: Any, seed: int) -> tuple[Callable[[int], Any], Any, Any, int |
         return keyed, data, None, keyed.length
     if hasattr(data, "train_dataloader"):
         keyed = KeyedLoader(data.train_dataloader(), seed)
-        return keyed, keyed._loader, data, keyed.length
+        return keyed, keyed.loader, data, keyed.length
     if callable(data):
         return data, None, None, None
     raise TypeError(
