@@ -28,6 +28,7 @@ from dreampropeller.adapters.threestudio import (
 from dreampropeller.adapters.verification import NotReproducible
 from dreampropeller.checkpoint import load, save
 from tests.adapters import standin
+from tests.adapters.recording import tensors_of
 from tests.adapters.standin.systems import DreamFusionLike
 from tests.adapters.threestudio_runs import (
     NUM_STEPS,
@@ -43,10 +44,6 @@ LOOSE = PicardSolver(SlidingWindow(5), EMAThreshold(5e-6, 0.9, "median"), "momen
 
 def exact(window: int) -> PicardSolver:
     return PicardSolver(SlidingWindow(window), FixedThreshold(0), "momentum")
-
-
-def tensors_of(system: Any) -> dict[str, Any]:
-    return {**dict(system.named_parameters()), **dict(system.named_buffers())}
 
 
 @pytest.mark.filterwarnings("ignore")  # what Lightning says about data loaders

@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
-import copy
-import random
-from collections.abc import Iterator
 from typing import Any
 
 import lightning.pytorch as pl
-import numpy as np
-import torch
 
 from dreampropeller.adapters.lift3d import ThreestudioTrajectory
 from dreampropeller.adapters.threestudio import make_trajectory
 from tests.adapters import standin
+from tests.adapters.recording import Replay
 
 NUM_STEPS = 60
 
@@ -83,40 +78,8 @@ def make(name: str, **options: Any) -> ThreestudioTrajectory:
     return make_trajectory(*build(name), num_steps=NUM_STEPS, **options)
 
 
-class Recording(pl.Callback):
-    """What each step of a Trainer began with: its batch and all random streams."""
-
-    def __init__(self) -> None:
-        self.batches: list[Any] = []
-        self.streams: list[Any] = []
-
-    def on_train_batch_start(
-        self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int
-    ) -> None:
-        self.batches.append(copy.deepcopy(batch))
-        self.streams.append(_streams())
-
-    def batch(self, step: int) -> Any:
-        return copy.deepcopy(self.batches[step])
-
-    @contextlib.contextmanager
-    def scope(self, step: int) -> Iterator[None]:
-        before = _streams()
-        _set_streams(self.streams[step])
-        try:
-            yield
-        finally:
-            _set_streams(before)
-
-
-def _streams() -> Any:
-    return random.getstate(), np.random.get_state(), torch.get_rng_state()
-
-
-def _set_streams(streams: Any) -> None:
-    random.setstate(streams[0])
-    np.random.set_state(streams[1])
-    torch.set_rng_state(streams[2])
+class Recording(Replay, pl.Callback):
+    """A Trainer's run, to be replayed."""
 
 
 def fit(name: str) -> tuple[Any, Recording, pl.Trainer]:
