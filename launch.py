@@ -5,7 +5,8 @@
 
 `--train` makes it, `--test resume=RUN` renders and measures it, `--export resume=RUN`
 writes its mesh. Settings follow as `key=value`; `dispatch.num_workers=2` starts two
-processes, and `torchrun launch.py …` works too.
+processes, and `torchrun launch.py …` works too. With `backend=threestudio`, the config
+and the system are those of a threestudio checkout (`docs/threestudio.md`).
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import torch
 import dreampropeller as dp
 import systems
 from dreampropeller.checkpoint import CheckpointError
-from systems import folders, results, workers
+from systems import folders, results, threestudio, workers
 from systems.config import Config, load
 from systems.reader import ConfigError
 from systems.recorder import Recorder
@@ -97,6 +98,8 @@ def main(argv: list[str] | None = None) -> int:
     """Run; a user's mistake is a message and exit code 2, never a traceback."""
     arguments, overrides = make_parser().parse_known_args(argv)
     try:
+        if threestudio.is_asked(overrides):
+            return threestudio.run(arguments.config, arguments.train, overrides)
         config = load(arguments.config or folders.config_of(overrides), overrides)
         return train(config) if arguments.train else look(config, arguments.test)
     except (

@@ -85,6 +85,7 @@ WORKSPACE = [
     "recorder",
     "results",
     "workers",
+    "threestudio",
 ]
 
 

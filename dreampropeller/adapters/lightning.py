@@ -127,9 +127,7 @@ class LightningTrajectory(Trajectory[Nest]):
         found = self._find_batches(data, seed)
         self.batch, loader, datamodule, self._epoch_length = found
         self.shim = loop.Shim(self.num_steps, datamodule, loader)
-        for one in module.modules():
-            if hasattr(one, "_trainer"):
-                one._trainer = self.shim
+        self.attach()
         # Shadowed on the instance: the real ones ask the trainer's loop for its state.
         module.log, module.log_dict = self._log, self._log_dict
         if datamodule is None:
@@ -137,7 +135,7 @@ class LightningTrajectory(Trajectory[Nest]):
         module.setup("fit")
         if hasattr(module, "configure_model"):
             module.configure_model()
-        module.to(self.device)
+        self.attach()  # what `configure_model` added, too
         self._configure()
         module.on_fit_start()
         module.on_train_start()
@@ -204,6 +202,13 @@ class LightningTrajectory(Trajectory[Nest]):
         params, carry = self._optimizers.step(y, carry, gradients, due)
         extra = self._precision.update(y, drift)
         return {**y, **params, **updated_buffers(y, drift), **extra}, carry
+
+    def attach(self) -> None:
+        """Take the module back, after a trainer had it for validation."""
+        for one in self.module.modules():
+            if hasattr(one, "_trainer"):
+                one._trainer = self.shim
+        self.module.to(self.device)
 
     def settle(self, step: int, y: State) -> None:
         """Write a state into the module, to look at it or to save it.

@@ -15,38 +15,56 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 ROOT = Path(__file__).parent.parent.parent
 
 
-def compare(case: str) -> dict[str, Any]:
+needs_checkout = pytest.mark.skipif(
+    "THREESTUDIO_ROOT" not in os.environ,
+    reason="`THREESTUDIO_ROOT` does not name a checkout of threestudio",
+)
+EXTENSION = """
+from dataclasses import dataclass
+import threestudio
+from threestudio.utils.base import BaseObject
+
+@threestudio.register("no-prompts")
+class NoPrompts(BaseObject):
+    @dataclass
+    class Config(BaseObject.Config):
+        prompt: str = ""
+
+    def __call__(self):
+        return None
+"""
+
+
+def python(*command: str, **variables: str) -> str:
     path = [os.environ.get("THREESTUDIO_PATH", ""), str(ROOT)]
-    environment = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join(filter(None, path)),
-        "OMP_NUM_THREADS": "1",
-        **({"TS_FAKE_CUDA": "1"} if case == "3dgs" else {}),
-    }
     run = subprocess.run(
-        [
-            os.environ.get("THREESTUDIO_PYTHON", sys.executable),
-            "-m",
-            "tests.adapters.real_threestudio",
-            case,
-        ],
+        [os.environ.get("THREESTUDIO_PYTHON", sys.executable), *command],
         cwd=ROOT,
-        env=environment,
+        env={
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join(filter(None, path)),
+            "OMP_NUM_THREADS": "1",
+            **variables,
+        },
         capture_output=True,
         text=True,
     )
     assert run.returncode == 0, run.stderr[-3000:]
-    return json.loads(run.stdout.strip().splitlines()[-1])
+    return run.stdout
 
 
-@pytest.mark.skipif(
-    "THREESTUDIO_ROOT" not in os.environ,
-    reason="`THREESTUDIO_ROOT` does not name a checkout of threestudio",
-)
+def compare(case: str) -> dict[str, Any]:
+    cuda = {"TS_FAKE_CUDA": "1"} if case == "3dgs" else {}
+    out = python("-m", "tests.adapters.real_threestudio", case, **cuda)
+    return json.loads(out.strip().splitlines()[-1])
+
+
+@needs_checkout
 @pytest.mark.parametrize("case", ["dreamfusion", "prolificdreamer", "3dgs"])
 def test_an_unmodified_checkout_is_driven_bit_for_bit(case: str) -> None:
     if case == "3dgs" and "THREESTUDIO_3DGS_ROOT" not in os.environ:
@@ -65,3 +83,92 @@ def test_an_unmodified_checkout_is_driven_bit_for_bit(case: str) -> None:
         assert "renderer.estimator.binaries" in found["changed_buffers"] or case != (
             "dreamfusion"
         ), "a grid update"
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    """The checkout with an extension of the user's in `custom/`."""
+    place = tmp_path / "checkout"
+    (place / "custom").mkdir(parents=True)
+    for name in ("threestudio", "load", "configs", "launch.py", "extern"):
+        (place / name).symlink_to(Path(os.environ["THREESTUDIO_ROOT"]) / name)
+    (place / "custom" / "prompts.py").write_text(EXTENSION)
+    config = yaml.safe_load((place / "configs" / "dreamfusion-sd.yaml").read_text())
+    encoding = config["system"]["geometry"]["pos_encoding_config"]
+    encoding.update(n_levels=4, log2_hashmap_size=10, base_resolution=8)
+    config["system"]["renderer"]["num_samples_per_ray"] = 32
+    config["system"] |= {
+        "guidance_type": "toy-sds-guidance",
+        "guidance": {},
+        "prompt_processor_type": "no-prompts",
+        "prompt_processor": {"prompt": "a pineapple"},
+    }
+    sizes = ("width", "height", "eval_width", "eval_height")
+    config["data"].update({**dict.fromkeys(sizes, 12), "n_val_views": 1})
+    config["data"]["n_test_views"] = 4  # upstream fails at 3
+    config["trainer"].update(max_steps=12, val_check_interval=5, precision=32)
+    config["solver"] = {"window": {"size": 3}}
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(config))
+    return place
+
+
+def launched(root: Path, *settings: str, tag: str = "one") -> Path:
+    python(
+        "launch.py",
+        "--config",
+        str(root.parent / "run.yaml"),
+        "--train",
+        "backend=threestudio",
+        f"threestudio.root={root}",
+        f"exp_root_dir={root.parent / 'outputs'}",
+        "use_timestamp=false",
+        f"tag={tag}",
+        *settings,
+    )
+    return root.parent / "outputs" / "dreamfusion-sd" / tag
+
+
+@needs_checkout
+def test_launch_leaves_what_threestudio_leaves(root: Path) -> None:
+    folder = launched(root)
+    report = json.loads((folder / "report.json").read_text())
+    assert report["steps"] == 12
+    assert report["iterations"] < 12
+    for name in ("configs/parsed.yaml", "configs/raw.yaml", "cmd.txt", "tb_logs"):
+        assert (folder / name).exists(), name
+    assert (folder / "ckpts" / "last.ckpt").exists()
+    assert list((folder / "save").glob("it12-test*")), "test pictures"
+    assert list((folder / "save").glob("it[0-9]*-0.png")), "validation pictures"
+    metrics = next((folder / "csv_logs").rglob("metrics.csv")).read_text()
+    assert len(metrics.splitlines()) == 13
+    assert "train/loss_sds" in metrics.splitlines()[0]
+
+    # threestudio's own `--test` reads it, from the checkout.
+    (film,) = (folder / "save").glob("it12-test.mp4")
+    film.unlink()
+    program = (
+        "import os, sys, runpy; os.chdir(sys.argv.pop(1)); sys.path[0] = os.getcwd();"
+        "runpy.run_path('launch.py', run_name='__main__')"
+    )
+    where = [str(root), "--config", str(folder / "configs" / "parsed.yaml"), "--test"]
+    python("-c", program, *where, f"resume={folder / 'ckpts' / 'last.ckpt'}")
+    assert film.exists()
+
+
+@needs_checkout
+def test_launch_on_two_ranks_gives_the_same_object(root: Path) -> None:
+    final = "ckpts/dreampropeller/step-00000012.safetensors"
+    alone = launched(root) / final
+    both = launched(root, "dispatch.num_workers=2", tag="two") / final
+    assert alone.read_bytes() == both.read_bytes()
+
+
+@needs_checkout
+def test_launch_goes_on_from_a_run(root: Path) -> None:
+    folder = launched(root)
+    states = folder / "ckpts" / "dreampropeller"
+    final = states / "step-00000012.safetensors"
+    expected = final.read_bytes()
+    final.unlink()  # the one before is of a validation
+    launched(root, f"resume={folder}")
+    assert final.read_bytes() == expected
