@@ -216,6 +216,12 @@ def import_threestudio(root: str | None) -> tuple[Any, Any]:
                 "trains, and install dreampropeller there."
             )
         ) from error
+    version = importlib.import_module("pytorch_lightning").__version__
+    if int(version.split(".")[0]) < 2:
+        raise ConfigError(
+            f"pytorch-lightning is {version}, whose training step differs; threestudio "
+            "asks for 2.0: `pip install lightning==2.0.0`."
+        )
     for extension in sorted(Path("custom").glob("*")):
         import_extension(extension)
     return config.load_config, threestudio.find

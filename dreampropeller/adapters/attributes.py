@@ -25,7 +25,9 @@ class Attributes:
     """The plain attributes of objects, as they are now.
 
     Tensors are kept by value and written back in place; numbers and containers by
-    value; anything else by reference. Attributes born later are removed.
+    value; anything else by reference. Attributes born later are removed. Frozen
+    networks in evaluation mode are not entered: a pretrained model has a thousand
+    modules, and looking at each in every evaluation costs more than it guards against.
 
     Args:
         roots: Objects by name, where the walk begins.
@@ -56,7 +58,8 @@ class Attributes:
             todo += [
                 (f"{path}.{name}" if path else name, child)
                 for name, child in children
-                if isinstance(child, (nn.Module, Dataset)) or follow(child)
+                if (isinstance(child, (nn.Module, Dataset)) or follow(child))
+                and not _is_frozen(child)
             ]
 
     def restore(self) -> None:
@@ -171,3 +174,10 @@ class _Note:
 def _is_value(value: Any) -> bool:
     """A parameter is part of the state wherever it is held."""
     return isinstance(value, Tensor) and not isinstance(value, nn.Parameter)
+
+
+def _is_frozen(value: object) -> bool:
+    if not isinstance(value, nn.Module) or value.training:
+        return False
+    flags = [parameter.requires_grad for parameter in value.parameters()]
+    return bool(flags) and not any(flags)

@@ -78,6 +78,12 @@ class GrowingTrajectory(ThreestudioTrajectory):
                 "hand; only systems with the one optimizer of their Gaussians can be "
                 "evaluated ahead of time. Run it with threestudio itself."
             )
+        if self._precision.scales:
+            raise ValueError(
+                "`trainer.precision: 16-mixed` scales the loss, and this system takes "
+                "its gradients itself, unscaled. Write `trainer.precision=32-true` or "
+                "`bf16-mixed`."
+            )
         self._owned = {id(found[0])}
         self._read_parameters()
         private = [optimization.view(found[0])]

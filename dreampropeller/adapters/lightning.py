@@ -16,6 +16,7 @@ Lightning itself is not imported: the module brings it.
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol, runtime_checkable
 
@@ -379,6 +380,9 @@ class LightningTrajectory(Trajectory[Nest]):
 def _device(device: torch.device | str | None) -> torch.device:
     if device is not None:
         return torch.device(device)
-    if torch.cuda.is_available():
-        return torch.device("cuda", torch.cuda.current_device())
-    return torch.device("cpu")
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    # `torchrun` numbers the GPUs of a machine, unless each process sees only its own.
+    local = int(os.environ.get("LOCAL_RANK", torch.cuda.current_device()))
+    visible = local < torch.cuda.device_count()
+    return torch.device("cuda", local if visible else torch.cuda.current_device())

@@ -274,6 +274,11 @@ def test_refusals_say_why_and_what_to_do() -> None:
         ThreestudioTrajectory(torch.nn.Linear(1, 1), datamodule, num_steps=3)
 
 
+def test_growth_refuses_a_scaled_loss() -> None:
+    with pytest.raises(ValueError, match=r"trainer\.precision=32-true"):
+        make("growing-like", precision="16-mixed")
+
+
 class TwiceStepping(standin.find("growing-like")):
     def training_step(self, batch: Any, batch_idx: int) -> Any:
         out = super().training_step(batch, batch_idx)
