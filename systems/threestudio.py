@@ -344,6 +344,10 @@ class _Run:
             inference_mode=False,
         )
         system.set_resume_status(0, step)
+        # Some systems read the trainer's own count, which only `fit` would raise.
+        loop = trainer.fit_loop.epoch_loop
+        loop.automatic_optimization.optim_progress.optimizer.step.total.completed = step
+        loop.manual_optimization.optim_step_progress.total.completed = step
         getattr(trainer, stage)(
             system, datamodule=trajectory.shim.datamodule, verbose=False
         )

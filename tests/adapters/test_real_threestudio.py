@@ -39,6 +39,23 @@ class NoPrompts(BaseObject):
         return None
 """
 
+# What `geometry_convert_from` does first, in upstream's `BaseLift3DSystem.configure`.
+NEXT_STAGE = """
+import os, sys
+root, last = sys.argv[1:]
+os.chdir(root)
+sys.path[0] = root
+import threestudio
+from threestudio.utils.config import load_config
+from threestudio.utils.misc import load_module_weights
+cfg = load_config(os.path.join(os.path.dirname(last), "../configs/parsed.yaml"))
+geometry = threestudio.find(cfg.system.geometry_type)(cfg.system.geometry)
+weights, epoch, step = load_module_weights(last, "geometry", map_location="cpu")
+assert step == 12
+geometry.load_state_dict(weights)
+geometry.do_update_step(epoch, step, on_load_weights=True)
+"""
+
 
 def python(*command: str, **variables: str) -> str:
     path = [os.environ.get("THREESTUDIO_PATH", ""), str(ROOT)]
@@ -151,8 +168,10 @@ def test_launch_leaves_what_threestudio_leaves(root: Path) -> None:
         "runpy.run_path('launch.py', run_name='__main__')"
     )
     where = [str(root), "--config", str(folder / "configs" / "parsed.yaml"), "--test"]
-    python("-c", program, *where, f"resume={folder / 'ckpts' / 'last.ckpt'}")
+    last = str(folder / "ckpts" / "last.ckpt")
+    python("-c", program, *where, f"resume={last}")
     assert film.exists()
+    python("-c", NEXT_STAGE, str(root), last)
 
 
 @needs_checkout
@@ -172,3 +191,43 @@ def test_launch_goes_on_from_a_run(root: Path) -> None:
     final.unlink()  # the one before is of a validation
     launched(root, f"resume={folder}")
     assert final.read_bytes() == expected
+
+
+@needs_checkout
+@pytest.mark.skipif(
+    "THREESTUDIO_3DGS_ROOT" not in os.environ,
+    reason="`THREESTUDIO_3DGS_ROOT` does not name threestudio-3dgs",
+)
+def test_launch_grows_gaussians_of_an_extension(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TS_FAKE_CUDA", "1")
+    extension = Path(os.environ["THREESTUDIO_3DGS_ROOT"])
+    (root / "custom" / "threestudio-3dgs").symlink_to(extension)
+    path = root.parent / "run.yaml"
+    scene = yaml.safe_load(path.read_text())
+    config = yaml.safe_load(
+        (extension / "configs" / "gaussian_splatting.yaml").read_text()
+    )
+    config |= {"name": "dreamfusion-sd", "solver": scene["solver"]}
+    config["data"].update(scene["data"])
+    config["trainer"].update(scene["trainer"])
+    names = ("guidance_type", "guidance", "prompt_processor_type", "prompt_processor")
+    config["system"].update({name: scene["system"][name] for name in names})
+    config["system"]["loss"].update(lambda_tv_loss=0.0, lambda_depth_tv_loss=0.0)
+    config["system"]["geometry"].update(
+        init_num_pts=64,
+        densify_from_iter=3,
+        densification_interval=4,
+        prune_from_iter=3,
+        prune_interval=5,
+        densify_grad_threshold=1e-4,
+        split_thresh=0.05,
+    )
+    path.write_text(yaml.safe_dump(config))
+    one = launched(root)
+    two = launched(root, "dispatch.num_workers=2", tag="two")
+    final = "ckpts/dreampropeller/step-00000012.safetensors"
+    assert (one / final).read_bytes() == (two / final).read_bytes()
+    assert (one / "save" / "it12-test.mp4").exists()
+    assert (one / "save" / "point_cloud.ply").stat().st_size > 64 * 14 * 4, "growth"
