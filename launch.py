@@ -102,13 +102,7 @@ def main(argv: list[str] | None = None) -> int:
             return threestudio.run(arguments.config, arguments.train, overrides)
         config = load(arguments.config or folders.config_of(overrides), overrides)
         return train(config) if arguments.train else look(config, arguments.test)
-    except (
-        ConfigError,
-        CheckpointError,
-        ValueError,
-        OSError,
-        dp.NotConverged,
-    ) as error:
+    except (CheckpointError, ValueError, OSError, dp.NotConverged) as error:
         print(f"error: {error}", file=sys.stderr)
     except dp.WorkerError as error:
         print(f"error: {workers.last_words(error)}", file=sys.stderr)
