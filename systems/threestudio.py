@@ -6,6 +6,7 @@ system, renders and writes. It is imported from a checkout, which stays as it is
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 import json
@@ -13,9 +14,9 @@ import os
 import shutil
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from datetime import datetime
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -157,7 +158,7 @@ def work(ours: BackendConfig, text: str, dotted: list[str], path: Path) -> int:
     run = _Run(trajectory, cfg, lightning, leads=leads or rank is None)
     if run.leads:
         run.snapshot(path)
-    dispatcher = dp.InlineDispatcher if rank is None else dp.DistributedDispatcher
+    dispatcher = dp.InlineDispatcher if rank is None else spread(ours.dispatch)
     solution = dp.solve(
         trajectory, ours.solver.build(), dispatcher, state=state, on_iteration=run
     )
@@ -182,10 +183,19 @@ def join(ours: BackendConfig) -> int | None:
     devices = visible.split(",") if visible else [str(i) for i in range(local + 1)]
     os.environ["CUDA_VISIBLE_DEVICES"] = devices[local % len(devices)]
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    dist.init_process_group(backend)
+    # Rank 0 renders validation and test pictures while the others wait for it.
+    timeout = timedelta(seconds=ours.dispatch.timeout)
+    dist.init_process_group(backend, timeout=timeout)
     for name in _RANKS:
         os.environ.pop(name, None)
     return rank
+
+
+def spread(config: DispatchConfig) -> Callable[[Any], dp.Dispatcher]:
+    """The dispatcher of several ranks."""
+    return functools.partial(
+        dp.DistributedDispatcher, threads=config.threads or 1, timeout=config.timeout
+    )
 
 
 def import_threestudio(root: str | None) -> tuple[Any, Any]:
