@@ -7,7 +7,8 @@
 that pays, `--test resume=RUN` renders and measures it, `--export resume=RUN` writes its
 mesh; `--sample` draws pictures (`configs/sample-toybox.yaml`). Settings follow as
 `key=value`; `dispatch.num_workers=2` starts two processes, and `torchrun launch.py …`
-works too.
+works too. With `backend=threestudio`, config and system are those of a threestudio
+checkout (`docs/threestudio.md`).
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import torch
 import dreampropeller as dp
 import systems
 from dreampropeller.checkpoint import CheckpointError
-from systems import compare, folders, results, sampling, workers
+from systems import compare, folders, results, sampling, threestudio, workers
 from systems.config import Config, load
 from systems.reader import ConfigError
 from systems.recorder import Recorder
@@ -124,6 +125,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if arguments.compare is not None:
             return contrast(arguments.config, [*arguments.compare, *overrides])
+        if threestudio.is_asked(overrides):
+            return threestudio.run(arguments.config, arguments.train, overrides)
         config = load(arguments.config or folders.config_of(overrides), overrides)
         if arguments.sample:
             return sampling.run(config)

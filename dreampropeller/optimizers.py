@@ -83,8 +83,18 @@ class Optimizers:
             ],
         }
 
-    def step(self, y: State, carry: Nest, gradients: State) -> tuple[State, Nest]:
-        """One step of every optimizer and scheduler; consumes the carry."""
+    def step(
+        self,
+        y: State,
+        carry: Nest,
+        gradients: State,
+        due: Sequence[bool] | None = None,
+    ) -> tuple[State, Nest]:
+        """One step of every optimizer and of the schedulers; consumes the carry.
+
+        `due` names the schedulers that move at this step, one for each optimizer;
+        default: all do.
+        """
         self._load(carry)
         copy_gradients = self._writes_gradients or not self._probed
         for name, parameter in self._params.items():
@@ -97,8 +107,8 @@ class Optimizers:
         versions = {name: gradient._version for name, gradient in lent.items()}
         for optimizer in self._optimizers:
             optimizer.step()
-        for scheduler in self._schedulers:
-            if scheduler is not None:
+        for index, scheduler in enumerate(self._schedulers):
+            if scheduler is not None and (due is None or due[index]):
                 scheduler.step()
         written = [n for n, gradient in lent.items() if gradient._version > versions[n]]
         if written and not copy_gradients:

@@ -43,6 +43,22 @@ ROOMS = [
     "calibration",
     "checkpoint",
 ]
+# The second wing: a file imports the core and files before it; the core never imports
+# it. Heavy packages are imported inside functions, if at all.
+ADAPTERS = [
+    "adapters.attributes",
+    "adapters.loop",
+    "adapters.precision",
+    "adapters.optimization",
+    "adapters.refusals",
+    "adapters.lightning",
+    "adapters.verification",
+    "adapters.lift3d",
+    "adapters.growing",
+    "adapters.threestudio",
+    "adapters.sampling",
+    "adapters.diffusers",
+]
 # The workspace, likewise; `toybox` knows its cameras and nothing else of it.
 WORKSPACE = [
     "settings",
@@ -82,12 +98,8 @@ WORKSPACE = [
     "report",
     "compare",
     "sampling",
+    "threestudio",
 ]
-
-
-# The second wing of the package: a file imports the core and files before it. The core
-# never imports it; heavy packages are imported inside functions, if at all.
-ADAPTERS = ["adapters.sampling", "adapters.diffusers"]
 
 
 def room(path: Path) -> str:

@@ -1,0 +1,183 @@
+r"""What live objects remember outside of parameters and buffers, put back on demand.
+
+A training step leaves traces in plain attributes: a mask that only grows, a current
+resolution, a cached mesh. The drift of a step must not see those of another step, in
+whatever order steps are evaluated. So the attributes are noted once, when everything is
+built, and put back before each evaluation; schedules then set them from the step alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+_MODULE_TABLES = frozenset(
+    name for name in vars(nn.Module()) if name != "training"
+)  # parameters, buffers, children and hooks have keepers of their own
+_SCALARS = (bool, int, float, complex, str, bytes, type(None))
+
+
+class Attributes:
+    """The plain attributes of objects, as they are now.
+
+    Tensors are kept by value and written back in place; numbers and containers by
+    value; anything else by reference. Attributes born later are removed. Frozen
+    networks in evaluation mode are not entered: a pretrained model has a thousand
+    modules, and looking at each in every evaluation costs more than it guards against.
+
+    Args:
+        roots: Objects by name, where the walk begins.
+        follow: Which objects the walk enters besides modules and data sets.
+        skip: Attribute names left alone.
+    """
+
+    def __init__(
+        self,
+        roots: dict[str, object],
+        follow: Callable[[object], bool] = lambda _: False,
+        skip: Collection[str] = (),
+    ) -> None:
+        self._skip = frozenset(skip)
+        self._owners: list[tuple[str, object, dict[str, _Note]]] = []
+        seen: set[int] = set()
+        todo: list[tuple[str, object]] = list(roots.items())
+        while todo:
+            path, owner = todo.pop(0)  # nearest first: the shortest name
+            if id(owner) in seen or not hasattr(owner, "__dict__"):
+                continue
+            seen.add(id(owner))
+            notes = {name: _Note(value) for name, value in self._plain(owner)}
+            self._owners.append((path, owner, notes))
+            children: Iterable[tuple[str, object]] = self._plain(owner)
+            if isinstance(owner, nn.Module):
+                children = [*children, *owner.named_children()]
+            todo += [
+                (f"{path}.{name}" if path else name, child)
+                for name, child in children
+                if (isinstance(child, (nn.Module, Dataset)) or follow(child))
+                and not _is_frozen(child)
+            ]
+
+    def restore(self) -> None:
+        """Put every attribute back."""
+        for _, owner, notes in self._owners:
+            table = vars(owner)  # not `setattr`: properties and modules interfere
+            for name in [name for name, _ in self._plain(owner) if name not in notes]:
+                del table[name]
+            for name, note in notes.items():
+                if name not in table or not note.holds(table[name]):
+                    table[name] = note.restored()
+
+    def changed(self) -> list[str]:
+        """Names of the attributes that are not as they were noted."""
+        names: list[str] = []
+        for path, owner, notes in self._owners:
+            now = dict(self._plain(owner))
+            prefix = f"{path}." if path else ""
+            names += [
+                prefix + name
+                for name in {**notes, **now}
+                if name not in now
+                or name not in notes
+                or not notes[name].holds(now[name])
+            ]
+        return sorted(names)
+
+    def objects(self) -> Iterator[tuple[str, object]]:
+        """Every object the walk reached, by name."""
+        for path, owner, _ in self._owners:
+            yield path, owner
+
+    def _plain(self, owner: object) -> list[tuple[str, Any]]:
+        tables = _MODULE_TABLES if isinstance(owner, nn.Module) else frozenset()
+        return [
+            (name, value)
+            for name, value in vars(owner).items()
+            if name not in tables and name not in self._skip
+        ]
+
+
+class _Note:
+    """One value: how it was, whether it still is so, and how to bring it back."""
+
+    def __init__(self, value: Any) -> None:
+        self._value = value
+        self._items: list[_Note] | None = None
+        self._keys: list[Any] = []
+        self._copy: Any = None
+        self._version = -1
+        if _is_value(value):
+            self._copy = value.detach().clone()
+            self._version = value._version
+        elif isinstance(value, torch.Generator):
+            self._copy = value.get_state()
+        elif type(value) is dict:
+            self._keys = list(value)
+            self._items = [_Note(item) for item in value.values()]
+        elif type(value) in (list, tuple):
+            self._items = [_Note(item) for item in value]
+        elif type(value) is set:
+            self._copy = set(value)
+
+    def holds(self, now: Any) -> bool:
+        value = self._value
+        if isinstance(value, _SCALARS):
+            return type(now) is type(value) and (now == value or now != now)
+        if now is not value:
+            return False
+        if _is_value(value):
+            return value._version == self._version
+        if isinstance(value, torch.Generator):
+            return torch.equal(value.get_state(), self._copy)
+        if type(value) is set:
+            return value == self._copy
+        if self._items is None:
+            return True
+        if type(value) is dict:
+            # By identity: keys may be tensors or arrays, whose `==` is not a truth.
+            if [id(key) for key in value] != [id(key) for key in self._keys]:
+                return False
+            value = list(value.values())
+        return len(value) == len(self._items) and all(
+            note.holds(item) for note, item in zip(self._items, value, strict=True)
+        )
+
+    def restored(self) -> Any:
+        """The value as it was, in the object that held it."""
+        value = self._value
+        if _is_value(value):
+            if value._version != self._version:
+                with torch.no_grad():
+                    value.detach().copy_(self._copy)
+                self._version = value._version
+        elif isinstance(value, torch.Generator):
+            value.set_state(self._copy)
+        elif type(value) is dict:
+            items = [note.restored() for note in self._items or []]
+            value.clear()
+            value.update(zip(self._keys, items, strict=True))
+        elif type(value) is list:
+            value[:] = [note.restored() for note in self._items or []]
+        elif type(value) is tuple:
+            for note in self._items or []:
+                note.restored()
+        elif type(value) is set:
+            value.clear()
+            value.update(self._copy)
+        return value
+
+
+def _is_value(value: Any) -> bool:
+    """A parameter is part of the state wherever it is held."""
+    return isinstance(value, Tensor) and not isinstance(value, nn.Parameter)
+
+
+def _is_frozen(value: object) -> bool:
+    if not isinstance(value, nn.Module) or value.training:
+        return False
+    flags = [parameter.requires_grad for parameter in value.parameters()]
+    return bool(flags) and not any(flags)

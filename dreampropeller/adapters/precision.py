@@ -1,0 +1,100 @@
+r"""Mixed precision as part of the state.
+
+Half precision multiplies the loss by a scale $2^e$ that backs off when a gradient
+overflows and grows after $G$ steps that did not. The drift reads it, so it is part of
+the state, as integers $(e, \text{steps since the last change})$: exact, and not in the
+distance between states. With $G = 2000$, as in torch,
+
+$$(e, n) \leftarrow (e - 1, 0) \text{ on overflow, } (e + 1, 0) \text{ if } n + 1 = G
+\text{, else } (e, n + 1).$$
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from dreampropeller.tree import State
+
+_KEY = "precision/scale"
+_FOUND_INF = "precision/found_inf"
+_INITIAL_EXPONENT = 16
+_GROWTH_INTERVAL = 2000
+
+
+class Precision:
+    """The `precision` of a trainer: autocast, and a loss scale where one is needed.
+
+    Args:
+        name: "32-true", "bf16-mixed" or "16-mixed" (also "32" and "16").
+        device: Where the module lives.
+
+    Raises:
+        ValueError: Another precision.
+    """
+
+    def __init__(self, name: str, device: torch.device) -> None:
+        types = {
+            "32-true": None,
+            "32": None,
+            "bf16-mixed": torch.bfloat16,
+            "16-mixed": torch.float16,
+            "16": torch.float16,
+        }
+        if name not in types:
+            raise ValueError(
+                f"`precision` is {name!r}: write one of `32-true`, `bf16-mixed`, "
+                "`16-mixed`."
+            )
+        self._dtype = types[name]
+        self._device = device
+        self.scales = self._dtype is torch.float16
+
+    def init(self) -> State:
+        """The loss scale at the start, when there is one; int64, shape ``(2,)``."""
+        if not self.scales:
+            return {}
+        return {_KEY: torch.tensor([_INITIAL_EXPONENT, 0], device=self._device)}
+
+    def autocast(self) -> contextlib.AbstractContextManager[object]:
+        """The context of a forward pass."""
+        if self._dtype is None:
+            return contextlib.nullcontext()
+        return torch.autocast(self._device.type, dtype=self._dtype)
+
+    def scale(self, loss: Tensor, y: State) -> Tensor:
+        """The loss that is differentiated."""
+        return loss * self._factor(y) if self.scales else loss
+
+    def unscale(
+        self, parameters: Mapping[str, nn.Parameter], y: State
+    ) -> Tensor | None:
+        """Divide the scale out of the gradients; whether one overflowed."""
+        if not self.scales:
+            return None
+        inverse = self._factor(y).reciprocal()
+        found = torch.zeros((), dtype=torch.bool, device=self._device)
+        for parameter in parameters.values():
+            if parameter.grad is not None:
+                found |= ~torch.isfinite(parameter.grad).all()
+                parameter.grad.mul_(inverse)
+        return found
+
+    def update(self, y: State, drift: State) -> State:
+        """The scale after a step."""
+        if not self.scales:
+            return {}
+        exponent, count = y[_KEY].unbind()
+        overflow = drift.get(_FOUND_INF)
+        if overflow is None:  # a step that was left out, or predicted
+            return {}
+        grows = ~overflow & (count + 1 == _GROWTH_INTERVAL)
+        exponent = exponent + grows.long() - overflow.long()
+        count = torch.where(overflow | grows, 0, count + 1)
+        return {_KEY: torch.stack([exponent, count])}
+
+    def _factor(self, y: State) -> Tensor:
+        return torch.exp2(y[_KEY][0].float())

@@ -1,0 +1,80 @@
+"""`backend=threestudio`: what it refuses, and what it takes out of a config."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+import launch
+from systems import threestudio
+from systems.reader import ConfigError
+
+CONFIG = """
+name: scene
+system: {prompt_processor: {prompt: a cup}}
+solver: {window: {size: 3}}
+"""
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    path = tmp_path / "scene.yaml"
+    path.write_text(CONFIG)
+    return path
+
+
+def test_our_settings_are_taken_out_and_theirs_left(config: Path) -> None:
+    ours, theirs, dotted = threestudio.split(
+        config,
+        [
+            "backend=threestudio",
+            "solver.threshold.name=fixed",
+            "threestudio.verify=false",
+            "system.loss.lambda_sds=0.1",
+        ],
+    )
+    assert ours.solver.window.size == 3
+    assert ours.solver.threshold.name == "fixed"
+    assert not ours.threestudio.verify
+    assert set(theirs) == {"name", "system"}
+    assert dotted == ["system.loss.lambda_sds=0.1"]
+
+
+@pytest.mark.parametrize(
+    ("task", "settings", "message"),
+    [
+        ("--test", [], "only trains"),
+        ("--export", [], "only trains"),
+        ("--train", ["threestudio.root=nowhere"], "holds no `threestudio` folder"),
+        ("--train", ["solver.windw.size=3"], "windw"),
+        ("--train", ["resume=x/last.ckpt"], "threestudio cannot be imported"),
+    ],
+)
+def test_refusals_are_a_message(
+    task: str,
+    settings: list[str],
+    message: str,
+    config: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    command = ["--config", str(config), task, "backend=threestudio", *settings]
+    assert launch.main(command) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_missing_package_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package = tmp_path / "threestudio"
+    package.mkdir()
+    (package / "__init__.py").write_text("import tinycudann_is_missing")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.path", [*__import__("sys").path])
+    with pytest.raises(ConfigError, match="`tinycudann_is_missing` is missing"):
+        threestudio.import_threestudio(str(tmp_path))
+
+
+def test_threestudios_checkpoint_is_no_state_to_go_on_from() -> None:
+    with pytest.raises(ConfigError, match=r"resume=RUN`.*system\.weights"):
+        threestudio.load_state("run/ckpts/last.ckpt")
