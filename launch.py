@@ -25,7 +25,6 @@ import systems
 from dreampropeller.checkpoint import CheckpointError
 from systems import compare, folders, results, sampling, threestudio, workers
 from systems.config import Config, load
-from systems.reader import ConfigError
 from systems.recorder import Recorder
 
 
@@ -68,36 +67,6 @@ def work(config: Config, folder: Path | None = None, leads: bool = True) -> int:
     return 128 + recorder.interrupted if recorder.interrupted else 0
 
 
-def look(config: Config, film: bool) -> int:
-    """Render and measure, or export, what a run has reached."""
-    if config.resume is None:
-        raise ConfigError(
-            "Nothing to look at: name a run, `resume=outputs/<name>/<tag>@<time>`, "
-            "with the `config.yaml` in it."
-        )
-    system = systems.build(config)
-    state = folders.load_state(config.resume, system)
-    folder = folders.folder_of(config.resume)
-    made = results.write(folder, system, state.y, film=film, mesh=not film)
-    print(results.summary(folder, {**made, "steps": state.step}))
-    return 0 if film or isinstance(made["mesh"], list) else 1
-
-
-def contrast(path: Path | None, words: list[str]) -> int:
-    """Compare: two finished runs, or the two ways to make one."""
-    overrides = [word for word in words if "=" in word or word.startswith("-")]
-    named = [word for word in words if word not in overrides]
-    if len(named) == 2 and not overrides and path is None:
-        return compare.compare_folders(*named)
-    if path is None or named not in ([], ["rivals"]):
-        raise ConfigError(
-            "Compare what? Write `--config FILE --compare KEY=VALUE …`, `--config FILE "
-            "--compare rivals KEY=VALUE …`, or `--compare RUN RUN` with two finished "
-            "run folders."
-        )
-    return compare.compare(path, overrides, train, rivals=bool(named))
-
-
 def make_parser() -> argparse.ArgumentParser:
     """The options; everything else is `key=value`."""
     parser = argparse.ArgumentParser(
@@ -124,13 +93,16 @@ def main(argv: list[str] | None = None) -> int:
     arguments, overrides = make_parser().parse_known_args(argv)
     try:
         if arguments.compare is not None:
-            return contrast(arguments.config, [*arguments.compare, *overrides])
+            words = [*arguments.compare, *overrides]
+            return compare.run(arguments.config, words, train)
         if threestudio.is_asked(overrides):
             return threestudio.run(arguments.config, arguments.train, overrides)
         config = load(arguments.config or folders.config_of(overrides), overrides)
         if arguments.sample:
             return sampling.run(config)
-        return train(config) if arguments.train else look(config, arguments.test)
+        if arguments.train:
+            return train(config)
+        return results.look(config, film=arguments.test)
     except (CheckpointError, ValueError, OSError, dp.NotConverged) as error:
         print(f"error: {error}", file=sys.stderr)
     except dp.WorkerError as error:

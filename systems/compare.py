@@ -34,6 +34,30 @@ RATES = (0.5, 1.0, 2.0, 4.0, 8.0)
 Train = Callable[[Config, Path], int]
 
 
+def run(path: Path | None, words: Sequence[str], train: Train) -> int:
+    """Compare as the command line asks: two finished runs, or two ways to make one.
+
+    Args:
+        path: A config, or None.
+        words: What follows `--compare`: runs, `rivals`, settings.
+        train: See `compare`.
+
+    Raises:
+        ConfigError: It asks for neither.
+    """
+    overrides = [word for word in words if "=" in word or word.startswith("-")]
+    named = [word for word in words if word not in overrides]
+    if len(named) == 2 and not overrides and path is None:
+        return compare_folders(*named)
+    if path is None or named not in ([], ["rivals"]):
+        raise ConfigError(
+            "Compare what? Write `--config FILE --compare KEY=VALUE …`, `--config FILE "
+            "--compare rivals KEY=VALUE …`, or `--compare RUN RUN` with two finished "
+            "run folders."
+        )
+    return compare(path, overrides, train, rivals=bool(named))
+
+
 def compare(
     path: Path, overrides: Sequence[str], train: Train, rivals: bool = False
 ) -> int:

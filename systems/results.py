@@ -11,10 +11,11 @@ import torch
 from tqdm import tqdm
 
 import dreampropeller as dp
-from systems import quality
+from systems import build, folders, quality
 from systems.base import EmptySurface, System
+from systems.config import Config
 from systems.export import save_film, save_mesh, save_picture
-from systems.folders import environment, write_json
+from systems.reader import ConfigError
 from systems.recorder import PREVIEW_VIEWS, Recorder
 
 
@@ -81,9 +82,9 @@ def write_report(
             torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None
         ),
         "solver": asdict(recorder.config.solver),
-        "environment": environment(),
+        "environment": folders.environment(),
     }
-    write_json(folder / "report.json", report)
+    folders.write_json(folder / "report.json", report)
     return report
 
 
@@ -123,3 +124,22 @@ def summary(folder: Path, report: dict[str, Any]) -> str:
         lines.append(f"Mesh {report['mesh']}")
     lines.append(f"Look into {folder}")
     return "\n".join(line for line in lines if line)
+
+
+def look(config: Config, film: bool) -> int:
+    """Render and measure what a run has reached, or export it; gives the exit code.
+
+    Raises:
+        ConfigError: There is no such run.
+    """
+    if config.resume is None:
+        raise ConfigError(
+            "Nothing to look at: name a run, `resume=outputs/<name>/<tag>@<time>`, "
+            "with the `config.yaml` in it."
+        )
+    system = build(config)
+    state = folders.load_state(config.resume, system)
+    folder = folders.folder_of(config.resume)
+    made = write(folder, system, state.y, film=film, mesh=not film)
+    print(summary(folder, {**made, "steps": state.step}))
+    return 0 if film or isinstance(made["mesh"], list) else 1

@@ -29,13 +29,13 @@ def test_our_settings_are_taken_out_and_theirs_left(config: Path) -> None:
         config,
         [
             "backend=threestudio",
-            "solver.threshold.name=fixed",
+            "solver.threshold.name=paper",
             "threestudio.verify=false",
             "system.loss.lambda_sds=0.1",
         ],
     )
     assert ours.solver.window.size == 3
-    assert ours.solver.threshold.name == "fixed"
+    assert ours.solver.threshold.name == "paper"
     assert not ours.threestudio.verify
     assert set(theirs) == {"name", "system"}
     assert dotted == ["system.loss.lambda_sds=0.1"]
