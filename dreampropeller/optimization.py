@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from dreampropeller.optimizers import OptimizerFactory, Optimizers, SchedulerFactory
+from dreampropeller.precision import Precision
 from dreampropeller.rng import StepRandom
 from dreampropeller.trajectory import Drift, Trajectory
 from dreampropeller.tree import Aux, Nest, State, copy_nest, differs
@@ -46,12 +47,15 @@ class OptimizationTrajectory(Trajectory[Nest]):
             holds one factory (or None) for each optimizer.
         clip_grad_norm: Largest norm of all gradients together.
         clip_grad_value: Largest absolute value of a gradient entry.
+        precision: "32-true", "bf16-mixed" or "16-mixed": the loss is evaluated under
+            autocast; with "16-mixed" the loss scale is part of the state, and a step
+            whose gradients overflow is not taken (it counts), as with `GradScaler`.
         seed: The global generators are seeded with (seed, step) during `loss`, so that
             dropout and `torch.randn` replay; None leaves them alone.
 
     Raises:
-        ValueError: An optimizer needs a closure, a scheduler a metric, or a parameter
-            belongs to no state.
+        ValueError: An optimizer needs a closure, a scheduler a metric, a parameter
+            belongs to no state, or there is no such precision.
         TypeError: An optimizer remembers something a checkpoint could not restore.
     """
 
@@ -66,6 +70,7 @@ class OptimizationTrajectory(Trajectory[Nest]):
         scheduler: SchedulerFactory | Sequence[SchedulerFactory | None] | None = None,
         clip_grad_norm: float | None = None,
         clip_grad_value: float | None = None,
+        precision: str | int = "32-true",
         seed: int | None = 0,
     ) -> None:
         if num_steps < 1:
@@ -87,6 +92,8 @@ class OptimizationTrajectory(Trajectory[Nest]):
             {name: self._initial[name] for name in params}, optimizer, scheduler
         )
         self._initial_carry = copy_nest(self._optimizers.export())
+        device = next(iter(self._initial.values())).device
+        self._precision = Precision(str(precision), device)
 
     @classmethod
     def from_module(
@@ -135,6 +142,7 @@ class OptimizationTrajectory(Trajectory[Nest]):
     def init(self) -> tuple[State, Nest]:
         """The initial parameters and buffers, and the fresh optimizers' memory."""
         y = {name: tensor.clone() for name, tensor in self._initial.items()}
+        y |= self._precision.init()
         return y, copy_nest(self._initial_carry)
 
     def make_drift(
@@ -157,25 +165,32 @@ class OptimizationTrajectory(Trajectory[Nest]):
         view: State = {
             name: leaves[name] if name in leaves else tensor.detach().clone()
             for name, tensor in y.items()
+            if name in self._initial
         }
         random = self._random.scope(step) if self._random else contextlib.nullcontext()
         with random, torch.enable_grad():
-            result = self._loss(step, view)
+            with self._precision.autocast():
+                result = self._loss(step, view)
             loss, aux = result if isinstance(result, tuple) else (result, {})
             if not isinstance(loss, Tensor) or loss.numel() != 1:
                 raise ValueError(
                     f"The loss of step {step} is not a scalar tensor; return "
                     "`loss.mean()`, or a tuple `(loss, aux)`."
                 )
+            scaled = self._precision.scale(loss.sum(), y)
             gradients = torch.autograd.grad(
-                loss.sum(), list(leaves.values()), allow_unused=True
+                scaled, list(leaves.values()), allow_unused=True
             )
-        drift = buffer_drift(
-            {name: tensor for name, tensor in y.items() if name not in leaves},
-            {name: tensor.detach() for name, tensor in view.items()},
-        )
+        found = self._precision.unscale(gradients, y)
+        drift = {
+            **found,
+            **buffer_drift(
+                {name: y[name] for name in view if name not in leaves},
+                {name: tensor.detach() for name, tensor in view.items()},
+            ),
+        }
         for name, gradient in zip(leaves, gradients, strict=True):
-            if gradient is None:
+            if gradient is None or Precision.overflowed(found):
                 continue  # absent, not zero: a zero would make AdamW decay it
             if gradient.is_sparse:
                 raise ValueError(
@@ -194,8 +209,10 @@ class OptimizationTrajectory(Trajectory[Nest]):
         del step
         gradients = {n: drift[n] for n in self._optimizers.trainable if n in drift}
         gradients = self._clip(gradients)
-        params, carry = self._optimizers.step(y, carry, gradients)
-        return {**y, **params, **updated_buffers(y, drift)}, carry
+        skip = Precision.overflowed(drift)
+        params, carry = self._optimizers.step(y, carry, gradients, skip=skip)
+        scale = self._precision.update(y, drift)
+        return {**y, **params, **updated_buffers(y, drift), **scale}, carry
 
     def _clip(self, gradients: State) -> State:
         if self._clip_grad_norm is None and self._clip_grad_value is None:

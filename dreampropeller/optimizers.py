@@ -89,11 +89,17 @@ class Optimizers:
         carry: Nest,
         gradients: State,
         due: Sequence[bool] | None = None,
+        skip: bool = False,
     ) -> tuple[State, Nest]:
         """One step of every optimizer and of the schedulers; consumes the carry.
 
-        `due` names the schedulers that move at this step, one for each optimizer;
-        default: all do.
+        Args:
+            y: The state before the step.
+            carry: The memory.
+            gradients: By name; a parameter without one stays.
+            due: The schedulers that move at this step, one for each optimizer; default:
+                all do.
+            skip: Leave the optimizers out, as torch's `GradScaler` does on overflow.
         """
         self._load(carry)
         copy_gradients = self._writes_gradients or not self._probed
@@ -105,7 +111,7 @@ class Optimizers:
                 parameter.grad = gradient.clone() if copy_gradients else gradient
         lent = {n: p.grad for n, p in self._params.items() if p.grad is not None}
         versions = {name: gradient._version for name, gradient in lent.items()}
-        for optimizer in self._optimizers:
+        for optimizer in [] if skip else self._optimizers:
             optimizer.step()
         for index, scheduler in enumerate(self._schedulers):
             if scheduler is not None and (due is None or due[index]):

@@ -12,7 +12,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 import dreampropeller as dp
+from dreampropeller.precision import Precision
 from systems.reader import merge, read, to_mapping
 from systems.settings import at_least, one_of
 
@@ -183,23 +186,19 @@ class TrainerConfig:
         max_steps: Steps of the optimisation.
         val_check_interval: Steps between two previews.
         log_every_n_steps: Steps between two entries of the metrics.
-        precision: "32"; mixed precision is not offered yet.
+        precision: "32-true", "bf16-mixed" or "16-mixed" (with a loss scale) for the
+            scene and its loss; the pretrained model has `half_precision_weights`.
     """
 
     max_steps: int = 10000
     val_check_interval: int = 200
     log_every_n_steps: int = 1
-    precision: str | int = "32"
+    precision: str | int = "32-true"
 
     def __post_init__(self) -> None:
         for name in ("max_steps", "val_check_interval", "log_every_n_steps"):
             at_least(name, getattr(self, name), 1)
-        if str(self.precision) not in ("32", "32-true"):
-            raise ValueError(
-                f"`precision` is `{self.precision}`: mixed precision is not offered "
-                "yet, write `trainer.precision=32`. (The pretrained model runs in half "
-                "precision on a GPU all the same.)"
-            )
+        Precision(str(self.precision), torch.device("cpu"))  # refuses other names
 
 
 @dataclass(frozen=True)

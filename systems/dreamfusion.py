@@ -207,6 +207,7 @@ class DreamFusion(System):
             loss,
             settings.optimizer.build,
             self.config.trainer.max_steps,
+            precision=self.config.trainer.precision,
             seed=self.config.seed,
         )
 

@@ -27,6 +27,7 @@ ROOMS = [
     "timer",
     "trajectory",
     "optimizers",
+    "precision",
     "optimization",
     "predictor",
     "window",
@@ -48,7 +49,6 @@ ROOMS = [
 ADAPTERS = [
     "adapters.attributes",
     "adapters.loop",
-    "adapters.precision",
     "adapters.optimization",
     "adapters.refusals",
     "adapters.lightning",

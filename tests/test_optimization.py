@@ -385,3 +385,56 @@ def test_accumulation_decay_groups_averages_and_autocast_equal_their_loop(
         expected = optimizer.state[parameter]["average"]
         assert tree_equal(averages[name]["average"], expected), name
         assert not torch.equal(expected, parameter)
+
+
+@pytest.mark.filterwarnings("ignore:Detected call of `lr_sch")  # the loop's overflow
+def test_a_loss_scale_equals_its_loop() -> None:
+    """Against a loop with `GradScaler`, which backs off before the first step taken."""
+    net, scaler = small_net(), torch.amp.GradScaler("cpu")
+    optimizer = AveragingAdamW(net.parameters(), lr=0.05)
+    schedule = torch.optim.lr_scheduler.StepLR(optimizer, 4)
+    taken = []
+    for step in range(STEPS):
+        optimizer.zero_grad()
+        with torch.autocast("cpu", torch.float16):
+            loss = loud(net, batches(step)[0])
+        scaler.scale(loss).backward()
+        scaler.unscale_(optimizer)
+        nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+        before = scaler.get_scale()
+        scaler.step(optimizer)
+        scaler.update()
+        schedule.step()
+        taken.append(scaler.get_scale() >= before)
+    assert not taken[0]
+    assert taken[-1]
+
+    trajectory = OptimizationTrajectory.from_module(
+        small_net(),
+        lambda step, net: loud(net, batches(step)[0]),
+        lambda named: AveragingAdamW(named.values(), lr=0.05),
+        STEPS,
+        scheduler=lambda one: torch.optim.lr_scheduler.StepLR(one, 4),
+        clip_grad_norm=1.0,
+        precision="16-mixed",
+    )
+    assert set(trajectory.init()[0]) > {"precision/scale"}
+    exponent = torch.tensor(scaler.get_scale()).log2().long()
+    counted = torch.stack(
+        [exponent, torch.tensor(scaler.state_dict()["_growth_tracker"])]
+    )
+    expected = {n: p.detach() for n, p in net.named_parameters()}
+    check({**expected, "precision/scale": counted}, trajectory)
+    with pytest.raises(ValueError, match="16-mixed"):
+        OptimizationTrajectory(
+            lambda step, y: y["x"],
+            {"x": torch.ones(1)},
+            OPTIMIZERS["SGD"],
+            3,
+            precision="half",
+        )
+
+
+def loud(net: nn.Module, batch: Tensor) -> Tensor:
+    """A loss whose gradients half precision only holds after some back-off."""
+    return loss_of(net, batch) * 40

@@ -21,12 +21,12 @@ from collections.abc import Callable, Iterator
 from typing import Any, Protocol, runtime_checkable
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from dreampropeller.adapters import loop, optimization, refusals
 from dreampropeller.adapters.attributes import Attributes
-from dreampropeller.adapters.precision import Precision
 from dreampropeller.optimization import buffer_drift, updated_buffers
+from dreampropeller.precision import Precision
 from dreampropeller.rng import StepRandom
 from dreampropeller.trajectory import Drift, Trajectory
 from dreampropeller.tree import Aux, Nest, State, copy_nest
@@ -200,7 +200,8 @@ class LightningTrajectory(Trajectory[Nest]):
         """Step the optimizer and the schedulers that are due; write the buffers."""
         gradients = {n: drift[n] for n in self._parameters if n in drift}
         due = [one.due(step, self._epoch_length) for one in self._schedules]
-        params, carry = self._optimizers.step(y, carry, gradients, due)
+        skip = Precision.overflowed(drift)
+        params, carry = self._optimizers.step(y, carry, gradients, due, skip)
         extra = self._precision.update(y, drift)
         return {**y, **params, **updated_buffers(y, drift), **extra}, carry
 
@@ -264,13 +265,14 @@ class LightningTrajectory(Trajectory[Nest]):
             loss = output["loss"] if isinstance(output, dict) else output
             module.on_before_zero_grad(optimizer)
             self._zero_grad()
-            found_inf = None
+            found: State = {}
             if loss is not None:  # None skips the step, as in Lightning
                 scaled = self._precision.scale(loss, y)
                 module.on_before_backward(scaled)
                 module.backward(scaled)
                 module.on_after_backward()
-                found_inf = self._precision.unscale(self._parameters, y)
+                own = [p.grad for p in self._parameters.values()]
+                found = self._precision.unscale(own, y)
                 module.on_before_optimizer_step(optimizer)
                 self._clip_gradients()
         for name, parameter in self._parameters.items():
@@ -279,7 +281,7 @@ class LightningTrajectory(Trajectory[Nest]):
                     f"The step changed parameter `{name}` itself, which only the "
                     "optimizer may do; a parameter's guess must stay as it is."
                 )
-        drift = self._gradients(found_inf)
+        drift = {**self._gradients(Precision.overflowed(found)), **found}
         self.shim.global_step = step + 1
         outputs = loop.detached(output, loss)
         module.on_train_batch_end(outputs, batch, index)
@@ -336,9 +338,8 @@ class LightningTrajectory(Trajectory[Nest]):
             for name, value in changed.items()
         }
 
-    def _gradients(self, found_inf: Tensor | None) -> State:
+    def _gradients(self, overflow: bool) -> State:
         drift: State = {}
-        overflow = found_inf is not None and bool(found_inf)
         for name, parameter in self._parameters.items():
             gradient, parameter.grad = parameter.grad, None
             if gradient is None or overflow:
@@ -350,8 +351,6 @@ class LightningTrajectory(Trajectory[Nest]):
                 )
             drift[name] = gradient.detach()
         self._zero_grad()
-        if found_inf is not None:
-            drift["precision/found_inf"] = found_inf
         return drift
 
     def _zero_grad(self) -> None:

@@ -68,6 +68,19 @@ def test_two_ranks_equal_the_sequential_run(sequential: dp.Solution[Any]) -> Non
             assert aux == own_aux
 
 
+def test_mixed_precision_keeps_its_loss_scale_in_the_state() -> None:
+    settings = ("trainer.precision=16-mixed", "trainer.max_steps=8")
+    system = small(*settings)
+    plain = dp.solve(system.trajectory(), dp.Sequential())
+    assert plain.value["precision/scale"].tolist() == [16, 8]
+    solver = dp.PicardSolver(dp.SlidingWindow(4), dp.FixedThreshold(0))
+    solution = dp.solve(small(*settings).trajectory(), solver)
+    assert tree_equal(solution.value, plain.value)
+    full = dp.solve(small("trainer.max_steps=8").trajectory(), dp.Sequential())
+    own, others = (next(system.turntable(s.value)) for s in (plain, full))
+    assert 0 < (own - others).abs().mean() < 0.01
+
+
 def test_default_solver_keeps_the_picture_in_fewer_iterations(
     sequential: dp.Solution[Any],
 ) -> None:

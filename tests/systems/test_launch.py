@@ -278,7 +278,7 @@ def test_full_disk_while_measuring(finished: Path, tmp_path: Path) -> None:
         (["trainer.max_step=3"], "Did you mean `max_steps`?"),
         (["trainer.max_steps=many"], "`trainer.max_steps` is `many`: write a whole"),
         (["trainer.max_steps=0"], "`max_steps` is 0: write 1 or more"),
-        (["trainer.precision=16-mixed"], "write `trainer.precision=32`"),
+        (["trainer.precision=64"], "write one of `32-true`"),
         (["data.elevation_range=[10]"], "write [a number, a number]"),
         (["data.elevation_range=[80,-10]"], "`[low, high]`"),
         (["solver.window.size=-1"], "Write `solver.window.size=8`"),

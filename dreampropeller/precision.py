@@ -12,10 +12,10 @@ $$(e, n) \leftarrow (e - 1, 0) \text{ on overflow, } (e + 1, 0) \text{ if } n + 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Iterable
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dreampropeller.tree import State
 
@@ -69,19 +69,27 @@ class Precision:
         """The loss that is differentiated."""
         return loss * self._factor(y) if self.scales else loss
 
-    def unscale(
-        self, parameters: Mapping[str, nn.Parameter], y: State
-    ) -> Tensor | None:
-        """Divide the scale out of the gradients; whether one overflowed."""
+    def unscale(self, gradients: Iterable[Tensor | None], y: State) -> State:
+        """Divide the scale out of gradients, in place.
+
+        Returns:
+            What the drift has to say of it: whether one of them overflowed, in which
+            case the step must not be taken. Nothing where there is no scale.
+        """
         if not self.scales:
-            return None
+            return {}
         inverse = self._factor(y).reciprocal()
-        found = torch.zeros((), dtype=torch.bool, device=self._device)
-        for parameter in parameters.values():
-            if parameter.grad is not None:
-                found |= ~torch.isfinite(parameter.grad).all()
-                parameter.grad.mul_(inverse)
-        return found
+        found = torch.zeros((), dtype=torch.bool, device=inverse.device)
+        for gradient in gradients:
+            if gradient is not None:
+                found |= ~torch.isfinite(gradient).all()
+                gradient.mul_(inverse)
+        return {_FOUND_INF: found}
+
+    @staticmethod
+    def overflowed(drift: State) -> bool:
+        """Whether a drift's gradients overflowed, so that no optimizer may step."""
+        return _FOUND_INF in drift and bool(drift[_FOUND_INF])
 
     def update(self, y: State, drift: State) -> State:
         """The scale after a step."""
