@@ -34,7 +34,7 @@ RATES = (0.5, 1.0, 2.0, 4.0, 8.0)
 FIXED = 1e-4
 PAPER = ("solver.threshold.name=paper", "solver.threshold.value=1e-5")
 THRESHOLDS = {
-    "drift, 0.05": ("solver.threshold.name=drift", "solver.threshold.value=0.05"),
+    "drift, 0.1": ("solver.threshold.name=drift", "solver.threshold.value=0.1"),
     "published, median": (*PAPER, "solver.threshold.adaptivity=median"),
     "published, mean": (*PAPER, "solver.threshold.adaptivity=mean"),
     f"fixed, {FIXED:g}": (

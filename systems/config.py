@@ -77,7 +77,7 @@ class ThresholdConfig:
         name: "drift" bounds the relative error of the drift, "paper" is the published
             rule, "fixed" a fixed error.
         value: With "drift", the share of itself that a drift may be off by (default
-            0.05). With "paper", the first threshold (default 5e-6), and with "fixed"
+            0.1). With "paper", the first threshold (default 5e-6), and with "fixed"
             the only one, a mean square over all entries; no default. With "drift" and
             "fixed", 0 is the sequential run bit for bit (on CPU).
         relative: With "fixed": `value` counts squared updates of the optimizer.
@@ -109,7 +109,7 @@ class ThresholdConfig:
     def build(self) -> dp.Threshold:
         """The core's threshold."""
         if self.name == "drift":
-            return dp.DriftThreshold(0.05 if self.value is None else self.value)
+            return dp.DriftThreshold(0.1 if self.value is None else self.value)
         if self.name == "fixed":
             assert self.value is not None
             return dp.FixedThreshold(self.value, self.relative)

@@ -77,7 +77,7 @@ def test_window_auto_is_resolved_from_the_workers_once(
 
 def test_thresholds_by_name() -> None:
     name = "solver.threshold.name="
-    assert solver().threshold == dp.DriftThreshold(0.05)
+    assert solver().threshold == dp.DriftThreshold(0.1)
     assert solver(f"{name}paper").threshold == dp.EMAThreshold(5e-6, 0.9, "median")
     zero = solver(f"{name}fixed", "solver.threshold.value=0").threshold
     assert zero == dp.FixedThreshold(0)
