@@ -29,7 +29,8 @@ from systems.toybox.objects import COLOURS, OBJECTS
 from systems.toybox.truth import Truth, truth
 
 NUM_VIEWS = 16
-GREY = 0.75
+GREY = 0.5
+"""Midway between black and white: no body colour hides in it, none stands out most."""
 SIZE = 32
 """What the embedded prior knows; rendered at twice this size and averaged."""
 
