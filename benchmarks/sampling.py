@@ -6,7 +6,7 @@ Diffusion pipeline (one-block autoencoder, latents compared), with
 - diffusers' `StableDiffusionParadigmsPipeline` and ours in both forms, same seeds,
   window and tolerance, all as batched calls;
 - DPM-Solver++, against its sequential run;
-- windows × tolerances × forms;
+- windows × tolerances × forms × {plain, Anderson acceleration};
 - 64 prompts, judged by the toybox classifier.
 
 Every run is a line of the log; interrupted, it goes on where it was. Tables are
@@ -49,6 +49,10 @@ from systems.toybox.objects import COLOURS, OBJECTS
 
 PROMPT = "a blue mug, side view"
 GUIDANCE_SCALE = 3.0
+ANDERSON = " + Anderson"
+METHODS = tuple(
+    form + how for how in ("", ANDERSON) for form in ("published", "semi-linear")
+)
 SAMPLERS: dict[str, tuple[Any, int]] = {
     "ddpm-1000": (DDPMParallelScheduler, 1000),
     "ddpm-100": (DDPMParallelScheduler, 100),
@@ -134,7 +138,8 @@ class Bench:
             whole,
             window=job["window"],
             tolerance=job["tolerance"],
-            form=job["method"],
+            form=job["method"].removesuffix(ANDERSON),
+            acceleration=dp.Anderson() if job["method"].endswith(ANDERSON) else None,
             dispatcher=dp.BatchedDispatcher,
             on_iteration=forget,
             **self.arguments(job),
@@ -181,8 +186,9 @@ def jobs() -> Iterator[Job]:
     yield from grid()
     yield from against_published(0, ("ddpm-1000",))
     yield from judged(32, 64)
-    for seed in (1, 2):
-        yield from against_published(seed, ("ddim-100", "ddpm-100", "ddpm-1000"))
+    for samplers in (("ddim-100", "ddpm-100"), ("ddpm-1000",)):
+        for seed in (1, 2):
+            yield from against_published(seed, samplers)
 
 
 def against_published(seed: int, samplers: Sequence[str]) -> Iterator[Job]:
@@ -192,7 +198,7 @@ def against_published(seed: int, samplers: Sequence[str]) -> Iterator[Job]:
         one |= {"prompt": PROMPT}
         window = 64 if sampler == "ddpm-1000" else 16
         yield {**one, "method": "sequential", "window": 1, "tolerance": 0.0}
-        for method in ("diffusers", "semi-linear", "published"):
+        for method in ("diffusers", "semi-linear", "published", METHODS[-1]):
             yield {**one, "method": method, "window": window, "tolerance": 0.1}
 
 
@@ -203,17 +209,20 @@ def multistep() -> Iterator[Job]:
     yield {**one, "method": "sequential", "window": 1, "tolerance": 0.0}
     for window in (8, 16):
         for tolerance in (0.0, 0.03, 0.1, 0.3):
-            more = {"method": "semi-linear", "window": window, "tolerance": tolerance}
-            yield {**one, **more}
+            for method in METHODS[1::2]:
+                more = {"method": method, "window": window, "tolerance": tolerance}
+                yield {**one, **more}
 
 
 def grid() -> Iterator[Job]:
-    """Window × tolerance × form."""
+    """Window × tolerance × form × {plain, Anderson}; 100 is all steps at once."""
     for sampler in ("ddim-100", "ddpm-100"):
-        for window in (16, 8, 32):
-            small = (0.003, 0.01) if window == 16 else ()  # to compare at equal error
+        for window in (16, 8, 32, 100):
+            if window == 100 and sampler == "ddpm-100":
+                continue  # a minute a run
+            small = () if window == 8 else (0.003, 0.01)  # to compare at equal error
             for tolerance in (*small, 0.03, 0.1, 0.3):
-                for method in ("published", "semi-linear"):
+                for method in METHODS if window < 100 else METHODS[1::2]:
                     one: Job = {"part": "grid", "sampler": sampler, "seed": 0}
                     one |= {"prompt": PROMPT, "method": method}
                     yield {**one, "window": window, "tolerance": tolerance}
@@ -280,6 +289,23 @@ def table(entries: list[Job], part: str) -> str:
     return "\n".join(lines)
 
 
+def crossed(entries: list[Job]) -> str:
+    """The grid as Markdown, a column a method: iterations / error."""
+    cells: dict[tuple[Any, ...], dict[str, str]] = {}
+    for entry in entries:
+        if entry["part"] == "grid":
+            row = cells.setdefault(
+                tuple(entry[n] for n in ("sampler", "window", "tolerance")), {}
+            )
+            row[entry["method"]] = f"{entry['iterations']} / {entry['error']:.4f}"
+    lines = [f"| sampler | window | tolerance | {' | '.join(METHODS)} |"]
+    lines.append("|---" * (3 + len(METHODS)) + "|")
+    for key, row in sorted(cells.items()):
+        found = [row.get(method, "–") for method in METHODS]
+        lines.append(f"| {' | '.join([*map(str, key), *found])} |")
+    return "\n".join(lines)
+
+
 def agreement(entries: list[Job]) -> str:
     """Accuracy of sequential and parallel samples, and of the two with each other."""
     truth = {prompt.text: prompt for prompt in prompts(64)}
@@ -305,36 +331,45 @@ def agreement(entries: list[Job]) -> str:
 
 
 def plot(entries: list[Job], path: Path) -> None:
-    """Iterations and error over the tolerance, for each window and form."""
+    """Iterations over error, a point a tolerance, for each sampler and window."""
     import matplotlib
 
     matplotlib.use("agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(2, 2, figsize=(9, 6), layout="constrained", sharex=True)
-    for column, sampler in enumerate(("ddpm-100", "ddim-100")):
-        for method, style in (("published", "--"), ("semi-linear", "-")):
-            for window, colour in zip((8, 16, 32), "bgr", strict=True):
-                keys = {"sampler": sampler, "method": method, "window": window}
+    samplers, windows = ("ddim-100", "ddpm-100"), (8, 16, 32, 100)
+    figure, axes = plt.subplots(
+        *(len(samplers), len(windows)),
+        figsize=(12, 5.5),
+        sharex="row",
+        layout="constrained",
+    )
+    for line, sampler in enumerate(samplers):
+        for column, window in enumerate(windows):
+            panel = axes[line, column]
+            for method in METHODS:
+                keys = {"sampler": sampler, "window": window, "method": method}
                 row = [
                     e
                     for e in entries
                     if e["part"] == "grid" and all(e[k] == v for k, v in keys.items())
                 ]
-                if not row:
-                    continue
                 row.sort(key=lambda e: e["tolerance"])
-                x = [e["tolerance"] for e in row]
-                label = f"{method}, window {window}"
-                for line, name in enumerate(("iterations", "error")):
-                    y = [e[name] for e in row]
-                    axes[line, column].plot(
-                        x, y, colour + style, marker=".", label=label
-                    )
-                    axes[line, column].set(xscale="log", ylabel=name)
-        axes[0, column].set(title=sampler, yscale="log")
-        axes[1, column].set(xlabel="tolerance")
-    axes[0, 1].legend(fontsize=6)
+                panel.plot(
+                    [e["error"] for e in row],
+                    [e["iterations"] for e in row],
+                    "--" if method.startswith("published") else "-",
+                    color="tab:orange" if method.endswith(ANDERSON) else "tab:blue",
+                    marker=".",
+                    label=method,
+                )
+            if not any(found.get_xydata().size for found in panel.lines):
+                panel.axis("off")
+                continue
+            panel.set(title=f"{sampler}, window {window}", xscale="log")
+            panel.set(xlabel="error", ylabel="iterations")
+    lines, names = axes[0, 0].get_legend_handles_labels()
+    axes[-1, -1].legend(lines, names, loc="center")  # nothing is measured there
     figure.savefig(path, dpi=100)
     plt.close(figure)
 
@@ -351,8 +386,9 @@ def main() -> None:
     wanted = [j for j in jobs() if not arguments.parts or j["part"] in arguments.parts]
     work(arguments.log, wanted, arguments.hours)
     entries = read(arguments.log)
-    for part in ("published", "multistep", "grid"):
+    for part in ("published", "multistep"):
         print(f"{part}\n\n{table(entries, part)}\n")
+    print(f"grid: iterations / error\n\n{crossed(entries)}\n")
     print(agreement(entries))
     plot(entries, arguments.plot)
 

@@ -3,6 +3,7 @@
 The public names, from the bottom up; `docs/method.md` holds the mathematics.
 """
 
+from dreampropeller.anderson import Anderson as Anderson
 from dreampropeller.calibration import Calibration as Calibration
 from dreampropeller.calibration import calibrate as calibrate
 from dreampropeller.calibration import choose as choose

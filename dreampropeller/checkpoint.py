@@ -119,7 +119,10 @@ def load(
     )
 
 
-_FIELDS = ("step", "y", "carry", "guesses", "threshold", "window", "predictor")
+_FIELDS = (
+    *("step", "y", "carry", "guesses"),
+    *("threshold", "window", "predictor", "acceleration"),
+)
 
 
 def _read(path: Path, device: torch.device | str | None) -> SolverState[Any]:

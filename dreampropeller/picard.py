@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dreampropeller.anderson import Anderson
 from dreampropeller.dispatch.base import Dispatcher
 from dreampropeller.drift_threshold import DriftThreshold
 from dreampropeller.predictor import Predictor, as_predictor
@@ -58,6 +59,8 @@ class PicardSolver(Solver):
         non_finite: What to do with a drift that is not finite at the anchor: "raise",
             or "skip" to leave the state as it is and go on (the step counts). At a
             guess it only cuts the window: a bad guess is no error.
+        acceleration: Correct the guesses that did not pass by those of past iterations:
+            `Anderson`, for smooth deterministic drifts; None: the published iteration.
     """
 
     window: Window
@@ -65,6 +68,7 @@ class PicardSolver(Solver):
     predictor: str | Predictor = "repeat_last"
     norm: Callable[[State, State], Tensor] = mean_square
     non_finite: NonFinite = "raise"
+    acceleration: Anderson | None = None
 
     def __post_init__(self) -> None:
         for name, value, kind, example in (
@@ -75,6 +79,11 @@ class PicardSolver(Solver):
                 raise TypeError(
                     f"`{name}` is {value!r}: write `PicardSolver({name}={example})`."
                 )
+        if not isinstance(self.acceleration, Anderson | None):
+            raise TypeError(
+                f"`acceleration` is {self.acceleration!r}: write "
+                "`PicardSolver(acceleration=Anderson())`, or None for none."
+            )
         as_predictor(self.predictor)
         check_non_finite(self.non_finite)
 
@@ -85,6 +94,7 @@ class PicardSolver(Solver):
             threshold=self.threshold.init(),
             window=self.window.init(),
             predictor=as_predictor(self.predictor).init(),
+            acceleration=self.acceleration and self.acceleration.init(),
         )
 
     def adopt(self, state: SolverState[Any]) -> SolverState[Any]:
@@ -92,7 +102,7 @@ class PicardSolver(Solver):
         fresh = self.init(state.y, state.carry)
         missing = {
             name: getattr(fresh, name)
-            for name in ("threshold", "window", "predictor")
+            for name in ("threshold", "window", "predictor", "acceleration")
             if not _same_kind(getattr(state, name), getattr(fresh, name))
         }
         return replace(state, **missing)
@@ -107,6 +117,7 @@ class PicardSolver(Solver):
             super().jumped(state, parents),
             predictor=memory,
             threshold=self.threshold.jumped(state.threshold),
+            acceleration=self.acceleration and self.acceleration.init(),
         )
 
     def iterate(
@@ -147,21 +158,32 @@ class PicardSolver(Solver):
         )
         window = self.window.adapt(state.window, length, stride)
         carry, end_carry = rollout.carry_at(trajectory, state, stride)
+        ahead, history = rollout.states[stride + 1 :], None
+        if self.acceleration is not None:
+            with timer.phase("accelerate"):
+                ahead, history = self._accelerated(
+                    self.acceleration,
+                    trajectory,
+                    dispatcher,
+                    state,
+                    guesses,
+                    rollout,
+                    stride,
+                )
         accepted = [drift for drift in drifts[:stride] if drift is not None]
         with timer.phase("predict"):
             memory = predictor.settle(predictor.observe(memory, accepted), choice)
             step = state.step + stride
-            ahead = rollout.states[stride + 1 :]
             wanted = self.window.length(window, limit - step) if step < limit else 0
             guessed, memory = predictor.extend(
                 trajectory,
                 state.step + usable,
-                rollout.states[-1],
+                ahead[-1] if ahead else rollout.states[-1],
                 end_carry,
                 memory,
                 max(0, wanted - len(ahead)),
             )
-            ahead += guessed
+            ahead = [*ahead, *guessed]
         observation = Observation(
             steps=steps[:usable],
             guesses=guesses[: usable + 1],
@@ -181,6 +203,7 @@ class PicardSolver(Solver):
             threshold=adapted,
             window=window,
             predictor=memory,
+            acceleration=history,
             stats=Stats(
                 state.stats.num_evaluations + length, [*state.stats.strides, stride]
             ),
@@ -224,6 +247,8 @@ class PicardSolver(Solver):
         rollout = _Rollout(states=[y], drifts=drifts, carry=carry)
         for slot, drift in enumerate(drifts):
             step = state.step + slot
+            if self.acceleration is not None and self.acceleration.order is not None:
+                rollout.carries.append(copy_nest(carry))
             if drift is not None:
                 with timer.phase("update"):
                     y, carry = trajectory.update(step, y, carry, drift)
@@ -239,6 +264,39 @@ class PicardSolver(Solver):
                 rollout.kept = slot + 1, copy_nest(carry)
         rollout.carry = carry
         return rollout
+
+    def _accelerated(
+        self,
+        anderson: Anderson,
+        trajectory: Trajectory[Any],
+        dispatcher: Dispatcher,
+        state: SolverState[Any],
+        guesses: Sequence[State],
+        rollout: _Rollout,
+        stride: int,
+    ) -> tuple[list[State], Nest]:
+        """The next guesses after a stride, and the history after this iteration."""
+        ahead = rollout.states[stride + 1 :]
+        if not ahead:
+            return ahead, anderson.init()
+        states = anderson.proposals(
+            trajectory,
+            state.step,
+            guesses,
+            rollout.drifts,
+            rollout.carries,
+            rollout.states,
+        )
+        corrected = anderson.correct(
+            state.acceleration,
+            state.step + stride,
+            guesses[stride : len(states)],
+            states[stride:],
+        )
+        # Devices of different makes may trust different corrections.
+        (trusted,) = dispatcher.agree([corrected.trusted])
+        plain = states[stride + 1 + trusted :]
+        return [*corrected.guesses[:trusted], *plain], corrected.history
 
     def _distance(
         self, new: State, old: State, trajectory: Trajectory[Any], step: int
@@ -260,6 +318,7 @@ class _Rollout:
     distances: list[float] = field(default_factory=list)
     errors: list[float] = field(default_factory=list)
     kept: tuple[int, Nest] | None = None
+    carries: list[Nest] = field(default_factory=list)
 
     def carry_at(
         self, trajectory: Trajectory[Any], state: SolverState[Any], stride: int

@@ -38,6 +38,7 @@ class SolverState(Generic[C]):
         threshold: The threshold's memory.
         window: The window's memory.
         predictor: The predictor's memory.
+        acceleration: The acceleration's memory.
         stats: The cost so far.
     """
 
@@ -48,6 +49,7 @@ class SolverState(Generic[C]):
     threshold: Nest = None
     window: Nest = None
     predictor: Nest = None
+    acceleration: Nest = None
     stats: Stats = field(default_factory=Stats)
 
 

@@ -120,6 +120,35 @@ class ThresholdConfig:
 
 
 @dataclass(frozen=True)
+class AccelerationConfig:
+    """`solver.acceleration`: guesses corrected by those of past iterations.
+
+    Args:
+        name: "none", or "anderson", for smooth deterministic gradients or samplers.
+        memory: Of Anderson: past iterations used.
+        order: Of Anderson: updates from a guess to the state it is compared with; null:
+            from the last accepted step.
+    """
+
+    name: str = "none"
+    memory: int = 2
+    order: int | None = None
+
+    def __post_init__(self) -> None:
+        one_of("name", self.name, ("none", "anderson"))
+        if self.name == "none" and (self.memory, self.order) != (2, None):
+            raise ValueError(
+                "`memory` and `order` have no effect on `none`: write `name=anderson`, "
+                "or leave them out."
+            )
+        self.build()
+
+    def build(self) -> dp.Anderson | None:
+        """The core's acceleration."""
+        return dp.Anderson(self.memory, self.order) if self.name != "none" else None
+
+
+@dataclass(frozen=True)
 class SolverConfig:
     """`solver`: how the steps are solved.
 
@@ -130,6 +159,7 @@ class SolverConfig:
         predictor: First guess of a new step: "momentum", "repeat_last", or "auto", the
             one that guessed better of late.
         non_finite: "raise", or "skip" steps whose gradient is not finite.
+        acceleration: How guesses are corrected.
     """
 
     name: str = "picard"
@@ -137,6 +167,7 @@ class SolverConfig:
     threshold: ThresholdConfig = field(default_factory=ThresholdConfig)
     predictor: str = "momentum"
     non_finite: str = "raise"
+    acceleration: AccelerationConfig = field(default_factory=AccelerationConfig)
 
     def __post_init__(self) -> None:
         one_of("name", self.name, ("picard", "sequential"))
@@ -153,6 +184,7 @@ class SolverConfig:
             self.threshold.build(),
             predictor=self.predictor,
             non_finite=non_finite,
+            acceleration=self.acceleration.build(),
         )
 
 

@@ -268,6 +268,7 @@ def _picard(config: Config) -> dp.PicardSolver:
         config.solver.threshold.build(),
         predictor=dp.Momentum(0.0) if held else config.solver.predictor,
         norm=worst_picture,
+        acceleration=config.solver.acceleration.build(),
     )
 
 

@@ -12,6 +12,7 @@ import torch
 
 from dreampropeller import (
     AdaptiveWindow,
+    Anderson,
     DistributedDispatcher,
     DriftThreshold,
     FixedThreshold,
@@ -28,6 +29,9 @@ from tests.helpers import TOYS, OrnsteinUhlenbeck
 
 WINDOWS = (1, 2, 7, 16, 64)
 ADAPTIVE = PicardSolver(AdaptiveWindow(2, 6, 2), DriftThreshold(0.2), "auto")
+ACCELERATED = PicardSolver(
+    SlidingWindow(7), FixedThreshold(1e-6), acceleration=Anderson(order=3)
+)
 
 
 def quick(trajectory: Trajectory[Any]) -> DistributedDispatcher:
@@ -54,6 +58,8 @@ def solve_all() -> dict[str, Any]:
         found[f"{name}/loose"] = (solution.value, solution.stats.strides, logged)
         solution = solve(toy.make(), ADAPTIVE, quick)
         found[f"{name}/adaptive"] = (solution.value, solution.stats, solution.carry)
+        solution = solve(toy.make(), ACCELERATED, quick)
+        found[f"{name}/accelerated"] = (solution.value, solution.stats, solution.carry)
     solution = solve(OrnsteinUhlenbeck(), Sequential(), quick)
     found["sequential"] = solution.value
     found["stopped"] = stop_on_rank_zero()

@@ -26,6 +26,7 @@ ROOMS = [
     "rng",
     "timer",
     "trajectory",
+    "anderson",
     "optimizers",
     "precision",
     "optimization",

@@ -53,12 +53,16 @@ def test_every_rank_of_every_solve_equals_the_plain_loop(num_workers: int) -> No
                 assert tree_equal(answer[f"{name}/{window}"], value), (name, window)
             value = (inline.value, inline.stats.strides, logged)
             assert tree_equal(answer[f"{name}/loose"], value), name
-        alone = solve(toy.make(), ranks.ADAPTIVE)
-        for answer in answers:  # value, stats, carry
-            found = answer[f"{name}/adaptive"]
-            assert tree_equal(found[0], alone.value), name
-            assert found[1] == alone.stats, name
-            assert tree_equal(found[2], alone.carry), name
+        for kind, solver in (
+            ("adaptive", ranks.ADAPTIVE),
+            ("accelerated", ranks.ACCELERATED),
+        ):
+            alone = solve(toy.make(), solver)
+            for answer in answers:  # value, stats, carry
+                found = answer[f"{name}/{kind}"]
+                assert tree_equal(found[0], alone.value), name
+                assert found[1] == alone.stats, name
+                assert tree_equal(found[2], alone.carry), name
 
 
 def test_failure_is_heard_on_every_rank() -> None:

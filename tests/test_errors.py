@@ -9,6 +9,7 @@ import pytest
 
 from dreampropeller import (
     AdaptiveWindow,
+    Anderson,
     Auto,
     DriftThreshold,
     EMAThreshold,
@@ -49,6 +50,10 @@ EXACT = FixedThreshold(0)
             lambda: PicardSolver(SlidingWindow(2), EXACT, "momentun"),
             r"`predictor` is 'momentun': write one of `repeat_last`, `momentum`,",
         ),
+        (lambda: Anderson(0), r"`acceleration.memory` is 0: write 1 or more"),
+        (lambda: Anderson(order=0), r"`acceleration.order` is 0: write 1 or more"),
+        (lambda: Anderson(ridge=0.0), r"`acceleration.ridge` is 0.0: write a number"),
+        (lambda: Anderson(limit=float("nan")), r"`acceleration.limit` is nan"),
         (lambda: launch(print, num_workers=0), r"`num_workers` is 0"),
     ],
 )
@@ -67,6 +72,7 @@ def test_bad_settings_are_refused_when_they_are_made(
         lambda kind: PicardSolver(SlidingWindow(2), EXACT, non_finite=kind),
         lambda kind: PicardSolver(kind, EXACT),
         lambda kind: PicardSolver(SlidingWindow(2), kind),
+        lambda kind: PicardSolver(SlidingWindow(2), EXACT, acceleration=kind),
     ],
 )
 def test_unknown_choices_are_refused_with_the_known_ones(make: Any) -> None:

@@ -23,6 +23,7 @@ from dreampropeller.adapters.sampling import Denoiser as Denoiser
 from dreampropeller.adapters.sampling import Form, check_scheduler, learns_variance
 from dreampropeller.adapters.sampling import SamplingTrajectory as SamplingTrajectory
 from dreampropeller.adapters.sampling import worst_picture as worst_picture
+from dreampropeller.anderson import Anderson
 from dreampropeller.calibration import Calibration, calibrate, choose
 from dreampropeller.dispatch.base import Dispatcher, InlineDispatcher
 from dreampropeller.picard import PicardSolver
@@ -44,6 +45,7 @@ def sample(
     window: int = 10,
     tolerance: float = 0.1,
     form: Form = "semi-linear",
+    acceleration: Anderson | None = None,
     dispatcher: Callable[[Trajectory[Any]], Dispatcher] = InlineDispatcher,
     calibration: Calibration | None = None,
     solver: Solver | None = None,
@@ -65,13 +67,15 @@ def sample(
         tolerance: Largest change of a state between two iterations that passes, as a
             share of the noise's standard deviation at its timestep; published: 0.1.
         form: "semi-linear", or "published" for comparison.
+        acceleration: `Anderson()` takes fewer iterations where windows are wide and
+            tolerances small (`docs/sampling.md`).
         dispatcher: Where the model runs: `InlineDispatcher` (one step after the
             other), `BatchedDispatcher` (a window in one call, close but not bitwise) or
             `DistributedDispatcher` (a window spread over devices).
         calibration: What `measure` found: a batched window if that pays on this device,
             else the plain loop; in place of `dispatcher`.
-        solver: Another solver, in place of `window` and `tolerance`; its threshold is
-            the squared tolerance.
+        solver: Another solver, in place of `window`, `tolerance` and `acceleration`;
+            its threshold is the squared tolerance.
         on_iteration: As for `solve`; it cannot stop the solve.
         on_solution: Called with the solution: iterations, evaluations, strides.
         **arguments: Everything else the pipeline takes.
@@ -81,13 +85,19 @@ def sample(
 
     Raises:
         ValueError: A number is out of range, the pipeline or its scheduler cannot be
-            sampled in parallel, or a callback of the pipeline's loop is given.
+            sampled in parallel, a callback of the pipeline's loop is given, or an
+            acceleration beside a solver.
 
     Example:
         >>> images = sample(pipeline, "a red mug", num_inference_steps=100).images
     """
     _check(pipeline, num_inference_steps, window, tolerance, form, arguments)
-    wanted = solver or solver_for(window, tolerance, form)
+    if solver is not None and acceleration is not None:
+        raise ValueError(
+            "`acceleration` has no effect beside `solver`: write `solver=PicardSolver("
+            "…, acceleration=Anderson())`."
+        )
+    wanted = solver or solver_for(window, tolerance, form, acceleration)
 
     def run(trajectory: SamplingTrajectory, advanced: Callable[[int], Any]) -> Tensor:
         def watch(state: SolverState[Any], iteration: Iteration) -> None:
@@ -140,7 +150,10 @@ def measure(
 
 
 def solver_for(
-    window: int, tolerance: float, form: Form = "semi-linear"
+    window: int,
+    tolerance: float,
+    form: Form = "semi-linear",
+    acceleration: Anderson | None = None,
 ) -> PicardSolver:
     """The solver of `sample`, for a trajectory of your own.
 
@@ -152,6 +165,7 @@ def solver_for(
         FixedThreshold(tolerance**2),
         predictor=Momentum(0.0) if form == "semi-linear" else "repeat_last",
         norm=worst_picture,
+        acceleration=acceleration,
     )
 
 

@@ -192,3 +192,14 @@ def test_a_log_is_gone_on_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert "| ddim-100 | sequential |" in sampling.table(
         sampling.read(log), "published"
     )
+
+
+def test_the_grid_is_a_table_and_a_plot(tmp_path: Path) -> None:
+    found = {"iterations": 9, "error": 0.25}
+    entries = [{**job, **found} for job in sampling.grid()]
+    one = "9 / 0.2500"
+    lines = sampling.crossed(entries).splitlines()
+    assert f"| ddpm-100 | 8 | 0.03 | {one} | {one} | {one} | {one} |" in lines
+    assert f"| ddim-100 | 100 | 0.3 | – | {one} | – | {one} |" in lines
+    sampling.plot(entries, tmp_path / "grid.png")
+    assert (tmp_path / "grid.png").stat().st_size > 0

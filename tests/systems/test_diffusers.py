@@ -81,7 +81,11 @@ def check(whole: Any, prompt: Any, arguments: dict[str, Any]) -> None:
     generator = noise()
     own = whole(prompt, generator=generator, **arguments)
     after = generator.get_state()
-    for settings in ({"window": 4, "tolerance": 0}, {"window": 1, "tolerance": 9.0}):
+    for settings in (
+        {"window": 4, "tolerance": 0},
+        {"window": 4, "tolerance": 0, "acceleration": dp.Anderson(order=2)},
+        {"window": 1, "tolerance": 9.0},
+    ):
         generator = noise()
         made = sample(whole, prompt, generator=generator, **settings, **arguments)
         assert type(made) is type(own)
@@ -163,6 +167,24 @@ def test_a_tolerance_saves_iterations_and_stays_close() -> None:
     assert abs(made - own).mean() < 0.02
 
 
+def test_acceleration_reaches_the_solver_and_stays_close(sd: Any) -> None:
+    whole, arguments = sd("ddim")
+    own = whole("a", generator=noise(), **arguments).images
+    depth: list[int] = []
+    made = sample(
+        whole,
+        "a",
+        window=STEPS,
+        tolerance=1e-3,
+        acceleration=dp.Anderson(memory=3),
+        generator=noise(),
+        on_iteration=lambda state, _: depth.append(len(state.acceleration)),
+        **arguments,
+    ).images
+    assert max(depth) == 3
+    assert abs(made - own).max() < 1e-3
+
+
 def trajectory(whole: Any, form: Any = "semi-linear", **settings: Any) -> Any:
     """A trajectory built by hand around the tiny U-Net, without words."""
     words = torch.randn(1, 12, 16, generator=noise(7))
@@ -189,13 +211,18 @@ def test_both_forms_are_the_same_recurrence(sd: Any, name: str) -> None:
     assert tree_equal(dp.solve(published, exact).value, one)
 
 
+@pytest.mark.parametrize("acceleration", [None, dp.Anderson(order=2)])
 @pytest.mark.parametrize("name", ["ddpm", "dpm++3"])
 def test_a_resumed_solve_is_the_uninterrupted_one(
-    sd: Any, name: str, tmp_path: Path
+    sd: Any, name: str, acceleration: dp.Anderson | None, tmp_path: Path
 ) -> None:
     """History and noise survive a checkpoint."""
     whole, _ = sd(name)
-    solver = dp.PicardSolver(dp.SlidingWindow(3), dp.FixedThreshold(1e-3))
+    solver = dp.PicardSolver(
+        dp.SlidingWindow(3),
+        dp.FixedThreshold(1e-3),
+        acceleration=acceleration,
+    )
     straight = dp.solve(trajectory(whole), solver)
     part = dp.solve(trajectory(whole), solver, max_iterations=3, throw=False)
     checkpoint.save(tmp_path, part.state)
@@ -281,6 +308,10 @@ def test_a_calibration_decides_between_window_and_plain_loop(
         ({"tolerance": float("nan")}, r"`tolerance` is nan"),
         ({"callback_on_step_end": print}, r"Write `on_iteration`"),
         ({"eta": -1.0}, r"`eta` is -1\.0: write 0"),
+        (
+            {"acceleration": dp.Anderson(), "solver": dp.Sequential()},
+            r"`acceleration` has no effect beside `solver`",
+        ),
     ],
 )
 def test_bad_input_is_answered_with_what_to_write(

@@ -40,12 +40,17 @@ def pixels(file: Path) -> torch.Tensor:
         return torch.from_numpy(np.array(picture)).long()
 
 
-def test_a_prompt_becomes_a_picture_a_strip_and_figures(tmp_path: Path) -> None:
-    assert draw(tmp_path, "solver.threshold.value=0") == 0
+@pytest.mark.parametrize("acceleration", ["none", "anderson"])
+def test_a_prompt_becomes_a_picture_a_strip_and_figures(
+    tmp_path: Path, acceleration: str
+) -> None:
+    settings = f"solver.acceleration.name={acceleration}"
+    assert draw(tmp_path, "solver.threshold.value=0", settings) == 0
     folder, report = made(tmp_path)
     assert report["steps"] == sum(report["strides"]) == 4
     assert report["iterations"] == len(report["strides"]) <= 4
     assert report["evaluations"] >= 4
+    assert report["solver"]["acceleration"]["name"] == acceleration
     own = toybox.draw(toybox.load(), ["a blue mug"], 0, num_inference_steps=4, eta=0.0)
     shown = pixels(folder / "sample.png")[::8, ::8].movedim(-1, 0)
     assert torch.equal(shown, (own[0] * 255).round().long())

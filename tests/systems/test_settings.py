@@ -86,6 +86,14 @@ def test_thresholds_by_name() -> None:
     assert solver("solver.predictor=auto").predictor == "auto"
 
 
+def test_acceleration_by_name() -> None:
+    name = "solver.acceleration.name="
+    assert solver().acceleration is solver(f"{name}none").acceleration is None
+    assert solver(f"{name}anderson").acceleration == dp.Anderson()
+    more = ("solver.acceleration.memory=3", "solver.acceleration.order=4")
+    assert solver(f"{name}anderson", *more).acceleration == dp.Anderson(3, 4)
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -94,6 +102,13 @@ def test_thresholds_by_name() -> None:
         (["solver.window.size=soon"], "write a whole number or auto"),
         (["solver.window.max_size=4"], "`window.largest` is 4"),
         (["solver.window.size=auto", "solver.window.max_size=4"], "leave them out"),
+        (["solver.acceleration.name=newton"], "`newton`: write none or anderson"),
+        (["solver.acceleration.memory=3"], "no effect on `none`.*`name=anderson`"),
+        (
+            ["solver.acceleration.name=anderson", "solver.acceleration.memory=0"],
+            "`acceleration.memory` is 0: write 1 or more",
+        ),
+        (["solver.acceleration.depth=3"], "no setting `solver.acceleration.depth`"),
     ],
 )
 def test_solver_settings_that_cannot_be_used(settings: list[str], message: str) -> None:
