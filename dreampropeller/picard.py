@@ -84,6 +84,14 @@ class PicardSolver(Solver):
                 f"`acceleration` is {self.acceleration!r}: write "
                 "`PicardSolver(acceleration=Anderson())`, or None for none."
             )
+        learns = isinstance(self.threshold, DriftThreshold) and not self.threshold.exact
+        if self.acceleration is not None and learns:
+            raise ValueError(
+                "`DriftThreshold` measures a drift again at the rolled-out state, in "
+                "whose place `acceleration` puts another: write "
+                "`threshold=FixedThreshold(1e-6)` (`solver.threshold.name=fixed "
+                "solver.threshold.value=1e-6`), or leave the acceleration out."
+            )
         as_predictor(self.predictor)
         check_non_finite(self.non_finite)
 

@@ -173,6 +173,8 @@ class SolverConfig:
         one_of("name", self.name, ("picard", "sequential"))
         one_of("predictor", self.predictor, ("momentum", "repeat_last", "auto"))
         one_of("non_finite", self.non_finite, ("raise", "skip"))
+        if self.window.size != "auto":
+            self.build()  # what does not go together is refused here
 
     def build(self) -> dp.Solver:
         """The core's solver."""

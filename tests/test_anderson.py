@@ -12,7 +12,6 @@ from torch import Tensor
 
 from dreampropeller import (
     Anderson,
-    DriftThreshold,
     FixedThreshold,
     PicardSolver,
     Sequential,
@@ -285,13 +284,3 @@ def test_order_one_updates_every_guess_by_itself() -> None:
     assert tree_equal(propose(Anderson(order=4)), rolled)
     assert tree_equal(propose(Anderson(order=9)), rolled)
     assert tree_equal(propose(Anderson()), rolled)
-
-
-def test_it_works_with_the_default_threshold() -> None:
-    solver = PicardSolver(
-        SlidingWindow(8), DriftThreshold(0.05), "auto", acceleration=Anderson()
-    )
-    exact = solve(Stiff(), Sequential()).value["x"]
-    solution = solve(Stiff(), solver)
-    assert solution.stats.num_iterations < Stiff.num_steps
-    assert (solution.value["x"] - exact).abs().max() < 0.05

@@ -50,6 +50,10 @@ EXACT = FixedThreshold(0)
             lambda: PicardSolver(SlidingWindow(2), EXACT, "momentun"),
             r"`predictor` is 'momentun': write one of `repeat_last`, `momentum`,",
         ),
+        (
+            lambda: PicardSolver(SlidingWindow(2), acceleration=Anderson()),
+            r"`DriftThreshold` measures.*write `threshold=FixedThreshold",
+        ),
         (lambda: Anderson(0), r"`acceleration.memory` is 0: write 1 or more"),
         (lambda: Anderson(order=0), r"`acceleration.order` is 0: write 1 or more"),
         (lambda: Anderson(ridge=0.0), r"`acceleration.ridge` is 0.0: write a number"),

@@ -87,11 +87,12 @@ def test_thresholds_by_name() -> None:
 
 
 def test_acceleration_by_name() -> None:
+    fixed = ("solver.threshold.name=fixed", "solver.threshold.value=1e-6")
     name = "solver.acceleration.name="
     assert solver().acceleration is solver(f"{name}none").acceleration is None
-    assert solver(f"{name}anderson").acceleration == dp.Anderson()
+    assert solver(f"{name}anderson", *fixed).acceleration == dp.Anderson()
     more = ("solver.acceleration.memory=3", "solver.acceleration.order=4")
-    assert solver(f"{name}anderson", *more).acceleration == dp.Anderson(3, 4)
+    assert solver(f"{name}anderson", *fixed, *more).acceleration == dp.Anderson(3, 4)
 
 
 @pytest.mark.parametrize(
@@ -104,6 +105,7 @@ def test_acceleration_by_name() -> None:
         (["solver.window.size=auto", "solver.window.max_size=4"], "leave them out"),
         (["solver.acceleration.name=newton"], "`newton`: write none or anderson"),
         (["solver.acceleration.memory=3"], "no effect on `none`.*`name=anderson`"),
+        (["solver.acceleration.name=anderson"], "write `threshold=FixedThreshold"),
         (
             ["solver.acceleration.name=anderson", "solver.acceleration.memory=0"],
             "`acceleration.memory` is 0: write 1 or more",
