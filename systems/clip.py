@@ -21,8 +21,6 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from transformers import AutoTokenizer, CLIPModel
-from transformers.utils.constants import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 
 class ClipError(ValueError):
@@ -83,6 +81,9 @@ def judge(
     Raises:
         ClipError: The model cannot be had.
     """
+    from transformers import AutoTokenizer, CLIPModel
+    from transformers.utils.constants import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
+
     try:
         model: Any = CLIPModel.from_pretrained(name)
         tokenizer: Any = AutoTokenizer.from_pretrained(name)

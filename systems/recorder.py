@@ -14,7 +14,6 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
 from typing import Any, TextIO
 
 import torch
@@ -25,11 +24,11 @@ from dreampropeller import checkpoint
 from systems.base import System
 from systems.export import save_picture
 from systems.folders import CHECKPOINTS
+from systems.stopping import Stop
 
 PREVIEW_VIEWS = 4
 STOP = "stop"
-SAME_SIGNAL = 2.0
-"""Seconds within which signals count as one: a launcher repeats the terminal's."""
+"""Name of the file in the run folder that asks to stop."""
 
 
 class Recorder:
@@ -41,7 +40,6 @@ class Recorder:
         begin: The step the run starts from.
 
     Attributes:
-        interrupted: The signal that asked to stop, if one did.
         seconds: Time by phase of the solve.
         solving: Wall-clock seconds of the solve, without what the recorder itself
             takes to write, save and render.
@@ -51,12 +49,11 @@ class Recorder:
         self.system = system
         self.folder = folder
         self.config = system.config
-        self.interrupted: signal.Signals | None = None
         self.seconds: dict[str, float] = {}
         self.started = time.perf_counter()
         self.solving = 0.0
         self._returned = self.started
-        self._interrupted_at = 0.0
+        self._stop = Stop(None if folder is None else [folder / STOP])
         self._begin = begin
         self._saved_at = begin
         self._metrics: TextIO | None = None
@@ -69,16 +66,13 @@ class Recorder:
 
         Whatever ends it, what was accepted by then is saved.
         """
-        previous = {
-            number: signal.signal(number, self._ask_to_stop)
-            for number in (signal.SIGINT, signal.SIGTERM)
-        }
-        try:
-            with self._files():
-                yield self
-        finally:
-            for number, handler in previous.items():
-                signal.signal(number, handler)
+        with self._stop.listening(), self._files():
+            yield self
+
+    @property
+    def interrupted(self) -> signal.Signals | None:
+        """The signal that asked to stop, if one did."""
+        return self._stop.signal
 
     @contextmanager
     def _files(self) -> Iterator[None]:
@@ -96,7 +90,6 @@ class Recorder:
             unit="step",
             dynamic_ncols=True,
         )
-        (self.folder / STOP).unlink(missing_ok=True)
         self._returned = time.perf_counter()
         try:
             yield
@@ -130,8 +123,7 @@ class Recorder:
             self._preview(state)
         if state.step - self._saved_at >= self.config.checkpoint.every_n_train_steps:
             self.save(state)
-        self._look_for_stop()
-        return self.interrupted is not None
+        return self._stop.asked()
 
     def save(self, state: dp.SolverState[Any]) -> None:
         """Write a checkpoint."""
@@ -182,28 +174,6 @@ class Recorder:
         save_picture(pictures, self.folder / "preview.png")
         sheet = torch.cat(list(pictures), -1)
         self._board.add_image("preview", sheet.clamp(0, 1), state.step)
-
-    def _ask_to_stop(self, number: int, frame: FrameType | None) -> None:
-        """Stop after this iteration; a second time, at once."""
-        del frame
-        if self.folder is None:
-            return  # rank 0 decides for all
-        now = time.monotonic()
-        if self.interrupted is not None and now - self._interrupted_at > SAME_SIGNAL:
-            raise KeyboardInterrupt
-        if self.interrupted is None:
-            self._interrupted_at = now
-            self.interrupted = signal.Signals(number)
-            tqdm.write("Stopping after this iteration; once more stops at once.")
-
-    def _look_for_stop(self) -> None:
-        """A file named `stop` in the run folder asks too; it may name the signal."""
-        assert self.folder is not None
-        file = self.folder / STOP
-        if file.exists():
-            asked = file.read_text().strip()
-            self.interrupted = signal.SIGTERM if asked == "SIGTERM" else signal.SIGINT
-            file.unlink(missing_ok=True)
 
 
 def _number(value: float) -> float | None:

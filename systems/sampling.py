@@ -17,7 +17,6 @@ from systems import folders, workers
 from systems.base import default_device
 from systems.config import Config
 from systems.export import save_picture
-from systems.priors import open_pipeline, resolve
 from systems.prompts import PromptConfig
 from systems.reader import ConfigError, read
 from systems.settings import at_least, one_of
@@ -229,7 +228,10 @@ def work(config: Config, folder: Path | None = None, leads: bool = True) -> int:
 
 
 def _pipeline(wanted: SamplerConfig) -> Any:
+    # Here, so that threestudio's own, older diffusers is enough for its backend.
     import diffusers
+
+    from systems.priors import open_pipeline, resolve
 
     source = resolve(wanted.pretrained_model_name_or_path)
     pipeline = open_pipeline(source).to(default_device())

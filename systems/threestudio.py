@@ -13,8 +13,10 @@ import json
 import os
 import shutil
 import sys
+import tempfile
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -30,6 +32,8 @@ from dreampropeller.adapters.threestudio import ThreestudioTrajectory, make_traj
 from systems import workers
 from systems.config import DispatchConfig, SolverConfig
 from systems.reader import ConfigError, read
+from systems.recorder import STOP
+from systems.stopping import Stop
 
 _OURS = ("backend", "threestudio", "solver", "dispatch")
 _RANKS = ("RANK", "LOCAL_RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK")
@@ -100,9 +104,11 @@ def run(path: Path | None, trains: bool, overrides: Sequence[str]) -> int:
         theirs.timestamp = None if workers.is_rank() else now
     text = OmegaConf.to_yaml(theirs)
     job = (ours, text, dotted, path.resolve())
-    if count > 1 and not workers.is_rank():
-        return dp.launch(work, *job, num_workers=count)[0]
-    return work(*job)
+    if count == 1 or workers.is_rank():
+        return work(*job, None)
+    with tempfile.TemporaryDirectory() as scratch:  # the run folder has no name yet
+        stop = Path(scratch) / STOP
+        return workers.start(work, *job, stop, num_workers=count, stop=stop)
 
 
 def split(
@@ -123,8 +129,10 @@ def split(
     )
 
 
-def work(ours: BackendConfig, text: str, dotted: list[str], path: Path) -> int:
-    """What each rank does."""
+def work(
+    ours: BackendConfig, text: str, dotted: list[str], path: Path, stop: Path | None
+) -> int:
+    """What each rank does; a file `stop`, here or in the run folder, ends it."""
     rank = join(ours)
     leads = rank == 0
     torch.set_num_threads(ours.dispatch.threads or 1)
@@ -159,15 +167,16 @@ def work(ours: BackendConfig, text: str, dotted: list[str], path: Path) -> int:
     if run.leads:
         run.snapshot(path)
     dispatcher = dp.InlineDispatcher if rank is None else spread(ours.dispatch)
-    solution = dp.solve(
-        trajectory, ours.solver.build(), dispatcher, state=state, on_iteration=run
-    )
+    with run.listening(stop):
+        solution = dp.solve(
+            trajectory, ours.solver.build(), dispatcher, state=state, on_iteration=run
+        )
     if run.leads:
         run.finish(solution)
     if dist.is_initialized():
         dist.barrier()  # rank 0 renders its pictures in peace
         dist.destroy_process_group()
-    return 0
+    return 128 + run.stop.signal if run.stop.signal else 0
 
 
 def join(ours: BackendConfig) -> int | None:
@@ -283,6 +292,17 @@ class _Run:
         self._folder = Path(cfg.trial_dir)
         self._loggers: list[Any] = []
         self._every = int(cfg.trainer.get("val_check_interval") or 0)
+        self._saves = int(cfg.checkpoint.get("every_n_train_steps") or 0)
+        self.stop = Stop(None)
+
+    @contextmanager
+    def listening(self, file: Path | None) -> Iterator[None]:
+        """Hear signals and files that ask to stop, during a solve."""
+        if self.leads:
+            own = self._folder / STOP
+            self.stop = Stop([own] if file is None else [own, file])
+        with self.stop.listening():
+            yield
 
     def snapshot(self, path: Path) -> None:
         """The config and the command, in the places `--test` looks for them."""
@@ -303,14 +323,22 @@ class _Run:
         for offset, aux in enumerate(iteration.aux):
             for logger in self._loggers:
                 logger.log_metrics(aux, step=iteration.begin + offset)
-        end = iteration.begin + iteration.stride
-        if self._every and iteration.begin // self._every < end // self._every:
+        if self._due(self._every, iteration) or self._due(self._saves, iteration):
             checkpoint.save(self._folder / "ckpts" / _STATES, state)
+        if self._due(self._every, iteration):
             self._evaluate("validate", state.step, state.y)
-        return False
+        return self.stop.asked()
+
+    @staticmethod
+    def _due(every: int, iteration: dp.Iteration) -> bool:
+        end = iteration.begin + iteration.stride
+        return every > 0 and iteration.begin // every < end // every
 
     def finish(self, solution: dp.Solution[Any]) -> None:
-        """Checkpoints for threestudio, its test pictures, and what the run cost."""
+        """Checkpoints for threestudio, its test pictures, and what the run cost.
+
+        Stopped early it is saved, but not tested.
+        """
         step, folder = solution.state.step, self._folder / "ckpts"
         checkpoint.save(folder / _STATES, solution.state)
         self._trajectory.settle(step, solution.value)
@@ -336,8 +364,15 @@ class _Run:
             "steps_per_iteration": step / stats.num_iterations,
         }
         (self._folder / "report.json").write_text(json.dumps(report, indent=2) + "\n")
-        self._evaluate("test", step, solution.value)
         print(f"{self._folder}: {json.dumps(report)}")
+        if self.stop.signal is None:
+            self._evaluate("test", step, solution.value)
+            return
+        print(
+            f"Stopped at step {step}. To go on: `python launch.py --config "
+            f"{self._folder}/configs/parsed.yaml --train backend=threestudio "
+            f"resume={self._folder}`, with the other settings of this run's command."
+        )
 
     def _evaluate(self, stage: str, step: int, y: dp.State) -> None:
         """Render with threestudio's own validation or test."""

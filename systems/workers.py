@@ -39,9 +39,6 @@ def run(
 ) -> int:
     """Start `dispatch.num_workers` ranks of a function and wait for them.
 
-    Ctrl-C and SIGTERM reach rank 0 through the file `stop` in the run folder, so that
-    it can finish its iteration; a second one ends everything at once.
-
     Args:
         work: Called with the config, the folder (rank 0) or None, and whether this
             is rank 0; returns an exit code.
@@ -51,28 +48,47 @@ def run(
     Raises:
         WorkerError: A rank failed.
     """
+    count = config.dispatch.num_workers
+    return start(_rank, work, config, folder, num_workers=count, stop=folder / STOP)
+
+
+def start(
+    function: Callable[..., int], *arguments: Any, num_workers: int, stop: Path
+) -> int:
+    """Start ranks of a function; gives rank 0's exit code.
+
+    Ctrl-C and SIGTERM reach rank 0 through a file, so that it can finish its iteration;
+    a second one ends everything at once.
+
+    Args:
+        function: Called on each rank; it has to look for the file (`Stop`).
+        *arguments: Of the function.
+        num_workers: How many ranks.
+        stop: The file.
+
+    Raises:
+        WorkerError: A rank failed.
+    """
     outcome: list[Any] = []
 
     def launch() -> None:
         try:
             outcome.extend(
-                dp.launch(
-                    _rank, work, config, folder, num_workers=config.dispatch.num_workers
-                )
+                dp.launch(_quietly, function, *arguments, num_workers=num_workers)
             )
         except BaseException as error:  # handed to the main thread
             outcome.append(error)
 
     asked: list[int] = []
 
-    def stop(number: int, frame: FrameType | None) -> None:
+    def pass_on(number: int, frame: FrameType | None) -> None:
         del frame
         if asked:
             os._exit(128 + number)  # ranks follow their launcher
         asked.append(number)
-        (folder / STOP).write_text(signal.Signals(number).name)
+        stop.write_text(signal.Signals(number).name)
 
-    previous = {n: signal.signal(n, stop) for n in (signal.SIGINT, signal.SIGTERM)}
+    previous = {n: signal.signal(n, pass_on) for n in (signal.SIGINT, signal.SIGTERM)}
     try:
         # Not in the main thread: there torch's launcher would end ranks on a signal.
         thread = threading.Thread(target=launch)
@@ -88,11 +104,15 @@ def run(
     return int(first)
 
 
+def _quietly(function: Callable[..., int], *arguments: Any) -> int:
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)  # the launching process passes them on
+    return function(*arguments)
+
+
 def _rank(
     work: Callable[[Config, Path | None, bool], int], config: Config, folder: Path
 ) -> int:
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)  # the launching process passes them on
     leads = os.environ["RANK"] == "0"
     return work(config, folder if leads else None, leads)
 

@@ -89,6 +89,7 @@ WORKSPACE = [
     "quality",
     "export",
     "folders",
+    "stopping",
     "recorder",
     "results",
     "workers",

@@ -26,11 +26,12 @@ from dreampropeller.adapters.lift3d import (
 from dreampropeller.adapters.lightning import Keyed
 from dreampropeller.dispatch.base import Dispatcher, InlineDispatcher
 from dreampropeller.dispatch.distributed import DistributedDispatcher
+from dreampropeller.drift_threshold import DriftThreshold
 from dreampropeller.picard import PicardSolver
 from dreampropeller.predictor import Predictor
 from dreampropeller.solution import Solution
 from dreampropeller.solver import SolverState, solve
-from dreampropeller.threshold import EMAThreshold, Threshold
+from dreampropeller.threshold import Threshold
 from dreampropeller.trajectory import Trajectory
 from dreampropeller.window import SlidingWindow
 
@@ -75,8 +76,7 @@ def accelerate(
         datamodule: See `ThreestudioTrajectory`.
         num_steps: The number of steps.
         window: Steps tried at once; one per device is a good start.
-        threshold: What error counts as converged; default: the published rule with
-            the published values for DreamFusion.
+        threshold: What error counts as converged; default: `DriftThreshold()`.
         predictor: How new steps are guessed.
         config: The experiment's config, for its seed and precision.
         state: Where to continue from.
@@ -87,9 +87,8 @@ def accelerate(
     trajectory = make_trajectory(
         system, datamodule, config, num_steps=num_steps, verify=verify, random=random
     )
-    if threshold is None:
-        threshold = EMAThreshold(5e-6, 0.9, "median")
-    solver = PicardSolver(SlidingWindow(window), threshold, predictor)
+    chosen = threshold or DriftThreshold()
+    solver = PicardSolver(SlidingWindow(window), chosen, predictor)
     solution = solve(
         trajectory, solver, dispatcher(), state=state, on_iteration=on_iteration
     )

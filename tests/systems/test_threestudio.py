@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -78,3 +80,22 @@ def test_a_missing_package_is_named(
 def test_threestudios_checkpoint_is_no_state_to_go_on_from() -> None:
     with pytest.raises(ConfigError, match=r"resume=RUN`.*system\.weights"):
         threestudio.load_state("run/ckpts/last.ckpt")
+
+
+def test_the_front_door_opens_without_our_own_systems_packages() -> None:
+    """Beside threestudio's older stack nothing newer may be imported on the way."""
+    program = """
+import sys
+
+class Missing:
+    def find_spec(self, name, *_):
+        if name.split(".")[0] in ("diffusers", "transformers", "skimage", "nerfacc"):
+            raise ImportError(name)
+
+sys.meta_path.insert(0, Missing())
+import launch
+"""
+    run = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stderr

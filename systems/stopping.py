@@ -1,0 +1,73 @@
+"""Listening whether to stop: Ctrl-C, SIGTERM, or a file."""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+
+from tqdm import tqdm
+
+SAME_SIGNAL = 2.0
+"""Seconds within which signals count as one: a launcher repeats the terminal's."""
+
+
+class Stop:
+    """A wish to stop, granted after the iteration at hand.
+
+    Args:
+        files: Any of them asks too, and may hold the name of a signal; it is removed.
+            None: hear nothing (ranks other than 0; rank 0 decides for all).
+
+    Attributes:
+        signal: What asked, if anything did; a file counts as Ctrl-C, unless it says
+            SIGTERM.
+    """
+
+    def __init__(self, files: Sequence[Path] | None) -> None:
+        self.signal: signal.Signals | None = None
+        self._files = files
+        self._at = 0.0
+
+    @contextmanager
+    def listening(self) -> Iterator[Stop]:
+        """Take the signals over, and give them back; files left behind do not count.
+
+        Raises:
+            KeyboardInterrupt: A second signal came: stop at once.
+        """
+        for file in self._files or ():
+            file.unlink(missing_ok=True)
+        previous = {
+            number: signal.signal(number, self._hear)
+            for number in (signal.SIGINT, signal.SIGTERM)
+        }
+        try:
+            yield self
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+
+    def asked(self) -> bool:
+        """Whether to stop now."""
+        for file in self._files or ():
+            if file.exists():
+                named = file.read_text().strip() == "SIGTERM"
+                self.signal = signal.SIGTERM if named else signal.SIGINT
+                file.unlink(missing_ok=True)
+        return self.signal is not None
+
+    def _hear(self, number: int, frame: FrameType | None) -> None:
+        del frame
+        if self._files is None:
+            return
+        now = time.monotonic()
+        if self.signal is None:
+            self._at = now
+            self.signal = signal.Signals(number)
+            tqdm.write("Stopping after this iteration; once more stops at once.")
+        elif now - self._at > SAME_SIGNAL:
+            raise KeyboardInterrupt
