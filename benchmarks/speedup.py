@@ -101,17 +101,22 @@ def jobs(
 def solve(job: runs.Job) -> Entry:
     """Solve a job, and keep its pictures to compare with other runs' ones."""
     entry, found = runs.solved(job)
-    name = hashlib.sha256(repr(job["settings"]).encode()).hexdigest()[:16]
-    file = Path(job["pictures"]) / f"{name}.pt"
+    file = pictures_of(job)
     file.parent.mkdir(parents=True, exist_ok=True)
     torch.save(found.pictures, file)
-    return {**entry, "pictures": str(file)}
+    return entry
+
+
+def pictures_of(entry: runs.Job) -> Path:
+    """The file of a run's pictures, in the folder it names."""
+    name = hashlib.sha256(repr(entry["settings"]).encode()).hexdigest()[:16]
+    return Path(entry["pictures"]) / f"{name}.pt"
 
 
 def deviation(entry: Entry, plain: dict[tuple[str, int], Entry]) -> float:
     """PSNR of a run's pictures against the plain loop's; infinite when equal."""
     base = plain[entry["prompt"], entry["seed"]]
-    a, b = (torch.load(e["pictures"], weights_only=True) for e in (entry, base))
+    a, b = (torch.load(pictures_of(e), weights_only=True) for e in (entry, base))
     error = float((a - b).square().mean())
     return -10 * math.log10(error) if error else math.inf
 
@@ -185,8 +190,9 @@ def table(lines: list[Entry]) -> str:
 
 
 def plot(lines: list[Entry], path: Path) -> None:
-    """Quality against iterations."""
+    """Quality against iterations; points of a window bear its size."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import NullFormatter, ScalarFormatter
 
     figure = Figure(figsize=(7, 4.2), layout="constrained")
     axes = figure.add_subplot()
@@ -198,7 +204,20 @@ def plot(lines: list[Entry], path: Path) -> None:
             "o-" if len(own) > 1 else "s",
             label=row,
         )
+        for line in own:
+            if line["window"]:
+                place = (line["iterations"], line["psnr"])
+                axes.annotate(
+                    str(line["window"]),
+                    place,
+                    xytext=(2, 5),
+                    textcoords="offset points",
+                    fontsize=7,
+                )
     axes.set(xlabel="iterations", ylabel="mean PSNR, dB", xscale="log")
+    axes.set_xticks([10, 20, 50, 100, 200])
+    axes.xaxis.set_major_formatter(ScalarFormatter())
+    axes.xaxis.set_minor_formatter(NullFormatter())
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
     figure.savefig(path, dpi=130)
@@ -210,6 +229,8 @@ def main() -> None:
     parser.add_argument("--config", default=CONFIG)
     parser.add_argument("--objects", nargs="+", default=list(OBJECTS))
     parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS))
+    parser.add_argument("--rows", nargs="+", help="of the table, such as `drift, 0.1`")
+    parser.add_argument("--windows", type=int, nargs="+", default=list(WINDOWS))
     parser.add_argument("--workers", type=int, default=2, help="processes of 1 thread")
     parser.add_argument("--set", nargs="*", default=[], help="further settings")
     parser.add_argument("--to", type=Path, default=Path("outputs/speedup"))
@@ -219,6 +240,8 @@ def main() -> None:
         for job in jobs(
             arguments.config, arguments.objects, arguments.seeds, arguments.set
         )
+        if job["window"] in (None, *arguments.windows)
+        and (not arguments.rows or job["row"] in (PLAIN, *arguments.rows))
     ]
     entries = runs.run_all(
         wanted, arguments.to / "runs.jsonl", arguments.workers, solve

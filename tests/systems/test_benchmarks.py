@@ -87,16 +87,19 @@ def test_rivals_are_ranked_at_their_best_rate(tmp_path: Path) -> None:
         ("5 steps", None, 0.1, 15.0, 5),
         ("5 steps", None, 0.4, 20.0, 5),
     ):
-        file = tmp_path / f"{row}-{rate}.pt"
-        torch.save(torch.full((2, 3, 4, 4), psnr / 100), file)
-        lines += [
+        made = [
             {
                 **{"row": row, "window": window, "rate": rate, "seed": seed},
-                **{"prompt": "a red mug", "pictures": str(file), "iou": 0.8},
+                **{"prompt": "a red mug", "pictures": str(tmp_path), "iou": 0.8},
                 **{"psnr": psnr, "iterations": iterations, "evaluations": 40},
+                "settings": [row, str(rate), str(seed)],
             }
             for seed in speedup.SEEDS
         ]
+        for line in made:
+            picture = torch.full((2, 3, 4, 4), psnr / 100)
+            torch.save(picture, speedup.pictures_of(line))
+        lines += made
     found = {line["row"]: line for line in speedup.summarise(lines)}
     assert found["5 steps"]["rate"] == 0.4
     assert found["drift"]["loss"] == pytest.approx(0.1)
