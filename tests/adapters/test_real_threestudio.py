@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import trimesh
 import yaml
 
 ROOT = Path(__file__).parent.parent.parent
@@ -176,15 +177,31 @@ def test_launch_leaves_what_threestudio_leaves(root: Path) -> None:
     # threestudio's own `--test` reads it, from the checkout.
     (film,) = (folder / "save").glob("it12-test.mp4")
     film.unlink()
-    program = (
-        "import os, sys, runpy; os.chdir(sys.argv.pop(1)); sys.path[0] = os.getcwd();"
-        "runpy.run_path('launch.py', run_name='__main__')"
+    place = (
+        "import os, sys, runpy; os.chdir(sys.argv.pop(1)); sys.path[0] = os.getcwd()"
     )
+    theirs = "runpy.run_path('launch.py', run_name='__main__')"
     where = [str(root), "--config", str(folder / "configs" / "parsed.yaml"), "--test"]
     last = str(folder / "ckpts" / "last.ckpt")
-    python("-c", program, *where, f"resume={last}")
+    python("-c", f"{place}; {theirs}", *where, f"resume={last}")
     assert film.exists()
     python("-c", NEXT_STAGE, str(root), last)
+
+    # So does its `--export`; only textures would draw with nvdiffrast.
+    undrawn = (
+        "import threestudio.utils.rasterize as rasterize;"
+        "rasterize.dr.RasterizeGLContext = lambda **_: None"
+    )
+    where[-1] = "--export"
+    python(
+        *("-c", f"{place}; {undrawn}; {theirs}", *where, f"resume={last}"),
+        *("system.exporter_type=mesh-exporter", "system.exporter.fmt=obj"),
+        *("system.exporter.save_uv=false", "system.exporter.save_texture=false"),
+        *("system.geometry.isosurface_resolution=32",),
+        "system.geometry.isosurface_threshold=auto",
+    )
+    (mesh,) = (folder / "save").rglob("*.obj")
+    assert len(trimesh.load_mesh(mesh).faces) > 50
 
 
 @needs_checkout
