@@ -11,6 +11,7 @@ of tiny-cuda-nn is used where it is installed (that path has not been run).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -122,29 +123,49 @@ class HashGrid(nn.Module):
         self, points: Float[Tensor, "points 3"]
     ) -> Float[Tensor, "points channels"]:
         """Interpolated features, coarse levels first."""
-        rows: list[Tensor] = []
-        weights: list[Tensor] = []
+        # One-dimensional gathers: the backward pass of `embedding` is ten times slower
+        # on a CPU.
+        columns = self.table.unbind(1)
+        features: list[Tensor] = []
         begin = 0
-        corners = torch.cartesian_prod(*[torch.arange(2, device=points.device)] * 3)
         for resolution, count in zip(self._resolutions, self._rows, strict=True):
             scaled = points * resolution
             low = scaled.detach().floor().clamp(0, resolution - 1)
-            share = (scaled - low)[:, None]
-            weights.append(torch.where(corners == 1, share, 1 - share).prod(-1))
-            corner = low.long()[:, None] + corners
-            rows.append(begin + _row(corner, resolution + 1, count))
+            weight = _corner_weights(scaled - low)
+            row = begin + _corner_rows(low.long(), resolution + 1, count)
+            features += [
+                (weight * column.gather(0, row.flatten()).view_as(row)).sum(-1)
+                for column in columns
+            ]
             begin += count
-        index, weight = torch.stack(rows, 1), torch.stack(weights, 1)
-        features = torch.nn.functional.embedding(index, self.table)
-        return (weight[..., None] * features).sum(2).flatten(1)
+        return torch.stack(features, -1)
 
 
-def _row(corner: Tensor, side: int, count: int) -> Tensor:
-    """Row of a corner in a table of `count` rows for a grid of `side` points a side."""
+def _corner_weights(share: Tensor) -> Tensor:
+    """Trilinear weights of a cell's corners, ``(points, 8)``."""
+    x, y, z = torch.stack([1 - share, share], -1).unbind(1)
+    return (x[:, :, None, None] * y[:, None, :, None] * z[:, None, None]).flatten(1)
+
+
+def _corner_rows(low: Tensor, side: int, count: int) -> Tensor:
+    """Rows of a cell's corners, ``(points, 8)``, in a table of `count` rows.
+
+    Args:
+        low: The lowest corner, shape ``(points, 3)``.
+        side: Points a side of the grid.
+        count: Rows of the table.
+    """
+    corner = torch.stack([low, low + 1], -1)
     if side**3 <= count:  # room for all: no two corners share a row
-        return (corner[..., 0] * side + corner[..., 1]) * side + corner[..., 2]
-    x, y, z = (corner[..., axis] * prime for axis, prime in enumerate(_PRIMES))
-    return (x ^ y ^ z) % count
+        x, y, z = (corner * _column([side * side, side, 1], corner)).unbind(1)
+        return (x[:, :, None, None] + y[:, None, :, None] + z[:, None, None]).flatten(1)
+    x, y, z = (corner * _column(_PRIMES, corner)).unbind(1)
+    mixed = x[:, :, None, None] ^ y[:, None, :, None] ^ z[:, None, None]
+    return mixed.flatten(1) % count
+
+
+def _column(factors: Sequence[int], like: Tensor) -> Tensor:
+    return torch.tensor(factors, device=like.device)[:, None]
 
 
 class ImplicitVolume(Field):
