@@ -24,6 +24,7 @@ from dreampropeller.predictor import Momentum as Momentum
 from dreampropeller.predictor import Predictor as Predictor
 from dreampropeller.predictor import RepeatLast as RepeatLast
 from dreampropeller.rng import StepRandom as StepRandom
+from dreampropeller.secant import Secant as Secant
 from dreampropeller.solution import Iteration as Iteration
 from dreampropeller.solution import NotConverged as NotConverged
 from dreampropeller.solution import Result as Result

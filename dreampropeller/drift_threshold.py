@@ -16,7 +16,7 @@ from statistics import median
 import torch
 
 from dreampropeller.threshold import Observation, Threshold
-from dreampropeller.tree import Nest, State, norm
+from dreampropeller.tree import Nest, State, moving, norm
 
 ROUNDING = 64
 """Relative changes of a drift below so many units in the last place say nothing."""
@@ -187,14 +187,9 @@ class DriftThreshold(Threshold):
 
 
 def _moving(y: State, drift: State) -> State:
-    """The entries of a drift that move the state: no statistics, no buffers' values."""
-    floating = {
-        name: value
-        for name, value in drift.items()
-        if value.is_floating_point() and f"{name}/changed" not in drift
-    }
-    own = {n: v for n, v in floating.items() if n in y and y[n].shape == v.shape}
-    return own or floating
+    """The entries a drift is measured by: what moves the state, if anything does."""
+    floating = {n: v for n, v in drift.items() if v.is_floating_point()}
+    return moving(y, drift) or floating
 
 
 def _rounding(drift: State) -> float:

@@ -24,6 +24,7 @@ from dreampropeller.anderson import Anderson
 from dreampropeller.dispatch.base import Dispatcher
 from dreampropeller.drift_threshold import DriftThreshold
 from dreampropeller.predictor import Predictor, as_predictor
+from dreampropeller.secant import Secant
 from dreampropeller.solution import Iteration, Stats
 from dreampropeller.solver import (
     NonFinite,
@@ -59,8 +60,9 @@ class PicardSolver(Solver):
         non_finite: What to do with a drift that is not finite at the anchor: "raise",
             or "skip" to leave the state as it is and go on (the step counts). At a
             guess it only cuts the window: a bad guess is no error.
-        acceleration: Correct the guesses that did not pass by those of past iterations:
-            `Anderson`, for smooth deterministic drifts; None: the published iteration.
+        acceleration: Learn from past iterations: `Secant` corrects drifts to the states
+            they are used at; `Anderson` corrects the guesses that did not pass, for
+            smooth deterministic drifts; None: the published iteration.
     """
 
     window: Window
@@ -68,7 +70,7 @@ class PicardSolver(Solver):
     predictor: str | Predictor = "repeat_last"
     norm: Callable[[State, State], Tensor] = mean_square
     non_finite: NonFinite = "raise"
-    acceleration: Anderson | None = None
+    acceleration: Secant | Anderson | None = None
 
     def __post_init__(self) -> None:
         for name, value, kind, example in (
@@ -79,21 +81,29 @@ class PicardSolver(Solver):
                 raise TypeError(
                     f"`{name}` is {value!r}: write `PicardSolver({name}={example})`."
                 )
-        if not isinstance(self.acceleration, Anderson | None):
+        if not isinstance(self.acceleration, Secant | Anderson | None):
             raise TypeError(
                 f"`acceleration` is {self.acceleration!r}: write "
-                "`PicardSolver(acceleration=Anderson())`, or None for none."
+                "`PicardSolver(acceleration=Secant())`, `Anderson()`, or None for none."
             )
         learns = isinstance(self.threshold, DriftThreshold) and not self.threshold.exact
-        if self.acceleration is not None and learns:
+        if self._anderson is not None and learns:
             raise ValueError(
                 "`DriftThreshold` measures a drift again at the rolled-out state, in "
-                "whose place `acceleration` puts another: write "
-                "`threshold=FixedThreshold(1e-6)` (`solver.threshold.name=fixed "
+                "whose place `Anderson` puts another: write `acceleration=Secant()`, "
+                "or `threshold=FixedThreshold(1e-6)` (`solver.threshold.name=fixed "
                 "solver.threshold.value=1e-6`), or leave the acceleration out."
             )
         as_predictor(self.predictor)
         check_non_finite(self.non_finite)
+
+    @property
+    def _secant(self) -> Secant | None:
+        return self.acceleration if isinstance(self.acceleration, Secant) else None
+
+    @property
+    def _anderson(self) -> Anderson | None:
+        return self.acceleration if isinstance(self.acceleration, Anderson) else None
 
     def init(self, y: State, carry: Any) -> SolverState[Any]:
         """The anchor at step 0, without guesses."""
@@ -151,9 +161,16 @@ class PicardSolver(Solver):
                 state.threshold, steps[:usable], guesses[:usable], finite
             )
         most = self.threshold.limit(learnt, usable, limit - state.step)
+        history, slopes = state.acceleration, {}
+        if self._secant is not None:
+            with timer.phase("accelerate"):
+                history = self._secant.learn(
+                    history, steps[:usable], guesses[:usable], finite
+                )
+                slopes = self._secant.slopes(history)
         with timer.phase("rollout"), torch.no_grad():
             rollout = self._roll_out(
-                trajectory, state, guesses, drifts[:usable], learnt, most, timer
+                trajectory, state, guesses, drifts[:usable], slopes, learnt, most, timer
             )
 
         bound = self.threshold.bound(learnt)
@@ -166,11 +183,11 @@ class PicardSolver(Solver):
         )
         window = self.window.adapt(state.window, length, stride)
         carry, end_carry = rollout.carry_at(trajectory, state, stride)
-        ahead, history = rollout.states[stride + 1 :], None
-        if self.acceleration is not None:
+        ahead = rollout.states[stride + 1 :]
+        if self._anderson is not None:
             with timer.phase("accelerate"):
                 ahead, history = self._accelerated(
-                    self.acceleration,
+                    self._anderson,
                     trajectory,
                     dispatcher,
                     state,
@@ -178,7 +195,7 @@ class PicardSolver(Solver):
                     rollout,
                     stride,
                 )
-        accepted = [drift for drift in drifts[:stride] if drift is not None]
+        accepted = [drift for drift in rollout.drifts[:stride] if drift is not None]
         with timer.phase("predict"):
             memory = predictor.settle(predictor.observe(memory, accepted), choice)
             step = state.step + stride
@@ -196,13 +213,15 @@ class PicardSolver(Solver):
             steps=steps[:usable],
             guesses=guesses[: usable + 1],
             states=rollout.states,
-            drifts=finite,
+            drifts=[drift or {} for drift in rollout.drifts],
             errors=rollout.errors,
             distances=rollout.distances,
             stride=stride,
         )
         with timer.phase("threshold"):
             adapted = self.threshold.adapt(learnt, observation)
+        if self._secant is not None:
+            history = self._secant.hold(history, replace(observation, drifts=finite))
         after = SolverState(
             step=step,
             y=rollout.states[stride],
@@ -246,17 +265,22 @@ class PicardSolver(Solver):
         state: SolverState[Any],
         guesses: Sequence[State],
         drifts: Sequence[State | None],
+        slopes: State,
         learnt: Nest,
         most: int,
         timer: Any,
     ) -> _Rollout:
         bound = self.threshold.bound(learnt)
         y, carry = state.y, copy_nest(state.carry)
-        rollout = _Rollout(states=[y], drifts=drifts, carry=carry)
+        rollout = _Rollout(states=[y], drifts=[], carry=carry)
         for slot, drift in enumerate(drifts):
             step = state.step + slot
-            if self.acceleration is not None and self.acceleration.order is not None:
+            if self._anderson is not None and self._anderson.order is not None:
                 rollout.carries.append(copy_nest(carry))
+            # An exact guess needs no correction; adding zero would turn −0 into 0.
+            if drift and self._secant is not None and any(rollout.distances[-1:]):
+                drift = self._secant.correct(slopes, drift, y, guesses[slot])
+            rollout.drifts.append(drift)
             if drift is not None:
                 with timer.phase("update"):
                     y, carry = trajectory.update(step, y, carry, drift)
@@ -321,7 +345,7 @@ class _Rollout:
     """States, errors and carries rolled out from an anchor."""
 
     states: list[State]
-    drifts: Sequence[State | None]
+    drifts: list[State | None]  # as they were used
     carry: Nest
     distances: list[float] = field(default_factory=list)
     errors: list[float] = field(default_factory=list)

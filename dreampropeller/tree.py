@@ -179,6 +179,18 @@ def norm(state: State) -> float:
     return float(mean_square(state, zero) * count) ** 0.5
 
 
+def moving(y: State, drift: State) -> State:
+    """The entries of a drift that move the state: no statistics, no buffers' values."""
+    return {
+        name: value
+        for name, value in drift.items()
+        if value.is_floating_point()
+        and f"{name}/changed" not in drift
+        and name in y
+        and y[name].shape == value.shape
+    }
+
+
 def share_differing(new: State, old: State) -> Float[Tensor, " "]:
     """Share of all entries whose bits differ: zero exactly for equal states (Eq. 7)."""
     counts = [differs(new[name], old[name]).sum() for name in new if new[name].numel()]

@@ -121,10 +121,12 @@ class ThresholdConfig:
 
 @dataclass(frozen=True)
 class AccelerationConfig:
-    """`solver.acceleration`: guesses corrected by those of past iterations.
+    """`solver.acceleration`: what is learnt from past iterations.
 
     Args:
-        name: "none", or "anderson", for smooth deterministic gradients or samplers.
+        name: "none"; "secant", drifts corrected to the states they are used at; or
+            "anderson", guesses corrected, for smooth deterministic gradients or
+            samplers.
         memory: Of Anderson: past iterations used.
         order: Of Anderson: updates from a guess to the state it is compared with; null:
             from the last accepted step.
@@ -135,17 +137,19 @@ class AccelerationConfig:
     order: int | None = None
 
     def __post_init__(self) -> None:
-        one_of("name", self.name, ("none", "anderson"))
-        if self.name == "none" and (self.memory, self.order) != (2, None):
+        one_of("name", self.name, ("none", "secant", "anderson"))
+        if self.name != "anderson" and (self.memory, self.order) != (2, None):
             raise ValueError(
-                "`memory` and `order` have no effect on `none`: write `name=anderson`, "
-                "or leave them out."
+                f"`memory` and `order` have no effect on `{self.name}`: write "
+                "`name=anderson`, or leave them out."
             )
         self.build()
 
-    def build(self) -> dp.Anderson | None:
+    def build(self) -> dp.Secant | dp.Anderson | None:
         """The core's acceleration."""
-        return dp.Anderson(self.memory, self.order) if self.name != "none" else None
+        if self.name == "anderson":
+            return dp.Anderson(self.memory, self.order)
+        return dp.Secant() if self.name == "secant" else None
 
 
 @dataclass(frozen=True)

@@ -34,6 +34,7 @@ ROOMS = [
     "window",
     "threshold",
     "drift_threshold",
+    "secant",
     "solution",
     "dispatch.base",
     "dispatch.batched",

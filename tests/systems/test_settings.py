@@ -90,6 +90,7 @@ def test_acceleration_by_name() -> None:
     fixed = ("solver.threshold.name=fixed", "solver.threshold.value=1e-6")
     name = "solver.acceleration.name="
     assert solver().acceleration is solver(f"{name}none").acceleration is None
+    assert solver(f"{name}secant").acceleration == dp.Secant()
     assert solver(f"{name}anderson", *fixed).acceleration == dp.Anderson()
     more = ("solver.acceleration.memory=3", "solver.acceleration.order=4")
     assert solver(f"{name}anderson", *fixed, *more).acceleration == dp.Anderson(3, 4)
@@ -103,9 +104,15 @@ def test_acceleration_by_name() -> None:
         (["solver.window.size=soon"], "write a whole number or auto"),
         (["solver.window.max_size=4"], "`window.largest` is 4"),
         (["solver.window.size=auto", "solver.window.max_size=4"], "leave them out"),
-        (["solver.acceleration.name=newton"], "`newton`: write none or anderson"),
+        (
+            ["solver.acceleration.name=newton"],
+            "`newton`: write none or secant or anderson",
+        ),
         (["solver.acceleration.memory=3"], "no effect on `none`.*`name=anderson`"),
-        (["solver.acceleration.name=anderson"], "write `threshold=FixedThreshold"),
+        (
+            ["solver.acceleration.name=anderson"],
+            r"write `acceleration=Secant\(\)`, or `threshold=Fixed",
+        ),
         (
             ["solver.acceleration.name=anderson", "solver.acceleration.memory=0"],
             "`acceleration.memory` is 0: write 1 or more",

@@ -1,0 +1,173 @@
+"""The secant correction saves iterations, and never moves what is exact."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from dreampropeller import (
+    DriftThreshold,
+    FixedThreshold,
+    OptimizationTrajectory,
+    PicardSolver,
+    Secant,
+    Sequential,
+    SlidingWindow,
+    SolverState,
+    State,
+    checkpoint,
+    solve,
+)
+from dreampropeller.solution import Iteration
+from dreampropeller.threshold import Observation
+from tests.helpers import JUMPS, TOYS, make_quadratic, noise, tree_equal
+
+EXACT = FixedThreshold(0)
+CURVATURE = torch.linspace(0.5, 2.0, 6, dtype=torch.float64)
+
+
+def pulled(step: int, y: State) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """A quadratic with noisy gradients, steep for its learning rate."""
+    x = y["x"]
+    loss = (CURVATURE * (x - noise(step, 6)).square() / 2).sum()
+    return loss, {"loss": loss}
+
+
+def make_pulled() -> OptimizationTrajectory:
+    return OptimizationTrajectory(
+        pulled,
+        {"x": torch.ones(6, dtype=torch.float64)},
+        lambda params: torch.optim.SGD(params.values(), lr=0.3, momentum=0.5),
+        num_steps=60,
+    )
+
+
+def test_a_steep_quadratic_takes_fewer_iterations() -> None:
+    exact = solve(make_pulled(), Sequential()).value["x"]
+
+    def run(acceleration: Secant | None) -> Any:
+        solver = PicardSolver(
+            SlidingWindow(16), FixedThreshold(1e-6), acceleration=acceleration
+        )
+        return solve(make_pulled(), solver)
+
+    plain, helped = run(None), run(Secant())
+    assert helped.stats.num_iterations < 0.6 * plain.stats.num_iterations
+    errors = [float((s.value["x"] - exact).abs().max()) for s in (plain, helped)]
+    assert max(errors) < 2e-3  # the root of the threshold, and a little
+
+
+@pytest.mark.parametrize("window", [1, 2, 7, 64])
+@pytest.mark.parametrize("name", TOYS)
+def test_zero_threshold_is_sequential_and_ends_in_time(name: str, window: int) -> None:
+    trajectory, loop = TOYS[name].make(), TOYS[name].loop()
+    iterations = 0
+
+    def check(state: SolverState[Any], iteration: Iteration) -> None:
+        nonlocal iterations
+        iterations += 1
+        # After k iterations the first k steps are exact.
+        assert state.step >= iterations
+        assert tree_equal(state.y, loop[state.step])
+
+    solver = PicardSolver(
+        SlidingWindow(window), EXACT, "momentum", acceleration=Secant()
+    )
+    solution = solve(trajectory, solver, on_iteration=check)
+    assert tree_equal(solution.value, loop[-1])
+    assert tree_equal(solution.carry, solve(trajectory, Sequential()).carry)
+
+
+@pytest.mark.parametrize("threshold", [FixedThreshold(1e-6), DriftThreshold()])
+@pytest.mark.parametrize("name", TOYS)
+def test_resumed_equals_uninterrupted(
+    name: str, threshold: Any, tmp_path: Path
+) -> None:
+    solver = PicardSolver(SlidingWindow(5), threshold, acceleration=Secant())
+    whole = solve(TOYS[name].make(), solver)
+    half = solve(TOYS[name].make(), solver, max_iterations=2, throw=False)
+    memory = half.state.acceleration
+    assert memory["held"] or memory["products"] or half.state.step in JUMPS
+    checkpoint.save(tmp_path, half.state)
+    resumed = solve(TOYS[name].make(), solver, state=checkpoint.load(tmp_path))
+    assert tree_equal(resumed.value, whole.value)
+    assert tree_equal(resumed.carry, whole.carry)
+    assert resumed.stats == whole.stats
+
+
+def test_a_state_is_continued_with_and_without() -> None:
+    plain = PicardSolver(SlidingWindow(5), EXACT)
+    helped = PicardSolver(SlidingWindow(5), EXACT, acceleration=Secant())
+    for first, second in ((plain, helped), (helped, plain), (Sequential(), helped)):
+        half = solve(make_quadratic(), first, max_iterations=3, throw=False)
+        end = solve(make_quadratic(), second, state=half.state)
+        assert tree_equal(end.value, TOYS["quadratic-adam"].loop()[-1])
+
+
+def test_a_jump_forgets_the_slopes() -> None:
+    learnt = 0
+
+    def look(state: SolverState[Any], iteration: Iteration) -> None:
+        nonlocal learnt
+        del iteration
+        if state.step in JUMPS:
+            assert state.acceleration == Secant().init()
+        learnt += bool(state.acceleration["products"])
+
+    solver = PicardSolver(
+        SlidingWindow(12), FixedThreshold(1e-12), acceleration=Secant()
+    )
+    solve(TOYS["growing"].make(), solver, on_iteration=look)
+    assert learnt
+
+
+def seen_twice(
+    secant: Secant, old: State, new: State, drifts: tuple[State, State]
+) -> Any:
+    """The memory after one step was evaluated at two guesses."""
+    observation = Observation([3, 4], [old, old, old], [], [drifts[0]] * 2, [], (), 1)
+    held = secant.hold(secant.init(), observation)
+    assert held["held"].keys() == {4}
+    return secant.learn(held, [4], [new], [drifts[1]])
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
+def test_slopes_of_a_diagonal_map_worked_by_hand(dtype: torch.dtype) -> None:
+    """Slopes 2, 1, -1: the last pushes away, and is not used."""
+    slope = torch.tensor([2.0, 1.0, -1.0], dtype=dtype)
+    old, new = {"x": torch.zeros(3, dtype=dtype)}, {"x": torch.ones(3, dtype=dtype)}
+    drifts = {"x": slope * old["x"]}, {"x": slope * new["x"]}
+    secant = Secant(shrinkage=0.5)
+    memory = seen_twice(secant, old, new, drifts)
+    # Σ ΔgΔy = a, Σ Δy² = 1, so λ₀ = 2/3, p = 1/2: (a + 1/3) / 1.5.
+    expected = torch.tensor([14 / 9, 8 / 9, 0.0])
+    assert torch.allclose(secant.slopes(memory)["x"].float(), expected)
+    corrected = secant.correct(secant.slopes(memory), drifts[0], new, old)["x"]
+    assert corrected.dtype == dtype
+    assert torch.allclose(corrected.float(), expected, atol=1e-3)
+
+
+def test_buffers_and_what_did_not_move_are_left_alone() -> None:
+    old = {"x": torch.zeros(2), "grid": torch.zeros(2)}
+    drift = {"x": -torch.zeros(2), "grid": torch.ones(2), "grid/changed": old["x"] == 0}
+    secant = Secant()
+    slopes = secant.slopes(seen_twice(secant, old, old, (drift, drift)))
+    assert slopes.keys() == {"x"}
+    assert not slopes["x"].any()
+    moved = {"x": torch.ones(2), "grid": torch.ones(2)}
+    assert secant.correct(slopes, drift, moved, old)["grid"] is drift["grid"]
+
+
+def test_old_slopes_fade() -> None:
+    secant = Secant(decay=0.5)
+    zero, one = {"x": torch.zeros(1)}, {"x": torch.ones(1)}
+    memory = seen_twice(secant, zero, one, (zero, {"x": torch.full((1,), 4.0)}))
+    assert float(secant.slopes(memory)["x"]) == pytest.approx(4.0)
+    observation = Observation([5, 6], [zero] * 3, [], [zero] * 2, [], (), 1)
+    memory = secant.hold(memory, observation)
+    memory = secant.learn(memory, [6], [one], [one])
+    # (1 + 4 / 2) / (1 + 1 / 2)
+    assert float(secant.slopes(memory)["x"]) == pytest.approx(2.0)
