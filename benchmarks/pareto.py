@@ -1,11 +1,12 @@
 """Quality against iterations: which threshold, predictor and window to take.
 
-`python -m benchmarks.pareto` solves a prompt with every threshold, predictor and window
-in two regimes, beside the plain loop, the exact solve and the rivals (a k-th of the
-steps, k times the views, each at the best of five learning rates). A regime is
-`name:steps:rate`: *tuned* is what `benchmarks.tune` found, *small* takes many small
-steps, as threestudio's configs do. It writes a table and a plot; interrupted, it goes
-on where it was. `--count` only says how many runs and gradients it would take.
+`python -m benchmarks.pareto` solves a prompt with every threshold, predictor and
+window in two regimes, beside the plain loop, the exact solve and the rivals (a k-th
+of the steps, k times the views, each at the best of five learning rates). A regime
+is `name:steps:rate`: *tuned* is what `benchmarks.tune` found, *threestudio* takes
+more and smaller steps, at the rate of threestudio's DreamFusion config. It writes a
+table and a plot; interrupted, it goes on where it was. `--count` only says how many
+runs and gradients it would take.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from systems.config import load
 from systems.folders import environment
 
 CONFIG = "configs/dreamfusion-toybox-hashgrid.yaml"
-REGIMES = ("tuned:200:0.02", "small:1000:0.005")
+REGIMES = ("tuned:400:0.02", "threestudio:1000:0.01")
 WINDOWS = (4, 8, 16, 32)
 PREDICTORS = ("repeat_last", "momentum", "auto")
 THRESHOLDS = (
@@ -30,8 +31,8 @@ THRESHOLDS = (
     "paper:mean",
     "fixed:1e-4",
     "relative:1",
-    "drift:0.05",
-    "drift:0.1",
+    "drift:0.12",
+    "drift:0.12+secant",
 )
 RATES = (0.5, 1.0, 2.0, 4.0, 8.0)
 PLAIN = "plain loop"
@@ -40,7 +41,13 @@ Entry = dict[str, Any]
 
 
 def threshold(spec: str) -> list[str]:
-    """The settings of a threshold: `kind:value`, or `exact`."""
+    """The settings of a threshold: `kind:value`, `kind:value+secant`, or `exact`."""
+    alone, _, acceleration = spec.partition("+")
+    chosen = f"solver.acceleration.name={acceleration or 'none'}"
+    return [*_threshold(alone), chosen]
+
+
+def _threshold(spec: str) -> list[str]:
     kind, _, value = spec.partition(":")
     name = "solver.threshold.name="
     if kind == "paper":
@@ -54,7 +61,8 @@ def threshold(spec: str) -> list[str]:
         return [f"{name}fixed", "solver.threshold.value=0"]
     raise SystemExit(
         f"`{spec}` is no threshold: write `paper:median`, `paper:mean`, `fixed:VALUE`, "
-        "`relative:VALUE`, `drift:VALUE` or `exact`."
+        "`relative:VALUE`, `drift:VALUE`, any of these followed by `+secant`, or "
+        "`exact`."
     )
 
 
@@ -71,7 +79,7 @@ def jobs(arguments: argparse.Namespace) -> list[Entry]:
                 for guess in arguments.predictors:
                     chosen = [size, f"solver.predictor={guess}", *threshold(spec)]
                     rows.append((name, spec, guess, window, steps, rate, chosen))
-            if arguments.exact:
+            if window in arguments.exact:
                 chosen = [size, *threshold(EXACT)]
                 rows.append((name, EXACT, "momentum", window, steps, rate, chosen))
         for k in arguments.rivals:
@@ -211,7 +219,9 @@ def main() -> None:
     parser.add_argument("--thresholds", nargs="*", default=list(THRESHOLDS))
     parser.add_argument("--predictors", nargs="*", default=list(PREDICTORS))
     parser.add_argument("--windows", type=int, nargs="*", default=list(WINDOWS))
-    parser.add_argument("--exact", action="store_true", help="threshold 0 as well")
+    parser.add_argument(
+        "--exact", type=int, nargs="*", default=[], help="windows at threshold 0 too"
+    )
     parser.add_argument("--rivals", type=int, nargs="*", default=[8, 32], help="k")
     parser.add_argument("--workers", type=int, default=2, help="processes of 1 thread")
     parser.add_argument("--set", nargs="*", default=[], help="further settings")

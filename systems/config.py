@@ -109,7 +109,9 @@ class ThresholdConfig:
     def build(self) -> dp.Threshold:
         """The core's threshold."""
         if self.name == "drift":
-            return dp.DriftThreshold(0.1 if self.value is None else self.value)
+            if self.value is None:
+                return dp.DriftThreshold()
+            return dp.DriftThreshold(self.value)
         if self.name == "fixed":
             assert self.value is not None
             return dp.FixedThreshold(self.value, self.relative)

@@ -94,8 +94,8 @@ def test_bad_numbers_fail_and_teach_nothing(bad: float) -> None:
         threshold.init(), observe([0, 1, 2], [2.0, 4.0, 1.0], [0.01, bad, 1.0], 1)
     )
     memory = learn(threshold, memory, [1, 2], [5.0, 2.0])
-    assert all(math.isfinite(secant) for secant in memory["secants"])
-    assert memory["secants"][0] == pytest.approx(2)
+    assert all(math.isfinite(k) for part in memory["secants"] for k in part)
+    assert memory["secants"][0][0] == pytest.approx(2)
     error = threshold.error(memory, 1, bad)
     assert not error <= threshold.bound(memory)
 
@@ -187,18 +187,32 @@ def test_a_slot_is_held_back_now_and_then_when_everything_passes() -> None:
 
 
 def test_constant_drift_needs_no_second_look() -> None:
-    solver = PicardSolver(SlidingWindow(8), DriftThreshold(0.01))
+    solver = PicardSolver(SlidingWindow(8), DriftThreshold(0.01, hold_every=8))
     solution = solve(Descent(0.1, num_steps=57, curvature=0.0), solver)
     assert solution.stats.strides == [1, *[8] * 7]
 
 
 def test_rounding_is_no_evidence() -> None:
     threshold = DriftThreshold(0.1)
-    memory = {**threshold.init(), "secants": [2.0]}
+    memory = {**threshold.init(), "secants": [[2.0]]}
     seen = observe([0, 1], [1.0, 1.0], [1e-16, 1.0], stride=1)
     memory = learn(threshold, threshold.adapt(memory, seen), [1, 2], [1 + 2e-7, 1.0])
-    assert memory["secants"] == [2.0]
+    assert memory["secants"] == [[2.0]]
     assert memory["age"] == 0
+
+
+def test_only_the_secants_of_the_last_measurements_count() -> None:
+    threshold = DriftThreshold(0.5, memory=2)
+    memory = threshold.init()
+    for drift in (9.0, 3.0, 3.0):
+        seen = observe([0, 1], [1.0, 1.0], [0.25, 1.0], stride=1)
+        memory = learn(threshold, threshold.adapt(memory, seen), [1, 2], [drift, drift])
+    # |3 - 1| / 3 / 0.5; the 9 / 9 / 0.5 of before is forgotten.
+    assert threshold.error(memory, 9, 1.0) == pytest.approx(4 / 3)
+    # An iteration that measured nothing pushes nothing out.
+    assert threshold.error(learn(threshold, memory, [2], [3.0]), 9, 1.0) == (
+        pytest.approx(4 / 3)
+    )
 
 
 @pytest.mark.parametrize("toy", TOYS)

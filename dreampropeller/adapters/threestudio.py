@@ -24,11 +24,13 @@ from dreampropeller.adapters.lift3d import (
     ThreestudioTrajectory as ThreestudioTrajectory,
 )
 from dreampropeller.adapters.lightning import Keyed
+from dreampropeller.anderson import Anderson
 from dreampropeller.dispatch.base import Dispatcher, InlineDispatcher
 from dreampropeller.dispatch.distributed import DistributedDispatcher
 from dreampropeller.drift_threshold import DriftThreshold
 from dreampropeller.picard import PicardSolver
 from dreampropeller.predictor import Predictor
+from dreampropeller.secant import Secant
 from dreampropeller.solution import Solution
 from dreampropeller.solver import SolverState, solve
 from dreampropeller.threshold import Threshold
@@ -59,6 +61,7 @@ def accelerate(
     window: int = 8,
     threshold: Threshold | None = None,
     predictor: str | Predictor = "repeat_last",
+    acceleration: Secant | Anderson | None = None,
     config: Any = None,
     state: SolverState[Any] | None = None,
     verify: bool = True,
@@ -78,6 +81,7 @@ def accelerate(
         window: Steps tried at once; one per device is a good start.
         threshold: What error counts as converged; default: `DriftThreshold()`.
         predictor: How new steps are guessed.
+        acceleration: See `PicardSolver`.
         config: The experiment's config, for its seed and precision.
         state: Where to continue from.
         verify: Check first that drifts do not depend on the order of evaluation.
@@ -87,8 +91,12 @@ def accelerate(
     trajectory = make_trajectory(
         system, datamodule, config, num_steps=num_steps, verify=verify, random=random
     )
-    chosen = threshold or DriftThreshold()
-    solver = PicardSolver(SlidingWindow(window), chosen, predictor)
+    solver = PicardSolver(
+        SlidingWindow(window),
+        threshold or DriftThreshold(),
+        predictor,
+        acceleration=acceleration,
+    )
     solution = solve(
         trajectory, solver, dispatcher(), state=state, on_iteration=on_iteration
     )
