@@ -48,21 +48,21 @@ class DriftThreshold(Threshold):
     bound on a single drift sees it; nor does it see how much of a window's path was
     overshot (`Secant` does). Secants are measured over larger distances than those they
     judge, so a drift with jumps (an occupancy grid's refresh, a clipped gradient) is
-    judged by its average slope. A
-    drift that is mostly noise makes the promise weaker: its norm, the unit here, is
-    then larger than the part that matters, and it falls when views are added. Between
-    two measurements a sudden change goes unseen. It holds the drifts of the slots that
-    were not accepted, at most one state a slot.
+    judged by its average slope. A drift that is mostly noise makes the promise weaker:
+    its norm, the unit here, is then larger than the part that matters, and it falls
+    when views are added. Between two measurements a sudden change goes unseen. It holds
+    the drifts of the slots that were not accepted, at most one state a slot.
 
     Args:
         value: The largest relative error of a drift δ, at least 0. 0 compares states
             bit by bit, as `FixedThreshold(0)` does.
-        hold_every: Iterations after which a secant is asked for, at least 2.
+        hold_every: Slots of which one is held back for a secant: one in
+            $\max(2, \lceil \mathtt{hold\_every} / w \rceil)$ iterations; at least 1.
         memory: Iterations whose secants are remembered.
     """
 
     value: float = 0.12
-    hold_every: int = 2
+    hold_every: int = 16
     memory: int = 4
 
     def __post_init__(self) -> None:
@@ -72,7 +72,7 @@ class DriftThreshold(Threshold):
                 "drift may be off by, such as 0.12 (0 reproduces the sequential run)."
             )
         for name, number, least in (
-            ("hold_every", self.hold_every, 2),
+            ("hold_every", self.hold_every, 1),
             ("memory", self.memory, 1),
         ):
             if number < least:
@@ -151,7 +151,8 @@ class DriftThreshold(Threshold):
         if not memory["secants"]:
             return 1
         # At a jump or the end no slot is left to be evaluated again.
-        due = memory["age"] >= self.hold_every - 1 and length < remaining
+        every = max(2, math.ceil(self.hold_every / length))
+        due = memory["age"] >= every - 1 and length < remaining
         return max(1, length - 1) if due else length
 
     def adapt(self, memory: Nest, observation: Observation) -> Nest:

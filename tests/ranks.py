@@ -17,6 +17,7 @@ from dreampropeller import (
     DriftThreshold,
     FixedThreshold,
     PicardSolver,
+    Secant,
     Sequential,
     SlidingWindow,
     State,
@@ -29,9 +30,14 @@ from tests.helpers import TOYS, OrnsteinUhlenbeck
 
 WINDOWS = (1, 2, 7, 16, 64)
 ADAPTIVE = PicardSolver(AdaptiveWindow(2, 6, 2), DriftThreshold(0.2), "auto")
-ACCELERATED = PicardSolver(
-    SlidingWindow(7), FixedThreshold(1e-6), acceleration=Anderson(order=3)
-)
+ACCELERATED = {
+    "anderson": PicardSolver(
+        SlidingWindow(7), FixedThreshold(1e-6), acceleration=Anderson(order=3)
+    ),
+    "secant": PicardSolver(
+        SlidingWindow(7), DriftThreshold(0.1), "auto", acceleration=Secant()
+    ),
+}
 
 
 def quick(trajectory: Trajectory[Any]) -> DistributedDispatcher:
@@ -58,8 +64,9 @@ def solve_all() -> dict[str, Any]:
         found[f"{name}/loose"] = (solution.value, solution.stats.strides, logged)
         solution = solve(toy.make(), ADAPTIVE, quick)
         found[f"{name}/adaptive"] = (solution.value, solution.stats, solution.carry)
-        solution = solve(toy.make(), ACCELERATED, quick)
-        found[f"{name}/accelerated"] = (solution.value, solution.stats, solution.carry)
+        for how, solver in ACCELERATED.items():
+            solution = solve(toy.make(), solver, quick)
+            found[f"{name}/{how}"] = (solution.value, solution.stats, solution.carry)
     solution = solve(OrnsteinUhlenbeck(), Sequential(), quick)
     found["sequential"] = solution.value
     found["stopped"] = stop_on_rank_zero()
