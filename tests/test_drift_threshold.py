@@ -186,6 +186,15 @@ def test_a_slot_is_held_back_now_and_then_when_everything_passes() -> None:
     assert solve(Descent(0.01, num_steps=4), solver).stats.strides == [1, 3]
 
 
+@pytest.mark.parametrize(("window", "every"), [(2, 8), (5, 4), (8, 2), (32, 2)])
+def test_one_slot_in_sixteen_is_held_back(window: int, every: int) -> None:
+    solver = PicardSolver(SlidingWindow(window), DriftThreshold(1e6))
+    num_steps = 1 + 2 * (every * window - 1) + window
+    strides = solve(Descent(0.01, num_steps=num_steps), solver).stats.strides
+    round_ = [*[window] * (every - 1), window - 1]
+    assert strides == [1, *round_, *round_, window]
+
+
 def test_constant_drift_needs_no_second_look() -> None:
     solver = PicardSolver(SlidingWindow(8), DriftThreshold(0.01, hold_every=64))
     solution = solve(Descent(0.1, num_steps=57, curvature=0.0), solver)
