@@ -204,8 +204,14 @@ class Auto(Predictor):
 
     def init(self) -> Nest:
         """No residual yet."""
-        momentum = self._momentum().init()
-        return {"momentum": momentum, "score": 0.0, "repeat": 0, "age": 0, "probe": {}}
+        return {
+            "momentum": self._momentum().init(),
+            "score": 0.0,
+            "repeat": 0,
+            "age": 0,
+            "probe": {},
+            "residuals": {},
+        }
 
     def observe(self, memory: Nest, drifts: Sequence[State]) -> Nest:
         """Average the drifts in."""
@@ -214,6 +220,7 @@ class Auto(Predictor):
 
     def judge(self, memory: Nest, step: int, states: Sequence[State]) -> Nest:
         """Compare the residuals where the guessed step was rolled out."""
+        memory = {**memory, "residuals": {}}
         if not memory["probe"]:
             return memory
         slot = memory["probe"]["step"] - step
@@ -224,6 +231,10 @@ class Auto(Predictor):
             float(mean_square(states[slot], memory["probe"][name]))
             for name in ("momentum", "repeat_last")
         ]
+        after["residuals"] = {
+            "residual_momentum": math.sqrt(residuals[0]),
+            "residual_repeat_last": math.sqrt(residuals[1]),
+        }
         if residuals[0] == residuals[1]:
             return after
         # A guess that is not finite is the worst; the score stays bounded all the same.
@@ -242,10 +253,14 @@ class Auto(Predictor):
         return {**memory, "repeat": choice}
 
     def diagnostics(self, memory: Nest) -> dict[str, float]:
-        """The smoothed log-ratio of residuals: below 0 momentum is better."""
+        """The smoothed log-ratio of residuals: below 0 momentum is better.
+
+        In iterations that measured them, the roots of both residuals too.
+        """
         return {
             "momentum_vs_repeat": memory["score"],
             "repeats": float(memory["repeat"]),
+            **memory["residuals"],
         }
 
     def remap(self, memory: Nest, y: State, parents: Parents | None) -> Nest:

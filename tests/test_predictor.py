@@ -81,6 +81,10 @@ def test_residuals_worked_by_hand(momentum: float, score: float) -> None:
     assert judged["score"] == pytest.approx(score)
     assert auto.choice(judged) == int(score > 0)
     assert judged["probe"] == {}
+    told = auto.diagnostics(judged)
+    assert told["residual_momentum"] == pytest.approx(abs(momentum - 1), nan_ok=True)
+    assert told["residual_repeat_last"] == 1.0
     for begin, count in ((7, 3), (6, 1), (2, 4)):  # not among the new states
         other = auto.judge(memory, begin, [state(0.0)] * count)
         assert other["score"] == 0.0
+        assert "residual_momentum" not in auto.diagnostics(other)

@@ -127,6 +127,40 @@ def errors(run: Run) -> str:
     return draw(paint, "errors")
 
 
+BELIEFS = {
+    "secant": "κ, relative change of a drift by distance",
+    "residual_momentum": "residual of a guess: momentum",
+    "residual_repeat_last": "residual of a guess: repeat_last",
+}
+"""What threshold and predictor measured, by its name in `metrics.jsonl`."""
+
+
+def beliefs(run: Run) -> str | None:
+    """What threshold and predictor go by; None if they measured nothing."""
+    told = {
+        label: [
+            (entry["begin"], entry[name])
+            for entry in run.iterations
+            if entry.get(name)  # null is unknown, zero has no logarithm
+        ]
+        for name, label in BELIEFS.items()
+    }
+    if not any(told.values()):
+        return None
+
+    def paint(axes: Axes) -> None:
+        colours = ("#222", COLOURS["accelerated"], COLOURS["other seed"])
+        for (label, points), colour in zip(told.items(), colours, strict=True):
+            if points:
+                line = zip(*points, strict=True)
+                axes.plot(*line, ".-", lw=1, ms=4, color=colour, label=label)
+        axes.set_yscale("log")
+        axes.set(xlabel="step", ylabel="units of the state, or their inverse")
+        axes.legend(frameon=False, fontsize=8)
+
+    return draw(paint, "beliefs")
+
+
 def phases(runs: Mapping[str, dict[str, Any]]) -> str:
     """Where the seconds of each run went."""
 

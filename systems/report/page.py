@@ -35,6 +35,7 @@ def write(
     drawings = {
         "Steps each iteration accepted": curves.strides(fast),
         "Errors and threshold": curves.errors(fast),
+        "What threshold and predictor measured": curves.beliefs(fast),
         "Where the seconds went": curves.phases(described),
     }
     if any(points.values()):
@@ -63,6 +64,7 @@ def write(
         curves="\n".join(
             f"<figure>{drawing}<figcaption>{title}</figcaption></figure>"
             for title, drawing in drawings.items()
+            if drawing is not None
         ),
         setup=html.escape(_setup(comparison)),
     )

@@ -223,7 +223,7 @@ def test_page_in_a_browser(page: Path, chromium: Any, width: int, height: int) -
         "[...document.querySelectorAll('#curves svg')].map(s => "
         "[s.getBoundingClientRect().width, s.querySelectorAll('path').length])"
     )
-    assert len(curves) == 4
+    assert len(curves) == 5
     assert all(wide > 200 and paths > 5 for wide, paths in curves)
     # Readable on a phone: nothing sticks out, text is not tiny.
     inner, outer = view.evaluate("[document.documentElement.scrollWidth, innerWidth]")
