@@ -26,7 +26,7 @@ class OptimizerConfig:
 
     Args:
         name: A class of `torch.optim`.
-        args: Its arguments.
+        args: Its arguments; one that is null is left out, as if it were not there.
         params: Arguments for a part of the scene by its name, such as `background:
             {lr: 0.001}`; other parts take `args`.
     """
@@ -37,7 +37,7 @@ class OptimizerConfig:
 
     def __post_init__(self) -> None:
         one_of("name", self.name, list(OPTIMIZERS))
-        if "lr" not in self.args:
+        if self.args.get("lr") is None:
             raise ValueError("`args` has no learning rate: write `args.lr=0.01`.")
 
     def check(self, scene: nn.Module) -> None:
@@ -59,7 +59,11 @@ class OptimizerConfig:
         try:
             self.build(probe)
         except (TypeError, ValueError) as error:
-            raise ConfigError(f"In `system.optimizer`: {error}") from error
+            raise ConfigError(
+                f"In `system.optimizer`: {error}. What the config sets and "
+                f"`{self.name}` does not take goes with `system.optimizer.args.NAME="
+                "null`."
+            ) from error
 
     def build(self, parameters: Mapping[str, Tensor]) -> torch.optim.Optimizer:
         """The optimizer of parameters by name."""
@@ -70,6 +74,7 @@ class OptimizerConfig:
         arguments: Any = {
             key: tuple(value) if isinstance(value, list) else value
             for key, value in self.args.items()
+            if value is not None
         }
         return OPTIMIZERS[self.name](
             [

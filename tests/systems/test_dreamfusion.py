@@ -134,6 +134,21 @@ def test_learning_rates_of_the_parts() -> None:
     assert rates == {"geometry.grid": 0.1, "background.color": 0.001}
 
 
+def test_another_optimizer_takes_the_arguments_that_are_left() -> None:
+    dropped = [f"system.optimizer.args.{name}=null" for name in ("betas", "eps")]
+    settings = ["system.optimizer.name=SGD", "system.optimizer.args.momentum=0.9"]
+    system = small(*settings, *dropped)
+    optimizer = system.settings.optimizer.build(
+        dict(system.scene.named_parameters())
+    )
+    assert isinstance(optimizer, torch.optim.SGD)
+    assert optimizer.defaults["momentum"] == 0.9
+    with pytest.raises(ConfigError, match=r"`args` has no learning rate"):
+        small(*settings, *dropped, "system.optimizer.args.lr=null")
+    with pytest.raises(ConfigError, match="unexpected keyword argument 'betas'"):
+        small(*settings)
+
+
 def test_mesh_of_a_ball_is_round_closed_and_outside_out(tmp_path: Path) -> None:
     mesh = extract_mesh(
         lambda points: 10 * (1 - points.norm(dim=-1)),
