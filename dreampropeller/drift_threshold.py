@@ -17,7 +17,7 @@ from statistics import median
 import torch
 
 from dreampropeller.threshold import Observation, Threshold
-from dreampropeller.tree import Nest, State, moving, norm
+from dreampropeller.tree import Nest, State, moving, norms
 
 ROUNDING = 64
 """Relative changes of a drift below so many units in the last place say nothing."""
@@ -30,9 +30,15 @@ class DriftThreshold(Threshold):
     With $g, g'$ the drifts of one step at two guesses that are $d$ apart (the root of
     the solver's norm) and $\lVert\cdot\rVert$ the root of the sum of squares,
 
-    $$\kappa = \frac{\lVert g' - g \rVert}
-        {\max(\lVert g' \rVert,\, \mathrm{median}_i \lVert g_i \rVert)\, d},
-      \qquad \text{accept while}\quad \kappa\, d_i \le \delta .$$
+    $$r_p = \frac{\lVert g'_p - g_p \rVert}
+        {\max(\lVert g'_p \rVert,\, \mathrm{median}_i \lVert g_{i,p} \rVert)}, \qquad
+      \kappa = \frac{1}{d} \Bigl(\sum_p a_p r_p^2\Bigr)^{1/2},
+      \qquad \text{accept while}\quad \kappa\, d_i \le \delta ,$$
+
+    over the tensors $p$ of the state, with $a_p$ the share of the squared way through
+    the window before that $p$ went: an optimizer that scales gradients (Adam) moves a
+    tensor as its learning rate says, however loud its gradient is. For plain gradient
+    descent, and for a single tensor, it is the Euclidean relative error.
 
     $\kappa$ is the step's own if it was evaluated twice, else the upper quartile of
     those measured in the last `memory` iterations that measured any: timestep, noise
@@ -87,7 +93,14 @@ class DriftThreshold(Threshold):
 
     def init(self) -> Nest:
         """No secant yet."""
-        return {"held": {}, "own": {}, "secants": [], "age": 0, "measured": None}
+        return {
+            "held": {},
+            "moved": {},
+            "own": {},
+            "secants": [],
+            "age": 0,
+            "measured": None,
+        }
 
     def learn(
         self,
@@ -102,18 +115,22 @@ class DriftThreshold(Threshold):
             age = memory["age"] + 1
             return {**memory, "own": own, "age": age, "measured": None}
         parts = [_moving(y, drift) for y, drift in zip(guesses, drifts, strict=True)]
-        norms = [norm(part) for part in parts]
-        middle = median(norms)
+        sizes = [norms(part) for part in parts]
+        middle = {
+            name: median(size[name] for size in sizes if name in size)
+            for name in set().union(*sizes)
+        }
         secants: list[float] = []
         errors: list[float] = []
-        for step, part, size in zip(steps, parts, norms, strict=True):
+        for step, part, size in zip(steps, parts, sizes, strict=True):
             if step not in memory["held"]:
                 continue
             before, distance = memory["held"][step]
-            unit = max(size, middle)
-            if not distance > 0 or not unit > 0 or before.keys() != part.keys():
+            if not distance > 0 or before.keys() != part.keys():
                 continue
-            error = norm({n: value - before[n] for n, value in part.items()}) / unit
+            change = norms({name: value - before[name] for name, value in part.items()})
+            unit = {name: max(size[name], middle[name]) for name in part}
+            error = _relative(change, unit, memory["moved"])
             if not math.isfinite(error):
                 continue
             errors.append(error)
@@ -123,6 +140,7 @@ class DriftThreshold(Threshold):
             secants.append(own[step])
         return {
             "held": {},
+            "moved": memory["moved"],
             "own": own,
             "secants": [*memory["secants"], *([secants] if secants else [])][
                 -self.memory :
@@ -169,7 +187,9 @@ class DriftThreshold(Threshold):
             for slot in range(seen.stride, len(seen.drifts))
             if seen.distances[slot - 1] >= 0
         }
-        return {**memory, "held": held}
+        first, last = seen.states[0], seen.states[-1]
+        path = {n: last[n] - first[n] for n in moving(first, seen.drifts[-1])}
+        return {**memory, "held": held, "moved": norms(path)}
 
     def jumped(self, memory: Nest) -> Nest:
         """Secants of another structure are forgotten."""
@@ -196,6 +216,26 @@ def _moving(y: State, drift: State) -> State:
     """The entries a drift is measured by: what moves the state, if anything does."""
     floating = {n: v for n, v in drift.items() if v.is_floating_point()}
     return moving(y, drift) or floating
+
+
+def _relative(
+    change: dict[str, float], unit: dict[str, float], moved: dict[str, float]
+) -> float:
+    """The error of a drift, tensors weighted by the squared way they moved.
+
+    Where none is known to have moved, by their drift, which makes it Euclidean; NaN
+    where there is no drift.
+    """
+    known = {name: size for name, size in unit.items() if size > 0}
+    ways = {name: moved.get(name, 0.0) for name in known}
+    whole = math.hypot(*ways.values())
+    if not whole > 0:
+        ways, whole = known, math.hypot(*known.values())
+    if not whole > 0:
+        return math.nan
+    return math.hypot(
+        *(way / whole * change[name] / unit[name] for name, way in ways.items())
+    )
 
 
 def _rounding(drift: State) -> float:

@@ -12,6 +12,7 @@ $$\mathrm{mean\_square}(a, b) = \tfrac1n \sum_j (a_j - b_j)^2, \qquad
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any, TypeAlias
 
@@ -177,6 +178,29 @@ def norm(state: State) -> float:
     }
     count = sum(v.numel() for v in state.values() if v.is_floating_point())
     return float(mean_square(state, zero) * count) ** 0.5
+
+
+def norms(state: State) -> dict[str, float]:
+    """The root of the sum of squares of each floating tensor, synchronised once."""
+    names: list[str] = []
+    pieces: list[Tensor] = []
+    for name, value in state.items():
+        if not value.is_floating_point():
+            continue
+        value = value.reshape(-1)
+        if value.dtype.itemsize < 4:  # squares of half-precision numbers overflow
+            value = value.float()
+        # A sum of too many single-precision squares loses digits.
+        parts = value.split(_CHUNK)
+        names += [name] * len(parts)
+        pieces += parts
+    if not pieces:
+        return {}
+    found = torch.stack([part.double() for part in _foreach_norm(pieces)])
+    sums = dict.fromkeys(names, 0.0)
+    for name, square in zip(names, found.square().tolist(), strict=True):
+        sums[name] += square
+    return {name: math.sqrt(total) for name, total in sums.items()}
 
 
 def moving(y: State, drift: State) -> State:

@@ -87,6 +87,30 @@ def test_secants_worked_by_hand() -> None:
     assert found["measured_drift_error"] == pytest.approx((1 / 5 + 1 / 3) / 2)
 
 
+def test_tensors_count_by_the_way_they_moved() -> None:
+    """A loud drift that moves little must not drown a quiet one that moves much."""
+
+    def state(loud: float, quiet: float) -> State:
+        return {"loud": torch.tensor([loud]), "quiet": torch.tensor([quiet])}
+
+    threshold = DriftThreshold(0.5)
+    steps, drifts = [0, 1], [state(100.0, 1.0), state(100.0, 1.0)]
+    states = [state(0.0, 0.0), state(0.1, 1.0), state(0.3, 4.0)]
+    seen = Observation(steps, states, states, drifts, [1.0, 1.0], [0.25, 1.0], 1)
+    memory = threshold.adapt(threshold.init(), seen)
+    memory = threshold.learn(memory, [1], states[1:2], [state(300.0, 1.25)])
+    # Off by 2/3 and by 1/5; ways of 0.3 and 4; the new guess is 0.5 away.
+    ways = math.hypot(0.3, 4.0)
+    expected = math.hypot(0.3 / ways * 2 / 3, 4 / ways / 5)
+    assert memory["measured"] == pytest.approx(expected)
+    assert threshold.error(memory, 1, 0.25) == pytest.approx(expected)
+    # Nothing is known of what a drift moves: Euclidean.
+    memory = {**threshold.adapt(threshold.init(), seen), "moved": {}}
+    memory = threshold.learn(memory, [1], states[1:2], [state(300.0, 1.25)])
+    expected = math.hypot(200, 0.25) / math.hypot(300, 1.25)
+    assert memory["measured"] == pytest.approx(expected)
+
+
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_bad_numbers_fail_and_teach_nothing(bad: float) -> None:
     threshold = DriftThreshold(0.5)

@@ -50,6 +50,20 @@ def test_copy_names_the_place_of_an_unknown_leaf() -> None:
         copy_nest({"state": [{1, 2}]})
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+def test_norms_by_hand(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tree, "_CHUNK", 3)  # as if the tensors were large
+    state = {
+        "a": torch.tensor([[3.0, 0.0], [0.0, 4.0]], dtype=dtype),
+        "b": torch.full((10,), 300.0, dtype=dtype),  # squares overflow half precision
+        "none": torch.zeros(0, dtype=dtype),
+        "count": torch.tensor(7),
+    }
+    found = tree.norms(state)
+    assert found == {"a": 5, "b": pytest.approx(300 * 10**0.5), "none": 0}
+    assert tree.norms({"count": torch.tensor(7)}) == {}
+
+
 def test_mean_square_by_hand() -> None:
     new = {"x": torch.tensor([1.0, 2.0]), "n": torch.tensor(7), "y": torch.ones(2)}
     old = {"x": torch.tensor([1.0, 5.0]), "n": torch.tensor(3), "y": torch.zeros(2)}
