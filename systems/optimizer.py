@@ -28,7 +28,8 @@ class OptimizerConfig:
         name: A class of `torch.optim`.
         args: Its arguments; one that is null is left out, as if it were not there.
         params: Arguments for a part of the scene by its name, such as `background:
-            {lr: 0.001}`; other parts take `args`.
+            {lr: 0.001}` or `geometry.encoding: {lr: 0.01}`; the longest name that fits
+            counts, other parts take `args`.
     """
 
     name: str = "Adam"
@@ -46,7 +47,11 @@ class OptimizerConfig:
         Raises:
             ConfigError: Names them.
         """
-        parts = [name for name, _ in scene.named_children()]
+        parts = [
+            name
+            for name, module in scene.named_modules()
+            if name and ("." not in name or any(True for _ in module.parameters()))
+        ]
         for name in self.params:
             if name not in parts:
                 raise ConfigError(
@@ -69,8 +74,8 @@ class OptimizerConfig:
         """The optimizer of parameters by name."""
         groups: dict[str, list[Tensor]] = {}
         for name, tensor in parameters.items():
-            part = name.partition(".")[0]
-            groups.setdefault(part if part in self.params else "", []).append(tensor)
+            fits = [part for part in self.params if name.startswith(f"{part}.")]
+            groups.setdefault(max(fits, key=len, default=""), []).append(tensor)
         arguments: Any = {
             key: tuple(value) if isinstance(value, list) else value
             for key, value in self.args.items()

@@ -77,6 +77,8 @@ def to_mapping(config: DictConfig) -> dict[str, Any]:
     # OmegaConf 2.4 renames the function that registers resolvers.
     register = getattr(OmegaConf, "register_resolver", OmegaConf.register_new_resolver)
     register("rmspace", lambda text, by: str(text).replace(" ", str(by)), replace=True)
+    register("mul", lambda a, b: a * b, replace=True)
+    register("div", lambda a, b: a / b, replace=True)
     for key in sorted(OmegaConf.missing_keys(config)):
         raise ConfigError(_missing(key))
     try:

@@ -134,13 +134,33 @@ def test_learning_rates_of_the_parts() -> None:
     assert rates == {"geometry.grid": 0.1, "background.color": 0.001}
 
 
+def test_learning_rates_of_parts_of_a_part() -> None:
+    given = (
+        "configs/dreamfusion-toybox-hashgrid.yaml",
+        "system.prompt_processor.prompt=a red mug",
+        "system.optimizer.args.lr=0.5",
+    )
+
+    def rates(*settings: str) -> set[tuple[float, int]]:
+        system = make_system(*given, *settings)
+        optimizer = system.settings.optimizer.build(
+            dict(system.scene.named_parameters())
+        )
+        return {(g["lr"], len(g["params"])) for g in optimizer.param_groups}
+
+    params = "system.optimizer.params="
+    assert rates() == {(0.5, 1), (0.05, 2)}  # the config slows its networks down
+    longest = "{geometry: {lr: 0.2}, geometry.encoding: {lr: 0.3}}"
+    assert rates(params + longest) == {(0.3, 1), (0.2, 4)}
+    with pytest.raises(ConfigError, match=r"no setting .*params.geometry.encodin`"):
+        rates(params + "{geometry.encodin: {lr: 0.3}}")
+
+
 def test_another_optimizer_takes_the_arguments_that_are_left() -> None:
     dropped = [f"system.optimizer.args.{name}=null" for name in ("betas", "eps")]
     settings = ["system.optimizer.name=SGD", "system.optimizer.args.momentum=0.9"]
     system = small(*settings, *dropped)
-    optimizer = system.settings.optimizer.build(
-        dict(system.scene.named_parameters())
-    )
+    optimizer = system.settings.optimizer.build(dict(system.scene.named_parameters()))
     assert isinstance(optimizer, torch.optim.SGD)
     assert optimizer.defaults["momentum"] == 0.9
     with pytest.raises(ConfigError, match=r"`args` has no learning rate"):
