@@ -23,7 +23,7 @@ from systems.config import load
 from systems.folders import environment
 
 CONFIG = "configs/dreamfusion-toybox-hashgrid.yaml"
-REGIMES = ("tuned:400:0.02", "threestudio:1000:0.01")
+REGIMES = ("tuned:400:0.08", "threestudio:1000:0.01")
 WINDOWS = (4, 8, 16, 32)
 PREDICTORS = ("repeat_last", "momentum", "auto")
 THRESHOLDS = (
