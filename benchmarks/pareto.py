@@ -245,6 +245,9 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=2, help="processes of 1 thread")
     parser.add_argument("--set", nargs="*", default=[], help="further settings")
     parser.add_argument("--count", action="store_true", help="say the cost, and stop")
+    parser.add_argument(
+        "--logged", action="store_true", help="table and plot of what has been run"
+    )
     parser.add_argument("--to", type=Path, default=Path("outputs/pareto"))
     arguments = parser.parse_args()
     wanted = jobs(arguments)
@@ -252,7 +255,13 @@ def main() -> None:
         steps = sum(job["steps"] for job in wanted)
         print(f"{len(wanted)} runs of {steps} steps in all, a gradient or more a step.")
         return
-    entries = runs.run_all(wanted, arguments.to / "runs.jsonl", arguments.workers)
+    log = arguments.to / "runs.jsonl"
+    if arguments.logged:
+        entries = runs.logged(wanted, log)
+        if not entries:
+            raise SystemExit(f"`{log}` has none of these runs: leave out `--logged`.")
+    else:
+        entries = runs.run_all(wanted, log, arguments.workers)
     found = points(entries)
     plot(found, arguments.to / "pareto.png")
     summary = (

@@ -105,6 +105,12 @@ def run_all(
     return [{**known[_key(entry)], **entry} for entry in jobs]
 
 
+def logged(jobs: Sequence[Job], log: Path) -> list[dict[str, Any]]:
+    """The entries of those jobs that the log has, in their order; runs nothing."""
+    known = _read(log)
+    return [{**known[_key(e)], **e} for e in jobs if _key(e) in known]
+
+
 def hours(entries: Sequence[Mapping[str, Any]]) -> float:
     """Computing time of entries, in core-hours."""
     return sum(entry["seconds"] for entry in entries) / 3600

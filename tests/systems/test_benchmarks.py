@@ -150,6 +150,10 @@ def test_the_frontier_is_computed_drawn_and_resumed(tmp_path: Path) -> None:
     again = command("pareto", *arguments)
     assert again.returncode == 0
     assert (tmp_path / "runs.jsonl").read_text() == log
+    more = (*arguments, "--windows", "4", "8", "--logged")  # 8 was never run
+    assert command("pareto", *more).returncode == 0
+    assert (tmp_path / "runs.jsonl").read_text() == log
+    assert (tmp_path / "table.md").read_text() == text
     count = command("pareto", *arguments, "--count")
     assert count.stdout.startswith("14 runs of 126 steps")
     wrong = command("pareto", *arguments, "--thresholds", "drifty")
