@@ -119,9 +119,14 @@ def pictures_of(entry: runs.Job) -> Path:
 
 
 def deviation(entry: Entry, plain: dict[tuple[str, int], Entry]) -> float:
-    """PSNR of a run's pictures against the plain loop's; infinite when equal."""
-    base = plain[entry["prompt"], entry["seed"]]
-    a, b = (torch.load(pictures_of(e), weights_only=True) for e in (entry, base))
+    """PSNR of a run's pictures against the plain loop's; infinite when equal.
+
+    NaN when they are not there: a log can be kept without them.
+    """
+    files = [pictures_of(e) for e in (entry, plain[entry["prompt"], entry["seed"]])]
+    if not all(file.exists() for file in files):
+        return math.nan
+    a, b = (torch.load(file, weights_only=True) for file in files)
     error = float((a - b).square().mean())
     return -10 * math.log10(error) if error else math.inf
 
@@ -188,7 +193,7 @@ def table(lines: list[Entry]) -> str:
         f"{line['iterations']:.1f} | {steps / line['iterations']:.1f}× | "
         f"{line['evaluations']:.0f} | {line['psnr']:.2f} | {-line['loss']:+.2f} | "
         f"{line['iou']:.3f} | "
-        f"{'–' if math.isinf(line['apart']) else format(line['apart'], '.1f')} |"
+        f"{format(line['apart'], '.1f') if math.isfinite(line['apart']) else '–'} |"
         for line in lines
     ]
     return "\n".join(text)
