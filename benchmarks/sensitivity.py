@@ -44,8 +44,8 @@ CASES = {
     "lr x 4": Case(VOXELS, 0.16),
     "1 view": Case(VOXELS, 0.04, ("data.batch_size=1",)),
     "16 views": Case(VOXELS, 0.04, ("data.batch_size=16",)),
-    "SGD": Case(VOXELS, 0.01, SGD),
-    "hash grid": Case(HASH, 0.02),
+    "SGD": Case(VOXELS, 0.1, SGD),
+    "hash grid": Case(HASH, 0.08),
 }
 
 

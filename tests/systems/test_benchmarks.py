@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import subprocess
 import sys
@@ -12,7 +13,10 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import runs, sampling, speedup, tune, wallclock
+import dreampropeller as dp
+from benchmarks import runs, sampling, sensitivity, speedup, tune, wallclock
+from systems import build
+from systems.config import load
 from tests.systems.scenes import SMALL, TOYBOX
 
 
@@ -164,6 +168,45 @@ def test_the_frontier_is_computed_drawn_and_resumed(tmp_path: Path) -> None:
     assert count.stdout.startswith("14 runs of 126 steps")
     wrong = command("pareto", *arguments, "--thresholds", "drifty")
     assert "`drifty` is no threshold: write `paper:median`" in wrong.stderr
+
+
+def test_sensitivity_counts_from_the_plain_loop_of_each_case(tmp_path: Path) -> None:
+    found = {
+        ("default", None): (28.0, 200),
+        ("default", 0.12): (27.9, 40),
+        ("default", 0.5): (26.0, 20),
+        ("SGD", None): (25.0, 200),
+        ("SGD", 0.12): (25.2, 50),
+        ("SGD", 0.5): (25.0, 25),
+    }
+    entries = [
+        {"case": case, "delta": delta, "psnr": psnr + spread, "iterations": iterations}
+        for (case, delta), (psnr, iterations) in found.items()
+        for spread in (-1, 1)
+    ]
+    points = sensitivity.points(entries)
+    lines = sensitivity.table(points).splitlines()
+    assert lines[0] == "| | plain loop | δ = 0.12 | δ = 0.5 |"
+    assert lines[2] == (
+        "| default | 28.00 dB, 200 steps | -0.10 dB, 5.0x | -2.00 dB, 10.0x |"
+    )
+    assert lines[3] == (
+        "| SGD | 25.00 dB, 200 steps | +0.20 dB, 4.0x | +0.00 dB, 8.0x |"
+    )
+    sensitivity.plot(points, tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").stat().st_size > 5000
+
+
+@pytest.mark.parametrize("case", sensitivity.CASES)
+def test_cases_of_sensitivity_are_configs_that_build(case: str) -> None:
+    arguments = argparse.Namespace(
+        cases=[case], objects=["mug"], deltas=[0.1], window=16, set=[]
+    )
+    plain, ours = sensitivity.jobs(arguments)
+    assert load(plain["config"], plain["settings"]).solver.name == "sequential"
+    solver = build(load(ours["config"], ours["settings"])).solver()
+    assert isinstance(solver, dp.PicardSolver)
+    assert solver.threshold == dp.DriftThreshold(0.1)
 
 
 def test_our_published_form_takes_the_iterations_of_diffusers(
