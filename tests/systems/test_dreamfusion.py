@@ -15,6 +15,7 @@ import dreampropeller as dp
 from dreampropeller import checkpoint
 from systems import make_system, quality
 from systems.base import EmptySurface, extract_mesh
+from systems.dreamfusion import DreamFusion
 from systems.export import save_film, save_mesh
 from systems.reader import ConfigError
 from systems.toybox.truth import truth
@@ -143,6 +144,7 @@ def test_learning_rates_of_parts_of_a_part() -> None:
 
     def rates(*settings: str) -> set[tuple[float, int]]:
         system = make_system(*given, *settings)
+        assert isinstance(system, DreamFusion)
         optimizer = system.settings.optimizer.build(
             dict(system.scene.named_parameters())
         )
