@@ -44,7 +44,7 @@ class DriftThreshold(Threshold):
     those measured in the last `memory` iterations that measured any: timestep, noise
     and camera make the secants of different steps differ by a factor of two to three,
     those of one step by 1.3 to 1.5 (one standard deviation, measured, see
-    `docs/method.md`), and they change along a run. While there is no secant, one step
+    `docs/pareto.md`), and they change along a run. While there is no secant, one step
     is accepted. When everything passes, the last slot is held back every `hold_every`
     iterations to get one; never in a window of one step, which is `Sequential`. Beside
     `Secant` the drifts are the corrected ones: what is left of the error is what
