@@ -37,8 +37,8 @@ class DriftThreshold(Threshold):
 
     over the tensors $p$ of the state, with $a_p$ the share of the squared way through
     the window before that $p$ went: an optimizer that scales gradients (Adam) moves a
-    tensor as its learning rate says, however loud its gradient is. For plain gradient
-    descent, and for a single tensor, it is the Euclidean relative error.
+    tensor as its learning rate says, however loud its gradient is. For a single tensor
+    it is the Euclidean relative error, and close to it for plain gradient descent.
 
     $\kappa$ is the step's own if it was evaluated twice, else the upper quartile of
     those measured in the last `memory` iterations that measured any: timestep, noise
