@@ -4,14 +4,13 @@ An iteration uses the drift $g_j$ of a guess $\hat y_j$ at another state $y_j$, 
 out from the anchor. With a diagonal estimate $\Lambda$ of the drift's slope it uses
 
 $$g_j + \Lambda\,(y_j - \hat y_j), \qquad
-  \Lambda = \max\Bigl(0,\; \frac{\sum_a \Delta g_a \Delta y_a + \lambda_0 p}
-                              {\sum_a \Delta y_a^2 + p}\Bigr), \qquad
-  \lambda_0 = \frac{\sum \Delta g \Delta y}{\sum \Delta y^2}$$
+  \Lambda = \max\Bigl(0,\; \frac{\sum_a \Delta g_a \Delta y_a}
+                              {\sum_a \Delta y_a^2 + p}\Bigr)$$
 
 instead, entry by entry, where $\Delta$ are the differences between two evaluations of
-one step and $p$ shrinks rarely moved entries towards their tensor's $\lambda_0$. A
-state pulled back to a target makes the plain iteration overshoot, the more the wider
-the window; this takes the pull into account.
+one step and $p$ keeps the slopes of entries that hardly moved small. A state pulled
+back to a target makes the plain iteration overshoot, the more the wider the window;
+this takes the pull into account.
 """
 
 from __future__ import annotations
@@ -42,7 +41,7 @@ class Secant:
     """
 
     decay: float = 0.7
-    shrinkage: float = 0.3
+    shrinkage: float = 1.0
 
     def __post_init__(self) -> None:
         if not 0 <= self.decay < 1:
@@ -53,7 +52,7 @@ class Secant:
         if not self.shrinkage > 0:
             raise ValueError(
                 f"`acceleration.shrinkage` is {self.shrinkage}: write a number above "
-                "0, as 0.3."
+                "0, as 1."
             )
 
     def init(self) -> Nest:
@@ -91,10 +90,7 @@ class Secant:
         found = {}
         for name, products in memory["products"].items():
             squares = memory["squares"][name]
-            whole = squares.sum()
-            common = torch.where(whole > 0, products.sum() / whole, 0)
-            prior = self.shrinkage * squares.mean()
-            slope = (products + common * prior) / (squares + prior)
+            slope = products / (squares + self.shrinkage * squares.mean())
             found[name] = slope.nan_to_num(0, 0, 0).clamp(min=0)
         return found
 

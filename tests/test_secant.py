@@ -142,8 +142,8 @@ def test_slopes_of_a_diagonal_map_worked_by_hand(dtype: torch.dtype) -> None:
     drifts = {"x": slope * old["x"]}, {"x": slope * new["x"]}
     secant = Secant(shrinkage=0.5)
     memory = seen_twice(secant, old, new, drifts)
-    # Σ ΔgΔy = a, Σ Δy² = 1, so λ₀ = 2/3, p = 1/2: (a + 1/3) / 1.5.
-    expected = torch.tensor([14 / 9, 8 / 9, 0.0])
+    # Σ ΔgΔy = a, Σ Δy² = 1, so p = 1/2: a / 1.5.
+    expected = torch.tensor([4 / 3, 2 / 3, 0.0])
     assert torch.allclose(secant.slopes(memory)["x"].float(), expected)
     corrected = secant.correct(secant.slopes(memory), drifts[0], new, old)["x"]
     assert corrected.dtype == dtype
@@ -165,9 +165,10 @@ def test_old_slopes_fade() -> None:
     secant = Secant(decay=0.5)
     zero, one = {"x": torch.zeros(1)}, {"x": torch.ones(1)}
     memory = seen_twice(secant, zero, one, (zero, {"x": torch.full((1,), 4.0)}))
-    assert float(secant.slopes(memory)["x"]) == pytest.approx(4.0)
+    # One entry, so p = 1: 4 / (1 + 1).
+    assert float(secant.slopes(memory)["x"]) == pytest.approx(2.0)
     observation = Observation([5, 6], [zero] * 3, [], [zero] * 2, [], (), 1)
     memory = secant.hold(memory, observation)
     memory = secant.learn(memory, [6], [one], [one])
-    # (1 + 4 / 2) / (1 + 1 / 2)
-    assert float(secant.slopes(memory)["x"]) == pytest.approx(2.0)
+    # Products 1 + 4 / 2 over squares 1 + 1 / 2, and as much again.
+    assert float(secant.slopes(memory)["x"]) == pytest.approx(1.0)
