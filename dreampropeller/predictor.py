@@ -13,6 +13,9 @@ import torch
 from dreampropeller.trajectory import Parents, Trajectory
 from dreampropeller.tree import Nest, State, copy_nest, mean_square
 
+SIXTEENTHS = 16
+"""Steps in which `Auto` tells its share, which ranks have to agree on."""
+
 
 class Predictor(abc.ABC):
     """Guesses the states that follow a rolled-out one."""
@@ -174,18 +177,19 @@ class Momentum(Predictor):
 
 @dataclass(frozen=True)
 class Auto(Predictor):
-    r"""Whichever of `Momentum` and `RepeatLast` guessed better of late (ours, Eq. 13).
+    r"""As far along the way of `Momentum` as has proved right of late (ours, Eq. 13).
 
-    Both guess the last new slot; when its state is rolled out, the residuals
-    $r = \mathrm{mean\_square}(y, \hat y)$ are compared, and the smoothed
-    $\rho \leftarrow 0.7 \rho + 0.3 \log(r_\mathrm{momentum} / r_\mathrm{repeat})$,
-    each term within ±2, decides: momentum while $\rho \le 0$. It starts with momentum.
-    While repeating, momentum is tried every `probe_every` iterations alone, for its
-    guesses cost as many updates as there are new slots. Two states are kept.
+    $\hat y_j = y + \alpha\,(\hat y^{\text{momentum}}_j - y)$ lies between `RepeatLast`
+    ($\alpha = 0$) and `Momentum` ($\alpha = 1$). When the middle one of the new slots
+    is rolled out, the α that would have guessed it best (least squares, within 0 and 1)
+    is averaged in, $\alpha \leftarrow 0.7\,\alpha + 0.3\,\alpha^*$, and rounded to
+    sixteenths. It starts at 1. While it rounds to 0, momentum is tried every
+    `probe_every` iterations alone, for its guesses cost as many updates as there are
+    new slots. Two states are kept.
 
     Args:
         decay: See `Momentum`.
-        probe_every: Iterations between two trials of the predictor that is not used, at
+        probe_every: Iterations between two trials of a momentum that is not used, at
             least 1.
     """
 
@@ -206,8 +210,8 @@ class Auto(Predictor):
         """No residual yet."""
         return {
             "momentum": self._momentum().init(),
-            "score": 0.0,
-            "repeat": 0,
+            "share": 1.0,
+            "used": SIXTEENTHS,
             "age": 0,
             "probe": {},
             "residuals": {},
@@ -227,41 +231,37 @@ class Auto(Predictor):
         after = {**memory, "probe": {}}
         if not 0 < slot < len(states):
             return after  # the window was cut
-        residuals = [
-            float(mean_square(states[slot], memory["probe"][name]))
-            for name in ("momentum", "repeat_last")
-        ]
+        momentum, repeat = memory["probe"]["momentum"], memory["probe"]["repeat_last"]
+        residual = float(mean_square(states[slot], momentum))
+        repeated = float(mean_square(states[slot], repeat))
+        way = float(mean_square(momentum, repeat))
         after["residuals"] = {
-            "residual_momentum": math.sqrt(residuals[0]),
-            "residual_repeat_last": math.sqrt(residuals[1]),
+            "residual_momentum": math.sqrt(residual),
+            "residual_repeat_last": math.sqrt(repeated),
         }
-        if residuals[0] == residuals[1]:
+        if way == 0:
             return after
-        # A guess that is not finite is the worst; the score stays bounded all the same.
-        ratio = math.inf
-        if math.isfinite(residuals[0]) and residuals[1] > 0:
-            ratio = math.log(max(residuals[0] / residuals[1], 1e-9))
-        after["score"] = 0.7 * memory["score"] + 0.3 * min(max(ratio, -2.0), 2.0)
+        # ⟨a, b⟩ / ‖b‖² for the ways a to the state and b to the guess.
+        best = (repeated + way - residual) / (2 * way)
+        # A guess that is not finite is no way to go.
+        best = min(max(best, 0.0), 1.0) if math.isfinite(best) else 0.0
+        after["share"] = 0.7 * memory["share"] + 0.3 * best
         return after
 
     def choice(self, memory: Nest) -> int:
-        """1 to repeat the last state."""
-        return int(memory["score"] > 0)
+        """The share α in sixteenths."""
+        return round(SIXTEENTHS * memory["share"])
 
     def settle(self, memory: Nest, choice: int) -> Nest:
         """Do what rank 0 decided."""
-        return {**memory, "repeat": choice}
+        return {**memory, "used": choice}
 
     def diagnostics(self, memory: Nest) -> dict[str, float]:
-        """The smoothed log-ratio of residuals: below 0 momentum is better.
+        """The share of momentum's way that is guessed.
 
         In iterations that measured them, the roots of both residuals too.
         """
-        return {
-            "momentum_vs_repeat": memory["score"],
-            "repeats": float(memory["repeat"]),
-            **memory["residuals"],
-        }
+        return {"momentum_share": memory["used"] / SIXTEENTHS, **memory["residuals"]}
 
     def remap(self, memory: Nest, y: State, parents: Parents | None) -> Nest:
         """The mean drift follows the rows; guesses of the old structure go."""
@@ -277,17 +277,37 @@ class Auto(Predictor):
         memory: Nest,
         count: int,
     ) -> tuple[list[State], Nest]:
-        """Guess by the better one, and remember what both said of the last slot."""
+        """Guess, and remember what momentum said of the middle slot."""
         if count == 0:
             return [], memory
-        if memory["repeat"] and memory["age"] + 1 < self.probe_every:
+        if not memory["used"] and memory["age"] + 1 < self.probe_every:
             return [y] * count, {**memory, "age": memory["age"] + 1}
         guesses, _ = self._momentum().extend(
             trajectory, step, y, carry, memory["momentum"], count
         )
-        probe = {"step": step + count, "momentum": guesses[-1], "repeat_last": y}
-        after = {**memory, "age": 0, "probe": probe}
-        return ([y] * count if memory["repeat"] else guesses), after
+        middle = (count + 1) // 2
+        probe = {
+            "step": step + middle,
+            "momentum": guesses[middle - 1],
+            "repeat_last": y,
+        }
+        share = memory["used"] / SIXTEENTHS
+        between = [_between(y, guess, share) for guess in guesses]
+        return between, {**memory, "age": 0, "probe": probe}
+
+
+def _between(start: State, end: State, share: float) -> State:
+    """A share of the way from one state to another; what is not a number has ended."""
+    if share == 0:
+        return start
+    if share == 1:
+        return end
+    return {
+        name: torch.lerp(start[name], value, share)
+        if value.is_floating_point() and start[name].shape == value.shape
+        else value
+        for name, value in end.items()
+    }
 
 
 PREDICTORS: Mapping[str, type[Predictor]] = {
