@@ -31,8 +31,8 @@ THRESHOLDS = (
     "paper:mean",
     "fixed:1e-4",
     "relative:1",
-    "drift:0.12",
-    "drift:0.12+secant",
+    "drift:0.2",
+    "drift:0.2+secant",
 )
 RATES = (0.5, 1.0, 2.0, 4.0, 8.0)
 PLAIN = "plain loop"

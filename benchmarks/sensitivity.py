@@ -19,7 +19,7 @@ from systems.folders import environment
 
 VOXELS = "configs/dreamfusion-toybox.yaml"
 HASH = "configs/dreamfusion-toybox-hashgrid.yaml"
-DELTAS = (0.06, 0.12, 0.25, 0.5)
+DELTAS = (0.1, 0.2, 0.4, 0.8)
 SGD = (
     "system.optimizer.name=SGD",
     "system.optimizer.args.betas=null",

@@ -30,7 +30,7 @@ SEEDS = (0, 1)
 WINDOWS = (4, 8, 16)
 WIDE = 32
 """The widest window, of the default alone."""
-DEFAULT = "default (drift, 0.12, secant)"
+DEFAULT = "default (drift, 0.2, secant)"
 RIVAL = 8
 """The k of the rivals."""
 RATES = (0.5, 1.0, 2.0, 4.0, 8.0)

@@ -67,7 +67,7 @@ class DriftThreshold(Threshold):
         memory: Iterations whose secants are remembered.
     """
 
-    value: float = 0.12
+    value: float = 0.2
     hold_every: int = 16
     memory: int = 4
 
@@ -75,7 +75,7 @@ class DriftThreshold(Threshold):
         if not (0 <= self.value < math.inf):
             raise ValueError(
                 f"`threshold.value` is {self.value}: write the share of itself that a "
-                "drift may be off by, such as 0.12 (0 reproduces the sequential run)."
+                "drift may be off by, such as 0.2 (0 reproduces the sequential run)."
             )
         for name, number, least in (
             ("hold_every", self.hold_every, 1),

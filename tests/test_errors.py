@@ -39,7 +39,7 @@ EXACT = FixedThreshold(0)
         (lambda: FixedThreshold(float("inf")), r"`threshold.value` is inf"),
         (lambda: EMAThreshold(-1.0, 0.9, "mean"), r"`threshold.value` is -1.0"),
         (lambda: EMAThreshold(1.0, 1.1, "mean"), r"`threshold.ema_decay` is 1.1"),
-        (lambda: DriftThreshold(-1.0), r"`threshold.value` is -1.0.*such as 0.12"),
+        (lambda: DriftThreshold(-1.0), r"`threshold.value` is -1.0.*such as 0.2"),
         (lambda: DriftThreshold(0.1, 0), r"`threshold.hold_every` is 0: write 1"),
         (lambda: DriftThreshold(0.1, 8, 0), r"`threshold.memory` is 0: write 1"),
         (lambda: AdaptiveWindow(0, 4), r"`window.smallest` is 0.*at least 1"),
