@@ -2,7 +2,8 @@
 
 `python -m benchmarks.sensitivity` solves a prompt at several thresholds δ over learning
 rates, numbers of views, optimizers and fields, beside the plain loop of each. It writes
-a table and a plot; interrupted, it goes on where it was.
+a table and a plot; interrupted, it goes on where it was, and with `--logged` it shows
+what has been run.
 """
 
 from __future__ import annotations
@@ -112,6 +113,8 @@ def table(found: Sequence[Entry]) -> str:
         cells = [f"{own[None]['psnr']:.2f} dB, {own[None]['iterations']:.0f} steps"]
         cells += [
             f"{own[delta]['gain']:+.2f} dB, {own[delta]['factor']:.1f}x"
+            if delta in own
+            else "not run"
             for delta in deltas
         ]
         lines.append(f"| {case} | " + " | ".join(cells) + " |")
@@ -151,11 +154,20 @@ def main() -> None:
     parser.add_argument("--window", type=int, default=16)
     parser.add_argument("--workers", type=int, default=2, help="processes of 1 thread")
     parser.add_argument("--set", nargs="*", default=[], help="further settings")
+    parser.add_argument(
+        "--logged", action="store_true", help="table and plot of what has been run"
+    )
     parser.add_argument("--to", type=Path, default=Path("outputs/sensitivity"))
     arguments = parser.parse_args()
-    entries = runs.run_all(
-        jobs(arguments), arguments.to / "runs.jsonl", arguments.workers
-    )
+    wanted, log = jobs(arguments), arguments.to / "runs.jsonl"
+    if arguments.logged:
+        entries = runs.logged(wanted, log)
+        done = {entry["case"] for entry in entries if entry["delta"] is None}
+        entries = [entry for entry in entries if entry["case"] in done]
+        if not entries:
+            raise SystemExit(f"`{log}` has no plain loop: leave out `--logged`.")
+    else:
+        entries = runs.run_all(wanted, log, arguments.workers)
     found = points(entries)
     plot(found, arguments.to / "sensitivity.png")
     text = (

@@ -178,6 +178,8 @@ def test_sensitivity_counts_from_the_plain_loop_of_each_case(tmp_path: Path) -> 
         ("SGD", None): (25.0, 200),
         ("SGD", 0.12): (25.2, 50),
         ("SGD", 0.5): (25.0, 25),
+        ("1 view", None): (24.0, 200),
+        ("1 view", 0.12): (24.0, 50),
     }
     entries = [
         {"case": case, "delta": delta, "psnr": psnr + spread, "iterations": iterations}
@@ -193,8 +195,26 @@ def test_sensitivity_counts_from_the_plain_loop_of_each_case(tmp_path: Path) -> 
     assert lines[3] == (
         "| SGD | 25.00 dB, 200 steps | +0.20 dB, 4.0x | +0.00 dB, 8.0x |"
     )
+    assert lines[4] == "| 1 view | 24.00 dB, 200 steps | +0.00 dB, 4.0x | not run |"
     sensitivity.plot(points, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").stat().st_size > 5000
+
+
+def test_sensitivity_shows_what_has_been_run(tmp_path: Path) -> None:
+    arguments = ("--cases", "default", "SGD", "--deltas", "0.2", "0.4", "--logged")
+    nothing = command("sensitivity", *arguments, "--to", str(tmp_path))
+    assert "has no plain loop: leave out `--logged`" in nothing.stderr
+    chosen = argparse.Namespace(
+        cases=["default", "SGD"], objects=["mushroom"], deltas=[0.2], window=16, set=[]
+    )
+    figures = {"psnr": 25.0, "iterations": 50, "seconds": 1.0}
+    plain, ours, _, other = sensitivity.jobs(chosen)  # SGD's plain loop is to come
+    lines = [json.dumps({**job, **figures}) for job in (plain, ours, other)]
+    (tmp_path / "runs.jsonl").write_text("\n".join(lines))
+    done = command("sensitivity", *arguments, "--to", str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    assert "| default | 25.00 dB, 50 steps | +0.00 dB, 1.0x |" in done.stdout
+    assert "SGD" not in done.stdout
 
 
 @pytest.mark.parametrize("case", sensitivity.CASES)
