@@ -125,46 +125,52 @@ def load_views(arguments: argparse.Namespace) -> int:
 def points(entries: Sequence[Entry]) -> list[Entry]:
     """One point a row and window: means over prompts and seeds; rivals at their best.
 
-    `factor` counts iterations from the plain loop's steps of the same regime.
+    `factor` counts iterations from the steps of the plain loops of the same regime,
+    prompts and seeds; `gain` is the PSNR against theirs.
     """
+    plain = {_problem(e): e for e in entries if e["row"] == PLAIN}
     cells: dict[tuple[Any, ...], list[Entry]] = defaultdict(list)
     for entry in entries:
         key = ("regime", "row", "predictor", "window", "rate")
         cells[tuple(entry[name] for name in key)].append(entry)
     best: dict[tuple[Any, ...], Entry] = {}
     for (regime, row, predictor, window, rate), cell in cells.items():
+        beside = [plain[_problem(entry)] for entry in cell]
+        iterations, psnr = (runs.mean(beside, name) for name in ("iterations", "psnr"))
         point = {
             "regime": regime,
             "row": row,
             "predictor": predictor,
             "window": window,
             "rate": rate,
+            "runs": len(cell),
             **{
                 name: runs.mean(cell, name)
                 for name in ("psnr", "iou", "iterations", "evaluations")
             },
         }
+        point["factor"] = iterations / point["iterations"]
+        point["gain"] = point["psnr"] - psnr
         key = (regime, row, predictor, window)
         if key not in best or point["psnr"] > best[key]["psnr"]:
             best[key] = point
-    plain = {p["regime"]: p for p in best.values() if p["row"] == PLAIN}
-    for point in best.values():
-        base = plain[point["regime"]]
-        point["factor"] = base["iterations"] / point["iterations"]
-        point["gain"] = point["psnr"] - base["psnr"]
     return list(best.values())
+
+
+def _problem(entry: Entry) -> tuple[str, str, int]:
+    return entry["regime"], entry["shape"], entry["seed"]
 
 
 def table(found: Sequence[Entry]) -> str:
     """A Markdown table."""
     lines = [
-        "| regime | threshold or rival | predictor | window or k | lr | iterations "
-        "(factor) | evaluations | PSNR, dB | against the plain loop | IoU |",
-        "|" + "---|" * 10,
+        "| regime | threshold or rival | predictor | window or k | lr | runs | "
+        "iterations (factor) | evaluations | PSNR, dB | against the plain loop | IoU |",
+        "|" + "---|" * 11,
     ]
     lines += [
         f"| {p['regime']} | {p['row']} | {p['predictor']} | {p['window']} | "
-        f"{p['rate']:g} | {p['iterations']:.0f} ({p['factor']:.1f}x) | "
+        f"{p['rate']:g} | {p['runs']} | {p['iterations']:.0f} ({p['factor']:.1f}x) | "
         f"{p['evaluations']:.0f} | {p['psnr']:.2f} | {p['gain']:+.2f} | "
         f"{p['iou']:.3f} |"
         for p in found
@@ -258,14 +264,16 @@ def main() -> None:
     log = arguments.to / "runs.jsonl"
     if arguments.logged:
         entries = runs.logged(wanted, log)
+        known = {_problem(entry) for entry in entries if entry["row"] == PLAIN}
+        entries = [entry for entry in entries if _problem(entry) in known]
         if not entries:
-            raise SystemExit(f"`{log}` has none of these runs: leave out `--logged`.")
+            raise SystemExit(f"`{log}` has no plain loop: leave out `--logged`.")
     else:
         entries = runs.run_all(wanted, log, arguments.workers)
     found = points(entries)
     plot(found, arguments.to / "pareto.png")
     summary = (
-        f"{table(found)}\n\nMeans over {', '.join(arguments.objects)} and "
+        f"{table(found)}\n\nMeans over the runs of {', '.join(arguments.objects)} and "
         f"{len(arguments.seeds)} seed(s); `{arguments.config}` "
         f"{' '.join(arguments.set)}. Cost: {len(entries)} runs, "
         f"{runs.hours(entries):.2f} core-hours on {environment()['processor']}, one "

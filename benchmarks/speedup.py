@@ -4,8 +4,8 @@
 plain loop; the config's own threshold, the published one (median and mean) and a fixed
 one at windows 4, 8 and 16 (the config's at 32 too); and plain loops of a k-th of the
 steps, with the same views or k times as many, each at the best of five learning rates.
-It writes a table and a plot; interrupted, it goes on where it was. Wall-clock is
-measured by `benchmarks.wallclock`.
+It writes a table and a plot; interrupted, it goes on where it was, and with `--logged`
+it shows what has been run. Wall-clock is measured by `benchmarks.wallclock`.
 """
 
 from __future__ import annotations
@@ -140,7 +140,7 @@ def best_rates(entries: list[Entry]) -> list[Entry]:
 
 
 def summarise(entries: list[Entry]) -> list[Entry]:
-    """A line for each row of the table."""
+    """A line for each row of the table; losses are against the same plain loops."""
     plain = {(e["prompt"], e["seed"]): e for e in entries if e["row"] == PLAIN}
     groups: dict[tuple[str, int | None], list[Entry]] = defaultdict(list)
     for entry in entries:
@@ -149,17 +149,18 @@ def summarise(entries: list[Entry]) -> list[Entry]:
     for (row, window), found in groups.items():
         chosen = best_rates(found)
         apart = [deviation(e, plain) for e in chosen]
+        beside = [plain[e["prompt"], e["seed"]] for e in chosen]
         lines.append(
             {
                 "row": row,
                 "window": window,
                 "rate": chosen[0]["rate"],
+                "runs": len(chosen),
                 **{
                     name: runs.mean(chosen, name)
                     for name in ("iterations", "evaluations", "psnr", "iou")
                 },
-                "loss": runs.mean(list(plain.values()), "psnr")
-                - runs.mean(chosen, "psnr"),
+                "loss": runs.mean(beside, "psnr") - runs.mean(chosen, "psnr"),
                 "apart": math.inf if row == PLAIN else sum(apart) / len(apart),
             }
         )
@@ -184,15 +185,15 @@ def table(lines: list[Entry]) -> str:
     """The lines as Markdown."""
     steps = next(line["iterations"] for line in lines if line["row"] == PLAIN)
     text = [
-        "| | window | iterations | fewer | gradients | PSNR, dB | against sequential, "
-        "dB | IoU | pictures against sequential, dB |",
-        "|---" * 9 + "|",
+        "| | window | runs | iterations | fewer | gradients | PSNR, dB | against "
+        "sequential, dB | IoU | pictures against sequential, dB |",
+        "|---" * 10 + "|",
     ]
     text += [
         f"| {line['row']} (lr {line['rate']:g}) | {line['window'] or '–'} | "
-        f"{line['iterations']:.1f} | {steps / line['iterations']:.1f}× | "
-        f"{line['evaluations']:.0f} | {line['psnr']:.2f} | {-line['loss']:+.2f} | "
-        f"{line['iou']:.3f} | "
+        f"{line['runs']} | {line['iterations']:.1f} | "
+        f"{steps / line['iterations']:.1f}× | {line['evaluations']:.0f} | "
+        f"{line['psnr']:.2f} | {-line['loss']:+.2f} | {line['iou']:.3f} | "
         f"{format(line['apart'], '.1f') if math.isfinite(line['apart']) else '–'} |"
         for line in lines
     ]
@@ -243,6 +244,9 @@ def main() -> None:
     parser.add_argument("--windows", type=int, nargs="+", default=[*WINDOWS, WIDE])
     parser.add_argument("--workers", type=int, default=2, help="processes of 1 thread")
     parser.add_argument("--set", nargs="*", default=[], help="further settings")
+    parser.add_argument(
+        "--logged", action="store_true", help="table and plot of what has been run"
+    )
     parser.add_argument("--to", type=Path, default=Path("outputs/speedup"))
     arguments = parser.parse_args()
     wanted = [
@@ -253,14 +257,20 @@ def main() -> None:
         if job["window"] in (None, *arguments.windows)
         and (not arguments.rows or job["row"] in (PLAIN, *arguments.rows))
     ]
-    entries = runs.run_all(
-        wanted, arguments.to / "runs.jsonl", arguments.workers, solve
-    )
+    log = arguments.to / "runs.jsonl"
+    if arguments.logged:
+        entries = runs.logged(wanted, log)
+        done = {(e["prompt"], e["seed"]) for e in entries if e["row"] == PLAIN}
+        entries = [e for e in entries if (e["prompt"], e["seed"]) in done]
+        if not entries:
+            raise SystemExit(f"`{log}` has no plain loop: leave out `--logged`.")
+    else:
+        entries = runs.run_all(wanted, log, arguments.workers, solve)
     lines = summarise(entries)
     text = (
-        f"{table(lines)}\n\nMeans over {', '.join(arguments.objects)} and seeds "
-        f"{', '.join(map(str, arguments.seeds))}; rivals at the best of five learning "
-        f"rates. {other_seed(entries)} Cost: "
+        f"{table(lines)}\n\nMeans over the runs of {', '.join(arguments.objects)} "
+        f"and seeds {', '.join(map(str, arguments.seeds))}; rivals at the best "
+        f"of five learning rates. {other_seed(entries)} Cost: "
         f"{len(entries)} runs, {runs.hours(entries):.1f} core-hours on "
         f"{environment()['processor']}, one thread each.\n"
     )

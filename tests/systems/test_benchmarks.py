@@ -109,13 +109,21 @@ def test_rivals_are_ranked_at_their_best_rate(tmp_path: Path) -> None:
     assert found["drift"]["loss"] == pytest.approx(0.1)
     assert found["drift"]["apart"] == pytest.approx(60, abs=0.1)
     text = speedup.table(list(found.values()))
-    assert "| drift (lr 0.1) | 8 | 8.0 | 5.0× | 40 | 21.90 | -0.10 | 0.800 |" in text
+    assert (
+        "| drift (lr 0.1) | 8 | 2 | 8.0 | 5.0× | 40 | 21.90 | -0.10 | 0.800 |" in text
+    )
     for file in tmp_path.glob("*.pt"):
         file.unlink()  # as in a log that was kept without its pictures
     bare = speedup.table(speedup.summarise(lines))
     assert (
-        "| drift (lr 0.1) | 8 | 8.0 | 5.0× | 40 | 21.90 | -0.10 | 0.800 | – |" in bare
+        "| drift (lr 0.1) | 8 | 2 | 8.0 | 5.0× | 40 | 21.90 | -0.10 | 0.800 | – |"
+        in bare
     )
+    # A row that has the second seed alone is held against that seed's plain loop.
+    lines[1]["psnr"] = 24.0
+    half = speedup.summarise([e for e in lines if e["row"] != "drift" or e["seed"]])
+    line = next(line for line in half if line["row"] == "drift")
+    assert (line["runs"], line["loss"]) == (1, pytest.approx(2.1))
     speedup.plot(list(found.values()), tmp_path / "plot.png")
     assert (tmp_path / "plot.png").stat().st_size > 5000
 
