@@ -178,6 +178,8 @@ def other_seed(entries: list[Entry]) -> str:
         for (_, seed), entry in plain.items()
         if seed == first
     ]
+    if any(map(math.isnan, apart)):
+        return "How far plain loops of two seeds are apart: pictures not kept."
     return f"Plain loops of two seeds: {sum(apart) / len(apart):.1f} dB apart."
 
 

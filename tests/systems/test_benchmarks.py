@@ -119,6 +119,7 @@ def test_rivals_are_ranked_at_their_best_rate(tmp_path: Path) -> None:
         "| drift (lr 0.1) | 8 | 2 | 8.0 | 5.0× | 40 | 21.90 | -0.10 | 0.800 | – |"
         in bare
     )
+    assert speedup.other_seed(lines).endswith("pictures not kept.")
     # A row that has the second seed alone is held against that seed's plain loop.
     lines[1]["psnr"] = 24.0
     half = speedup.summarise([e for e in lines if e["row"] != "drift" or e["seed"]])
