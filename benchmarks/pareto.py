@@ -230,7 +230,8 @@ def plot(found: Sequence[Entry], path: Path) -> None:
             title=regime,
         )
         axes.grid(alpha=0.3)
-        axes.legend(fontsize=6, loc="center left", bbox_to_anchor=(1, 0.5))
+        if lines:
+            axes.legend(fontsize=6, loc="center left", bbox_to_anchor=(1, 0.5))
     figure.savefig(path, dpi=150)
 
 
