@@ -157,7 +157,7 @@ def points(entries: Sequence[Entry]) -> list[Entry]:
     return list(best.values())
 
 
-def _problem(entry: Entry) -> tuple[str, str, int]:
+def _problem(entry: runs.Job) -> tuple[str, str, int]:
     return entry["regime"], entry["shape"], entry["seed"]
 
 
@@ -264,11 +264,7 @@ def main() -> None:
         return
     log = arguments.to / "runs.jsonl"
     if arguments.logged:
-        entries = runs.logged(wanted, log)
-        known = {_problem(entry) for entry in entries if entry["row"] == PLAIN}
-        entries = [entry for entry in entries if _problem(entry) in known]
-        if not entries:
-            raise SystemExit(f"`{log}` has no plain loop: leave out `--logged`.")
+        entries = runs.logged(wanted, log, _problem, PLAIN)
     else:
         entries = runs.run_all(wanted, log, arguments.workers)
     found = points(entries)

@@ -105,10 +105,23 @@ def run_all(
     return [{**known[_key(entry)], **entry} for entry in jobs]
 
 
-def logged(jobs: Sequence[Job], log: Path) -> list[dict[str, Any]]:
-    """The entries of those jobs that the log has, in their order; runs nothing."""
+def logged(
+    jobs: Sequence[Job], log: Path, problem: Callable[[Job], Any], plain: str
+) -> list[dict[str, Any]]:
+    """The entries of those jobs that the log has, in their order; runs nothing.
+
+    Args:
+        jobs: What would be run.
+        log: The log.
+        problem: What a run and its plain loop have in common.
+        plain: The row of plain loops; entries whose problem has none are left out.
+    """
     known = _read(log)
-    return [{**known[_key(e)], **e} for e in jobs if _key(e) in known]
+    entries = [{**known[_key(e)], **e} for e in jobs if _key(e) in known]
+    solved = {problem(entry) for entry in entries if entry["row"] == plain}
+    if not solved:
+        raise SystemExit(f"`{log}` has no plain loop: leave out `--logged`.")
+    return [entry for entry in entries if problem(entry) in solved]
 
 
 def hours(entries: Sequence[Mapping[str, Any]]) -> float:

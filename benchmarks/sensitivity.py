@@ -27,6 +27,7 @@ SGD = (
     "system.optimizer.args.eps=null",
     "system.optimizer.args.momentum=0.9",
 )
+PLAIN = "plain loop"
 Entry = dict[str, Any]
 
 
@@ -72,6 +73,7 @@ def jobs(arguments: argparse.Namespace) -> list[Entry]:
             *chosen,
             *arguments.set,
             case=name,
+            row=PLAIN if delta is None else "drift",
             delta=delta,
             shape=shape,
         )
@@ -161,11 +163,9 @@ def main() -> None:
     arguments = parser.parse_args()
     wanted, log = jobs(arguments), arguments.to / "runs.jsonl"
     if arguments.logged:
-        entries = runs.logged(wanted, log)
-        done = {entry["case"] for entry in entries if entry["delta"] is None}
-        entries = [entry for entry in entries if entry["case"] in done]
-        if not entries:
-            raise SystemExit(f"`{log}` has no plain loop: leave out `--logged`.")
+        entries = runs.logged(
+            wanted, log, lambda entry: (entry["case"], entry["shape"]), PLAIN
+        )
     else:
         entries = runs.run_all(wanted, log, arguments.workers)
     found = points(entries)

@@ -261,11 +261,9 @@ def main() -> None:
     ]
     log = arguments.to / "runs.jsonl"
     if arguments.logged:
-        entries = runs.logged(wanted, log)
-        done = {(e["prompt"], e["seed"]) for e in entries if e["row"] == PLAIN}
-        entries = [e for e in entries if (e["prompt"], e["seed"]) in done]
-        if not entries:
-            raise SystemExit(f"`{log}` has no plain loop: leave out `--logged`.")
+        entries = runs.logged(
+            wanted, log, lambda entry: (entry["prompt"], entry["seed"]), PLAIN
+        )
     else:
         entries = runs.run_all(wanted, log, arguments.workers, solve)
     lines = summarise(entries)
