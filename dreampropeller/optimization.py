@@ -49,13 +49,15 @@ class OptimizationTrajectory(Trajectory[Nest]):
         clip_grad_value: Largest absolute value of a gradient entry.
         precision: "32-true", "bf16-mixed" or "16-mixed": the loss is evaluated under
             autocast; with "16-mixed" the loss scale is part of the state, and a step
-            whose gradients overflow is not taken (it counts), as with `GradScaler`.
+            whose gradients overflow is not taken (it counts), as with `GradScaler`;
+            one optimizer only.
         seed: The global generators are seeded with (seed, step) during `loss`, so that
             dropout and `torch.randn` replay; None leaves them alone.
 
     Raises:
         ValueError: An optimizer needs a closure, a scheduler a metric, a parameter
-            belongs to no state, or there is no such precision.
+            belongs to no state, or there is no such precision (or not with several
+            optimizers).
         TypeError: An optimizer remembers something a checkpoint could not restore.
     """
 
@@ -94,6 +96,13 @@ class OptimizationTrajectory(Trajectory[Nest]):
         self._initial_carry = copy_nest(self._optimizers.export())
         device = next(iter(self._initial.values())).device
         self._precision = Precision(str(precision), device)
+        if self._precision.scales and self._optimizers.count > 1:
+            raise ValueError(
+                f"`precision` is {precision!r} with {self._optimizers.count} "
+                "optimizers: a loss scale leaves out the one that overflowed, which is "
+                'not supported. Write `precision="bf16-mixed"`, which needs no scale, '
+                "or put the parameters into the groups of one optimizer."
+            )
 
     @classmethod
     def from_module(
@@ -108,7 +117,8 @@ class OptimizationTrajectory(Trajectory[Nest]):
 
         The module's own tensors are replaced during a call and stay as they are;
         `module.load_state_dict(solution.value, strict=False)` takes the result over.
-        Parameters that do not require gradients are frozen and not part of the state.
+        Parameters that do not require gradients are frozen and not part of the state;
+        one that changes during a call is refused.
 
         Args:
             module: What is optimised.
@@ -122,12 +132,21 @@ class OptimizationTrajectory(Trajectory[Nest]):
 
         def functional(step: int, y: State) -> Any:
             named = {prefix + name: tensor for name, tensor in y.items()}
+            before = [parameter._version for parameter in frozen.values()]
             try:
-                return torch.func.functional_call(body, named, (step,))
+                result = torch.func.functional_call(body, named, (step,))
+                for (name, parameter), version in zip(
+                    frozen.items(), before, strict=True
+                ):
+                    if parameter._version != version:
+                        raise ValueError(frozen_changed(name))
+                return result
             finally:  # rebound buffers are reported through the mapping
                 y.update({name: named[prefix + name] for name in y})
 
-        trainable = {n: p for n, p in module.named_parameters() if p.requires_grad}
+        named_parameters = dict(module.named_parameters())
+        trainable = {n: p for n, p in named_parameters.items() if p.requires_grad}
+        frozen = {n: p for n, p in named_parameters.items() if n not in trainable}
         if not trainable:
             raise ValueError("No parameter of `module` requires gradients.")
         buffers = dict(module.named_buffers())
@@ -226,6 +245,16 @@ class OptimizationTrajectory(Trajectory[Nest]):
             nn.utils.clip_grad_value_(holders, self._clip_grad_value)
         clipped = [holder.grad for holder in holders]
         return {n: g for n, g in zip(gradients, clipped, strict=True) if g is not None}
+
+
+def frozen_changed(name: str) -> str:
+    """What to do about a frozen parameter that an evaluation wrote into."""
+    return (
+        f"The evaluation changed `{name}`, a parameter that no optimizer holds, so it "
+        "is not part of the state and the next evaluation would see another step's "
+        "value. Register it as a buffer, or keep an average of the weights in the "
+        "optimizer's state."
+    )
 
 
 class _LoopBody(nn.Module):

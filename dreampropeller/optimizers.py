@@ -56,6 +56,11 @@ class Optimizers:
         self._probed = False
         self._load(copy_nest(self.export()))  # what cannot be restored fails here
 
+    @property
+    def count(self) -> int:
+        """How many optimizers there are."""
+        return len(self._optimizers)
+
     def export(self) -> Nest:
         """The memory of optimizers and schedulers, not copied."""
         return {

@@ -19,7 +19,8 @@ from torch import Tensor
 
 from dreampropeller.tree import State
 
-_KEY = "precision/scale"
+LOSS_SCALE = "precision/scale"
+"""Its name in a state."""
 _FOUND_INF = "precision/found_inf"
 _INITIAL_EXPONENT = 16
 _GROWTH_INTERVAL = 2000
@@ -57,7 +58,7 @@ class Precision:
         """The loss scale at the start, when there is one; int64, shape ``(2,)``."""
         if not self.scales:
             return {}
-        return {_KEY: torch.tensor([_INITIAL_EXPONENT, 0], device=self._device)}
+        return {LOSS_SCALE: torch.tensor([_INITIAL_EXPONENT, 0], device=self._device)}
 
     def autocast(self) -> contextlib.AbstractContextManager[object]:
         """The context of a forward pass."""
@@ -95,14 +96,19 @@ class Precision:
         """The scale after a step."""
         if not self.scales:
             return {}
-        exponent, count = y[_KEY].unbind()
+        exponent, count = y[LOSS_SCALE].unbind()
         overflow = drift.get(_FOUND_INF)
         if overflow is None:  # a step that was left out, or predicted
             return {}
         grows = ~overflow & (count + 1 == _GROWTH_INTERVAL)
         exponent = exponent + grows.long() - overflow.long()
         count = torch.where(overflow | grows, 0, count + 1)
-        return {_KEY: torch.stack([exponent, count])}
+        return {LOSS_SCALE: torch.stack([exponent, count])}
 
     def _factor(self, y: State) -> Tensor:
-        return torch.exp2(y[_KEY][0].float())
+        if LOSS_SCALE not in y:
+            raise ValueError(
+                "The state has no loss scale, which half precision needs: it is of a "
+                "run in another precision. Go on in that one."
+            )
+        return torch.exp2(y[LOSS_SCALE][0].float())

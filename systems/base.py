@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +12,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 import dreampropeller as dp
+from dreampropeller.precision import LOSS_SCALE
 from systems.cameras import RandomCameras, Views
 from systems.config import Config
 from systems.reader import ConfigError, read
@@ -99,21 +100,22 @@ class System(abc.ABC):
             yield self.render(y, views.one(number))[0][0]
 
     def check_state(self, y: dp.State, where: str | Path) -> None:
-        """Refuse a state of another system.
+        """Refuse a state of another system; its precision may be another.
 
         Raises:
             ConfigError: Names the first difference.
         """
-        own = {
-            **dict(self.scene.named_parameters()),
-            **dict(self.scene.named_buffers()),
-        }
-        for name, tensor in y.items():
-            if name not in own or own[name].shape != tensor.shape:
-                expected = tuple(own[name].shape) if name in own else "nothing"
+        own = dict(self.scene.named_buffers())
+        own |= {n: p for n, p in self.scene.named_parameters() if p.requires_grad}
+
+        def shape(tensors: Mapping[str, Tensor], name: str) -> tuple[int, ...] | str:
+            return tuple(tensors[name].shape) if name in tensors else "nothing"
+
+        for name in [*y, *own]:
+            if name != LOSS_SCALE and shape(y, name) != shape(own, name):
                 raise ConfigError(
                     f"The checkpoint `{where}` does not fit this config: its `{name}` "
-                    f"has shape {tuple(tensor.shape)}, the config makes {expected}. "
+                    f"has shape {shape(y, name)}, the config makes {shape(own, name)}. "
                     "Use the `config.yaml` of the run it came from."
                 )
 

@@ -313,6 +313,20 @@ def test_unsound_losses_are_refused(loss: Any, message: str) -> None:
         solve(trajectory, Sequential())
 
 
+def test_a_frozen_parameter_that_a_step_writes_into_is_refused() -> None:
+    net = small_net()
+    net.register_parameter("mean", nn.Parameter(torch.zeros(()), requires_grad=False))
+
+    def loss(step: int, net: Any) -> Tensor:
+        with torch.no_grad():
+            net.mean.lerp_(net[0].weight.mean(), 0.1)
+        return loss_of(net, batches(step)[0]) + net.mean
+
+    trajectory = OptimizationTrajectory.from_module(net, loss, OPTIMIZERS["SGD"], 3)
+    with pytest.raises(ValueError, match="`mean`, a parameter that no optimizer holds"):
+        solve(trajectory, Sequential())
+
+
 def batches(step: int) -> list[Tensor]:
     generator = torch.Generator().manual_seed(step)
     return [torch.rand(8, 2, generator=generator) for _ in range(2)]
@@ -387,6 +401,25 @@ def test_accumulation_decay_groups_averages_and_autocast_equal_their_loop(
         assert not torch.equal(expected, parameter)
 
 
+def test_bfloat16_equals_its_loop() -> None:
+    net = small_net()
+    optimizer = torch.optim.Adam(net.parameters(), lr=0.05)
+    for step in range(STEPS):
+        optimizer.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = loss_of(net, batches(step)[0])
+        loss.backward()
+        optimizer.step()
+    trajectory = OptimizationTrajectory.from_module(
+        small_net(),
+        lambda step, net: loss_of(net, batches(step)[0]),
+        lambda named: torch.optim.Adam(named.values(), lr=0.05),
+        STEPS,
+        precision="bf16-mixed",
+    )
+    check({n: p.detach() for n, p in net.named_parameters()}, trajectory)
+
+
 @pytest.mark.filterwarnings("ignore:Detected call of `lr_sch")  # the loop's overflow
 def test_a_loss_scale_equals_its_loop() -> None:
     """Against a loop with `GradScaler`, which backs off before the first step taken."""
@@ -433,6 +466,18 @@ def test_a_loss_scale_equals_its_loop() -> None:
             3,
             precision="half",
         )
+    with pytest.raises(ValueError, match="with 2 optimizers: a loss scale"):
+        OptimizationTrajectory(
+            network_loss,
+            network_start(),
+            OPTIMIZERS["two"],
+            3,
+            precision="16-mixed",
+        )
+    y, _ = trajectory.init()
+    del y["precision/scale"]
+    with pytest.raises(ValueError, match="another precision"):
+        trajectory.make_drift(torch.device("cpu"))(0, y)
 
 
 def loud(net: nn.Module, batch: Tensor) -> Tensor:

@@ -25,7 +25,11 @@ from torch import nn
 
 from dreampropeller.adapters import loop, optimization, refusals
 from dreampropeller.adapters.attributes import Attributes
-from dreampropeller.optimization import buffer_drift, updated_buffers
+from dreampropeller.optimization import (
+    buffer_drift,
+    frozen_changed,
+    updated_buffers,
+)
 from dreampropeller.precision import Precision
 from dreampropeller.rng import StepRandom
 from dreampropeller.trajectory import Drift, Trajectory
@@ -248,7 +252,8 @@ class LightningTrajectory(Trajectory[Nest]):
     def _evaluate(self, step: int, y: State) -> tuple[State, Aux]:
         """One step on the module as it stands."""
         module, (optimizer,) = self.module, self._seen_optimizers
-        versions = {name: p._version for name, p in self._parameters.items()}
+        parameters = {**dict(module.named_parameters()), **self._parameters}
+        versions = {name: p._version for name, p in parameters.items()}
         self._logged = {}
         batch = loop.transfer(
             self.batch(step), module, self.shim.datamodule, self.device
@@ -275,16 +280,19 @@ class LightningTrajectory(Trajectory[Nest]):
                 found = self._precision.unscale(own, y)
                 module.on_before_optimizer_step(optimizer)
                 self._clip_gradients()
-        for name, parameter in self._parameters.items():
-            if parameter._version != versions[name]:
-                raise ValueError(
-                    f"The step changed parameter `{name}` itself, which only the "
-                    "optimizer may do; a parameter's guess must stay as it is."
-                )
         drift = {**self._gradients(Precision.overflowed(found)), **found}
         self.shim.global_step = step + 1
         outputs = loop.detached(output, loss)
         module.on_train_batch_end(outputs, batch, index)
+        for name, parameter in parameters.items():
+            if parameter._version == versions[name]:
+                continue
+            if name not in self._parameters:
+                raise ValueError(frozen_changed(name))
+            raise ValueError(
+                f"The step changed parameter `{name}` itself, which only the "
+                "optimizer may do; a parameter's guess must stay as it is."
+            )
         drift.update(self._buffer_drift(y))
         aux = dict(self._logged) if loss is None else {**self._logged, "loss": loss}
         return drift, loop.numbers(aux)

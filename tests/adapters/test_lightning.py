@@ -259,6 +259,18 @@ class Clamping(Regression):
         return super().training_step(batch, batch_idx)
 
 
+class Averaging(Regression):
+    """Keeps a moving average of its weights as frozen parameters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.average = torch.nn.Parameter(torch.zeros(()), requires_grad=False)
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        with torch.no_grad():
+            self.average.lerp_(self.inner.weight.mean(), 0.1)
+
+
 class Asking(Regression):
     def training_step(self, batch: Any, batch_idx: int) -> Any:
         return self.trainer.fit_loop.epoch_loop
@@ -268,6 +280,7 @@ class Asking(Regression):
     ("kind", "error", "message"),
     [
         (Clamping, ValueError, "changed parameter `inner.weight` itself"),
+        (Averaging, ValueError, "`average`, a parameter that no optimizer holds"),
         (Asking, AttributeError, "asked its trainer for `fit_loop`"),
     ],
 )

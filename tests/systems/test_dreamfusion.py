@@ -260,10 +260,14 @@ def test_quality_sees_the_object_over_its_own_grey() -> None:
 def test_checkpoint_of_another_config_is_refused(tmp_path: Path) -> None:
     y, carry = small().trajectory().init()
     path = checkpoint.save(tmp_path, dp.Sequential().init(y, carry))
+    y = checkpoint.load(path).y
     with pytest.raises(ConfigError, match=r"`geometry.grid` has shape .*config.yaml"):
-        small("system.geometry.resolution=9").check_state(
-            checkpoint.load(path).y, tmp_path
-        )
+        small("system.geometry.resolution=9").check_state(y, tmp_path)
+    with pytest.raises(ConfigError, match=r"`geometry.grid` has shape nothing"):
+        small().check_state({n: t for n, t in y.items() if n != "geometry.grid"}, "")
+    half = small("trainer.precision=16-mixed")
+    half.check_state(half.trajectory().init()[0], tmp_path)
+    half.check_state(y, tmp_path)
 
 
 def test_five_lines_of_a_notebook() -> None:

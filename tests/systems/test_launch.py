@@ -157,9 +157,13 @@ def test_sequential_is_the_plain_loop_and_threshold_zero_equals_it(
     assert tree_equal(*values)
 
 
-def test_resumed_run_equals_the_undisturbed_one(finished: Path, tmp_path: Path) -> None:
-    del finished
-    settings = ("checkpoint.every_n_train_steps=1", "checkpoint.keep=100")
+@pytest.mark.parametrize("precision", ["32-true", "16-mixed"])
+def test_resumed_run_equals_the_undisturbed_one(tmp_path: Path, precision: str) -> None:
+    settings = (
+        "checkpoint.every_n_train_steps=1",
+        "checkpoint.keep=100",
+        f"trainer.precision={precision}",
+    )
     assert train(tmp_path / "whole", *settings) == 0
     whole = run_folder(tmp_path / "whole")
     end = checkpoint.load(whole / "ckpts").y
