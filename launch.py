@@ -24,13 +24,13 @@ import dreampropeller as dp
 import systems
 from dreampropeller.checkpoint import CheckpointError
 from systems import compare, folders, results, sampling, threestudio, workers
-from systems.config import Config, load
+from systems.config import Config, is_rank, load
 from systems.recorder import Recorder
 
 
 def train(config: Config, folder: Path | None = None) -> int:
     """Make the object, here or on several ranks; gives the exit code."""
-    if workers.is_rank():  # started by torchrun
+    if is_rank():  # started by torchrun
         return work(config, leads=os.environ["RANK"] == "0")
     if config.dispatch.num_workers == 1:
         return work(config, folder)

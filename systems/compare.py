@@ -20,8 +20,8 @@ import torch
 from tqdm import tqdm
 
 import dreampropeller as dp
-from systems import build, folders, quality, workers
-from systems.config import Config, load
+from systems import build, folders, quality
+from systems.config import Config, is_rank, load
 from systems.reader import ConfigError
 from systems.report import figures, page
 from systems.report.runs import Run, open_run, quality_over_time, system_of
@@ -124,7 +124,7 @@ def compare_folders(first: str, second: str) -> int:
 
 
 def _check(config: Config) -> None:
-    if workers.is_rank():
+    if is_rank():
         raise ConfigError(
             "`--compare` starts its processes itself: run it without torchrun, with "
             "`dispatch.num_workers=2`."

@@ -10,14 +10,17 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
+from omegaconf import DictConfig, OmegaConf
 
 import dreampropeller as dp
 from dreampropeller.precision import Precision
 from systems.reader import merge, read, to_mapping
 from systems.settings import at_least, one_of
+
+THRESHOLD = "solver.threshold"
 
 
 @dataclass(frozen=True)
@@ -33,7 +36,7 @@ class WindowConfig:
         multiple: Of what the sizes in between are multiples.
     """
 
-    size: int | str = 8
+    size: int | Literal["auto"] = 8
     max_size: int | None = None
     multiple: int = 1
 
@@ -45,13 +48,21 @@ class WindowConfig:
                     "leave them out, or write a number for `size`."
                 )
             return
-        if not isinstance(self.size, int):
-            raise ValueError(f"`size` is `{self.size}`: write a whole number or auto.")
         if self.size < 1:
             raise ValueError(
                 f"`size` is {self.size}: a window holds at least 1 step. Write "
                 "`solver.window.size=8`, or `solver.name=sequential` for the plain "
                 "loop."
+            )
+        if self.max_size is None and self.multiple != 1:
+            raise ValueError(
+                f"`multiple` is {self.multiple}, without effect on a window of one "
+                "size: write `max_size` too, or leave it out."
+            )
+        if self.max_size is not None and self.max_size < self.size:
+            raise ValueError(
+                f"`max_size` is {self.max_size}, less than `size`, {self.size}: write "
+                "at least that, or null to keep the size."
             )
         self.build()
 
@@ -77,7 +88,7 @@ class ThresholdConfig:
         name: "drift" bounds the relative error of the drift, "paper" is the published
             rule, "fixed" a fixed error.
         value: With "drift", the share of itself that a drift may be off by (default
-            0.1). With "paper", the first threshold (default 5e-6), and with "fixed"
+            0.2). With "paper", the first threshold (default 5e-6), and with "fixed"
             the only one, a mean square over all entries; no default. With "drift" and
             "fixed", 0 is the sequential run bit for bit (on CPU).
         relative: With "fixed": `value` counts squared updates of the optimizer.
@@ -162,10 +173,10 @@ class SolverConfig:
         name: "picard", or "sequential" for the plain loop.
         window: How many steps are tried.
         threshold: What counts as converged.
-        predictor: First guess of a new step: "momentum", "repeat_last", or "auto", the
-            one that guessed better of late.
+        predictor: First guess of a new step: "momentum", "repeat_last", or "auto", as
+            much of momentum's way as has proved right of late.
         non_finite: "raise", or "skip" steps whose gradient is not finite.
-        acceleration: How guesses are corrected.
+        acceleration: How drifts or guesses are corrected.
     """
 
     name: str = "picard"
@@ -179,8 +190,16 @@ class SolverConfig:
         one_of("name", self.name, ("picard", "sequential"))
         one_of("predictor", self.predictor, ("momentum", "repeat_last", "auto"))
         one_of("non_finite", self.non_finite, ("raise", "skip"))
-        if self.window.size != "auto":
+        if self.window.size == "auto":
+            self.resolved(1)
+        else:
             self.build()  # what does not go together is refused here
+
+    def resolved(self, num_workers: int) -> SolverConfig:
+        """The same with numbers for "auto"."""
+        if self.window.size != "auto":
+            return self
+        return replace(self, window=self.window.resolved(num_workers))
 
     def build(self) -> dp.Solver:
         """The core's solver."""
@@ -216,6 +235,16 @@ class DispatchConfig:
         at_least("timeout", self.timeout, 1)
         if self.threads is not None:
             at_least("threads", self.threads, 1)
+
+    @property
+    def count(self) -> int:
+        """Processes of this run: torchrun's, or those `launch.py` starts."""
+        return int(os.environ["WORLD_SIZE"]) if is_rank() else self.num_workers
+
+
+def is_rank() -> bool:
+    """Whether this process was started as one of several."""
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
 @dataclass(frozen=True)
@@ -320,8 +349,16 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     Raises:
         ConfigError: The file cannot be read, or a setting cannot be used.
     """
-    config = read(Config, to_mapping(merge(path, overrides)), "")
-    # Ranks started by torchrun are counted by it, not by the config.
-    workers = int(os.environ.get("WORLD_SIZE", config.dispatch.num_workers))
-    solver = replace(config.solver, window=config.solver.window.resolved(workers))
-    return replace(config, solver=solver)
+    asked = list(overrides)
+    if renames_threshold(merge(path, ()), asked):
+        asked.insert(0, f"{THRESHOLD}={{}}")
+    config = read(Config, to_mapping(merge(path, asked)), "")
+    return replace(config, solver=config.solver.resolved(config.dispatch.count))
+
+
+def renames_threshold(config: DictConfig, overrides: Sequence[str]) -> bool:
+    """Whether another threshold than a file's is asked for: its numbers do not fit."""
+    key = f"{THRESHOLD}.name"
+    names = [o.partition("=")[2] for o in overrides if o.startswith(f"{key}=")]
+    own = OmegaConf.select(config, key)
+    return bool(names) and own is not None and own != names[-1]

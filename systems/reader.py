@@ -102,11 +102,15 @@ def read(kind: type[T], section: Any, where: str) -> T:
     Raises:
         ConfigError: A key is unknown or missing, or a value cannot be used.
     """
-    if not isinstance(section, Mapping):
-        raise ConfigError(f"`{where}` is {section!r}: write a section of `key: value`.")
     fields: dict[str, dataclasses.Field[Any]] = {
         f.name: f for f in dataclasses.fields(typing.cast(Any, kind))
     }
+    if not isinstance(section, Mapping):
+        value = "…" if section is None else section
+        raise ConfigError(
+            f"`{where}` is {section!r}: write a section of `key: value`, or "
+            f"`{where}.{next(iter(fields))}={value}`."
+        )
     for key in section:
         if key not in fields:
             raise ConfigError(_unknown(_dotted(where, str(key)), str(key), fields))
@@ -174,6 +178,10 @@ def _convert(value: Any, hint: Any, where: str) -> Any:
                 f"`{where}` is {value!r}: write a section of `key: value`."
             )
         return dict(value)
+    if origin is typing.Literal:
+        if value in arguments:
+            return value
+        raise _wrong(where, value, hint)
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if hint is str and isinstance(value, int | float) and not isinstance(value, bool):
@@ -202,6 +210,8 @@ def _describe(hint: Any) -> str:
         return " or ".join(
             "null" if a is type(None) else _describe(a) for a in arguments
         )
+    if origin is typing.Literal:
+        return " or ".join(map(str, arguments))
     if origin is tuple:
         return f"[{', '.join(_describe(a) for a in arguments)}]"
     return _NAMES.get(hint, str(hint))

@@ -76,7 +76,7 @@ def write_report(
         "seconds": round(time.perf_counter() - recorder.started, 2),
         "solving_seconds": round(recorder.solving, 3),
         "seconds_by_phase": {k: round(v, 3) for k, v in recorder.seconds.items()},
-        "workers": recorder.config.dispatch.num_workers,
+        "workers": recorder.config.dispatch.count,
         "threads": torch.get_num_threads(),
         "gpu_memory": (  # bytes, on the first device
             torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None

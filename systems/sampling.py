@@ -15,7 +15,7 @@ import dreampropeller as dp
 from dreampropeller.adapters.diffusers import measure, sample, worst_picture
 from systems import folders, workers
 from systems.base import default_device
-from systems.config import Config
+from systems.config import Config, is_rank
 from systems.export import save_picture
 from systems.prompts import PromptConfig
 from systems.reader import ConfigError, read
@@ -133,7 +133,7 @@ def run(config: Config) -> int:
     Raises:
         ConfigError: A setting cannot be used.
     """
-    if workers.is_rank():  # started by torchrun
+    if is_rank():  # started by torchrun
         return work(config, leads=os.environ["RANK"] == "0")
     if config.dispatch.num_workers == 1:
         return work(config)
@@ -208,12 +208,13 @@ def work(config: Config, folder: Path | None = None, leads: bool = True) -> int:
         folder / "report.json",
         {
             "prompt": wanted.prompt_processor.prompt,
+            "result": solutions[0].result.value,
             "steps": sum(stats.strides),
             "iterations": stats.num_iterations,
             "evaluations": stats.num_evaluations,
             "strides": stats.strides,
             "seconds": round(seconds, 2),
-            "workers": config.dispatch.num_workers,
+            "workers": config.dispatch.count,
             "sampler": asdict(wanted.sampler),
             "solver": asdict(config.solver),
             "environment": folders.environment(),
@@ -222,7 +223,7 @@ def work(config: Config, folder: Path | None = None, leads: bool = True) -> int:
     print(
         f"{sum(stats.strides)} steps in {stats.num_iterations} iterations, "
         f"{stats.num_evaluations} evaluations, {seconds:.1f} s on "
-        f"{config.dispatch.num_workers} worker(s).\nLook into {folder}"
+        f"{config.dispatch.count} worker(s).\nLook into {folder}"
     )
     return 0
 

@@ -17,7 +17,7 @@ import tempfile
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,13 @@ import dreampropeller as dp
 from dreampropeller import checkpoint
 from dreampropeller.adapters.threestudio import ThreestudioTrajectory, make_trajectory
 from systems import workers
-from systems.config import DispatchConfig, SolverConfig
+from systems.config import (
+    THRESHOLD,
+    DispatchConfig,
+    SolverConfig,
+    is_rank,
+    renames_threshold,
+)
 from systems.reader import ConfigError, read
 from systems.recorder import STOP
 from systems.stopping import Stop
@@ -101,10 +107,10 @@ def run(path: Path | None, trains: bool, overrides: Sequence[str]) -> int:
     if asked.get("timestamp") is None and asked.get("use_timestamp", True):
         # Several processes share one folder: ranks of `torchrun` ask rank 0.
         now = datetime.now().strftime("@%Y%m%d-%H%M%S")
-        theirs.timestamp = None if workers.is_rank() else now
+        theirs.timestamp = None if is_rank() else now
     text = OmegaConf.to_yaml(theirs)
     job = (ours, text, dotted, path.resolve())
-    if count == 1 or workers.is_rank():
+    if count == 1 or is_rank():
         return work(*job, None)
     with tempfile.TemporaryDirectory() as scratch:  # the run folder has no name yet
         stop = Path(scratch) / STOP
@@ -120,10 +126,13 @@ def split(
         raise ConfigError(f"`{path}` must hold `key: value` lines.")
     blocks = OmegaConf.create({k: config.pop(k) for k in _OURS if k in config})
     own = [o for o in overrides if o.split("=")[0].split(".")[0] in _OURS]
+    if renames_threshold(blocks, own):
+        OmegaConf.update(blocks, THRESHOLD, {}, merge=False)
     merged = OmegaConf.merge(blocks, OmegaConf.from_dotlist(own))
     section = OmegaConf.to_container(merged, resolve=True)
+    ours = read(BackendConfig, section, "")
     return (
-        read(BackendConfig, section, ""),
+        replace(ours, solver=ours.solver.resolved(ours.dispatch.count)),
         config,
         [override for override in overrides if override not in own],
     )
@@ -163,14 +172,20 @@ def work(
     trajectory = build()
     if leads and dist.is_initialized():
         dist.barrier()
-    run = _Run(trajectory, cfg, lightning, leads=leads or rank is None)
+    run = _Run(trajectory, cfg, lightning, ours, leads=leads or rank is None)
     if run.leads:
         run.snapshot(path)
     dispatcher = dp.InlineDispatcher if rank is None else spread(ours.dispatch)
+    solver = ours.solver.build()
     with run.listening(stop):
-        solution = dp.solve(
-            trajectory, ours.solver.build(), dispatcher, state=state, on_iteration=run
-        )
+        try:
+            solution = dp.solve(
+                trajectory, solver, dispatcher, state=state, on_iteration=run
+            )
+        except dp.NotConverged as error:
+            if run.leads:
+                run.save(error.solution.state)
+            raise
     if run.leads:
         run.finish(solution)
     if dist.is_initialized():
@@ -184,7 +199,7 @@ def join(ours: BackendConfig) -> int | None:
 
     threestudio picks devices by these variables, so they go; each rank sees one GPU.
     """
-    if not workers.is_rank():
+    if not is_rank():
         return None
     rank = int(os.environ["RANK"])
     local = int(os.environ.get("LOCAL_RANK", rank))
@@ -285,12 +300,18 @@ class _Run:
     """Writes a run down where threestudio would; called after each iteration."""
 
     def __init__(
-        self, trajectory: ThreestudioTrajectory, cfg: Any, lightning: Any, leads: bool
+        self,
+        trajectory: ThreestudioTrajectory,
+        cfg: Any,
+        lightning: Any,
+        ours: BackendConfig,
+        leads: bool,
     ) -> None:
-        self.leads = leads
+        self.leads, self._ours = leads, ours
         self._trajectory, self._cfg, self._lightning = trajectory, cfg, lightning
         self._folder = Path(cfg.trial_dir)
         self._loggers: list[Any] = []
+        self._workers = dist.get_world_size() if dist.is_initialized() else 1
         self._every = int(cfg.trainer.get("val_check_interval") or 0)
         self._saves = int(cfg.checkpoint.get("every_n_train_steps") or 0)
         self.stop = Stop(None)
@@ -324,10 +345,14 @@ class _Run:
             for logger in self._loggers:
                 logger.log_metrics(aux, step=iteration.begin + offset)
         if self._due(self._every, iteration) or self._due(self._saves, iteration):
-            checkpoint.save(self._folder / "ckpts" / _STATES, state)
+            self.save(state)
         if self._due(self._every, iteration):
             self._evaluate("validate", state.step, state.y)
         return self.stop.asked()
+
+    def save(self, state: dp.SolverState[Any]) -> None:
+        """Write down what the run can go on from."""
+        checkpoint.save(self._folder / "ckpts" / _STATES, state)
 
     @staticmethod
     def _due(every: int, iteration: dp.Iteration) -> bool:
@@ -340,7 +365,7 @@ class _Run:
         Stopped early it is saved, but not tested.
         """
         step, folder = solution.state.step, self._folder / "ckpts"
-        checkpoint.save(folder / _STATES, solution.state)
+        self.save(solution.state)
         self._trajectory.settle(step, solution.value)
         system = self._trajectory.module
         content = {
@@ -362,8 +387,14 @@ class _Run:
             "iterations": stats.num_iterations,
             "evaluations": stats.num_evaluations,
             "steps_per_iteration": step / stats.num_iterations,
+            "result": solution.result.value,
         }
-        (self._folder / "report.json").write_text(json.dumps(report, indent=2) + "\n")
+        settings = {
+            "workers": self._workers,
+            "solver": asdict(self._ours.solver),
+        }
+        text = json.dumps({**report, **settings}, indent=2) + "\n"
+        (self._folder / "report.json").write_text(text)
         print(f"{self._folder}: {json.dumps(report)}")
         if self.stop.signal is None:
             self._evaluate("test", step, solution.value)

@@ -14,13 +14,8 @@ from typing import Any
 import torch
 
 import dreampropeller as dp
-from systems.config import Config, DispatchConfig
+from systems.config import Config, DispatchConfig, is_rank
 from systems.recorder import STOP
-
-
-def is_rank() -> bool:
-    """Whether this process was started as one of several."""
-    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
 def dispatcher(config: DispatchConfig) -> tuple[Callable[[Any], dp.Dispatcher], int]:

@@ -72,6 +72,7 @@ def test_window_auto_is_resolved_from_the_workers_once(
     )
     assert solver(auto).window == dp.AdaptiveWindow(1, 4, 1)
     monkeypatch.setenv("WORLD_SIZE", "2")  # torchrun
+    monkeypatch.setenv("RANK", "0")
     assert solver(auto).window == dp.AdaptiveWindow(2, 8, 2)
 
 
@@ -84,6 +85,24 @@ def test_thresholds_by_name() -> None:
     relative = ("solver.threshold.value=2", "solver.threshold.relative=true")
     assert solver(f"{name}fixed", *relative).threshold == dp.FixedThreshold(2, True)
     assert solver("solver.predictor=auto").predictor == "auto"
+
+
+def test_numbers_of_a_file_are_not_those_of_another_threshold() -> None:
+    """The files of Stable Diffusion hold the published rule's first threshold."""
+    path, prompt = "configs/dreamfusion-sd.yaml", "system.prompt_processor.prompt=a cup"
+
+    def threshold(*settings: str) -> dp.Threshold:
+        return load(path, [prompt, *settings]).solver.threshold.build()
+
+    name = "solver.threshold.name="
+    assert (
+        threshold() == threshold(f"{name}paper") == dp.EMAThreshold(3e-5, 0.9, "median")
+    )
+    assert threshold(f"{name}drift") == dp.DriftThreshold()
+    with pytest.raises(ConfigError, match="`value` is missing"):
+        threshold(f"{name}fixed")
+    value = "solver.threshold.value=0.1"
+    assert threshold(value, f"{name}drift") == dp.DriftThreshold(0.1)
 
 
 def test_acceleration_by_name() -> None:
@@ -102,7 +121,14 @@ def test_acceleration_by_name() -> None:
         (["solver.threshold.name=fixed"], "`value` is missing: write `value=0`"),
         (["solver.threshold.relative=true"], "no effect on `drift`.*`name=fixed`"),
         (["solver.window.size=soon"], "write a whole number or auto"),
-        (["solver.window.max_size=4"], "`window.largest` is 4"),
+        (["solver.window.max_size=4"], "`max_size` is 4, less than `size`, 8"),
+        (["solver.window.multiple=4"], "without effect on a window of one size"),
+        (["solver.window.size=null"], "write a whole number or auto"),
+        (["solver.threshold=drift"], "`solver.threshold.name=drift`"),
+        (
+            ["solver.window.size=auto", "solver.acceleration.name=anderson"],
+            r"write `acceleration=Secant",
+        ),
         (["solver.window.size=auto", "solver.window.max_size=4"], "leave them out"),
         (
             ["solver.acceleration.name=newton"],
