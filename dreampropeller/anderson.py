@@ -29,6 +29,7 @@ import torch
 from jaxtyping import Float64
 from torch import Tensor
 
+from dreampropeller.arguments import is_number, is_whole
 from dreampropeller.trajectory import Trajectory
 from dreampropeller.tree import Nest, State, norm
 
@@ -76,16 +77,17 @@ class Anderson:
     limit: float = 4.0
 
     def __post_init__(self) -> None:
-        for name, number in (("memory", self.memory), ("order", self.order)):
-            if number is not None and number < 1:
+        order = 1 if self.order is None else self.order
+        for name, number in (("memory", self.memory), ("order", order)):
+            if not is_whole(number) or number < 1:
                 raise ValueError(
-                    f"`acceleration.{name}` is {number}: write 1 or more, as "
+                    f"`acceleration.{name}` is {number!r}: write 1 or more, as "
                     "`Anderson(memory=2)`, or `acceleration=None` for none."
                 )
         for name, share in (("ridge", self.ridge), ("limit", self.limit)):
-            if not 0 < share < math.inf:
+            if not (is_number(share) and 0 < share < math.inf):
                 raise ValueError(
-                    f"`acceleration.{name}` is {share}: write a number above 0."
+                    f"`acceleration.{name}` is {share!r}: write a number above 0."
                 )
 
     def init(self) -> Nest:

@@ -16,6 +16,7 @@ from statistics import median
 
 import torch
 
+from dreampropeller.arguments import is_number, is_whole
 from dreampropeller.threshold import Observation, Threshold
 from dreampropeller.tree import Nest, State, moving, norms
 
@@ -45,8 +46,8 @@ class DriftThreshold(Threshold):
     and camera make the secants of different steps differ by a factor of two to three,
     those of one step by 1.3 to 1.5 (one standard deviation, measured, see
     `docs/pareto.md`), and they change along a run. While there is no secant, one step
-    is accepted. When everything passes, the last slot is held back every `hold_every`
-    iterations to get one; never in a window of one step, which is `Sequential`. Beside
+    is accepted. When everything passes, the last slot is held back now and then to get
+    one (`hold_every`); never in a window of one step, which is `Sequential`. Beside
     `Secant` the drifts are the corrected ones: what is left of the error is what
     counts.
 
@@ -56,8 +57,13 @@ class DriftThreshold(Threshold):
     judge, so a drift with jumps (an occupancy grid's refresh, a clipped gradient) is
     judged by its average slope. A drift that is mostly noise makes the promise weaker:
     its norm, the unit here, is then larger than the part that matters, and it falls
-    when views are added. Between two measurements a sudden change goes unseen. It holds
-    the drifts of the slots that were not accepted, at most one state a slot.
+    when views are added. The unit is at least the window's median, so a step with a
+    quiet drift may be off by more than δ of its own. A tensor that gets hardly any
+    gradient but moves (Adam) counts by its way, so how parameters are split into
+    tensors matters. A drift that jumps over a tiny distance gives a secant that is much
+    too large, for `memory` iterations. Between two measurements a sudden change goes
+    unseen. It holds the drifts of the slots that were not accepted, at most one state a
+    slot.
 
     Args:
         value: The largest relative error of a drift δ, at least 0. 0 compares states
@@ -72,18 +78,19 @@ class DriftThreshold(Threshold):
     memory: int = 4
 
     def __post_init__(self) -> None:
-        if not (0 <= self.value < math.inf):
+        if not (is_number(self.value) and 0 <= self.value < math.inf):
             raise ValueError(
-                f"`threshold.value` is {self.value}: write the share of itself that a "
-                "drift may be off by, such as 0.2 (0 reproduces the sequential run)."
+                f"`threshold.value` is {self.value!r}: write the share of itself that "
+                "a drift may be off by, such as 0.2 (0 reproduces the sequential run)."
             )
         for name, number, least in (
             ("hold_every", self.hold_every, 1),
             ("memory", self.memory, 1),
         ):
-            if number < least:
+            if not is_whole(number) or number < least:
                 raise ValueError(
-                    f"`threshold.{name}` is {number}: write {least} or more."
+                    f"`threshold.{name}` is {number!r}: write a whole number, "
+                    f"{least} or more."
                 )
 
     @property
@@ -126,7 +133,7 @@ class DriftThreshold(Threshold):
             if step not in memory["held"]:
                 continue
             before, distance = memory["held"][step]
-            if not distance > 0 or before.keys() != part.keys():
+            if not 0 < distance < math.inf or before.keys() != part.keys():
                 continue
             change = norms({name: value - before[name] for name, value in part.items()})
             unit = {name: max(size[name], middle[name]) for name in part}

@@ -75,7 +75,7 @@ class PicardSolver(Solver):
     def __post_init__(self) -> None:
         for name, value, kind, example in (
             ("window", self.window, Window, "SlidingWindow(8)"),
-            ("threshold", self.threshold, Threshold, "FixedThreshold(0)"),
+            ("threshold", self.threshold, Threshold, "DriftThreshold(0.2)"),
         ):
             if not isinstance(value, kind):
                 raise TypeError(

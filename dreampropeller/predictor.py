@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from dreampropeller.arguments import is_number, is_whole
 from dreampropeller.trajectory import Parents, Trajectory
 from dreampropeller.tree import Nest, State, copy_nest, mean_square
 
@@ -106,9 +107,9 @@ class Momentum(Predictor):
     decay: float = 0.9
 
     def __post_init__(self) -> None:
-        if not (0 <= self.decay < 1):
+        if not (is_number(self.decay) and 0 <= self.decay < 1):
             raise ValueError(
-                f"`predictor.decay` is {self.decay}: write a number from 0 (the last "
+                f"`predictor.decay` is {self.decay!r}: write a number from 0 (the last "
                 "drift alone) to below 1; 0.9 is usual."
             )
 
@@ -198,9 +199,10 @@ class Auto(Predictor):
 
     def __post_init__(self) -> None:
         self._momentum()
-        if self.probe_every < 1:
+        if not is_whole(self.probe_every) or self.probe_every < 1:
             raise ValueError(
-                f"`predictor.probe_every` is {self.probe_every}: write 1 or more."
+                f"`predictor.probe_every` is {self.probe_every!r}: write a whole "
+                "number, 1 or more."
             )
 
     def _momentum(self) -> Momentum:
@@ -325,7 +327,7 @@ def as_predictor(predictor: str | Predictor) -> Predictor:
     """
     if isinstance(predictor, Predictor):
         return predictor
-    if predictor not in PREDICTORS:
+    if not isinstance(predictor, str) or predictor not in PREDICTORS:
         raise ValueError(
             f"`predictor` is {predictor!r}: write one of "
             f"{', '.join(f'`{name}`' for name in PREDICTORS)}, or a `Predictor`."

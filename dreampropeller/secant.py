@@ -15,12 +15,14 @@ this takes the pull into account.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from dreampropeller.arguments import is_number
 from dreampropeller.threshold import Observation
 from dreampropeller.tree import Nest, State, moving
 
@@ -44,14 +46,14 @@ class Secant:
     shrinkage: float = 1.0
 
     def __post_init__(self) -> None:
-        if not 0 <= self.decay < 1:
+        if not (is_number(self.decay) and 0 <= self.decay < 1):
             raise ValueError(
-                f"`acceleration.decay` is {self.decay}: write a number from 0 to "
+                f"`acceleration.decay` is {self.decay!r}: write a number from 0 to "
                 "below 1, as 0.7."
             )
-        if not self.shrinkage > 0:
+        if not (is_number(self.shrinkage) and 0 < self.shrinkage < math.inf):
             raise ValueError(
-                f"`acceleration.shrinkage` is {self.shrinkage}: write a number above "
+                f"`acceleration.shrinkage` is {self.shrinkage!r}: write a number above "
                 "0, as 1."
             )
 

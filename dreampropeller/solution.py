@@ -23,11 +23,11 @@ class Result(enum.Enum):
         "it, or continue with `solve(..., state=solution.state)`."
     )
     NON_FINITE = (
-        "The drift at an exact state holds NaN or infinity, so no later step can be "
+        "The drift at an accepted state holds NaN or infinity, so no later step can be "
         'solved; lower the learning rate, or set `non_finite="skip"` to leave such '
         "steps out."
     )
-    STOPPED = "`on_iteration` asked to stop."
+    STOPPED = "Stopped on request (by `on_iteration`) before the end of the trajectory."
 
 
 @dataclass
@@ -61,7 +61,7 @@ class Iteration:
         threshold: The largest error that passed; None for the sequential solver.
         aux: What the drifts logged at the accepted steps, in order.
         seconds: Where the time went, by phase, in seconds.
-        diagnostics: What threshold, predictor and window believe, by name.
+        diagnostics: What threshold and predictor believe, by name.
     """
 
     begin: int

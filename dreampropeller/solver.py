@@ -3,7 +3,6 @@ r"""The only loop: iterate a solver until the anchor reaches the last step."""
 from __future__ import annotations
 
 import abc
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any, Generic, Literal, TypeVar
@@ -225,8 +224,3 @@ def _jump(
     # The one broadcast of states: a jump that renders is not bitwise equal across GPUs.
     y, carry = dispatcher.share(y, carry)
     return solver.jumped(replace(state, y=y, carry=carry), parents)
-
-
-def speed_up(stats: Stats) -> float:
-    """Steps per iteration so far: how many times fewer iterations than steps."""
-    return sum(stats.strides) / stats.num_iterations if stats.strides else math.nan

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from dreampropeller.arguments import is_number
 from dreampropeller.tree import Nest, State, mean_square
 
 
@@ -137,9 +138,9 @@ class FixedThreshold(Threshold):
     relative: bool = False
 
     def __post_init__(self) -> None:
-        if not (0 <= self.value < math.inf):
+        if not (is_number(self.value) and 0 <= self.value < math.inf):
             raise ValueError(
-                f"`threshold.value` is {self.value}: write a finite number, at least "
+                f"`threshold.value` is {self.value!r}: write a finite number, at least "
                 "0 (0 reproduces the sequential run exactly)."
             )
 
@@ -202,14 +203,14 @@ class EMAThreshold(Threshold):
     adaptivity: Literal["median", "mean"]
 
     def __post_init__(self) -> None:
-        if not (0 <= self.threshold < math.inf):
+        if not (is_number(self.threshold) and 0 <= self.threshold < math.inf):
             raise ValueError(
-                f"`threshold.value` is {self.threshold}: write a finite number, at "
+                f"`threshold.value` is {self.threshold!r}: write a finite number, at "
                 "least 0."
             )
-        if not (0 <= self.ema_decay <= 1):
+        if not (is_number(self.ema_decay) and 0 <= self.ema_decay <= 1):
             raise ValueError(
-                f"`threshold.ema_decay` is {self.ema_decay}: write a number from 0 "
+                f"`threshold.ema_decay` is {self.ema_decay!r}: write a number from 0 "
                 "(follow the last window) to 1 (never adapt); published: 0.9."
             )
         if self.adaptivity not in ("median", "mean"):
@@ -220,7 +221,7 @@ class EMAThreshold(Threshold):
 
     def init(self) -> Nest:
         """The initial value."""
-        return self.threshold
+        return float(self.threshold)  # its kind is what a resumed run knows it by
 
     def bound(self, memory: Nest) -> float:
         """The running value."""

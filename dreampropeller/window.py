@@ -6,6 +6,7 @@ import abc
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from dreampropeller.arguments import is_whole
 from dreampropeller.tree import Nest
 
 
@@ -55,10 +56,11 @@ class SlidingWindow(Window):
     size: int
 
     def __post_init__(self) -> None:
-        if self.size < 1:
+        if not is_whole(self.size) or self.size < 1:
             raise ValueError(
-                f"`window.size` is {self.size}: a window holds at least 1 step. Write "
-                "`SlidingWindow(8)`, or use `Sequential()` for the plain loop."
+                f"`window.size` is {self.size!r}: write a whole number, at least 1, as "
+                "`SlidingWindow(8)`. `Sequential()` is the plain loop, and "
+                "`AdaptiveWindow(8, 32)` follows the strides."
             )
 
     def length(self, memory: Nest, remaining: int) -> int:
@@ -80,7 +82,7 @@ class AdaptiveWindow(Window):
     these depends on the problem, so compare seconds, not iterations.
 
     Args:
-        smallest: The size to start from, and the least.
+        smallest: The least size and, as a multiple, the one to start from.
         largest: The most steps tried at once.
         multiple: Sizes are multiples of n; take the number of devices. The bounds are
             used as they are.
@@ -91,15 +93,23 @@ class AdaptiveWindow(Window):
     multiple: int = 1
 
     def __post_init__(self) -> None:
-        if self.smallest < 1 or self.multiple < 1:
-            raise ValueError(
-                f"`window.smallest` is {self.smallest} and `window.multiple` "
-                f"{self.multiple}: write at least 1, as `AdaptiveWindow(8, 32, 8)`."
-            )
+        for name in ("smallest", "largest", "multiple"):
+            number = getattr(self, name)
+            if not is_whole(number) or number < 1:
+                raise ValueError(
+                    f"`window.{name}` is {number!r}: write a whole number, at least 1, "
+                    "as `AdaptiveWindow(8, 32, 8)`."
+                )
         if self.largest < self.smallest:
             raise ValueError(
                 f"`window.largest` is {self.largest}, less than the smallest size "
                 f"{self.smallest}: write at least that."
+            )
+        if self.size(self.smallest) == self.smallest < self.largest:
+            raise ValueError(
+                f"`window.multiple` is {self.multiple}, too coarse for a smallest size "
+                f"of {self.smallest}: when all of it passes it would not grow. Write "
+                f"{self.smallest} or less, or a larger smallest size."
             )
 
     def init(self) -> Nest:

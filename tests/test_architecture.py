@@ -25,6 +25,7 @@ ROOMS = [
     "tree",
     "rng",
     "timer",
+    "arguments",
     "trajectory",
     "anderson",
     "optimizers",

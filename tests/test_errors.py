@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -40,10 +42,19 @@ EXACT = FixedThreshold(0)
         (lambda: EMAThreshold(-1.0, 0.9, "mean"), r"`threshold.value` is -1.0"),
         (lambda: EMAThreshold(1.0, 1.1, "mean"), r"`threshold.ema_decay` is 1.1"),
         (lambda: DriftThreshold(-1.0), r"`threshold.value` is -1.0.*such as 0.2"),
-        (lambda: DriftThreshold(0.1, 0), r"`threshold.hold_every` is 0: write 1"),
-        (lambda: DriftThreshold(0.1, 8, 0), r"`threshold.memory` is 0: write 1"),
+        (
+            lambda: DriftThreshold(0.1, 0),
+            r"`threshold.hold_every` is 0: write a whole number, 1",
+        ),
+        (
+            lambda: DriftThreshold(0.1, 8, 0),
+            r"`threshold.memory` is 0: write a whole number, 1",
+        ),
         (lambda: AdaptiveWindow(0, 4), r"`window.smallest` is 0.*at least 1"),
         (lambda: AdaptiveWindow(8, 4), r"`window.largest` is 4.*smallest size 8"),
+        (lambda: AdaptiveWindow(1, 32, 8), r"`window.multiple` is 8, too coarse"),
+        (lambda: DriftThreshold(True), r"`threshold.value` is True"),
+        (lambda: Secant(0.7, float("inf")), r"`acceleration.shrinkage` is inf"),
         (lambda: Auto(2.0), r"`predictor.decay` is 2.0"),
         (lambda: Auto(probe_every=0), r"`predictor.probe_every` is 0"),
         (lambda: Momentum(1.0), r"`predictor.decay` is 1.0"),
@@ -107,3 +118,36 @@ def test_solve_that_ends_early_keeps_what_it_reached() -> None:
 
 def test_every_result_is_a_sentence() -> None:
     assert all(result.value.endswith(".") for result in Result)
+
+
+WRONG_KINDS = """
+import dreampropeller as dp
+
+for make, message in [
+    (lambda: dp.SlidingWindow("auto"), "`window.size` is 'auto': write a whole number"),
+    (lambda: dp.SlidingWindow(2.5), "`window.size` is 2.5"),
+    (lambda: dp.AdaptiveWindow(2.5, 8), "`window.smallest` is 2.5: write a whole"),
+    (lambda: dp.DriftThreshold("x"), "`threshold.value` is 'x': write the share"),
+    (lambda: dp.DriftThreshold(0.2, 2.5), "`threshold.hold_every` is 2.5"),
+    (lambda: dp.FixedThreshold("x"), "`threshold.value` is 'x': write a finite"),
+    (lambda: dp.EMAThreshold("x", 0.9, "mean"), "`threshold.value` is 'x'"),
+    (lambda: dp.Momentum("x"), "`predictor.decay` is 'x'"),
+    (lambda: dp.Auto(probe_every=1.5), "`predictor.probe_every` is 1.5"),
+    (lambda: dp.Secant("x"), "`acceleration.decay` is 'x'"),
+    (lambda: dp.Anderson(2.5), "`acceleration.memory` is 2.5"),
+]:
+    try:
+        make()
+    except ValueError as error:
+        assert message in str(error), (message, str(error))
+    else:
+        raise AssertionError(message)
+"""
+
+
+def test_arguments_of_another_kind_are_refused_by_name() -> None:
+    """Where no type checker hooks into imports, as it does in these tests."""
+    run = subprocess.run(
+        [sys.executable, "-c", WRONG_KINDS], capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stderr
