@@ -344,6 +344,10 @@ class _Run:
         for offset, aux in enumerate(iteration.aux):
             for logger in self._loggers:
                 logger.log_metrics(aux, step=iteration.begin + offset)
+        told = {"stride": float(iteration.stride), **iteration.diagnostics}
+        for board in self._loggers[:1]:  # not the table, which has a row for each step
+            names = {f"solver/{name}": value for name, value in told.items()}
+            board.log_metrics(names, step=state.step)
         if self._due(self._every, iteration) or self._due(self._saves, iteration):
             self.save(state)
         if self._due(self._every, iteration):

@@ -119,7 +119,11 @@ def errors(run: Run) -> str:
         ]
         if told:
             axes.plot(
-                *zip(*told, strict=True), "x", color="#222", ms=4, label="measured"
+                *zip(*told, strict=True),
+                "x",
+                color="#222",
+                ms=4,
+                label="measured where not accepted, median",
             )
         axes.set(xlabel="step", ylabel="error of a slot")
         axes.legend(frameon=False, fontsize=8)
@@ -157,6 +161,15 @@ def beliefs(run: Run) -> str | None:
         axes.set_yscale("log")
         axes.set(xlabel="step", ylabel="units of the state, or their inverse")
         axes.legend(frameon=False, fontsize=8)
+        share = [
+            (entry["begin"], entry["momentum_share"])
+            for entry in run.iterations
+            if "momentum_share" in entry
+        ]
+        if share:
+            beside = axes.twinx()
+            beside.plot(*zip(*share, strict=True), ":", lw=1, color="#888")
+            beside.set(ylabel="share of momentum's way (dotted)", ylim=(0, 1.02))
 
     return draw(paint, "beliefs")
 
