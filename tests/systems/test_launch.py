@@ -196,7 +196,8 @@ def test_torchrun_works_too(tmp_path: Path) -> None:
         capture_output=True,
         timeout=120,
     )
-    assert (run_folder(tmp_path) / "report.json").exists()
+    report = json.loads((run_folder(tmp_path) / "report.json").read_text())
+    assert report["workers"] == 2
 
 
 @pytest.mark.parametrize("workers", [1, 2])

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+import dreampropeller as dp
 import launch
 from systems import threestudio
 from systems.reader import ConfigError
@@ -41,6 +42,23 @@ def test_our_settings_are_taken_out_and_theirs_left(config: Path) -> None:
     assert not ours.threestudio.verify
     assert set(theirs) == {"name", "system"}
     assert dotted == ["system.loss.lambda_sds=0.1"]
+
+
+def test_window_auto_is_resolved_from_the_workers(config: Path) -> None:
+    settings = ["solver.window.size=auto", "dispatch.num_workers=2"]
+    ours, _, _ = threestudio.split(config, settings)
+    assert ours.solver.window.build() == dp.AdaptiveWindow(2, 8, 2)
+
+
+def test_numbers_of_a_file_are_not_those_of_another_threshold(tmp_path: Path) -> None:
+    path = tmp_path / "scene.yaml"
+    path.write_text("solver: {threshold: {name: paper, value: 3.e-5}}")
+    for settings, expected in (
+        ([], dp.EMAThreshold(3e-5, 0.9, "median")),
+        (["solver.threshold.name=drift"], dp.DriftThreshold()),
+    ):
+        ours, _, _ = threestudio.split(path, settings)
+        assert ours.solver.threshold.build() == expected
 
 
 @pytest.mark.parametrize(
