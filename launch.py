@@ -35,8 +35,7 @@ def train(config: Config, folder: Path | None = None) -> int:
     if config.dispatch.num_workers == 1:
         return work(config, folder)
     system = systems.build(config)  # refuse before anything is made or started
-    if config.resume is not None:
-        folders.load_state(config.resume, system)
+    folders.start_of(config, system)
     return workers.run(work, config, folder or folders.open_folder(config))
 
 
@@ -45,7 +44,7 @@ def work(config: Config, folder: Path | None = None, leads: bool = True) -> int:
     dispatcher, threads = workers.dispatcher(config.dispatch)
     torch.set_num_threads(threads)
     system = systems.build(config)
-    state = folders.load_state(config.resume, system) if config.resume else None
+    state = folders.start_of(config, system)
     trajectory, solver = system.trajectory(), system.solver()
     folder = folder or (folders.open_folder(config) if leads else None)
     recorder = Recorder(system, folder, begin=state.step if state else 0)

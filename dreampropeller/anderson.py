@@ -81,8 +81,8 @@ class Anderson:
         for name, number in (("memory", self.memory), ("order", order)):
             if not is_whole(number) or number < 1:
                 raise ValueError(
-                    f"`acceleration.{name}` is {number!r}: write 1 or more, as "
-                    "`Anderson(memory=2)`, or `acceleration=None` for none."
+                    f"`acceleration.{name}` is {number!r}: write a whole number, 1 "
+                    "or more, as `Anderson(memory=2)`, or `acceleration=None` for none."
                 )
         for name, share in (("ridge", self.ridge), ("limit", self.limit)):
             if not (is_number(share) and 0 < share < math.inf):

@@ -19,6 +19,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from dreampropeller.guard import Guard
 from dreampropeller.optimizers import OptimizerFactory, Optimizers, SchedulerFactory
 from dreampropeller.precision import Precision
 from dreampropeller.rng import StepRandom
@@ -118,7 +119,7 @@ class OptimizationTrajectory(Trajectory[Nest]):
         The module's own tensors are replaced during a call and stay as they are;
         `module.load_state_dict(solution.value, strict=False)` takes the result over.
         Parameters that do not require gradients are frozen and not part of the state;
-        one that changes during a call is refused.
+        one that is written into during a call is refused.
 
         Args:
             module: What is optimised.
@@ -132,14 +133,10 @@ class OptimizationTrajectory(Trajectory[Nest]):
 
         def functional(step: int, y: State) -> Any:
             named = {prefix + name: tensor for name, tensor in y.items()}
-            before = [parameter._version for parameter in frozen.values()]
+            guard = Guard(frozen, ())
             try:
                 result = torch.func.functional_call(body, named, (step,))
-                for (name, parameter), version in zip(
-                    frozen.items(), before, strict=True
-                ):
-                    if parameter._version != version:
-                        raise ValueError(frozen_changed(name))
+                guard.check()
                 return result
             finally:  # rebound buffers are reported through the mapping
                 y.update({name: named[prefix + name] for name in y})
@@ -188,8 +185,10 @@ class OptimizationTrajectory(Trajectory[Nest]):
         }
         random = self._random.scope(step) if self._random else contextlib.nullcontext()
         with random, torch.enable_grad():
+            guard = Guard(leaves, leaves)
             with self._precision.autocast():
                 result = self._loss(step, view)
+            guard.check()
             loss, aux = result if isinstance(result, tuple) else (result, {})
             if not isinstance(loss, Tensor) or loss.numel() != 1:
                 raise ValueError(
@@ -245,16 +244,6 @@ class OptimizationTrajectory(Trajectory[Nest]):
             nn.utils.clip_grad_value_(holders, self._clip_grad_value)
         clipped = [holder.grad for holder in holders]
         return {n: g for n, g in zip(gradients, clipped, strict=True) if g is not None}
-
-
-def frozen_changed(name: str) -> str:
-    """What to do about a frozen parameter that an evaluation wrote into."""
-    return (
-        f"The evaluation changed `{name}`, a parameter that no optimizer holds, so it "
-        "is not part of the state and the next evaluation would see another step's "
-        "value. Register it as a buffer, or keep an average of the weights in the "
-        "optimizer's state."
-    )
 
 
 class _LoopBody(nn.Module):

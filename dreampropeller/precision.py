@@ -108,7 +108,7 @@ class Precision:
     def _factor(self, y: State) -> Tensor:
         if LOSS_SCALE not in y:
             raise ValueError(
-                "The state has no loss scale, which half precision needs: it is of a "
-                "run in another precision. Go on in that one."
+                'The state has no loss scale, which `precision="16-mixed"` needs: it '
+                "is of a run in another precision. Go on with that one."
             )
         return torch.exp2(y[LOSS_SCALE][0].float())

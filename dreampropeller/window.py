@@ -105,11 +105,12 @@ class AdaptiveWindow(Window):
                 f"`window.largest` is {self.largest}, less than the smallest size "
                 f"{self.smallest}: write at least that."
             )
-        if self.size(self.smallest) == self.smallest < self.largest:
+        calm = min(self.smallest, self.largest / 2)  # the memory when all passes
+        if self.size(calm) == self.smallest < self.largest:
             raise ValueError(
-                f"`window.multiple` is {self.multiple}, too coarse for a smallest size "
-                f"of {self.smallest}: when all of it passes it would not grow. Write "
-                f"{self.smallest} or less, or a larger smallest size."
+                f"`window.multiple` is {self.multiple}, too coarse for sizes from "
+                f"{self.smallest} to {self.largest}: the window would never grow. "
+                "Write a smaller one (1 always grows), or a larger `largest`."
             )
 
     def init(self) -> Nest:

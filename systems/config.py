@@ -6,6 +6,7 @@ and `dispatch`; dotted overrides come after it.
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -17,10 +18,8 @@ from omegaconf import DictConfig, OmegaConf
 
 import dreampropeller as dp
 from dreampropeller.precision import Precision
-from systems.reader import merge, read, to_mapping
+from systems.reader import apply, open_yaml, read, to_mapping
 from systems.settings import at_least, one_of
-
-THRESHOLD = "solver.threshold"
 
 
 @dataclass(frozen=True)
@@ -349,16 +348,28 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     Raises:
         ConfigError: The file cannot be read, or a setting cannot be used.
     """
-    asked = list(overrides)
-    if renames_threshold(merge(path, ()), asked):
-        asked.insert(0, f"{THRESHOLD}={{}}")
-    config = read(Config, to_mapping(merge(path, asked)), "")
-    return replace(config, solver=config.solver.resolved(config.dispatch.count))
+    config = open_yaml(path)
+    override(config, overrides)
+    found = read(Config, to_mapping(config), "")
+    return replace(found, solver=found.solver.resolved(found.dispatch.count))
 
 
-def renames_threshold(config: DictConfig, overrides: Sequence[str]) -> bool:
-    """Whether another threshold than a file's is asked for: its numbers do not fit."""
-    key = f"{THRESHOLD}.name"
-    names = [o.partition("=")[2] for o in overrides if o.startswith(f"{key}=")]
-    own = OmegaConf.select(config, key)
-    return bool(names) and own is not None and own != names[-1]
+def override(config: DictConfig, overrides: Sequence[str]) -> None:
+    """Change settings of a file; numbers of its threshold are not those of another.
+
+    Raises:
+        ConfigError: An override is no `key=value`.
+    """
+    after = copy.deepcopy(config)
+    apply(after, overrides)
+    if _threshold_of(config) != _threshold_of(after):
+        OmegaConf.update(config, "solver.threshold", {}, merge=False)
+    apply(config, overrides)
+
+
+def _threshold_of(config: DictConfig) -> Any:
+    mapping = OmegaConf.to_container(config)  # not resolved
+    solver = mapping.get("solver") if isinstance(mapping, dict) else None
+    section = solver.get("threshold") if isinstance(solver, dict) else None
+    name = section.get("name") if isinstance(section, dict) else None
+    return name or ThresholdConfig.name

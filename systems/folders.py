@@ -25,6 +25,7 @@ import yaml
 
 import dreampropeller as dp
 from dreampropeller import checkpoint
+from dreampropeller.precision import LOSS_SCALE, Precision
 from systems.base import System
 from systems.config import Config
 from systems.reader import ConfigError
@@ -108,6 +109,26 @@ def load_state(resume: str, system: System) -> dp.SolverState[Any]:
         path = path / CHECKPOINTS
     state = checkpoint.load(path, device=system.device)
     system.check_state(state.y, path)
+    return state
+
+
+def start_of(config: Config, system: System) -> dp.SolverState[Any] | None:
+    """What a run goes on from; None: from the start.
+
+    Raises:
+        CheckpointError: It cannot be read.
+        ConfigError: It belongs to another config, or to another precision.
+    """
+    if config.resume is None:
+        return None
+    state = load_state(config.resume, system)
+    precision = Precision(str(config.trainer.precision), system.device)
+    if precision.scales and LOSS_SCALE not in state.y:
+        raise ConfigError(
+            f"`trainer.precision` is `{config.trainer.precision}`, but the run "
+            f"`{config.resume}` has no loss scale: write the precision it began with, "
+            "as in its `config.yaml`."
+        )
     return state
 
 

@@ -25,8 +25,12 @@ class ConfigError(ValueError):
     """A config cannot be used; the message says what to write instead."""
 
 
-def merge(path: str | Path, overrides: Sequence[str]) -> DictConfig:
-    """The YAML file with its overrides, interpolations not yet resolved."""
+def open_yaml(path: str | Path) -> DictConfig:
+    """A YAML file, interpolations not yet resolved.
+
+    Raises:
+        ConfigError: It is not there, or cannot be read.
+    """
     path = Path(path)
     if not path.is_file():
         near = sorted(str(file) for file in path.parent.glob("*.yaml"))
@@ -48,6 +52,15 @@ def merge(path: str | Path, overrides: Sequence[str]) -> DictConfig:
         raise ConfigError(
             f"`{path}` must hold `key: value` lines, as configs/*.yaml do."
         )
+    return base
+
+
+def apply(base: DictConfig, overrides: Sequence[str]) -> None:
+    """Change settings, in order.
+
+    Raises:
+        ConfigError: An override is no `key=value`.
+    """
     for override in overrides:
         key, sign, _ = override.partition("=")
         if not sign or not key.strip() or override.startswith("-"):
@@ -64,8 +77,6 @@ def merge(path: str | Path, overrides: Sequence[str]) -> DictConfig:
                 f"`{override}` cannot be read ({_first_line(error)}). Quote values "
                 "with special characters: `'key=\"value: with colon\"'`."
             ) from error
-    assert isinstance(base, DictConfig)
-    return base
 
 
 def to_mapping(config: DictConfig) -> dict[str, Any]:
@@ -106,10 +117,9 @@ def read(kind: type[T], section: Any, where: str) -> T:
         f.name: f for f in dataclasses.fields(typing.cast(Any, kind))
     }
     if not isinstance(section, Mapping):
-        value = "…" if section is None else section
         raise ConfigError(
-            f"`{where}` is {section!r}: write a section of `key: value`, or "
-            f"`{where}.{next(iter(fields))}={value}`."
+            f"`{where}` is {section!r}: write a section of `key: value`, or set one of "
+            f"its keys, as `{where}.{next(iter(fields))}=…`."
         )
     for key in section:
         if key not in fields:

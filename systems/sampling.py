@@ -154,12 +154,10 @@ def settings(config: Config) -> SamplingConfig:
         )
     if config.resume is not None:
         raise ConfigError("A sample is not resumed: leave out `resume`.")
-    if config.dispatch.num_workers > 1 and config.system.get("sampler", {}).get(
-        "batched"
-    ):
+    if config.dispatch.count > 1 and config.system.get("sampler", {}).get("batched"):
         raise ConfigError(
             "`system.sampler.batched` puts a window on one device, and "
-            f"`dispatch.num_workers` is {config.dispatch.num_workers}: choose one."
+            f"there are {config.dispatch.count} workers: choose one."
         )
     return read(SamplingConfig, config.system, "system")
 

@@ -31,11 +31,10 @@ from dreampropeller import checkpoint
 from dreampropeller.adapters.threestudio import ThreestudioTrajectory, make_trajectory
 from systems import workers
 from systems.config import (
-    THRESHOLD,
     DispatchConfig,
     SolverConfig,
     is_rank,
-    renames_threshold,
+    override,
 )
 from systems.reader import ConfigError, read
 from systems.recorder import STOP
@@ -126,15 +125,13 @@ def split(
         raise ConfigError(f"`{path}` must hold `key: value` lines.")
     blocks = OmegaConf.create({k: config.pop(k) for k in _OURS if k in config})
     own = [o for o in overrides if o.split("=")[0].split(".")[0] in _OURS]
-    if renames_threshold(blocks, own):
-        OmegaConf.update(blocks, THRESHOLD, {}, merge=False)
-    merged = OmegaConf.merge(blocks, OmegaConf.from_dotlist(own))
-    section = OmegaConf.to_container(merged, resolve=True)
+    override(blocks, own)
+    section = OmegaConf.to_container(blocks, resolve=True)
     ours = read(BackendConfig, section, "")
     return (
         replace(ours, solver=ours.solver.resolved(ours.dispatch.count)),
         config,
-        [override for override in overrides if override not in own],
+        [setting for setting in overrides if setting not in own],
     )
 
 
@@ -345,6 +342,8 @@ class _Run:
             for logger in self._loggers:
                 logger.log_metrics(aux, step=iteration.begin + offset)
         told = {"stride": float(iteration.stride), **iteration.diagnostics}
+        if iteration.threshold is not None:
+            told["threshold"] = iteration.threshold
         for board in self._loggers[:1]:  # not the table, which has a row for each step
             names = {f"solver/{name}": value for name, value in told.items()}
             board.log_metrics(names, step=state.step)

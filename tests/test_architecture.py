@@ -26,6 +26,7 @@ ROOMS = [
     "rng",
     "timer",
     "arguments",
+    "guard",
     "trajectory",
     "anderson",
     "optimizers",

@@ -68,8 +68,11 @@ EXACT = FixedThreshold(0)
         ),
         (lambda: Secant(decay=1.0), r"`acceleration.decay` is 1.0: write a number"),
         (lambda: Secant(shrinkage=0.0), r"`acceleration.shrinkage` is 0.0: write a"),
-        (lambda: Anderson(0), r"`acceleration.memory` is 0: write 1 or more"),
-        (lambda: Anderson(order=0), r"`acceleration.order` is 0: write 1 or more"),
+        (lambda: Anderson(0), r"`acceleration.memory` is 0: write a whole number, 1"),
+        (
+            lambda: Anderson(order=0),
+            r"`acceleration.order` is 0: write a whole number, 1",
+        ),
         (lambda: Anderson(ridge=0.0), r"`acceleration.ridge` is 0.0: write a number"),
         (lambda: Anderson(limit=float("nan")), r"`acceleration.limit` is nan"),
         (lambda: launch(print, num_workers=0), r"`num_workers` is 0"),

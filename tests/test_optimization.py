@@ -313,8 +313,23 @@ def test_unsound_losses_are_refused(loss: Any, message: str) -> None:
         solve(trajectory, Sequential())
 
 
+def test_a_parameter_that_a_step_writes_into_is_refused() -> None:
+    def loss(step: int, net: Any) -> Tensor:
+        with torch.no_grad():
+            net[0].weight.clamp_(-0.1, 0.1)
+        return loss_of(net, batches(step)[0])
+
+    net = small_net()
+    trajectory = OptimizationTrajectory.from_module(net, loss, OPTIMIZERS["SGD"], 3)
+    with pytest.raises(ValueError, match=r"changed parameter `0\.weight` itself"):
+        solve(trajectory, Sequential())
+
+
 def test_a_frozen_parameter_that_a_step_writes_into_is_refused() -> None:
     net = small_net()
+    with torch.inference_mode():  # has no counter of writes, and is left alone
+        made = nn.Parameter(torch.zeros(()), requires_grad=False)
+    net.register_parameter("apart", made)
     net.register_parameter("mean", nn.Parameter(torch.zeros(()), requires_grad=False))
 
     def loss(step: int, net: Any) -> Tensor:

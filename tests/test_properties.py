@@ -87,7 +87,7 @@ trajectories = st.builds(
 )
 windows = st.one_of(
     st.builds(SlidingWindow, st.integers(1, 24)),
-    st.builds(AdaptiveWindow, st.integers(2, 4), st.integers(4, 24), st.integers(1, 4)),
+    st.builds(AdaptiveWindow, st.integers(1, 4), st.integers(8, 24), st.integers(1, 2)),
 )
 predictors = st.sampled_from(
     ["repeat_last", "momentum", Momentum(0.0), "auto", Auto(0.5, 1)]

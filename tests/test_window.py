@@ -97,3 +97,33 @@ def test_fixed_threshold_never_adapts() -> None:
     assert threshold.bound(memory) == 2.5
     assert not threshold.exact
     assert FixedThreshold(0).exact
+
+
+class Unchecked(AdaptiveWindow):
+    def __post_init__(self) -> None:
+        pass
+
+
+def is_accepted(*arguments: int) -> bool:
+    try:
+        AdaptiveWindow(*arguments)
+    except ValueError:
+        return False
+    return True
+
+
+def grown(window: AdaptiveWindow) -> int:
+    """Its size when everything passes, again and again."""
+    memory = window.init()
+    for _ in range(60):
+        size = window.length(memory, 1000)
+        memory = window.adapt(memory, size, size)
+    return window.length(memory, 1000)
+
+
+def test_a_window_that_could_not_grow_is_refused_and_no_other() -> None:
+    bounds = [(a, b, n) for a in range(1, 7) for b in range(a, 15) for n in range(1, 8)]
+    for smallest, largest, multiple in bounds:
+        grows = grown(Unchecked(smallest, largest, multiple)) > smallest
+        accepted = is_accepted(smallest, largest, multiple)
+        assert accepted == (grows or smallest == largest), (smallest, largest, multiple)

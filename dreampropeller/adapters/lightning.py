@@ -25,11 +25,8 @@ from torch import nn
 
 from dreampropeller.adapters import loop, optimization, refusals
 from dreampropeller.adapters.attributes import Attributes
-from dreampropeller.optimization import (
-    buffer_drift,
-    frozen_changed,
-    updated_buffers,
-)
+from dreampropeller.guard import Guard
+from dreampropeller.optimization import buffer_drift, updated_buffers
 from dreampropeller.precision import Precision
 from dreampropeller.rng import StepRandom
 from dreampropeller.trajectory import Drift, Trajectory
@@ -253,7 +250,7 @@ class LightningTrajectory(Trajectory[Nest]):
         """One step on the module as it stands."""
         module, (optimizer,) = self.module, self._seen_optimizers
         parameters = {**dict(module.named_parameters()), **self._parameters}
-        versions = {name: p._version for name, p in parameters.items()}
+        guard = Guard(parameters, self._parameters)
         self._logged = {}
         batch = loop.transfer(
             self.batch(step), module, self.shim.datamodule, self.device
@@ -284,15 +281,7 @@ class LightningTrajectory(Trajectory[Nest]):
         self.shim.global_step = step + 1
         outputs = loop.detached(output, loss)
         module.on_train_batch_end(outputs, batch, index)
-        for name, parameter in parameters.items():
-            if parameter._version == versions[name]:
-                continue
-            if name not in self._parameters:
-                raise ValueError(frozen_changed(name))
-            raise ValueError(
-                f"The step changed parameter `{name}` itself, which only the "
-                "optimizer may do; a parameter's guess must stay as it is."
-            )
+        guard.check()
         drift.update(self._buffer_drift(y))
         aux = dict(self._logged) if loss is None else {**self._logged, "loss": loss}
         return drift, loop.numbers(aux)

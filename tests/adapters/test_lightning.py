@@ -259,6 +259,12 @@ class Clamping(Regression):
         return super().training_step(batch, batch_idx)
 
 
+class ClampingAfterwards(Regression):
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        with torch.no_grad():
+            self.inner.weight.clamp_(-0.1, 0.1)
+
+
 class Averaging(Regression):
     """Keeps a moving average of its weights as frozen parameters."""
 
@@ -280,6 +286,7 @@ class Asking(Regression):
     ("kind", "error", "message"),
     [
         (Clamping, ValueError, "changed parameter `inner.weight` itself"),
+        (ClampingAfterwards, ValueError, "Clamp it where it is read"),
         (Averaging, ValueError, "`average`, a parameter that no optimizer holds"),
         (Asking, AttributeError, "asked its trainer for `fit_loop`"),
     ],

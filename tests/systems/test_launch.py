@@ -157,6 +157,16 @@ def test_sequential_is_the_plain_loop_and_threshold_zero_equals_it(
     assert tree_equal(*values)
 
 
+def test_a_run_is_not_resumed_in_half_precision_from_full(
+    finished: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = (finished / "config.yaml").read_text()
+    half = "trainer.precision=16-mixed"
+    assert launch.main(["--train", f"resume={finished}", half]) == 2
+    assert "write the precision it began with" in capsys.readouterr().err
+    assert (finished / "config.yaml").read_text() == before
+
+
 @pytest.mark.parametrize("precision", ["32-true", "16-mixed"])
 def test_resumed_run_equals_the_undisturbed_one(tmp_path: Path, precision: str) -> None:
     settings = (

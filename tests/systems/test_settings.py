@@ -101,8 +101,12 @@ def test_numbers_of_a_file_are_not_those_of_another_threshold() -> None:
     assert threshold(f"{name}drift") == dp.DriftThreshold()
     with pytest.raises(ConfigError, match="`value` is missing"):
         threshold(f"{name}fixed")
+    assert threshold(f"{name} paper") == threshold(f'{name}"paper"') == threshold()
     value = "solver.threshold.value=0.1"
-    assert threshold(value, f"{name}drift") == dp.DriftThreshold(0.1)
+    for settings in ((value, f"{name}drift"), (f"{name}drift", value)):
+        assert threshold(*settings) == dp.DriftThreshold(0.1)
+    assert threshold("solver.threshold={name: drift}") == dp.DriftThreshold()
+    assert threshold("solver.threshold[name]=drift") == dp.DriftThreshold()
 
 
 def test_acceleration_by_name() -> None:
@@ -124,7 +128,7 @@ def test_acceleration_by_name() -> None:
         (["solver.window.max_size=4"], "`max_size` is 4, less than `size`, 8"),
         (["solver.window.multiple=4"], "without effect on a window of one size"),
         (["solver.window.size=null"], "write a whole number or auto"),
-        (["solver.threshold=drift"], "`solver.threshold.name=drift`"),
+        (["solver.threshold=drift"], "as `solver.threshold.name=…`"),
         (
             ["solver.window.size=auto", "solver.acceleration.name=anderson"],
             r"write `acceleration=Secant",
@@ -141,7 +145,7 @@ def test_acceleration_by_name() -> None:
         ),
         (
             ["solver.acceleration.name=anderson", "solver.acceleration.memory=0"],
-            "`acceleration.memory` is 0: write 1 or more",
+            "`acceleration.memory` is 0: write a whole number, 1",
         ),
         (["solver.acceleration.depth=3"], "no setting `solver.acceleration.depth`"),
     ],

@@ -56,6 +56,7 @@ def test_numbers_of_a_file_are_not_those_of_another_threshold(tmp_path: Path) ->
     for settings, expected in (
         ([], dp.EMAThreshold(3e-5, 0.9, "median")),
         (["solver.threshold.name=drift"], dp.DriftThreshold()),
+        (["solver.threshold={name: drift}"], dp.DriftThreshold()),
     ):
         ours, _, _ = threestudio.split(path, settings)
         assert ours.solver.threshold.build() == expected
