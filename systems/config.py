@@ -28,8 +28,8 @@ class WindowConfig:
 
     Args:
         size: Steps tried at once; "auto" takes one for each worker, and up to four when
-            the strides pay for them. `load` puts the numbers in its place, so that a
-            run goes on with the window it began with.
+            the strides pay for them. `load` puts the numbers in its place, so that our
+            own runs go on with the window they began with.
         max_size: The window follows the strides between `size` and this; null keeps it
             at `size`.
         multiple: Of what the sizes in between are multiples.
