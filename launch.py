@@ -23,9 +23,11 @@ import torch
 import dreampropeller as dp
 import systems
 from dreampropeller.checkpoint import CheckpointError
-from systems import compare, folders, results, sampling, threestudio, workers
+from systems import compare, folders, results, sampling, workers
 from systems.config import Config, is_rank, load
 from systems.recorder import Recorder
+from systems.threestudio import training
+from systems.threestudio.config import is_asked
 
 
 def train(config: Config, folder: Path | None = None) -> int:
@@ -94,8 +96,8 @@ def main(argv: list[str] | None = None) -> int:
         if arguments.compare is not None:
             words = [*arguments.compare, *overrides]
             return compare.run(arguments.config, words, train)
-        if threestudio.is_asked(overrides):
-            return threestudio.run(arguments.config, arguments.train, overrides)
+        if is_asked(overrides):
+            return training.run(arguments.config, arguments.train, overrides)
         config = load(arguments.config or folders.config_of(overrides), overrides)
         if arguments.sample:
             return sampling.run(config)

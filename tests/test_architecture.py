@@ -103,6 +103,10 @@ WORKSPACE = [
     "report",
     "compare",
     "sampling",
+    "threestudio.config",
+    "threestudio.checkout",
+    "threestudio.recorder",
+    "threestudio.training",
     "threestudio",
 ]
 

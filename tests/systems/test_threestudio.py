@@ -10,8 +10,10 @@ import pytest
 
 import dreampropeller as dp
 import launch
-from systems import threestudio
 from systems.reader import ConfigError
+from systems.threestudio.checkout import import_threestudio
+from systems.threestudio.config import split
+from systems.threestudio.recorder import load_state
 
 CONFIG = """
 name: scene
@@ -28,7 +30,7 @@ def config(tmp_path: Path) -> Path:
 
 
 def test_our_settings_are_taken_out_and_theirs_left(config: Path) -> None:
-    ours, theirs, dotted = threestudio.split(
+    ours, theirs, dotted = split(
         config,
         [
             "backend=threestudio",
@@ -46,7 +48,7 @@ def test_our_settings_are_taken_out_and_theirs_left(config: Path) -> None:
 
 def test_window_auto_is_resolved_from_the_workers(config: Path) -> None:
     settings = ["solver.window.size=auto", "dispatch.num_workers=2"]
-    ours, _, _ = threestudio.split(config, settings)
+    ours, _, _ = split(config, settings)
     assert ours.solver.window.build() == dp.AdaptiveWindow(2, 8, 2)
 
 
@@ -58,7 +60,7 @@ def test_numbers_of_a_file_are_not_those_of_another_threshold(tmp_path: Path) ->
         (["solver.threshold.name=drift"], dp.DriftThreshold()),
         (["solver.threshold={name: drift}"], dp.DriftThreshold()),
     ):
-        ours, _, _ = threestudio.split(path, settings)
+        ours, _, _ = split(path, settings)
         assert ours.solver.threshold.build() == expected
 
 
@@ -93,12 +95,12 @@ def test_a_missing_package_is_named(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.path", [*__import__("sys").path])
     with pytest.raises(ConfigError, match="`tinycudann_is_missing` is missing"):
-        threestudio.import_threestudio(str(tmp_path))
+        import_threestudio(str(tmp_path))
 
 
 def test_threestudios_checkpoint_is_no_state_to_go_on_from() -> None:
     with pytest.raises(ConfigError, match=r"resume=RUN`.*system\.weights"):
-        threestudio.load_state("run/ckpts/last.ckpt")
+        load_state("run/ckpts/last.ckpt")
 
 
 def test_the_front_door_opens_without_our_own_systems_packages() -> None:

@@ -1,0 +1,68 @@
+"""Our part of a threestudio config, and the rest."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from omegaconf import DictConfig, OmegaConf
+
+from systems.config import DispatchConfig, SolverConfig, override
+from systems.reader import ConfigError, read
+
+_OURS = ("backend", "threestudio", "solver", "dispatch")
+
+
+@dataclass(frozen=True)
+class CheckoutConfig:
+    """`threestudio`: where it is.
+
+    Args:
+        root: A checkout; null: threestudio can be imported as it is.
+        verify: Check before the run that no step depends on the order of evaluation.
+    """
+
+    root: str | None = None
+    verify: bool = True
+
+
+@dataclass(frozen=True)
+class BackendConfig:
+    """Our part of a config; all the rest is threestudio's.
+
+    Args:
+        backend: "threestudio".
+        threestudio: Where it is.
+        solver: How.
+        dispatch: Where.
+    """
+
+    backend: str = "threestudio"
+    threestudio: CheckoutConfig = field(default_factory=CheckoutConfig)
+    solver: SolverConfig = field(default_factory=SolverConfig)
+    dispatch: DispatchConfig = field(default_factory=DispatchConfig)
+
+
+def is_asked(overrides: Sequence[str]) -> bool:
+    """Whether the command line asks for threestudio."""
+    return "backend=threestudio" in overrides
+
+
+def split(
+    path: Path, overrides: Sequence[str]
+) -> tuple[BackendConfig, DictConfig, list[str]]:
+    """Take our settings out of a config: ours, the file's rest, dotted settings."""
+    config = OmegaConf.load(path)
+    if not isinstance(config, DictConfig):
+        raise ConfigError(f"`{path}` must hold `key: value` lines.")
+    blocks = OmegaConf.create({k: config.pop(k) for k in _OURS if k in config})
+    own = [o for o in overrides if o.split("=")[0].split(".")[0] in _OURS]
+    override(blocks, own)
+    section = OmegaConf.to_container(blocks, resolve=True)
+    ours = read(BackendConfig, section, "")
+    return (
+        replace(ours, solver=ours.solver.resolved(ours.dispatch.count)),
+        config,
+        [setting for setting in overrides if setting not in own],
+    )

@@ -1,0 +1,186 @@
+"""Writes a run down where threestudio would, and reads what it goes on from."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from omegaconf import OmegaConf
+
+import dreampropeller as dp
+from dreampropeller import checkpoint
+from dreampropeller.adapters.threestudio import ThreestudioTrajectory
+from systems.reader import ConfigError
+from systems.recorder import STOP
+from systems.stopping import Stop
+from systems.threestudio.config import BackendConfig
+
+_STATES = "dreampropeller"
+"""Folder in `ckpts/` for what a run goes on from."""
+
+
+def load_state(path: str) -> dp.SolverState[Any]:
+    """What a run goes on from.
+
+    Raises:
+        ConfigError: `path` is a checkpoint of threestudio, which lacks the guesses.
+    """
+    if path.endswith(".ckpt"):
+        raise ConfigError(
+            f"`resume={path}` is threestudio's checkpoint. To go on, name the run: "
+            "`--config RUN/configs/parsed.yaml resume=RUN`; to start from its weights, "
+            "write `system.weights=…`."
+        )
+    folder = Path(path)
+    inner = folder / "ckpts" / _STATES
+    return checkpoint.load(inner if inner.is_dir() else folder)
+
+
+class Recorder:
+    """Writes a run down where threestudio would; called after each iteration."""
+
+    def __init__(
+        self,
+        trajectory: ThreestudioTrajectory,
+        cfg: Any,
+        lightning: Any,
+        ours: BackendConfig,
+        leads: bool,
+    ) -> None:
+        self.leads, self._ours = leads, ours
+        self._trajectory, self._cfg, self._lightning = trajectory, cfg, lightning
+        self._folder = Path(cfg.trial_dir)
+        self._loggers: list[Any] = []
+        self._workers = dist.get_world_size() if dist.is_initialized() else 1
+        self._every = int(cfg.trainer.get("val_check_interval") or 0)
+        self._saves = int(cfg.checkpoint.get("every_n_train_steps") or 0)
+        self.stop = Stop(None)
+
+    @contextmanager
+    def listening(self, file: Path | None) -> Iterator[None]:
+        """Hear signals and files that ask to stop, during a solve."""
+        if self.leads:
+            own = self._folder / STOP
+            self.stop = Stop([own] if file is None else [own, file])
+        with self.stop.listening():
+            yield
+
+    def snapshot(self, path: Path) -> None:
+        """The config and the command, in the places `--test` looks for them."""
+        configs = self._folder / "configs"
+        configs.mkdir(parents=True, exist_ok=True)
+        OmegaConf.save(self._cfg, configs / "parsed.yaml")
+        if path != (configs / "raw.yaml").resolve():
+            shutil.copyfile(path, configs / "raw.yaml")
+        command = "python " + " ".join(sys.argv) + "\n"
+        (self._folder / "cmd.txt").write_text(command)
+        loggers: Any = importlib.import_module("pytorch_lightning.loggers")
+        for kind, name in (("TensorBoardLogger", "tb_logs"), ("CSVLogger", "csv_logs")):
+            self._loggers.append(getattr(loggers, kind)(str(self._folder), name=name))
+
+    def __call__(self, state: dp.SolverState[Any], iteration: dp.Iteration) -> bool:
+        """Write an iteration down; True asks the solver to stop."""
+        if not self.leads:
+            return False
+        for offset, aux in enumerate(iteration.aux):
+            for logger in self._loggers:
+                logger.log_metrics(aux, step=iteration.begin + offset)
+        told = {"stride": float(iteration.stride), **iteration.diagnostics}
+        if iteration.threshold is not None:
+            told["threshold"] = iteration.threshold
+        for board in self._loggers[:1]:  # not the table, which has a row for each step
+            names = {f"solver/{name}": value for name, value in told.items()}
+            board.log_metrics(names, step=state.step)
+        if self._due(self._every, iteration) or self._due(self._saves, iteration):
+            self.save(state)
+        if self._due(self._every, iteration):
+            self._evaluate("validate", state.step, state.y)
+        return self.stop.asked()
+
+    def save(self, state: dp.SolverState[Any]) -> None:
+        """Write down what the run can go on from."""
+        checkpoint.save(self._folder / "ckpts" / _STATES, state)
+
+    @staticmethod
+    def _due(every: int, iteration: dp.Iteration) -> bool:
+        end = iteration.begin + iteration.stride
+        return every > 0 and iteration.begin // every < end // every
+
+    def finish(self, solution: dp.Solution[Any]) -> None:
+        """Checkpoints for threestudio, its test pictures, and what the run cost.
+
+        Stopped early it is saved, but not tested.
+        """
+        step, folder = solution.state.step, self._folder / "ckpts"
+        self.save(solution.state)
+        self._trajectory.settle(step, solution.value)
+        system = self._trajectory.module
+        content = {
+            "epoch": 0,
+            "global_step": step,
+            "pytorch-lightning_version": self._lightning.__version__,
+            "state_dict": system.state_dict(),
+            "callbacks": {},
+        }
+        system.on_save_checkpoint(content)
+        torch.save(content, folder / f"epoch=0-step={step}.ckpt")
+        torch.save(content, folder / "last.ckpt")
+        for logger in self._loggers:
+            logger.save()
+            logger.finalize("success")
+        stats = solution.stats
+        report = {
+            "steps": step,
+            "iterations": stats.num_iterations,
+            "evaluations": stats.num_evaluations,
+            "steps_per_iteration": step / stats.num_iterations,
+            "result": solution.result.value,
+        }
+        settings = {
+            "workers": self._workers,
+            "solver": asdict(self._ours.solver),
+        }
+        text = json.dumps({**report, **settings}, indent=2) + "\n"
+        (self._folder / "report.json").write_text(text)
+        print(f"{self._folder}: {json.dumps(report)}")
+        if self.stop.signal is None:
+            self._evaluate("test", step, solution.value)
+            return
+        print(
+            f"Stopped at step {step}. To go on: `python launch.py --config "
+            f"{self._folder}/configs/parsed.yaml --train backend=threestudio "
+            f"resume={self._folder}`, with the other settings of this run's command."
+        )
+
+    def _evaluate(self, stage: str, step: int, y: dp.State) -> None:
+        """Render with threestudio's own validation or test."""
+        trajectory = self._trajectory
+        trajectory.settle(step, y)
+        system, given = trajectory.module, dict(self._cfg.trainer)
+        trainer = self._lightning.Trainer(
+            **{**given, "enable_progress_bar": False},
+            accelerator=trajectory.device.type,
+            devices=1,
+            logger=False,
+            enable_checkpointing=False,
+            enable_model_summary=False,
+            inference_mode=False,
+        )
+        system.set_resume_status(0, step)
+        # Some systems read the trainer's own count, which only `fit` would raise.
+        loop = trainer.fit_loop.epoch_loop
+        loop.automatic_optimization.optim_progress.optimizer.step.total.completed = step
+        loop.manual_optimization.optim_step_progress.total.completed = step
+        getattr(trainer, stage)(
+            system, datamodule=trajectory.shim.datamodule, verbose=False
+        )
+        trajectory.attach()

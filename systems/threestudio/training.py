@@ -1,0 +1,147 @@
+"""Trains a system of threestudio, on this process or on several ranks."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import os
+import tempfile
+from collections.abc import Callable, Sequence
+from datetime import datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from omegaconf import OmegaConf
+
+import dreampropeller as dp
+from dreampropeller.adapters.threestudio import ThreestudioTrajectory, make_trajectory
+from systems import workers
+from systems.config import DispatchConfig, is_rank
+from systems.reader import ConfigError
+from systems.recorder import STOP
+from systems.threestudio.checkout import import_threestudio
+from systems.threestudio.config import BackendConfig, split
+from systems.threestudio.recorder import Recorder, load_state
+
+_RANKS = ("RANK", "LOCAL_RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK")
+
+
+def run(path: Path | None, trains: bool, overrides: Sequence[str]) -> int:
+    """Train a system of threestudio.
+
+    Args:
+        path: threestudio's YAML file; it may hold `solver` and `dispatch` blocks.
+        trains: Whether `--train` was asked for, the one task there is.
+        overrides: `key=value`, ours and threestudio's.
+
+    Raises:
+        ConfigError: A setting or the environment cannot be used; says what to do.
+    """
+    if not trains:
+        raise ConfigError(
+            "`backend=threestudio` only trains: what it writes is threestudio's own. "
+            "In the checkout, run `python launch.py --config RUN/configs/parsed.yaml "
+            "--test resume=RUN/ckpts/last.ckpt` (or `--export`, `--validate`)."
+        )
+    if path is None or not path.is_file():
+        raise ConfigError(f"There is no config `{path}`: name a YAML of threestudio.")
+    ours, theirs, dotted = split(path, overrides)
+    count = ours.dispatch.num_workers
+    asked: Any = OmegaConf.merge(theirs, OmegaConf.from_dotlist(dotted))
+    if asked.get("timestamp") is None and asked.get("use_timestamp", True):
+        # Several processes share one folder: ranks of `torchrun` ask rank 0.
+        now = datetime.now().strftime("@%Y%m%d-%H%M%S")
+        theirs.timestamp = None if is_rank() else now
+    text = OmegaConf.to_yaml(theirs)
+    job = (ours, text, dotted, path.resolve())
+    if count == 1 or is_rank():
+        return work(*job, None)
+    with tempfile.TemporaryDirectory() as scratch:  # the run folder has no name yet
+        stop = Path(scratch) / STOP
+        return workers.start(work, *job, stop, num_workers=count, stop=stop)
+
+
+def work(
+    ours: BackendConfig, text: str, dotted: list[str], path: Path, stop: Path | None
+) -> int:
+    """What each rank does; a file `stop`, here or in the run folder, ends it."""
+    rank = join(ours)
+    leads = rank == 0
+    torch.set_num_threads(ours.dispatch.threads or 1)
+    load_config, find = import_threestudio(ours.threestudio.root)
+    lightning: Any = importlib.import_module("pytorch_lightning")
+    if (
+        rank is not None and "timestamp: null" in text
+    ):  # torchrun: rank 0 knows the time
+        now = [datetime.now().strftime("@%Y%m%d-%H%M%S")]
+        dist.broadcast_object_list(now, 0, device=torch.device("cpu"))
+        text = text.replace("timestamp: null", f"timestamp: '{now[0]}'")
+    resume = [o.removeprefix("resume=") for o in dotted if o.startswith("resume=")]
+    dotted = [o for o in dotted if not o.startswith("resume=")]
+    cfg = load_config(text, cli_args=dotted, from_string=True, n_gpus=1)
+    state = load_state(resume[-1]) if resume else None
+    lightning.seed_everything(cfg.seed, workers=True)  # the same on every rank
+
+    def build() -> ThreestudioTrajectory:
+        datamodule = find(cfg.data_type)(cfg.data)
+        system = find(cfg.system_type)(cfg.system, resumed=False)
+        system.set_save_dir(os.path.join(cfg.trial_dir, "save"))
+        return make_trajectory(system, datamodule, cfg, verify=ours.threestudio.verify)
+
+    # Rank 0 first: it fills the cache of prompt embeddings that the others read. (Where
+    # threestudio meets at a barrier of its own while loading them, the two pair up.)
+    if not leads and rank is not None:
+        dist.barrier()
+    trajectory = build()
+    if leads and dist.is_initialized():
+        dist.barrier()
+    run = Recorder(trajectory, cfg, lightning, ours, leads=leads or rank is None)
+    if run.leads:
+        run.snapshot(path)
+    dispatcher = dp.InlineDispatcher if rank is None else spread(ours.dispatch)
+    solver = ours.solver.build()
+    with run.listening(stop):
+        try:
+            solution = dp.solve(
+                trajectory, solver, dispatcher, state=state, on_iteration=run
+            )
+        except dp.NotConverged as error:
+            if run.leads:
+                run.save(error.solution.state)
+            raise
+    if run.leads:
+        run.finish(solution)
+    if dist.is_initialized():
+        dist.barrier()  # rank 0 renders its pictures in peace
+        dist.destroy_process_group()
+    return 128 + run.stop.signal if run.stop.signal else 0
+
+
+def join(ours: BackendConfig) -> int | None:
+    """Join the ranks, before threestudio is imported; None: this process is alone.
+
+    threestudio picks devices by these variables, so they go; each rank sees one GPU.
+    """
+    if not is_rank():
+        return None
+    rank = int(os.environ["RANK"])
+    local = int(os.environ.get("LOCAL_RANK", rank))
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    devices = visible.split(",") if visible else [str(i) for i in range(local + 1)]
+    os.environ["CUDA_VISIBLE_DEVICES"] = devices[local % len(devices)]
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    # Rank 0 renders validation and test pictures while the others wait for it.
+    timeout = timedelta(seconds=ours.dispatch.timeout)
+    dist.init_process_group(backend, timeout=timeout)
+    for name in _RANKS:
+        os.environ.pop(name, None)
+    return rank
+
+
+def spread(config: DispatchConfig) -> Callable[[Any], dp.Dispatcher]:
+    """The dispatcher of several ranks."""
+    return functools.partial(
+        dp.DistributedDispatcher, threads=config.threads or 1, timeout=config.timeout
+    )
