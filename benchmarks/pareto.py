@@ -54,7 +54,9 @@ def _threshold(spec: str) -> list[str]:
     if kind == "paper":
         return [f"{name}paper", f"solver.threshold.adaptivity={value}"]
     if kind == "drift":
-        return [f"{name}drift", f"solver.threshold.value={value}"]
+        value, _, warmup = value.partition(":")
+        cautious = [f"solver.threshold.warmup={warmup}"] if warmup else []
+        return [f"{name}drift", f"solver.threshold.value={value}", *cautious]
     if kind in ("fixed", "relative"):
         relative = f"solver.threshold.relative={str(kind == 'relative').lower()}"
         return [f"{name}fixed", f"solver.threshold.value={value}", relative]
@@ -62,8 +64,8 @@ def _threshold(spec: str) -> list[str]:
         return [f"{name}fixed", "solver.threshold.value=0"]
     raise SystemExit(
         f"`{spec}` is no threshold: write `paper:median`, `paper:mean`, `fixed:VALUE`, "
-        "`relative:VALUE`, `drift:VALUE`, any of these followed by `+secant`, or "
-        "`exact`."
+        "`relative:VALUE`, `drift:VALUE`, `drift:VALUE:WARMUP`, any of these followed "
+        "by `+secant`, or `exact`."
     )
 
 

@@ -71,11 +71,15 @@ class DriftThreshold(Threshold):
         hold_every: Slots of which one is held back for a secant: one in
             $\max(2, \lceil \mathtt{hold\_every} / w \rceil)$ iterations; at least 1.
         memory: Iterations whose secants are remembered.
+        warmup: Steps at the start of a run that are judged by δ / 4. While a shape is
+            still being decided, an error can send the run to another one; later it is
+            forgotten (measured, see `docs/pareto.md`). 0: the same δ from the start.
     """
 
     value: float = 0.2
     hold_every: int = 16
     memory: int = 4
+    warmup: int = 0
 
     def __post_init__(self) -> None:
         if not (is_number(self.value) and 0 <= self.value < math.inf):
@@ -86,6 +90,7 @@ class DriftThreshold(Threshold):
         for name, number, least in (
             ("hold_every", self.hold_every, 1),
             ("memory", self.memory, 1),
+            ("warmup", self.warmup, 0),
         ):
             if not is_whole(number) or number < least:
                 raise ValueError(
@@ -107,6 +112,7 @@ class DriftThreshold(Threshold):
             "secants": [],
             "age": 0,
             "measured": None,
+            "step": 0,
         }
 
     def learn(
@@ -118,9 +124,10 @@ class DriftThreshold(Threshold):
     ) -> Nest:
         """Measure the secants of the slots that were evaluated before."""
         own = {step: k for step, k in memory["own"].items() if step >= steps[0]}
+        memory = {**memory, "own": own, "step": steps[0]}
         if self.exact or not memory["held"]:
             age = memory["age"] + 1
-            return {**memory, "own": own, "age": age, "measured": None}
+            return {**memory, "age": age, "measured": None}
         parts = [_moving(y, drift) for y, drift in zip(guesses, drifts, strict=True)]
         sizes = [norms(part) for part in parts]
         middle = {
@@ -146,9 +153,8 @@ class DriftThreshold(Threshold):
             own[step] = error / distance
             secants.append(own[step])
         return {
+            **memory,
             "held": {},
-            "moved": memory["moved"],
-            "own": own,
             "secants": [*memory["secants"], *([secants] if secants else [])][
                 -self.memory :
             ],
@@ -157,9 +163,8 @@ class DriftThreshold(Threshold):
         }
 
     def bound(self, memory: Nest) -> float:
-        """The tolerance δ."""
-        del memory
-        return self.value
+        """The tolerance: δ, a quarter of it while the run warms up."""
+        return self.value / 4 if memory["step"] < self.warmup else self.value
 
     def error(self, memory: Nest, step: int, distance: float) -> float:
         """The estimated relative error of the drift at a guess."""

@@ -90,6 +90,7 @@ class ThresholdConfig:
             0.2). With "paper", the first threshold (default 5e-6), and with "fixed"
             the only one, a mean square over all entries; no default. With "drift" and
             "fixed", 0 is the sequential run bit for bit (on CPU).
+        warmup: With "drift": steps at the start judged by a quarter of `value`.
         relative: With "fixed": `value` counts squared updates of the optimizer.
         ema_decay: Of the published rule.
         adaptivity: Of the published rule: "median" or "mean" error of a window.
@@ -97,6 +98,7 @@ class ThresholdConfig:
 
     name: str = "drift"
     value: float | None = None
+    warmup: int = 0
     relative: bool = False
     ema_decay: float = 0.9
     adaptivity: str = "median"
@@ -113,15 +115,19 @@ class ThresholdConfig:
                 f"`relative` has no effect on `{self.name}`: write `name=fixed`, or "
                 "leave it out."
             )
+        if self.warmup and self.name != "drift":
+            raise ValueError(
+                f"`warmup` has no effect on `{self.name}`: write `name=drift`, or "
+                "leave it out."
+            )
         one_of("adaptivity", self.adaptivity, ("median", "mean"))
         self.build()
 
     def build(self) -> dp.Threshold:
         """The core's threshold."""
         if self.name == "drift":
-            if self.value is None:
-                return dp.DriftThreshold()
-            return dp.DriftThreshold(self.value)
+            value = dp.DriftThreshold.value if self.value is None else self.value
+            return dp.DriftThreshold(value, warmup=self.warmup)
         if self.name == "fixed":
             assert self.value is not None
             return dp.FixedThreshold(self.value, self.relative)

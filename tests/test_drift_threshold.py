@@ -248,6 +248,19 @@ def test_only_the_secants_of_the_last_measurements_count() -> None:
     )
 
 
+def test_a_run_that_warms_up_is_judged_by_a_quarter() -> None:
+    bounds: dict[int, float | None] = {}
+    solver = PicardSolver(SlidingWindow(4), DriftThreshold(1e6, warmup=6))
+    solve(
+        Descent(0.02),
+        solver,
+        on_iteration=lambda _, seen: bounds.update({seen.begin: seen.threshold}),
+    )
+    # A window that begins within the warm-up may reach beyond it.
+    assert {begin for begin in bounds if 0 < begin < 6}
+    assert all(bounds[begin] == (2.5e5 if begin < 6 else 1e6) for begin in bounds)
+
+
 @pytest.mark.parametrize("toy", TOYS)
 @pytest.mark.parametrize("window", [1, 2, 7, 64])
 def test_tolerance_zero_is_sequential(toy: str, window: int) -> None:

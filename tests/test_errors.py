@@ -50,6 +50,10 @@ EXACT = FixedThreshold(0)
             lambda: DriftThreshold(0.1, 8, 0),
             r"`threshold.memory` is 0: write a whole number, 1",
         ),
+        (
+            lambda: DriftThreshold(warmup=-1),
+            r"`threshold.warmup` is -1: write a whole number, 0",
+        ),
         (lambda: AdaptiveWindow(0, 4), r"`window.smallest` is 0.*at least 1"),
         (lambda: AdaptiveWindow(8, 4), r"`window.largest` is 4.*smallest size 8"),
         (lambda: AdaptiveWindow(1, 32, 8), r"`window.multiple` is 8, too coarse"),

@@ -147,7 +147,13 @@ def test_the_frontier_is_computed_drawn_and_resumed(tmp_path: Path) -> None:
     small = [s for s in SMALL if "prompt" not in s and "max_steps" not in s]
     arguments = (
         *("--config", TOYBOX, "--objects", "mug", "--regimes", "small:24:0.005"),
-        *("--thresholds", "drift:0.12+secant", "relative:1e6", "--predictors", "auto"),
+        *(
+            "--thresholds",
+            "drift:0.12:4+secant",
+            "relative:1e6",
+            "--predictors",
+            "auto",
+        ),
         *("--windows", "4", "--exact", "4", "--rivals", "8", "--workers", "1"),
         *("--to", str(tmp_path), "--set", *small),
     )
@@ -161,7 +167,7 @@ def test_the_frontier_is_computed_drawn_and_resumed(tmp_path: Path) -> None:
     assert exact["psnr"] == plain["psnr"]  # bit for bit
     # The first step alone, then whole windows; for the drift a slot is held back.
     assert by_row["relative:1e6"]["iterations"] == 7
-    assert 7 <= by_row["drift:0.12+secant"]["iterations"] <= exact["iterations"]
+    assert 7 <= by_row["drift:0.12:4+secant"]["iterations"] <= exact["iterations"]
     assert sum(row["row"].startswith("T/8") for row in rows) == 10
     text = (tmp_path / "table.md").read_text()
     assert text.count("\n| small |") == 6  # rivals at their best only

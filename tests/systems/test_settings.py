@@ -82,6 +82,8 @@ def test_thresholds_by_name() -> None:
     assert solver(f"{name}paper").threshold == dp.EMAThreshold(5e-6, 0.9, "median")
     zero = solver(f"{name}fixed", "solver.threshold.value=0").threshold
     assert zero == dp.FixedThreshold(0)
+    warm = solver("solver.threshold.warmup=64").threshold
+    assert warm == dp.DriftThreshold(warmup=64)
     relative = ("solver.threshold.value=2", "solver.threshold.relative=true")
     assert solver(f"{name}fixed", *relative).threshold == dp.FixedThreshold(2, True)
     assert solver("solver.predictor=auto").predictor == "auto"
@@ -123,6 +125,10 @@ def test_acceleration_by_name() -> None:
     ("settings", "message"),
     [
         (["solver.threshold.name=fixed"], "`value` is missing: write `value=0`"),
+        (
+            ["solver.threshold.name=paper", "solver.threshold.warmup=64"],
+            "no effect on `paper`.*`name=drift`",
+        ),
         (["solver.threshold.relative=true"], "no effect on `drift`.*`name=fixed`"),
         (["solver.window.size=soon"], "write a whole number or auto"),
         (["solver.window.max_size=4"], "`max_size` is 4, less than `size`, 8"),
