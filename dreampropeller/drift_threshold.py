@@ -72,8 +72,8 @@ class DriftThreshold(Threshold):
             $\max(2, \lceil \mathtt{hold\_every} / w \rceil)$ iterations; at least 1.
         memory: Iterations whose secants are remembered.
         warmup: Steps at the start of a run that are judged by δ / 4. While a shape is
-            still being decided, an error can send the run to another one; later it is
-            forgotten (measured, see `docs/pareto.md`). 0: the same δ from the start.
+            still being decided, an error can send the run to another one (measured on
+            hash grids, see `docs/pareto.md`). 0: the same δ from the start.
     """
 
     value: float = 0.2
