@@ -52,8 +52,9 @@ class DriftThreshold(Threshold):
     counts.
 
     Where it fails: errors of successive steps that point the same way add up, and no
-    bound on a single drift sees it; nor does it see how much of a window's path was
-    overshot (`Secant` does). Secants are measured over larger distances than those they
+    bound on a single drift sees it (a smaller δ leaves less to add up: at window 64 and
+    small steps take 0.05); nor does it see how much of a window's path was overshot
+    (`Secant` does). Secants are measured over larger distances than those they
     judge, so a drift with jumps (an occupancy grid's refresh, a clipped gradient) is
     judged by its average slope. A drift that is mostly noise makes the promise weaker:
     its norm, the unit here, is then larger than the part that matters, and it falls
