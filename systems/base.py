@@ -12,6 +12,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 import dreampropeller as dp
+from dreampropeller.dispatch.devices import local_device
 from dreampropeller.precision import LOSS_SCALE
 from systems.cameras import RandomCameras, Views
 from systems.config import Config
@@ -19,15 +20,6 @@ from systems.reader import ConfigError, read
 
 if TYPE_CHECKING:
     import trimesh
-
-
-def default_device() -> torch.device:
-    """The GPU of this process if there is one, else the CPU."""
-    if not torch.cuda.is_available():
-        return torch.device("cpu")
-    import os
-
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
 
 
 class System(abc.ABC):
@@ -44,7 +36,7 @@ class System(abc.ABC):
 
     def __init__(self, config: Config, device: torch.device | None = None) -> None:
         self.config = config
-        self.device = device or default_device()
+        self.device = device or local_device()
         self.random = dp.StepRandom(config.seed)
         self.cameras = read(RandomCameras, config.data, "data")
 

@@ -13,8 +13,8 @@ from torch import Tensor
 
 import dreampropeller as dp
 from dreampropeller.adapters.diffusers import measure, sample, worst_picture
+from dreampropeller.dispatch.devices import local_device
 from systems import folders, workers
-from systems.base import default_device
 from systems.config import Config, is_rank
 from systems.export import save_picture
 from systems.prompts import PromptConfig
@@ -179,7 +179,7 @@ def work(config: Config, folder: Path | None = None, leads: bool = True) -> int:
     calibration = None
     if wanted.sampler.batched:
         calibration = _calibration(config, pipeline, arguments)
-        print(dp.choose(_picard(config), calibration, default_device()).reason)
+        print(dp.choose(_picard(config), calibration, local_device()).reason)
     start = time.perf_counter()
     made = sample(
         pipeline,
@@ -233,7 +233,7 @@ def _pipeline(wanted: SamplerConfig) -> Any:
     from systems.priors import open_pipeline, resolve
 
     source = resolve(wanted.pretrained_model_name_or_path)
-    pipeline = open_pipeline(source).to(default_device())
+    pipeline = open_pipeline(source).to(local_device())
     if wanted.scheduler is not None:
         kind = getattr(diffusers, SCHEDULERS[wanted.scheduler])
         pipeline.scheduler = kind.from_config(pipeline.scheduler.config)

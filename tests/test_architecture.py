@@ -40,6 +40,7 @@ ROOMS = [
     "solution",
     "dispatch.base",
     "dispatch.batched",
+    "dispatch.devices",
     "dispatch.wire",
     "dispatch.distributed",
     "dispatch.launcher",

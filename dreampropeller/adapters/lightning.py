@@ -16,7 +16,6 @@ Lightning itself is not imported: the module brings it.
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol, runtime_checkable
 
@@ -25,6 +24,7 @@ from torch import nn
 
 from dreampropeller.adapters import loop, optimization, refusals
 from dreampropeller.adapters.attributes import Attributes
+from dreampropeller.dispatch.devices import local_device
 from dreampropeller.guard import Guard
 from dreampropeller.optimization import buffer_drift, updated_buffers
 from dreampropeller.precision import Precision
@@ -65,7 +65,7 @@ class LightningTrajectory(Trajectory[Nest]):
         precision: "32-true", "bf16-mixed" or "16-mixed", as for the `Trainer`.
         gradient_clip_val: As for the `Trainer`.
         gradient_clip_algorithm: "norm" or "value", as for the `Trainer`.
-        device: Where the module goes; default: the current GPU, or else the CPU.
+        device: Where the module goes; default: this rank's GPU, or else the CPU.
         random: Keys the random streams in place of `StepRandom(seed)`.
 
     Raises:
@@ -99,7 +99,7 @@ class LightningTrajectory(Trajectory[Nest]):
         self._refuse(module)
         self.num_steps = num_steps
         self.module = module
-        self.device = _device(device)
+        self.device = local_device() if device is None else torch.device(device)
         self._random: Keyed = StepRandom(seed) if random is None else random
         self._clip = gradient_clip_val, gradient_clip_algorithm
         self._precision = Precision(str(precision), self.device)
@@ -371,14 +371,3 @@ class LightningTrajectory(Trajectory[Nest]):
     def _log_dict(self, values: Any, *args: Any, **options: Any) -> None:
         del args, options
         self._logged.update(values)
-
-
-def _device(device: torch.device | str | None) -> torch.device:
-    if device is not None:
-        return torch.device(device)
-    if not torch.cuda.is_available():
-        return torch.device("cpu")
-    # `torchrun` numbers the GPUs of a machine, unless each process sees only its own.
-    local = int(os.environ.get("LOCAL_RANK", torch.cuda.current_device()))
-    visible = local < torch.cuda.device_count()
-    return torch.device("cuda", local if visible else torch.cuda.current_device())

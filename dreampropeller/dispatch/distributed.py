@@ -25,7 +25,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dreampropeller.dispatch import wire
+from dreampropeller.dispatch import devices, wire
 from dreampropeller.dispatch.base import Dispatcher, WorkerError
 from dreampropeller.trajectory import Trajectory
 from dreampropeller.tree import Aux, Nest, State, decode, encode, tensors
@@ -110,11 +110,10 @@ class DistributedDispatcher(Dispatcher):
                 "--nproc-per-node=2 …`, or through "
                 "`dreampropeller.dispatch.launcher.launch`."
             )
-        backend = "gloo"
-        if torch.cuda.is_available():
-            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-            backend = "cpu:gloo,cuda:nccl"
-        dist.init_process_group(backend, timeout=self._timeout)
+        device = devices.local_device()
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        dist.init_process_group(devices.backend(), timeout=self._timeout)
         self._owns_group = True
 
     def __exit__(

@@ -17,6 +17,7 @@ from omegaconf import OmegaConf
 
 import dreampropeller as dp
 from dreampropeller.adapters.threestudio import ThreestudioTrajectory, make_trajectory
+from dreampropeller.dispatch import devices
 from systems import workers
 from systems.config import DispatchConfig, is_rank
 from systems.reader import ConfigError
@@ -127,11 +128,11 @@ def join(ours: BackendConfig) -> int | None:
     if not is_rank():
         return None
     rank = int(os.environ["RANK"])
+    backend = devices.backend()  # asked while all GPUs of the machine are seen
     local = int(os.environ.get("LOCAL_RANK", rank))
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    devices = visible.split(",") if visible else [str(i) for i in range(local + 1)]
-    os.environ["CUDA_VISIBLE_DEVICES"] = devices[local % len(devices)]
-    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    gpus = visible.split(",") if visible else range(torch.cuda.device_count() or 1)
+    os.environ["CUDA_VISIBLE_DEVICES"] = str(gpus[local % len(gpus)])
     # Rank 0 renders validation and test pictures while the others wait for it.
     timeout = timedelta(seconds=ours.dispatch.timeout)
     dist.init_process_group(backend, timeout=timeout)
