@@ -5,13 +5,16 @@ With samples of length $\delta$ at $x_1, x_2, \dots$ the colour of a ray is
 $$C = \sum_i w_i c_i + \bigl(1 - \sum_i w_i\bigr) c_{bg}, \qquad
   w_i = e^{-\sum_{j<i} \sigma_j \delta} \bigl(1 - e^{-\sigma_i \delta}\bigr)$$
 
-(B. Mildenhall et al., 2020, arXiv 2003.08934, Eq. 3), by nerfacc's functions. On the
-CPU rays are cut into equal samples inside the ball of the field, of which only those in
-occupied cells are evaluated; on a GPU nerfacc's own marching is used (not yet run).
+(B. Mildenhall et al., 2020, arXiv 2003.08934, Eq. 3), by nerfacc's functions. Rays
+are cut into equal samples inside the ball of the field, of which only those in occupied
+cells are evaluated; on a GPU nerfacc's own marching is used, where its CUDA code could
+be built (it compiles itself, with `nvcc`, at first use).
 """
 
 from __future__ import annotations
 
+import functools
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -27,10 +30,13 @@ from torch import Tensor, nn
 from dreampropeller import StepRandom
 from systems.backgrounds import Environment, Random, Solid
 from systems.cameras import Views
+from systems.extras import probe
 from systems.fields import Field
 from systems.materials import Albedo, PointLight
 from systems.renderers.occupancy import Occupancy, OccupancyConfig
 from systems.settings import at_least
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -190,7 +196,7 @@ class VolumeRenderer(nn.Module):
         with_normals: bool,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         count = len(rays.origins)
-        if rays.origins.is_cuda and self.config.grid_prune:
+        if rays.origins.is_cuda and self.config.grid_prune and _can_march():
             samples = self._march(rays, step is not None and self.config.randomized)
         else:
             samples = self._cut(rays)
@@ -240,7 +246,7 @@ class VolumeRenderer(nn.Module):
 
     @torch.no_grad()
     def _march(self, rays: _Rays, randomized: bool) -> _Samples:
-        """Nerfacc's marching through our grid; CUDA only, not yet run."""
+        """Nerfacc's marching through our grid; CUDA only."""
         side, radius = self.config.occupancy.resolution, self.config.radius
         box = torch.tensor([-radius] * 3 + [radius] * 3)
         grid = OccGridEstimator(roi_aabb=box, resolution=side, levels=1)
@@ -253,6 +259,17 @@ class VolumeRenderer(nn.Module):
             stratified=randomized,
         )
         return _Samples(begin, end, number.long(), None, (len(rays.origins), 0))
+
+
+@functools.cache
+def _can_march() -> bool:
+    """Whether nerfacc's CUDA code is there; says why not, once."""
+    built, reason = probe("nerfacc.cuda._backend", needs_cuda=True)
+    if built is not None and built._C is not None:
+        return True
+    reason = reason or "it needs `nvcc` to compile."
+    _log.warning("nerfacc's marching is not used, rays are cut evenly: %s", reason)
+    return False
 
 
 def _weights(samples: _Samples, density: Tensor, count: int) -> Tensor:

@@ -17,7 +17,7 @@ from systems.fields.base import Field, FieldConfig
 from systems.fields.voxel_grid import VoxelGridConfig
 from systems.materials import Albedo, AlbedoConfig, PointLight, PointLightConfig
 from systems.renderers.occupancy import Occupancy, OccupancyConfig
-from systems.renderers.volume import VolumeConfig, VolumeRenderer
+from systems.renderers.volume import VolumeConfig, VolumeRenderer, _can_march
 
 DICE = StepRandom(0)
 WHITE = Solid(SolidConfig())
@@ -165,3 +165,15 @@ def test_cameras_may_stand_inside_the_ball() -> None:
     )
     assert torch.isfinite(seen.rgb).all()
     assert (seen.opacity > 0.9).all()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="asks what happens without one")
+def test_without_a_gpu_rays_are_cut_and_one_line_says_why(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    _can_march.cache_clear()
+    assert not _can_march()
+    assert not _can_march()
+    (said,) = caplog.messages
+    assert "cut evenly" in said
+    assert "needs a CUDA device" in said
