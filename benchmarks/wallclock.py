@@ -1,8 +1,10 @@
-"""Wall-clock of one worker and two, beside the plain loop on one thread and two.
+"""Wall-clock of one worker and of several, beside the plain loop.
 
 `python -m benchmarks.wallclock` runs `launch.py` for each way in turn, the whole round
 several times, so that a slow spell of the machine hits all of them; it writes medians,
-and the median of the ratios within a round. Run it on an idle machine.
+and the median of the ratios within a round. Run it on an idle machine. Where there is
+a GPU it is used, and shared by the workers beyond the number of GPUs; hide it with
+`CUDA_VISIBLE_DEVICES=` to measure the CPU.
 """
 
 from __future__ import annotations
@@ -10,31 +12,43 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import statistics
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
-from systems.folders import environment
+from systems.folders import environment, write_json
 
 CONFIG = "configs/dreamfusion-toybox.yaml"
 WINDOWS = (2, 4, 8)
+WORKERS = (1, 2)
+THREADS = (1, 2)
+Round = dict[str, dict[str, Any]]
 PLAIN = "plain loop, 1 thread"
 
 
-def ways(windows: list[int]) -> dict[str, list[str]]:
-    """What is compared, and its settings."""
-    plain = ["solver.name=sequential", "dispatch.num_workers=1"]
+def ways(
+    windows: Sequence[int] = WINDOWS,
+    workers: Sequence[int] = WORKERS,
+    threads: Sequence[int] = THREADS,
+) -> dict[str, list[str]]:
+    """What is compared, and its settings; no worker without a step of the window."""
     found = {
-        PLAIN: [*plain, "dispatch.threads=1"],
-        "plain loop, 2 threads": [*plain, "dispatch.threads=2"],
+        f"plain loop, {count} thread{'s' * (count > 1)}": [
+            "solver.name=sequential",
+            "dispatch.num_workers=1",
+            f"dispatch.threads={count}",
+        ]
+        for count in threads
     }
     for window in windows:
-        for count in (1, 2):
-            found[f"window {window}, {count} worker{'s' * (count > 1)} of 1 thread"] = [
+        for count in (count for count in workers if count <= window):
+            found[f"window {window}, {_named(count)} of 1 thread"] = [
                 f"solver.window.size={window}",
                 f"dispatch.num_workers={count}",
                 "dispatch.threads=1",
@@ -42,8 +56,12 @@ def ways(windows: list[int]) -> dict[str, list[str]]:
     return found
 
 
-def run(config: str, settings: list[str], to: Path) -> dict[str, Any]:
-    """The report of one run."""
+def _named(workers: int) -> str:
+    return f"{workers} worker{'s' * (workers > 1)}"
+
+
+def run(config: str, settings: list[str], threads: int, to: Path) -> dict[str, Any]:
+    """The report of one run, on at most so many threads a process."""
     before = set(to.rglob("report.json"))
     subprocess.run(
         [
@@ -54,13 +72,13 @@ def run(config: str, settings: list[str], to: Path) -> dict[str, Any]:
         ],
         check=True,
         capture_output=True,
-        env={**os.environ, "OMP_NUM_THREADS": "2"},
+        env={**os.environ, "OMP_NUM_THREADS": str(threads)},
     )
     (made,) = set(to.rglob("report.json")) - before
     return json.loads(made.read_text())
 
 
-def table(rounds: list[dict[str, dict[str, Any]]]) -> str:
+def table(rounds: list[Round]) -> str:
     """Medians as Markdown."""
     lines = [
         "| | seconds | against the plain loop on 1 thread | against 1 worker | "
@@ -79,7 +97,7 @@ def table(rounds: list[dict[str, dict[str, Any]]]) -> str:
 
     for name, report in rounds[0].items():
         seconds = statistics.median(entry[name]["solving_seconds"] for entry in rounds)
-        alone = name.replace("2 workers", "1 worker")
+        alone = re.sub(r"\d+ workers", _named(1), name)
         quality = report["quality"]
         psnr = f"{quality['psnr']:.2f}" if isinstance(quality, dict) else "–"
         lines.append(
@@ -95,30 +113,56 @@ def main() -> None:
     parser.add_argument("--config", default=CONFIG)
     parser.add_argument("--prompt", default="a red mug")
     parser.add_argument("--windows", type=int, nargs="+", default=list(WINDOWS))
+    parser.add_argument("--workers", type=int, nargs="+", default=list(WORKERS))
+    parser.add_argument(
+        "--threads", type=int, nargs="+", default=list(THREADS), help="of plain loops"
+    )
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--set", nargs="*", default=[], help="further settings")
     parser.add_argument("--to", type=Path, default=Path("outputs/wallclock"))
     arguments = parser.parse_args()
     settings = [f"system.prompt_processor.prompt={arguments.prompt}", *arguments.set]
-    chosen = ways(arguments.windows)
-    rounds: list[dict[str, dict[str, Any]]] = []
+    chosen = ways(arguments.windows, arguments.workers, arguments.threads)
+    rounds: list[Round] = []
+    text = ""
     with tqdm(total=arguments.rounds * len(chosen), unit="run") as bar:
         for _ in range(arguments.rounds):
             entry = {}
             for name, more in chosen.items():
                 entry[name] = run(
-                    arguments.config, [*settings, *more], arguments.to / "runs"
+                    arguments.config,
+                    [*settings, *more],
+                    max(arguments.threads),
+                    arguments.to / "runs",
                 )
                 bar.update()
             rounds.append(entry)
-    machine = environment()
-    text = (
-        f"{table(rounds)}\n\n“{arguments.prompt}”, medians of {arguments.rounds} "
-        f"rounds; {machine['processor']}, {machine['cores']} cores, torch "
-        f"{machine['packages']['torch']}, commit {machine['commit']}.\n"
-    )
-    (arguments.to / "table.md").write_text(text, encoding="utf-8")
+            text = _write(rounds, arguments)
     print(text)
+
+
+def _write(rounds: list[Round], arguments: argparse.Namespace) -> str:
+    """The table and the rounds behind it, after each of them."""
+    machine = environment()
+    where = f"{machine['processor']}, {machine['cores']} cores"
+    if machine["gpu"]:
+        where = f"{machine['gpu']}, {where}"
+    text = (
+        f"{table(rounds)}\n\n“{arguments.prompt}”, medians of {len(rounds)} rounds; "
+        f"{where}, torch {machine['packages']['torch']}, commit {machine['commit']}.\n"
+    )
+    arguments.to.mkdir(parents=True, exist_ok=True)
+    (arguments.to / "table.md").write_text(text, encoding="utf-8")
+    kept = ("solving_seconds", "seconds_by_phase", "iterations", "evaluations")
+    logged = [
+        {
+            name: {key: report[key] for key in (*kept, "quality")}
+            for name, report in entry.items()
+        }
+        for entry in rounds
+    ]
+    write_json(arguments.to / "rounds.json", {"environment": machine, "rounds": logged})
+    return text
 
 
 if __name__ == "__main__":
