@@ -200,6 +200,7 @@ JUMPS = (0, 5, 9)
 
 def points_loss(step: int, y: State) -> Tensor:
     targets = torch.rand(7, generator=RANDOM.generator(step, "targets")).double()
+    targets = targets.to(y["points"].device)
     distance = (y["points"][:, None] - 3 * targets[None]).square()
     return distance.amin(0).sum() + 0.01 * distance.sum()
 
@@ -224,10 +225,10 @@ class GrowingPoints(OptimizationTrajectory):
 
 def rows_to_keep(step: int, points: Tensor) -> Tensor:
     farthest = int((points.detach() - 1.5).abs().argmax())
-    kept = torch.arange(len(points))
+    kept = torch.arange(len(points), device=points.device)
     if step == 9:  # pruning
         kept = kept[kept != farthest]
-    return torch.cat([kept, torch.tensor([-1])])
+    return torch.cat([kept, kept.new_tensor([-1])])
 
 
 def split(rows: Tensor, parents: Tensor, fill: float | None) -> Tensor:
@@ -239,10 +240,11 @@ def split(rows: Tensor, parents: Tensor, fill: float | None) -> Tensor:
     return grown
 
 
-def make_growing() -> GrowingPoints:
+def make_growing(device: str = "cpu") -> GrowingPoints:
+    start = torch.linspace(0, 3, 3, dtype=torch.float64, device=device)
     return GrowingPoints(
         points_loss,
-        {"points": torch.linspace(0, 3, 3, dtype=torch.float64)},
+        {"points": start},
         lambda p: torch.optim.Adam(p.values(), lr=0.05),
         num_steps=STEPS,
     )

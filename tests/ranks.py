@@ -16,6 +16,7 @@ from dreampropeller import (
     DistributedDispatcher,
     DriftThreshold,
     FixedThreshold,
+    OptimizationTrajectory,
     PicardSolver,
     Secant,
     Sequential,
@@ -25,10 +26,12 @@ from dreampropeller import (
     WorkerError,
     solve,
 )
+from dreampropeller.dispatch import devices
 from dreampropeller.trajectory import Drift
-from tests.helpers import TOYS, OrnsteinUhlenbeck
+from tests.helpers import TOYS, OrnsteinUhlenbeck, make_growing
 
 WINDOWS = (1, 2, 7, 16, 64)
+STEPS = 12
 ADAPTIVE = PicardSolver(AdaptiveWindow(2, 6, 2), DriftThreshold(0.2), "auto")
 ACCELERATED = {
     "anderson": PicardSolver(
@@ -148,3 +151,47 @@ def wait_for_the_end(folder: str) -> None:
     with open(os.path.join(folder, os.environ["RANK"]), "w") as file:
         file.write(str(os.getpid()))
     time.sleep(120)
+
+
+def network() -> torch.nn.Module:
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        return torch.nn.Sequential(
+            torch.nn.Linear(2, 16), torch.nn.Tanh(), torch.nn.Linear(16, 1)
+        )
+
+
+def network_loss(step: int, net: torch.nn.Module) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(step)
+    batch = torch.rand(8, 2, generator=generator).cuda()
+    loss = (net(batch)[:, 0] - torch.sin(3 * batch[:, 0])).square().mean()
+    return 40 * loss  # half precision holds its gradients after some back-off
+
+
+def network_trajectory(precision: str) -> OptimizationTrajectory:
+    return OptimizationTrajectory.from_module(
+        network().cuda(),
+        network_loss,
+        lambda named: torch.optim.Adam(named.values(), lr=0.05),
+        STEPS,
+        precision=precision,
+    )
+
+
+def expected_backend(num_workers: int) -> str:
+    shared = num_workers > torch.cuda.device_count()
+    return "gloo" if shared else "cpu:gloo,cuda:nccl"
+
+
+def solve_on_gpu() -> dict[str, Any]:
+    """A network and a growing cloud, at threshold 0 on this rank's GPU."""
+    solver = PicardSolver(SlidingWindow(5), FixedThreshold(0), "momentum")
+    torch.distributed.init_process_group(devices.backend())
+    torch.cuda.set_device(devices.local_device())
+    found: dict[str, Any] = {"backend": devices.backend()}
+    toys = {"network": network_trajectory("32-true"), "growing": make_growing("cuda")}
+    for name, toy in toys.items():
+        value = solve(toy, solver, quick).value
+        found[name] = {key: tensor.cpu() for key, tensor in value.items()}
+    torch.distributed.destroy_process_group()
+    return found
