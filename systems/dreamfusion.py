@@ -226,11 +226,13 @@ class DreamFusion(System):
         pictures = seen.rgb.permute(0, 3, 1, 2)
         sds, log = guidance(pictures, views.cameras, step, self.random)
         total = weight["lambda_sds"] * sds
-        opacity = seen.opacity.clamp(1e-3, 1 - 1e-3)
+        opacity = seen.opacity.float().clamp(1e-3, 1 - 1e-3)
+        with torch.autocast(opacity.device.type, enabled=False):  # CUDA's refuses it
+            opaque = nn.functional.binary_cross_entropy(opacity, opacity)
         terms = {
             "orient": seen.backfacing,
             "sparsity": (seen.opacity.square() + 0.01).sqrt().mean(),
-            "opaque": nn.functional.binary_cross_entropy(opacity, opacity),
+            "opaque": opaque,
         }
         for name, value in terms.items():
             if weight[f"lambda_{name}"]:

@@ -117,7 +117,7 @@ class Denoiser:
         """The answers for several steps, from one call of the U-Net."""
         inputs = torch.cat([self._doubled(x) for x in xs])
         size = len(inputs) // len(xs)
-        times = torch.stack(list(timesteps)).repeat_interleave(size)
+        times = torch.stack(list(timesteps)).repeat_interleave(size).to(inputs.device)
         conditions = _repeated(dict(self.conditions), size, len(xs))
         answers = self.unet(inputs, times, **conditions)[0].chunk(len(xs))
         return [self._guided(answer, xs[0].shape[1]) for answer in answers]

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import functools
+from typing import Any
+
 import pytest
 import torch
 
 import dreampropeller as dp
 from dreampropeller import StepRandom
+from dreampropeller.adapters.diffusers import sample
 from systems import quality
 from systems.config import load
 from systems.dreamfusion import DreamFusion
 from systems.extras import probe
 from systems.fields.hash_grid import HashGridConfig, _make_encoding
 from systems.renderers.volume import VolumeRenderer, _can_march
+from systems.toybox import pipeline as toybox
 from tests.systems.scenes import SMALL, TOYBOX, small
 
 pytestmark = pytest.mark.gpu
@@ -41,6 +46,35 @@ def test_threshold_zero_stays_near_the_sequential_run() -> None:
     views = system.cameras.turntable(4)
     pictures = [system.render(s.value, views, grey=0.5)[0] for s in (plain, exact)]
     assert float((pictures[0] - pictures[1]).abs().mean()) < 0.01
+
+
+def test_half_precision_makes_the_same_object() -> None:
+    """Under autocast, with a loss scale; `opaque` is refused in half precision."""
+    settings = ("system.loss.lambda_opaque=0.1", "system.loss.lambda_sparsity=0.1")
+    found = []
+    for precision in ("32-true", "16-mixed", "bf16-mixed"):
+        system = small(*settings, f"trainer.precision={precision}")
+        solution = dp.solve(system.trajectory(), system.solver())
+        views = system.cameras.turntable(4)
+        found.append(system.render(solution.value, views, grey=0.5)[0])
+    for half in found[1:]:
+        assert float((half - found[0]).abs().mean()) < 0.02
+
+
+@pytest.mark.parametrize("batched", [False, True])
+def test_a_window_of_samples_is_the_pipelines_own(batched: bool) -> None:
+    """Not bitwise: kernels differ with the batch size."""
+    pipeline = toybox.load().to("cuda")
+
+    def draw(call: Any, **options: Any) -> Any:
+        dice = torch.Generator("cuda").manual_seed(0)
+        many = {"num_inference_steps": 8, "generator": dice, "output_type": "np"}
+        return torch.from_numpy(call("a blue mug", **many, **options).images)
+
+    dispatcher = dp.BatchedDispatcher if batched else dp.InlineDispatcher
+    window = functools.partial(sample, pipeline, window=4, tolerance=0.0)
+    drawn = draw(window, dispatcher=dispatcher)
+    assert float((drawn - draw(pipeline)).abs().max()) < 0.02
 
 
 def test_marching_sees_what_the_cut_sees(monkeypatch: pytest.MonkeyPatch) -> None:
