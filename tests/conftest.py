@@ -1,3 +1,5 @@
+import os
+
 import pytest
 import torch
 
@@ -7,12 +9,14 @@ from tests import typechecker as typechecker  # named in pyproject.toml
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "gpu: needs a CUDA device (`pytest -m gpu`)")
     config.addinivalue_line("markers", "browser: needs chromium and playwright")
+    if config.option.markexpr != "gpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # bitwise claims are made for the CPU
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if torch.cuda.is_available():
         return
-    skip = pytest.mark.skip(reason="no CUDA device on this machine")
+    skip = pytest.mark.skip(reason="needs a CUDA device and `pytest -m gpu`")
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(skip)

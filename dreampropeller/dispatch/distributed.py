@@ -53,7 +53,8 @@ class DistributedDispatcher(Dispatcher):
     `dreampropeller.dispatch.launcher.launch`. A process group that exists is used and
     kept; otherwise one is made from torchrun's environment and closed at the end: gloo
     on CPU, NCCL between GPUs. Inline and distributed solves are equal bit for bit on
-    CPU at the same thread count (`test_dispatch.py`). The GPU path has not been run.
+    CPU at the same thread count (`test_dispatch.py`). Where a machine has more ranks
+    than GPUs they share them, over gloo. NCCL has been run on one GPU alone.
 
     Args:
         trajectory: Whose drifts are evaluated. Its initial state must be the same on
