@@ -225,7 +225,8 @@ class DispatchConfig:
     """`dispatch`: where gradients are evaluated.
 
     Args:
-        num_workers: Processes, one per device; started by `launch.py` itself.
+        num_workers: Processes, one per device (more share GPUs); started by `launch.py`
+            itself.
         threads: CPU threads of each process; null: all cores for one process, one for
             each of several.
         timeout: Seconds after which a silent process counts as lost.

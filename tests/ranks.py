@@ -26,7 +26,7 @@ from dreampropeller import (
     WorkerError,
     solve,
 )
-from dreampropeller.dispatch import devices
+from dreampropeller.dispatch.devices import local_device
 from dreampropeller.trajectory import Drift
 from tests.helpers import TOYS, OrnsteinUhlenbeck, make_growing
 
@@ -178,20 +178,10 @@ def network_trajectory(precision: str) -> OptimizationTrajectory:
     )
 
 
-def expected_backend(num_workers: int) -> str:
-    shared = num_workers > torch.cuda.device_count()
-    return "gloo" if shared else "cpu:gloo,cuda:nccl"
-
-
-def solve_on_gpu() -> dict[str, Any]:
-    """A network and a growing cloud, at threshold 0 on this rank's GPU."""
+def solve_on_gpu(name: str) -> State:
+    """A toy at threshold 0, on this rank's GPU; the dispatcher opens the group."""
+    torch.cuda.set_device(local_device())
+    toy = make_growing("cuda") if name == "growing" else network_trajectory("32-true")
     solver = PicardSolver(SlidingWindow(5), FixedThreshold(0), "momentum")
-    torch.distributed.init_process_group(devices.backend())
-    torch.cuda.set_device(devices.local_device())
-    found: dict[str, Any] = {"backend": devices.backend()}
-    toys = {"network": network_trajectory("32-true"), "growing": make_growing("cuda")}
-    for name, toy in toys.items():
-        value = solve(toy, solver, quick).value
-        found[name] = {key: tensor.cpu() for key, tensor in value.items()}
-    torch.distributed.destroy_process_group()
-    return found
+    value = solve(toy, solver, quick).value
+    return {key: tensor.cpu() for key, tensor in value.items()}

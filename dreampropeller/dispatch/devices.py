@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import datetime
 import os
 
 import torch
+import torch.distributed as dist
+
+from dreampropeller.dispatch.base import WorkerError
 
 
 def local_device() -> torch.device:
@@ -22,12 +26,48 @@ def local_device() -> torch.device:
     return torch.device("cuda", int(local) % torch.cuda.device_count())
 
 
-def backend() -> str:
-    """The backends of `torch.distributed` for the ranks of `torchrun`.
+def hide_others() -> int:
+    """Show this process its own GPU alone; to be called before CUDA is opened.
 
-    NCCL between GPUs, which refuses two ranks on one; gloo on the CPU, and for all
-    where a machine has more ranks than this process sees GPUs.
+    Returns:
+        How many GPUs it saw.
     """
-    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    shared = ranks > torch.cuda.device_count()
-    return "gloo" if shared else "cpu:gloo,cuda:nccl"
+    count = torch.cuda.device_count()  # by the driver's library, which opens nothing
+    if count:
+        local = int(os.environ.get("LOCAL_RANK", os.environ["RANK"]))
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        names = visible.split(",") if visible else [str(gpu) for gpu in range(count)]
+        os.environ["CUDA_VISIBLE_DEVICES"] = names[local % count]
+    return count
+
+
+def open_group(timeout: datetime.timedelta, num_gpus: int | None = None) -> None:
+    """Make the process group of `torchrun`'s ranks.
+
+    NCCL between GPUs, which refuses two ranks on one, and gloo on the CPU; gloo for all
+    where a machine has more ranks than GPUs.
+
+    Args:
+        timeout: How long ranks wait for each other.
+        num_gpus: How many GPUs the ranks of this machine have between them; default:
+            those that this process sees.
+
+    Raises:
+        WorkerError: Ranks share GPUs on some machines and not on others.
+    """
+    backend = "gloo"
+    if torch.cuda.is_available():
+        ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        count = torch.cuda.device_count() if num_gpus is None else num_gpus
+        backend = "gloo" if ranks > count else "cpu:gloo,cuda:nccl"
+    dist.init_process_group(backend, timeout=timeout)
+    mine = torch.tensor([int(backend == "gloo")])
+    heard = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
+    dist.all_gather(heard, mine)
+    different = [rank for rank, one in enumerate(heard) if not one.equal(heard[0])]
+    if different:
+        raise WorkerError(
+            f"Rank 0 and rank {different[0]} cannot reach each other's GPUs: on one of "
+            "their machines ranks share GPUs, or there are none. Start as many ranks "
+            "as GPUs on every machine (`torchrun --nproc-per-node=gpu …`)."
+        )

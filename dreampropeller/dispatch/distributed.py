@@ -114,7 +114,7 @@ class DistributedDispatcher(Dispatcher):
         device = devices.local_device()
         if device.type == "cuda":
             torch.cuda.set_device(device)
-        dist.init_process_group(devices.backend(), timeout=self._timeout)
+        devices.open_group(self._timeout)
         self._owns_group = True
 
     def __exit__(

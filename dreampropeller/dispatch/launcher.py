@@ -29,7 +29,7 @@ def launch(function: Callable[..., R], *args: Any, num_workers: int) -> list[R]:
         function: Importable from a module (processes are spawned); it calls `solve`
             with a `DistributedDispatcher`.
         *args: Its arguments; picklable.
-        num_workers: Processes on this machine, one per device.
+        num_workers: Processes on this machine, one per device; more share GPUs.
 
     Returns:
         What the function returned on each rank.

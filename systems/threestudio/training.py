@@ -128,14 +128,10 @@ def join(ours: BackendConfig) -> int | None:
     if not is_rank():
         return None
     rank = int(os.environ["RANK"])
-    backend = devices.backend()  # asked while all GPUs of the machine are seen
-    local = int(os.environ.get("LOCAL_RANK", rank))
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    gpus = visible.split(",") if visible else range(torch.cuda.device_count() or 1)
-    os.environ["CUDA_VISIBLE_DEVICES"] = str(gpus[local % len(gpus)])
+    num_gpus = devices.hide_others()
     # Rank 0 renders validation and test pictures while the others wait for it.
     timeout = timedelta(seconds=ours.dispatch.timeout)
-    dist.init_process_group(backend, timeout=timeout)
+    devices.open_group(timeout, num_gpus)
     for name in _RANKS:
         os.environ.pop(name, None)
     return rank
