@@ -22,7 +22,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from systems.folders import environment, write_json
+from systems.folders import write_json
 
 CONFIG = "configs/dreamfusion-toybox.yaml"
 WINDOWS = (2, 4, 8)
@@ -39,7 +39,7 @@ def ways(
 ) -> dict[str, list[str]]:
     """What is compared, and its settings; no worker without a step of the window."""
     found = {
-        f"plain loop, {count} thread{'s' * (count > 1)}": [
+        f"plain loop, {_count(count, 'thread')}": [
             "solver.name=sequential",
             "dispatch.num_workers=1",
             f"dispatch.threads={count}",
@@ -47,17 +47,18 @@ def ways(
         for count in threads
     }
     for window in windows:
-        for count in (count for count in workers if count <= window):
-            found[f"window {window}, {_named(count)} of 1 thread"] = [
-                f"solver.window.size={window}",
-                f"dispatch.num_workers={count}",
-                "dispatch.threads=1",
-            ]
+        for count in workers:
+            if count <= window:
+                found[f"window {window}, {_count(count, 'worker')} of 1 thread"] = [
+                    f"solver.window.size={window}",
+                    f"dispatch.num_workers={count}",
+                    "dispatch.threads=1",
+                ]
     return found
 
 
-def _named(workers: int) -> str:
-    return f"{workers} worker{'s' * (workers > 1)}"
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'s' * (number > 1)}"
 
 
 def run(config: str, settings: list[str], threads: int, to: Path) -> dict[str, Any]:
@@ -97,7 +98,7 @@ def table(rounds: list[Round]) -> str:
 
     for name, report in rounds[0].items():
         seconds = statistics.median(entry[name]["solving_seconds"] for entry in rounds)
-        alone = re.sub(r"\d+ workers", _named(1), name)
+        alone = re.sub(r"\d+ workers", "1 worker", name)
         quality = report["quality"]
         psnr = f"{quality['psnr']:.2f}" if isinstance(quality, dict) else "–"
         lines.append(
@@ -143,7 +144,7 @@ def main() -> None:
 
 def _write(rounds: list[Round], arguments: argparse.Namespace) -> str:
     """The table and the rounds behind it, after each of them."""
-    machine = environment()
+    machine = next(iter(rounds[0].values()))["environment"]
     where = f"{machine['processor']}, {machine['cores']} cores"
     if machine["gpu"]:
         where = f"{machine['gpu']}, {where}"
@@ -161,7 +162,9 @@ def _write(rounds: list[Round], arguments: argparse.Namespace) -> str:
         }
         for entry in rounds
     ]
-    write_json(arguments.to / "rounds.json", {"environment": machine, "rounds": logged})
+    command = ["python", "-m", "benchmarks.wallclock", *sys.argv[1:]]
+    content = {"command": command, "environment": machine, "rounds": logged}
+    write_json(arguments.to / "rounds.json", content)
     return text
 
 
