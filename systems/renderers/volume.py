@@ -264,7 +264,7 @@ class VolumeRenderer(nn.Module):
 @functools.cache
 def _can_march() -> bool:
     """Whether nerfacc's CUDA code is there; says why not, once."""
-    built, reason = probe("nerfacc.cuda._backend", needs_cuda=True)
+    built, reason = probe("nerfacc.cuda._backend")
     if built is not None and built._C is not None:
         return True
     reason = reason or "it needs `nvcc` to compile."

@@ -45,7 +45,8 @@ def test_threshold_zero_stays_near_the_sequential_run() -> None:
     system = small()
     views = system.cameras.turntable(4)
     pictures = [system.render(s.value, views, grey=0.5)[0] for s in (plain, exact)]
-    assert float((pictures[0] - pictures[1]).abs().mean()) < 0.01
+    # 0.009 where one step is missing.
+    assert float((pictures[0] - pictures[1]).abs().mean()) < 0.002
 
 
 def test_half_precision_makes_the_same_object() -> None:
@@ -58,7 +59,7 @@ def test_half_precision_makes_the_same_object() -> None:
         views = system.cameras.turntable(4)
         found.append(system.render(solution.value, views, grey=0.5)[0])
     for half in found[1:]:
-        assert float((half - found[0]).abs().mean()) < 0.02
+        assert float((half - found[0]).abs().mean()) < 0.01
 
 
 @pytest.mark.parametrize("batched", [False, True])

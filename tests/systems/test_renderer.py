@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,8 +17,9 @@ from systems.fields import VoxelGrid
 from systems.fields.base import Field, FieldConfig
 from systems.fields.voxel_grid import VoxelGridConfig
 from systems.materials import Albedo, AlbedoConfig, PointLight, PointLightConfig
+from systems.renderers import volume
 from systems.renderers.occupancy import Occupancy, OccupancyConfig
-from systems.renderers.volume import VolumeConfig, VolumeRenderer, _can_march
+from systems.renderers.volume import VolumeConfig, VolumeRenderer
 
 DICE = StepRandom(0)
 WHITE = Solid(SolidConfig())
@@ -167,13 +169,24 @@ def test_cameras_may_stand_inside_the_ball() -> None:
     assert (seen.opacity > 0.9).all()
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="asks what happens without one")
-def test_without_a_gpu_rays_are_cut_and_one_line_says_why(
+@pytest.mark.parametrize(
+    ("backend", "reason", "said"),
+    [
+        (None, "`nerfacc.cuda._backend` is not used: no ninja", "no ninja"),
+        (SimpleNamespace(_C=None), "", "needs `nvcc`"),
+        (SimpleNamespace(_C=object()), "", None),
+    ],
+)
+def test_marching_without_nerfaccs_cuda_code_says_why_once(
+    backend: Any,
+    reason: str,
+    said: str | None,
+    monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    _can_march.cache_clear()
-    assert not _can_march()
-    assert not _can_march()
-    (said,) = caplog.messages
-    assert "cut evenly" in said
-    assert "needs a CUDA device" in said
+    monkeypatch.setattr(volume, "probe", lambda name: (backend, reason))
+    volume._can_march.cache_clear()
+    assert [volume._can_march(), volume._can_march()] == [said is None] * 2
+    volume._can_march.cache_clear()
+    assert len(caplog.messages) == (said is not None)
+    assert all(str(said) in message for message in caplog.messages)
