@@ -25,7 +25,6 @@ def command(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(line, capture_output=True, text=True)
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_gpu_figures_are_refused_without_a_gpu(tmp_path: Path) -> None:
     done = command("gpu", "--to", str(tmp_path))
     assert done.returncode == 2
