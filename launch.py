@@ -23,9 +23,10 @@ import torch
 import dreampropeller as dp
 import systems
 from dreampropeller.checkpoint import CheckpointError
-from systems import compare, folders, results, sampling, workers
-from systems.config import Config, is_rank, load
-from systems.recorder import Recorder
+from systems import sampling
+from systems.runs import compare, folders, results, workers
+from systems.runs.recorder import Recorder
+from systems.settings.config import Config, is_rank, load
 from systems.threestudio import training
 from systems.threestudio.config import is_asked
 

@@ -21,7 +21,7 @@ def make_system(config: str, *overrides: str) -> System:
     Raises:
         ConfigError: A setting cannot be used; the message says what to write instead.
     """
-    from systems.config import load
+    from systems.settings.config import load
 
     return build(load(config, overrides))
 
@@ -34,8 +34,8 @@ def build(config: object) -> System:
     """
     import importlib
 
-    from systems.config import Config
-    from systems.reader import ConfigError, choose
+    from systems.settings.config import Config
+    from systems.settings.reader import ConfigError, choose
 
     assert isinstance(config, Config)
     path = choose(SYSTEMS, config.system_type, "system_type")

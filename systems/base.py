@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Float
@@ -14,9 +14,9 @@ from torch import Tensor, nn
 import dreampropeller as dp
 from dreampropeller.dispatch.devices import local_device
 from dreampropeller.precision import LOSS_SCALE
-from systems.cameras import RandomCameras, Views
-from systems.config import Config
-from systems.reader import ConfigError, read
+from systems.scene.cameras import RandomCameras, Views
+from systems.settings.config import Config
+from systems.settings.reader import ConfigError, read
 
 if TYPE_CHECKING:
     import trimesh
@@ -110,59 +110,3 @@ class System(abc.ABC):
                     f"has shape {shape(y, name)}, the config makes {shape(own, name)}. "
                     "Use the `config.yaml` of the run it came from."
                 )
-
-
-class EmptySurface(ValueError):
-    """There is no surface at the threshold; the message gives advice."""
-
-
-def extract_mesh(
-    density: Callable[[Tensor], Tensor],
-    colour: Callable[[Tensor], Tensor],
-    radius: float,
-    resolution: int,
-    threshold: float,
-) -> Any:
-    """The surface of a density by marching cubes.
-
-    Args:
-        density: Of points ``(points, 3)``.
-        colour: From 0 to 1, of points.
-        radius: Half the side of the cube that is searched.
-        resolution: Grid points a side.
-        threshold: The density at the surface.
-
-    Raises:
-        EmptySurface: The density is nowhere above the threshold, or everywhere.
-    """
-    import trimesh
-    from skimage.measure import marching_cubes
-
-    side = torch.linspace(-radius, radius, resolution)
-    grid = torch.cartesian_prod(side, side, side)
-    values = torch.cat([density(part) for part in grid.split(2**18)])
-    volume = values.reshape(resolution, resolution, resolution)
-    low, high = float(values.min()), float(values.max())
-    if not low < threshold < high:
-        middle = max(high / 2, 1e-3)
-        raise EmptySurface(
-            f"There is no surface at density {threshold:g}: the densities of this "
-            f"object go from {low:.3g} to {high:.3g}. Try "
-            f"`system.geometry.isosurface_threshold={middle:.3g}`, or more steps "
-            "(`trainer.max_steps`)."
-        )
-    # Close the object where it leaves the cube.
-    for axis in range(3):
-        volume.select(axis, 0).fill_(low)
-        volume.select(axis, -1).fill_(low)
-    corners, faces, _, _ = marching_cubes(volume.numpy(), threshold)
-    vertices = torch.from_numpy(corners.copy()).float()
-    vertices = vertices * (2 * radius / (resolution - 1)) - radius
-    colours = torch.cat([colour(part) for part in vertices.split(2**18)])
-    return trimesh.Trimesh(
-        vertices.numpy(),
-        # Densities rise inwards, so the faces come out inside out.
-        faces[:, ::-1],
-        vertex_colors=(colours.clamp(0, 1) * 255).round().byte().numpy(),
-        process=False,
-    )

@@ -18,19 +18,19 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 import dreampropeller as dp
-from systems.backgrounds import BACKGROUNDS
-from systems.base import System, extract_mesh
-from systems.cameras import Views
-from systems.config import Config
-from systems.fields import FIELDS
-from systems.guidance import GuidanceConfig, ScoreDistillation
-from systems.materials import MATERIALS
+from systems.base import System
+from systems.guidance.priors import check, load
+from systems.guidance.prompts import PromptConfig
+from systems.guidance.sds import GuidanceConfig, ScoreDistillation
 from systems.optimizer import OptimizerConfig
-from systems.priors import check, load
-from systems.prompts import PromptConfig
-from systems.reader import choose, read
-from systems.renderers.volume import RENDERERS, Rendering
-from systems.settings import Schedule, check_schedule, one_of, value_at
+from systems.scene.cameras import Views
+from systems.scene.isosurface import extract_mesh
+from systems.scene.renderers.volume import Rendering
+from systems.scene.scene import Scene, SceneConfig
+from systems.settings.checks import one_of
+from systems.settings.config import Config
+from systems.settings.reader import read
+from systems.settings.schedules import Schedule, check_schedule, value_at
 
 GUIDANCES = ("diffusers-guidance", "stable-diffusion-guidance", "deep-floyd-guidance")
 """One class serves all diffusers pipelines; the others are threestudio's names."""
@@ -62,19 +62,11 @@ class LossConfig:
             check_schedule(name, value)
 
 
-@dataclass(frozen=True)
-class DreamFusionConfig:
-    """`system`: names of the parts, and a section for each.
+@dataclass(frozen=True, kw_only=True)
+class DreamFusionConfig(SceneConfig):
+    """`system`: the scene's parts and who optimises them, a section for each.
 
     Args:
-        geometry_type: A key of `systems.fields.FIELDS`.
-        geometry: Its settings.
-        material_type: A key of `systems.materials.MATERIALS`.
-        material: Its settings.
-        background_type: A key of `systems.backgrounds.BACKGROUNDS`.
-        background: Its settings.
-        renderer_type: A key of `systems.renderers.volume.RENDERERS`.
-        renderer: Its settings.
         prompt_processor_type: Any of threestudio's names.
         prompt_processor: What is wanted.
         guidance_type: Any of threestudio's names.
@@ -86,14 +78,6 @@ class DreamFusionConfig:
     prompt_processor: PromptConfig
     guidance: GuidanceConfig
     optimizer: OptimizerConfig
-    geometry_type: str = "implicit-volume"
-    geometry: dict[str, Any] = field(default_factory=dict)
-    material_type: str = "diffuse-with-point-light-material"
-    material: dict[str, Any] = field(default_factory=dict)
-    background_type: str = "neural-environment-map-background"
-    background: dict[str, Any] = field(default_factory=dict)
-    renderer_type: str = "nerf-volume-renderer"
-    renderer: dict[str, Any] = field(default_factory=dict)
     prompt_processor_type: str = "diffusers-prompt-processor"
     guidance_type: str = "diffusers-guidance"
     loss: LossConfig = field(default_factory=LossConfig)
@@ -108,57 +92,6 @@ class DreamFusionConfig:
                 f"`{self.guidance.pretrained_model_name_or_path}`: the guidance's own "
                 "text encoder is used. Leave the first out, or write the same."
             )
-
-
-class Scene(nn.Module):
-    """Everything that is optimised, and how it is seen.
-
-    Args:
-        config: The system's settings.
-    """
-
-    def __init__(self, config: DreamFusionConfig) -> None:
-        super().__init__()
-        parts: dict[str, Any] = {}
-        for name, table in (
-            ("geometry", FIELDS),
-            ("material", MATERIALS),
-            ("background", BACKGROUNDS),
-            ("renderer", RENDERERS),
-        ):
-            kind: Any = choose(
-                table, getattr(config, f"{name}_type"), f"system.{name}_type"
-            )
-            section = getattr(config, name)
-            parts[name] = kind(read(kind.Config, section, f"system.{name}"))
-        self.geometry = parts["geometry"]
-        self.material = parts["material"]
-        self.background = parts["background"]
-        self.renderer = parts["renderer"]
-        inside, seen = self.geometry.config.radius, self.renderer.config.radius
-        if inside != seen:
-            raise ValueError(
-                f"`system.geometry.radius` is {inside} and `system.renderer.radius` "
-                f"{seen}: write `radius: ${{system.geometry.radius}}` in the renderer."
-            )
-
-    def forward(
-        self,
-        views: Views,
-        step: int | None,
-        random: dp.StepRandom,
-        with_normals: bool = False,
-    ) -> Rendering:
-        """See `systems.renderers.volume.VolumeRenderer`."""
-        return self.renderer(
-            self.geometry,
-            self.material,
-            self.background,
-            views,
-            step,
-            random,
-            with_normals,
-        )
 
 
 class DreamFusion(System):

@@ -14,13 +14,12 @@ from torch import Tensor
 import dreampropeller as dp
 from dreampropeller.adapters.diffusers import measure, sample, worst_picture
 from dreampropeller.dispatch.devices import local_device
-from systems import folders, workers
-from systems.config import Config, is_rank
-from systems.export import save_picture
-from systems.prompts import PromptConfig
-from systems.reader import ConfigError, read
-from systems.settings import at_least, one_of
-from systems.toybox.pictures import save_sheet
+from systems.guidance.prompts import PromptConfig
+from systems.images import save_picture, save_sheet
+from systems.runs import folders, workers
+from systems.settings.checks import at_least, one_of
+from systems.settings.config import Config, is_rank
+from systems.settings.reader import ConfigError, read
 
 SYSTEM_TYPE = "diffusion-sampling"
 SCHEDULERS = {
@@ -230,7 +229,7 @@ def _pipeline(wanted: SamplerConfig) -> Any:
     # Here, so that threestudio's own, older diffusers is enough for its backend.
     import diffusers
 
-    from systems.priors import open_pipeline, resolve
+    from systems.guidance.priors import open_pipeline, resolve
 
     source = resolve(wanted.pretrained_model_name_or_path)
     pipeline = open_pipeline(source).to(local_device())

@@ -19,9 +19,9 @@ from omegaconf import OmegaConf
 import dreampropeller as dp
 from dreampropeller import checkpoint
 from dreampropeller.adapters.threestudio import ThreestudioTrajectory
-from systems.reader import ConfigError
-from systems.recorder import STOP
-from systems.stopping import Stop
+from systems.runs.recorder import STOP
+from systems.runs.stopping import Stop
+from systems.settings.reader import ConfigError
 from systems.threestudio.config import BackendConfig
 
 _STATES = "dreampropeller"

@@ -18,10 +18,10 @@ from omegaconf import OmegaConf
 import dreampropeller as dp
 from dreampropeller.adapters.threestudio import ThreestudioTrajectory, make_trajectory
 from dreampropeller.dispatch import devices
-from systems import workers
-from systems.config import DispatchConfig, is_rank
-from systems.reader import ConfigError
-from systems.recorder import STOP
+from systems.runs import workers
+from systems.runs.recorder import STOP
+from systems.settings.config import DispatchConfig, is_rank
+from systems.settings.reader import ConfigError
 from systems.threestudio.checkout import import_threestudio
 from systems.threestudio.config import BackendConfig, split
 from systems.threestudio.recorder import Recorder, load_state

@@ -9,7 +9,9 @@ import pytest
 import torch
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
-from systems import clip, quality, results
+from systems import quality
+from systems.quality import clip
+from systems.runs import results
 from tests.systems.scenes import small
 
 CPU = torch.device("cpu")

@@ -14,10 +14,10 @@ import trimesh
 import dreampropeller as dp
 from dreampropeller import checkpoint
 from systems import make_system, quality
-from systems.base import EmptySurface, extract_mesh
 from systems.dreamfusion import DreamFusion
-from systems.export import save_film, save_mesh
-from systems.reader import ConfigError
+from systems.images import save_film
+from systems.scene.isosurface import EmptySurface, extract_mesh, save_mesh
+from systems.settings.reader import ConfigError
 from systems.toybox.truth import truth
 from tests.helpers import tree_equal
 from tests.systems.scenes import SMALL, TOYBOX, small, solve_exactly
