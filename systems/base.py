@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 import dreampropeller as dp
-from dreampropeller.dispatch.devices import local_device
+from dreampropeller.dispatch.process_group import local_device
 from dreampropeller.precision import LOSS_SCALE
 from systems.scene.cameras import RandomCameras, Views
 from systems.settings.config import Config

@@ -13,7 +13,7 @@ from torch import Tensor
 
 import dreampropeller as dp
 from dreampropeller.adapters.diffusers import measure, sample, worst_picture
-from dreampropeller.dispatch.devices import local_device
+from dreampropeller.dispatch.process_group import local_device
 from systems.guidance.prompts import PromptConfig
 from systems.images import save_picture, save_sheet
 from systems.runs import folders, workers
