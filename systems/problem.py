@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 import dreampropeller as dp
-from dreampropeller.dispatch.devices import local_device
+from dreampropeller.dispatch.process_group import local_device
 from systems.settings.config import Config
 from systems.settings.reader import ConfigError
 
