@@ -16,7 +16,8 @@ from systems.base import System
 from systems.images import save_film, save_picture
 from systems.runs import folders
 from systems.runs.recorder import PREVIEW_VIEWS, Recorder
-from systems.scene.isosurface import EmptySurface, save_mesh
+from systems.scene.isosurface import EmptySurface
+from systems.scene.mesh_files import save_mesh
 from systems.settings.config import Config
 from systems.settings.reader import ConfigError
 
