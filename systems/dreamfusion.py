@@ -26,7 +26,7 @@ from systems.guidance.prompts import PromptConfig
 from systems.guidance.table import GUIDANCES
 from systems.optimizer import OptimizerConfig
 from systems.scene.cameras import Views
-from systems.scene.isosurface import extract_mesh
+from systems.scene.isosurface import Silhouettes, extract_mesh
 from systems.scene.renderers.volume import Rendering
 from systems.scene.scene import Scene, SceneConfig
 from systems.settings.checks import one_of
@@ -157,7 +157,7 @@ class DreamFusion(Distillation):
 
     @torch.no_grad()
     def mesh(self, y: dp.State) -> Any:
-        """The surface at `isosurface_threshold`, coloured by the albedo."""
+        """The surface at `isosurface_threshold`, with the albedo that rays meet."""
         geometry, material = self.scene.geometry, self.scene.material
         prefix = "geometry."
         own = {
@@ -178,10 +178,23 @@ class DreamFusion(Distillation):
         def colour(points: Tensor) -> Tensor:
             return material.albedo(values(points)[1]).cpu()
 
+        threshold = geometry.config.isosurface_threshold
         return extract_mesh(
             density,
             colour,
             geometry.config.radius,
             geometry.config.isosurface_resolution,
-            geometry.config.isosurface_threshold,
+            self._silhouettes(y) if threshold == "auto" else threshold,
+            self.scene.renderer.config.step_size,
+        )
+
+    def _silhouettes(self, y: dp.State) -> Silhouettes:
+        """Opacity of a state along the rays of a few views all around."""
+        views = self.cameras.around()
+        origins, directions = views.cameras.rays(views.height, views.width)
+        seen = [self.render(y, views.one(i))[1] for i in range(len(views.cameras))]
+        return Silhouettes(
+            origins.expand_as(directions).reshape(-1, 3),
+            directions.reshape(-1, 3),
+            torch.cat(seen).flatten(),
         )
