@@ -10,8 +10,9 @@ and form as in threestudio). Each weight is a number or a schedule.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float
@@ -20,25 +21,16 @@ from torch import Tensor, nn
 import dreampropeller as dp
 from systems.base import System
 from systems.guidance.priors import check, load
-from systems.guidance.prompts import PromptConfig
-from systems.guidance.sds import GuidanceConfig, ScoreDistillation
+from systems.guidance.prompts import PROMPT_PROCESSORS, PromptConfig
+from systems.guidance.sds import GUIDANCES, GuidanceConfig, ScoreDistillation
 from systems.optimizer import OptimizerConfig
-from systems.scene.cameras import Views
+from systems.scene.cameras import RandomCameras, Views
 from systems.scene.isosurface import extract_mesh
 from systems.scene.renderers.volume import Rendering
 from systems.scene.scene import Scene, SceneConfig
-from systems.settings.checks import one_of
 from systems.settings.config import Config
-from systems.settings.reader import read
+from systems.settings.reader import part, read
 from systems.settings.schedules import Schedule, check_schedule, value_at
-
-GUIDANCES = ("diffusers-guidance", "stable-diffusion-guidance", "deep-floyd-guidance")
-"""One class serves all diffusers pipelines; the others are threestudio's names."""
-PROMPT_PROCESSORS = (
-    "diffusers-prompt-processor",
-    "stable-diffusion-prompt-processor",
-    "deep-floyd-prompt-processor",
-)
 
 
 @dataclass(frozen=True)
@@ -75,16 +67,14 @@ class DreamFusionConfig(SceneConfig):
         optimizer: Who takes the steps.
     """
 
-    prompt_processor: PromptConfig
-    guidance: GuidanceConfig
+    prompt_processor: PromptConfig = field(metadata=part(PROMPT_PROCESSORS))
+    guidance: GuidanceConfig = field(metadata=part(GUIDANCES))
     optimizer: OptimizerConfig
     prompt_processor_type: str = "diffusers-prompt-processor"
     guidance_type: str = "diffusers-guidance"
     loss: LossConfig = field(default_factory=LossConfig)
 
     def __post_init__(self) -> None:
-        one_of("guidance_type", self.guidance_type, GUIDANCES)
-        one_of("prompt_processor_type", self.prompt_processor_type, PROMPT_PROCESSORS)
         named = self.prompt_processor.pretrained_model_name_or_path
         if named not in (None, self.guidance.pretrained_model_name_or_path):
             raise ValueError(
@@ -96,6 +86,11 @@ class DreamFusionConfig(SceneConfig):
 
 class DreamFusion(System):
     """Text to 3D by score distillation of a field."""
+
+    SECTIONS: ClassVar[Mapping[str, type]] = {
+        "data": RandomCameras,
+        "system": DreamFusionConfig,
+    }
 
     def __init__(self, config: Config, device: torch.device | None = None) -> None:
         super().__init__(config, device)

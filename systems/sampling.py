@@ -151,6 +151,8 @@ def settings(config: Config) -> SamplingConfig:
             f"`system_type` is `{config.system_type}`, and `--sample` draws pictures: "
             "write `--config configs/sample-toybox.yaml`, or `--train` for this one."
         )
+    if config.problems:
+        raise ConfigError(*config.problems)
     if config.resume is not None:
         raise ConfigError("A sample is not resumed: leave out `resume`.")
     if config.dispatch.count > 1 and config.system.get("sampler", {}).get("batched"):

@@ -69,6 +69,7 @@ WORKSPACE = [
     "settings.checks",
     "settings.schedules",
     "settings.reader",
+    "settings.upstream",
     "settings.config",
     "settings",
     "scene.cameras",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from systems.scene.cameras import Cameras
@@ -61,3 +62,11 @@ class PromptConfig:
         if around < self.front_threshold:
             return "front"
         return "back" if around > 180 - self.back_threshold else "side"
+
+
+PROMPT_PROCESSORS: Mapping[str, type[PromptConfig]] = {
+    "diffusers-prompt-processor": PromptConfig,
+    "stable-diffusion-prompt-processor": PromptConfig,
+    "deep-floyd-prompt-processor": PromptConfig,
+}
+"""The last two names are threestudio's."""

@@ -10,6 +10,7 @@ arXiv 2209.14988, Eq. 3). Timestep and noise belong to the step.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -30,7 +31,7 @@ class GuidanceConfig:
 
     Args:
         pretrained_model_name_or_path: "toybox", a hub model, or a local folder.
-        guidance_scale: s of classifier-free guidance, 1 for none.
+        guidance_scale: Of classifier-free guidance, 1 for none.
         guidance_rescale: Pulls guided answers back in range, from 0 (off) to 1.
         weighting_strategy: w(t): "sds" is $1 - \bar\alpha_t$, "uniform" is 1,
             "fantasia3d" is $\sqrt{\bar\alpha_t}\,(1 - \bar\alpha_t)$.
@@ -63,6 +64,39 @@ class GuidanceConfig:
         check_schedule("max_step_percent", self.max_step_percent)
         if self.grad_clip is not None:
             check_schedule("grad_clip", self.grad_clip)
+
+    @property
+    def scale(self) -> float:
+        """s, the weight of the prompt; 1 asks the conditional model alone."""
+        return self.guidance_scale
+
+
+@dataclass(frozen=True)
+class StableDiffusionConfig(GuidanceConfig):
+    """The same as threestudio counts it: its guidance scale is s − 1, 0 for none."""
+
+    pretrained_model_name_or_path: str = "runwayml/stable-diffusion-v1-5"
+
+    @property
+    def scale(self) -> float:
+        """The weight of the prompt, s."""
+        return self.guidance_scale + 1
+
+
+@dataclass(frozen=True)
+class DeepFloydConfig(StableDiffusionConfig):
+    """Likewise, with threestudio's defaults for DeepFloyd IF."""
+
+    pretrained_model_name_or_path: str = "DeepFloyd/IF-I-XL-v1.0"
+    guidance_scale: float = 20.0
+
+
+GUIDANCES: Mapping[str, type[GuidanceConfig]] = {
+    "diffusers-guidance": GuidanceConfig,
+    "stable-diffusion-guidance": StableDiffusionConfig,
+    "deep-floyd-guidance": DeepFloydConfig,
+}
+"""One class serves all diffusers pipelines; the last two names are threestudio's."""
 
 
 class ScoreDistillation:
@@ -116,7 +150,7 @@ class ScoreDistillation:
                 t,
                 self.words.given[numbers],
                 self.words.without,
-                self.config.guidance_scale,
+                self.config.scale,
                 self.config.guidance_rescale,
             )
             gradient = self._weight(t) * (predicted - noise)

@@ -51,6 +51,11 @@ def value_at(schedule: Schedule, step: int) -> float:
     return float(values[-1])
 
 
+def values_of(schedule: Schedule) -> list[float]:
+    """The values that a schedule is given by; all others lie between them."""
+    return [schedule] if _is_number(schedule) else _pieces(schedule)[1]
+
+
 def _pieces(schedule: Sequence[float]) -> tuple[list[float], list[float]]:
     """The steps where a schedule bends, and its values there."""
     entries = [0, *schedule] if len(schedule) == 3 else list(schedule)
