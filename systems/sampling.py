@@ -17,7 +17,7 @@ from dreampropeller.dispatch.devices import local_device
 from systems.guidance.prompts import PromptConfig
 from systems.images import save_picture, save_sheet
 from systems.runs import folders, workers
-from systems.settings.checks import at_least, one_of
+from systems.settings.checks import at_least, between, one_of
 from systems.settings.config import Config, is_rank
 from systems.settings.reader import ConfigError, read
 
@@ -62,7 +62,9 @@ class SamplerConfig:
     def __post_init__(self) -> None:
         at_least("num_inference_steps", self.num_inference_steps, 1)
         at_least("num_images", self.num_images, 1)
-        at_least("eta", self.eta, 0)
+        at_least("guidance_scale", self.guidance_scale, 0)
+        between("eta", self.eta, 0, 1)
+        between("guidance_rescale", self.guidance_rescale or 0, 0, 1)
         one_of("form", self.form, ("semi-linear", "published"))
         if self.scheduler is not None:
             one_of("scheduler", self.scheduler, tuple(SCHEDULERS))

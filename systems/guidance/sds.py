@@ -21,8 +21,13 @@ from dreampropeller import StepRandom
 from systems.guidance.priors import Prior, Words
 from systems.guidance.prompts import PromptConfig
 from systems.scene.cameras import Cameras
-from systems.settings.checks import check_range, one_of
-from systems.settings.schedules import Schedule, check_schedule, value_at
+from systems.settings.checks import at_least, between, one_of
+from systems.settings.schedules import (
+    Schedule,
+    check_order,
+    check_schedule,
+    value_at,
+)
 
 
 @dataclass(frozen=True)
@@ -35,8 +40,9 @@ class GuidanceConfig:
         guidance_rescale: Pulls guided answers back in range, from 0 (off) to 1.
         weighting_strategy: w(t): "sds" is $1 - \bar\alpha_t$, "uniform" is 1,
             "fantasia3d" is $\sqrt{\bar\alpha_t}\,(1 - \bar\alpha_t)$.
-        min_step_percent: Least timestep, as a share of all; a number or a schedule.
-        max_step_percent: Largest timestep; a number or a schedule.
+        min_step_percent: Least timestep, as a share of all, from 0 to 1 (the name is
+            threestudio's); a number or a schedule.
+        max_step_percent: Largest timestep; never below the least.
         grad_clip: Largest absolute entry of the gradient; a number, a schedule or null.
         half_precision_weights: Half precision on a GPU.
         enable_memory_efficient_attention: torch's fused attention; false takes the
@@ -59,11 +65,14 @@ class GuidanceConfig:
             self.weighting_strategy,
             ("sds", "uniform", "fantasia3d"),
         )
-        check_range("guidance_rescale", (0, self.guidance_rescale), 0, 1)
-        check_schedule("min_step_percent", self.min_step_percent)
-        check_schedule("max_step_percent", self.max_step_percent)
+        between("guidance_rescale", self.guidance_rescale, 0, 1)
+        low, high = "min_step_percent", "max_step_percent"
+        check_schedule(low, self.min_step_percent, 0, 1)
+        check_schedule(high, self.max_step_percent, 0, 1)
+        check_order(low, self.min_step_percent, high, self.max_step_percent)
+        at_least("guidance_scale", self.guidance_scale, 0)
         if self.grad_clip is not None:
-            check_schedule("grad_clip", self.grad_clip)
+            check_schedule("grad_clip", self.grad_clip, 0)
 
     @property
     def scale(self) -> float:
