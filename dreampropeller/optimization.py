@@ -162,15 +162,8 @@ class OptimizationTrajectory(Trajectory[Nest]):
         y |= self._precision.init()
         return y, copy_nest(self._initial_carry)
 
-    def make_drift(
-        self, device: torch.device, shard: tuple[int, int] = (0, 1)
-    ) -> Drift:
+    def make_drift(self, device: torch.device) -> Drift:
         """The gradient of the loss, and what its evaluation did to the buffers."""
-        if shard != (0, 1):
-            raise ValueError(
-                f"`shard={shard}`: a loss gives no access to its views, so a step "
-                "cannot be split. Split the window instead: one step per worker."
-            )
         if self._module is not None:
             self._module.to(device)
         return self._drift

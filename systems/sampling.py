@@ -178,7 +178,7 @@ def work(config: Config, folder: Path | None = None, leads: bool = True) -> int:
     calibration = None
     if wanted.sampler.batched:
         calibration = _calibration(config, pipeline, arguments)
-        print(dp.choose(_picard(config), calibration, local_device()).reason)
+        print(dp.choose_solver(_picard(config), calibration, local_device()).reason)
     start = time.perf_counter()
     made = sample(
         pipeline,

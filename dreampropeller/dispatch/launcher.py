@@ -22,7 +22,7 @@ from dreampropeller.dispatch.base import WorkerError
 R = TypeVar("R")
 
 
-def launch(function: Callable[..., R], *args: Any, num_workers: int) -> list[R]:
+def launch_workers(function: Callable[..., R], *args: Any, num_workers: int) -> list[R]:
     """Call a function in `num_workers` new processes, as `torchrun` would start them.
 
     Args:

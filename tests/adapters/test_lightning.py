@@ -15,7 +15,7 @@ from dreampropeller import (
     PicardSolver,
     Sequential,
     SlidingWindow,
-    launch,
+    launch_workers,
     solve,
 )
 from dreampropeller.adapters.lightning import LightningTrajectory
@@ -141,7 +141,7 @@ def on_a_rank() -> Any:
 def test_two_ranks_are_one() -> None:
     solver = PicardSolver(SlidingWindow(5), FixedThreshold(1e-4), "momentum")
     inline = solve(make(), solver).value
-    for value in launch(on_a_rank, num_workers=2):
+    for value in launch_workers(on_a_rank, num_workers=2):
         assert tree_equal(value, inline)
 
 
@@ -316,4 +316,4 @@ def test_bad_arguments_are_refused() -> None:
     with pytest.raises(ValueError, match="write `norm` or `value`"):
         make(gradient_clip_algorithm="l1")
     with pytest.raises(ValueError, match="one step per worker"):
-        make().make_drift(torch.device("cpu"), (0, 2))
+        make().make_shard(torch.device("cpu"), 0, 2)

@@ -16,7 +16,7 @@ from dreampropeller import (
     PicardSolver,
     Sequential,
     SlidingWindow,
-    launch,
+    launch_workers,
     solve,
 )
 from dreampropeller.adapters.lightning import NotReproducible
@@ -131,7 +131,7 @@ def on_a_rank() -> Any:
 
 def test_two_ranks_are_one() -> None:
     inline = [solve(make(name), LOOSE) for name in SYSTEMS]
-    for found in launch(on_a_rank, num_workers=2):
+    for found in launch_workers(on_a_rank, num_workers=2):
         for (value, carry), expected in zip(found, inline, strict=True):
             assert tree_equal(value, expected.value)
             assert tree_equal(carry, expected.carry)

@@ -194,15 +194,8 @@ class SamplingTrajectory(Trajectory[Nest]):
         """The latents, and the history before the first step."""
         return {"x": self.latents.clone()}, self._step.history()
 
-    def make_drift(
-        self, device: torch.device, shard: tuple[int, int] = (0, 1)
-    ) -> _Drift:
+    def make_drift(self, device: torch.device) -> _Drift:
         """The model's answer, or the increment, of a step."""
-        if shard[1] > 1:
-            raise ValueError(
-                f"A sampling step cannot be split into {shard[1]} shards: its pictures "
-                "are one call of the model. Spread the window's steps instead."
-            )
         del device  # the model stays where the pipeline put it
         return _Drift(self)
 

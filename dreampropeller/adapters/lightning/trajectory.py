@@ -184,15 +184,8 @@ class LightningTrajectory(Trajectory[Nest]):
         y = {name: tensor.clone() for name, tensor in self._initial.items()}
         return y, copy_nest(self._initial_carry)
 
-    def make_drift(
-        self, device: torch.device, shard: tuple[int, int] = (0, 1)
-    ) -> Drift:
+    def make_drift(self, device: torch.device) -> Drift:
         """The gradient of `training_step`, and what it did to the buffers."""
-        if shard != (0, 1):
-            raise ValueError(
-                f"`shard={shard}`: a training step gives no access to its views, so it "
-                "cannot be split. Split the window instead: one step per worker."
-            )
         del device  # the module and its states live on `self.device` from the start
         return self._drift
 
