@@ -21,7 +21,12 @@ from torch import Tensor, nn
 
 from dreampropeller.buffers import buffer_drift, updated_buffers
 from dreampropeller.guard import Guard
-from dreampropeller.optimizers import OptimizerFactory, Optimizers, SchedulerFactory
+from dreampropeller.optimizers import (
+    OptimizerFactory,
+    Optimizers,
+    SchedulerFactory,
+    dense,
+)
 from dreampropeller.precision import Precision
 from dreampropeller.rng import StepRandom
 from dreampropeller.trajectory import Drift, Trajectory
@@ -204,12 +209,7 @@ class OptimizationTrajectory(Trajectory[Nest]):
         for name, gradient in zip(leaves, gradients, strict=True):
             if gradient is None or Precision.overflowed(found):
                 continue  # absent, not zero: a zero would make AdamW decay it
-            if gradient.is_sparse:
-                raise ValueError(
-                    f"The gradient of `{name}` is sparse; build the embedding with "
-                    "`sparse=False`."
-                )
-            drift[name] = gradient
+            drift[name] = dense(name, gradient)
         return drift, {
             key: float(torch.as_tensor(v).detach()) for key, v in aux.items()
         }

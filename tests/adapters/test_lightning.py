@@ -148,7 +148,7 @@ def test_two_ranks_are_one() -> None:
 def test_shuffled_data_is_keyed_by_the_step() -> None:
     def seen(order: list[int]) -> dict[int, Tensor]:
         trajectory = LightningTrajectory(Regression(), data(True), NUM_STEPS)
-        return {step: trajectory.batch(step)[0] for step in order}
+        return {step: trajectory.host.batch(step)[0] for step in order}
 
     forward, backward = seen([*range(14)]), seen([*reversed(range(14))])
     assert all(torch.equal(forward[step], backward[step]) for step in range(14))
@@ -185,9 +185,9 @@ def test_half_precision_scales_its_loss_as_torch_does() -> None:
     configured = Half.configure_optimizers(module)
     optimizer, schedule = configured["optimizer"], configured["lr_scheduler"]
     for step in range(12):
-        steps.shim.global_step = step
+        steps.host.shim.global_step = step
         with Seeds(1).random.scope(step):
-            batch = steps.batch(step)
+            batch = steps.host.batch(step)
             module.on_train_batch_start(batch, step % 7)
             with torch.autocast("cpu", dtype=torch.float16):
                 loss = module.training_step(batch, step % 7)

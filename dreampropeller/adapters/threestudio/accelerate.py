@@ -19,8 +19,7 @@ from typing import Any
 import torch
 
 from dreampropeller.acceleration.base import Acceleration
-from dreampropeller.adapters.lightning.trajectory import Keyed
-from dreampropeller.adapters.threestudio.growing import GrowingTrajectory, grows
+from dreampropeller.adapters.lightning.host import Keyed
 from dreampropeller.adapters.threestudio.trajectory import (
     ThreestudioTrajectory,
 )
@@ -34,21 +33,6 @@ from dreampropeller.solver import Listener, solve
 from dreampropeller.threshold import Threshold
 from dreampropeller.trajectory import Trajectory
 from dreampropeller.window import SlidingWindow
-
-
-def make_trajectory(
-    system: Any, datamodule: Any, config: Any = None, **options: Any
-) -> ThreestudioTrajectory:
-    """The trajectory that fits a system: fixed or growing.
-
-    Args:
-        system: See `ThreestudioTrajectory`.
-        datamodule: See `ThreestudioTrajectory`.
-        config: See `ThreestudioTrajectory`.
-        **options: Further arguments of `ThreestudioTrajectory`.
-    """
-    kind = GrowingTrajectory if grows(system) else ThreestudioTrajectory
-    return kind(system, datamodule, config, **options)
 
 
 def accelerate(
@@ -86,7 +70,7 @@ def accelerate(
         on_iteration: See `solve`.
         random: Keys the random streams in place of the seed.
     """
-    trajectory = make_trajectory(
+    trajectory = ThreestudioTrajectory(
         system, datamodule, config, num_steps=num_steps, verify=verify, random=random
     )
     solver = PicardSolver(
