@@ -22,6 +22,7 @@ from tqdm import tqdm
 import dreampropeller as dp
 from dreampropeller import checkpoint
 from systems.base import System
+from systems.files import named
 from systems.images import save_picture
 from systems.runs.folders import CHECKPOINTS
 from systems.runs.stopping import Stop
@@ -95,7 +96,8 @@ class Recorder:
             yield
         finally:
             self._bar.close()
-            self._metrics.close()
+            with named(self.folder / "metrics.jsonl"):  # it writes what is left
+                self._metrics.close()
             self._board.close()
 
     def __call__(self, state: dp.SolverState[Any], iteration: dp.Iteration) -> bool:
@@ -111,7 +113,8 @@ class Recorder:
             self.seconds[phase] = self.seconds.get(phase, 0.0) + seconds
         if self.folder is None:
             return False
-        self._write_metrics(state, iteration)
+        with named(self.folder / "metrics.jsonl"):
+            self._write_metrics(state, iteration)
         strides = state.stats.strides
         self._bar.update(iteration.stride)
         self._bar.set_postfix_str(

@@ -8,15 +8,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 import dreampropeller as dp
 from systems import build, quality
 from systems.base import System
-from systems.images import save_film, save_picture
 from systems.runs import folders
-from systems.runs.recorder import PREVIEW_VIEWS, Recorder
-from systems.scene.isosurface import EmptySurface
+from systems.runs.artefacts import (
+    FAILED,
+    attempt,
+    failures,
+    judge,
+    preview,
+    turntable,
+)
+from systems.runs.recorder import Recorder
 from systems.scene.mesh_files import save_mesh
 from systems.settings.config import Config
 from systems.settings.reader import ConfigError
@@ -27,36 +32,24 @@ def write(
 ) -> dict[str, Any]:
     """Write turntable, mesh and quality of a state; returns what there is to report.
 
-    An empty surface is reported, not raised: the rest is still of use.
+    Each by itself: of one that fails the report says why, and the rest is written.
     """
     report: dict[str, Any] = {"prompt": system.prompt}
+    wanted = quality.truth_of(system)
+    surface = attempt(report, "mesh", lambda: system.mesh(y))
+    if mesh and surface is not None:
+        attempt(report, "mesh", lambda: [p.name for p in save_mesh(surface, folder)])
+        attempt(
+            report,
+            "mesh_quality",
+            lambda: quality.measure_mesh(surface, wanted).figures(),
+        )
+    elif not mesh:
+        del report["mesh"]  # it was only wanted for the preview
     if film:
-        frames = system.turntable(y)
-        total = system.cameras.n_test_views
-        bar = tqdm(frames, total=total, desc="turntable", unit="frame", leave=False)
-        save_film(bar, folder / "turntable.mp4")
-        report["turntable"] = "turntable.mp4"
-        pictures = torch.stack(list(system.turntable(y, PREVIEW_VIEWS)))
-        save_picture(pictures, folder / "preview.png")
-        wanted = quality.truth_of(system)
-        if wanted is None:
-            report["quality"] = quality.by_clip(system, y)
-        else:
-            measured = quality.against_truth(system, y, wanted)
-            report["quality"] = measured.figures()
-            both = torch.cat([measured.pictures, measured.wanted])
-            save_picture(
-                both.repeat_interleave(4, -1).repeat_interleave(4, -2),
-                folder / "truth.png",
-                quality.NUM_VIEWS,
-            )
-    if mesh:
-        try:
-            surface = system.mesh(y)
-            report["mesh"] = [path.name for path in save_mesh(surface, folder)]
-            report["faces"] = len(surface.faces)
-        except EmptySurface as error:
-            report["mesh"] = f"none: {error}"
+        attempt(report, "turntable", lambda: turntable(folder, system, y))
+        attempt(report, "preview", lambda: preview(folder, system, y, surface))
+        judge(report, folder, system, y, wanted)
     return report
 
 
@@ -121,12 +114,27 @@ def summary(folder: Path, report: dict[str, Any]) -> str:
             f"right colour in {found['right_colour']:.0%} and "
             f"right object in {found['right_object']:.0%} of the views."
         )
-    elif found:
+    elif found and not found.startswith(FAILED):
         lines.append(f"Quality {found}.")
-    if isinstance(report.get("mesh"), str):
-        lines.append(f"Mesh {report['mesh']}")
+    if "mesh_quality" in report:
+        lines.append(describe_mesh(report["mesh_quality"]))
+    lines += failures(report)
     lines.append(f"Look into {folder}")
     return "\n".join(line for line in lines if line)
+
+
+def describe_mesh(found: dict[str, Any] | str) -> str:
+    """The figures of a mesh in a sentence."""
+    if isinstance(found, str):
+        return ""
+    count = found["bodies"]
+    parts = [f"{found['faces']} faces in {count} {'body' if count == 1 else 'bodies'}"]
+    if "iou_3d" in found:
+        parts.append(f"3D IoU {found['iou_3d']:.2f}")
+        parts.append(f"Chamfer distance {found['chamfer']:.3f} to the ground truth")
+    if not found["watertight"]:
+        parts.append("not closed")
+    return f"Mesh: {', '.join(parts)}."
 
 
 def look(config: Config, film: bool) -> int:
@@ -145,4 +153,4 @@ def look(config: Config, film: bool) -> int:
     folder = folders.folder_of(config.resume)
     made = write(folder, system, state.y, film=film, mesh=not film)
     print(summary(folder, {**made, "steps": state.step}))
-    return 0 if film or isinstance(made["mesh"], list) else 1
+    return 1 if failures(made) else 0

@@ -94,7 +94,7 @@ def extract_mesh(
     corners, faces, _, _ = marching_cubes(volume.numpy(), level)
     vertices = corners.astype(np.float64) * (2 * radius / (resolution - 1)) - radius
     # Densities rise inwards, so the faces come out inside out.
-    mesh = trimesh.Trimesh(vertices, faces[:, ::-1], process=False)
+    mesh: Any = trimesh.Trimesh(vertices, faces[:, ::-1], process=False)
     colours = _colours(density, colour, mesh, step_size)
     mesh.visual.vertex_colors = (colours.clamp(0, 1) * 255).round().byte().numpy()
     mesh.metadata["level"] = level

@@ -10,7 +10,7 @@ import copy
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any, Literal
 
 import torch
@@ -343,6 +343,13 @@ class Config:
 
     def __post_init__(self) -> None:
         one_of("data_type", self.data_type, ("random-camera-datamodule",))
+        inside = PurePath(self.name)
+        if not inside.parts or inside.is_absolute() or ".." in inside.parts:
+            raise ValueError(
+                f"`name` is `{self.name}`, which is no folder inside `exp_root_dir` "
+                f"(`{self.exp_root_dir}`): write a plain name, such as "
+                "`name=mushrooms`, and another place as `exp_root_dir=…`."
+            )
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
