@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 import dreampropeller as dp
 from dreampropeller import checkpoint
+from systems.files import named
 from systems.images import save_picture
 from systems.problem import Problem
 from systems.runs import folders, results
@@ -159,7 +160,8 @@ class FolderRecorder(Recorder):
             yield
         finally:
             self._bar.close()
-            self._metrics.close()
+            with named(self.folder / "metrics.jsonl"):  # it writes what is left
+                self._metrics.close()
             self._board.close()
 
     def __call__(self, state: dp.SolverState[Any], iteration: dp.Iteration) -> bool:
@@ -174,7 +176,9 @@ class FolderRecorder(Recorder):
 
     def record(self, state: dp.SolverState[Any], iteration: dp.Iteration) -> None:
         """Metrics of each iteration; previews and checkpoints when they are due."""
-        self._write_metrics(state, iteration)
+        assert self.folder is not None
+        with named(self.folder / "metrics.jsonl"):
+            self._write_metrics(state, iteration)
         strides = state.stats.strides
         self._bar.update(iteration.stride)
         self._bar.set_postfix_str(
