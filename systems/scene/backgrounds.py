@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import abc
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -84,7 +86,31 @@ class EnvironmentConfig:
         check_color("eval_color", self.eval_color or (0, 0, 0))
 
 
-class Solid(nn.Module):
+class Background(nn.Module, abc.ABC):
+    """What is behind the object.
+
+    `Config` is the dataclass of its settings, the only argument it is built from.
+    """
+
+    Config: type[Any]
+
+    @abc.abstractmethod
+    def forward(
+        self,
+        directions: Float[Tensor, "views height width 3"],
+        step: int | None,
+        random: StepRandom,
+    ) -> Float[Tensor, "views height width 3"]:
+        """Colours from 0 to 1 behind rays.
+
+        Args:
+            directions: Unit vectors from the camera.
+            step: A training step; None asks for the final look.
+            random: Source of what varies from step to step.
+        """
+
+
+class Solid(Background):
     """The same colour everywhere."""
 
     Config = SolidConfig
@@ -100,14 +126,14 @@ class Solid(nn.Module):
     def forward(
         self, directions: Tensor, step: int | None, random: StepRandom
     ) -> Float[Tensor, "views height width 3"]:
-        """Colours behind rays; `step` None asks for the final look."""
+        """See `Background.forward`."""
         colours = self.color.expand(directions.shape)
         if step is None or not self.config.random_aug:
             return colours
         return _augment(colours, self.config.random_aug_prob, step, random)
 
 
-class Random(nn.Module):
+class Random(Background):
     """A colour for each view of a step, from the step's own generator."""
 
     Config = RandomConfig
@@ -119,7 +145,7 @@ class Random(nn.Module):
     def forward(
         self, directions: Tensor, step: int | None, random: StepRandom
     ) -> Float[Tensor, "views height width 3"]:
-        """Colours behind rays; `step` None asks for the final look."""
+        """See `Background.forward`."""
         if step is None:
             return directions.new_tensor(self.config.eval_color).expand_as(directions)
         low, high = self.config.range
@@ -129,7 +155,7 @@ class Random(nn.Module):
         return (low + (high - low) * drawn).to(directions).expand_as(directions)
 
 
-class Environment(nn.Module):
+class Environment(Background):
     """A colour for each direction."""
 
     Config = EnvironmentConfig
@@ -142,7 +168,7 @@ class Environment(nn.Module):
     def forward(
         self, directions: Tensor, step: int | None, random: StepRandom
     ) -> Float[Tensor, "views height width 3"]:
-        """Colours behind rays; `step` None asks for the final look."""
+        """See `Background.forward`."""
         if step is None and self.config.eval_color is not None:
             return directions.new_tensor(self.config.eval_color).expand_as(directions)
         raw = self.network(spherical_harmonics(directions))
@@ -160,7 +186,7 @@ def _augment(colours: Tensor, share: float, step: int, random: StepRandom) -> Te
     return torch.where(dice < share, drawn, colours)
 
 
-BACKGROUNDS: Mapping[str, type[Solid] | type[Random] | type[Environment]] = {
+BACKGROUNDS: Mapping[str, type[Background]] = {
     "solid-color-background": Solid,
     "random-color-background": Random,
     "neural-environment-map-background": Environment,

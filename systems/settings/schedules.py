@@ -55,7 +55,7 @@ def _check_form(name: str, value: Schedule) -> None:
     )
 
 
-def value_at(schedule: Schedule, step: int) -> float:
+def value_at(schedule: Schedule, step: float) -> float:
     """The value of a schedule at a step: constant before its start and after its end.
 
     Args:
