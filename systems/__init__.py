@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -13,16 +13,15 @@ if TYPE_CHECKING:
     from systems.settings.config import Config
     from systems.settings.reader import ConfigError
 
+OTHERWISE = (
+    "What this workspace lacks, threestudio itself can do, with this solver: write "
+    "`backend=threestudio threestudio.root=<checkout>` (docs/threestudio.md)."
+)
 PROBLEMS = {
     "dreamfusion-system": "systems.dreamfusion.DreamFusion",
     "diffusion-sampling": "systems.sampling.Sampling",
 }
 """Problems by the names configs use. Imported when asked for: they are heavy."""
-OTHERWISE = (
-    "What this workspace lacks, threestudio itself can do, with this solver: write "
-    "`backend=threestudio threestudio.root=<checkout>` (docs/threestudio.md)."
-)
-"""What to do about settings of threestudio that are not supported."""
 
 
 def make_system(config: str, *overrides: str) -> System:
@@ -79,12 +78,12 @@ def build_problem(config: Config) -> Problem:
     """What a config that was read asks to solve.
 
     Raises:
-        ConfigError: A setting cannot be used; says so of all of them.
+        ConfigError: A setting cannot be used.
     """
     from systems.settings.reader import ConfigError
 
     kind = problem_type(config)
-    problems = [*config.problems, *_problems(kind, config)]
+    problems = [*config.problems, *_problems(kind.section_types, config)]
     if problems:
         raise _refusal(problems)
     try:
@@ -95,13 +94,13 @@ def build_problem(config: Config) -> Problem:
         raise ConfigError(str(error)) from error
 
 
-def _problems(kind: type[Problem], config: Config) -> list[str]:
-    """What cannot be used of the sections that a problem reads itself."""
+def _problems(sections: Mapping[str, type], config: Config) -> list[str]:
+    """What cannot be used of the sections that a problem reads."""
     from systems.settings.reader import attempt, read
 
     found: list[str] = []
-    for name, schema in kind.schemas.items():
-        attempt(found, functools.partial(read, schema, getattr(config, name), name))
+    for name, kind in sections.items():
+        attempt(found, functools.partial(read, kind, getattr(config, name), name))
     return [problem for problem in found if problem not in config.problems]
 
 

@@ -26,7 +26,7 @@ from systems.guidance.prompts import PROMPT_PROCESSORS, PromptConfig
 from systems.guidance.table import GUIDANCES
 from systems.optimizer import OptimizerConfig
 from systems.scene.cameras import RandomCameras, Views
-from systems.scene.isosurface import extract_mesh
+from systems.scene.isosurface import Silhouettes, extract_mesh
 from systems.scene.renderers.volume import Rendering
 from systems.scene.scene import Scene, SceneConfig
 from systems.settings.config import Config
@@ -52,7 +52,7 @@ class LossConfig:
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
-            check_schedule(name, value, 0)
+            check_schedule(name, value)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,7 +89,7 @@ class DreamFusionConfig(SceneConfig):
 class DreamFusion(Distillation):
     """Text to 3D by score distillation of a field."""
 
-    schemas: ClassVar[Mapping[str, type]] = {
+    section_types: ClassVar[Mapping[str, type]] = {
         "data": RandomCameras,
         "system": DreamFusionConfig,
     }
@@ -114,9 +114,9 @@ class DreamFusion(Distillation):
 
     def load_guidance(self) -> Guidance:
         """See `Distillation.load_guidance`."""
-        return GUIDANCES[self.settings.guidance_type].load(
-            self.settings.guidance, self.settings.prompt_processor, self.device
-        )
+        settings = self.settings
+        guidance = GUIDANCES[settings.guidance_type]
+        return guidance.load(settings.guidance, settings.prompt_processor, self.device)
 
     def weights(self, step: int) -> dict[str, float]:
         """See `Distillation.weights`."""
@@ -149,7 +149,7 @@ class DreamFusion(Distillation):
 
     @torch.no_grad()
     def mesh(self, y: dp.State) -> Any:
-        """The surface at `isosurface_threshold`, coloured by the albedo."""
+        """The surface at `isosurface_threshold`, with the albedo that rays meet."""
         geometry, material = self.scene.geometry, self.scene.material
         prefix = "geometry."
         own = {
@@ -170,10 +170,23 @@ class DreamFusion(Distillation):
         def colour(points: Tensor) -> Tensor:
             return material.albedo(values(points)[1]).cpu()
 
+        threshold = geometry.config.isosurface_threshold
         return extract_mesh(
             density,
             colour,
             geometry.config.radius,
             geometry.config.isosurface_resolution,
-            geometry.config.isosurface_threshold,
+            self._silhouettes(y) if threshold == "auto" else threshold,
+            self.scene.renderer.config.step_size,
+        )
+
+    def _silhouettes(self, y: dp.State) -> Silhouettes:
+        """Opacity of a state along the rays of a few views all around."""
+        views = self.cameras.around()
+        origins, directions = views.cameras.rays(views.height, views.width)
+        seen = [self.render(y, views.one(i))[1] for i in range(len(views.cameras))]
+        return Silhouettes(
+            origins.expand_as(directions).reshape(-1, 3),
+            directions.reshape(-1, 3),
+            torch.cat(seen).flatten(),
         )

@@ -38,8 +38,8 @@ class Problem(abc.ABC):
     """The option of `launch.py` that runs it."""
     sections: ClassVar[frozenset[str]]
     """Settings of `Config` that it reads besides `COMMON`."""
-    schemas: ClassVar[Mapping[str, type]] = {}
-    """Settings classes of the sections that it reads itself, `system` and `data`."""
+    section_types: ClassVar[Mapping[str, type]]
+    """The classes of those sections that `Config` leaves to the problem."""
 
     def __init__(self, config: Config, device: torch.device | None = None) -> None:
         self.config = config
@@ -113,6 +113,7 @@ class Problem(abc.ABC):
             field.name
             for field in fields(Config)
             if field.name not in known
+            and not field.metadata.get("internal")
             and getattr(self.config, field.name) != getattr(defaults, field.name)
         ]
         if idle:

@@ -130,7 +130,7 @@ class Sampling(Problem):
 
     option = "--sample"
     sections = frozenset({"system"})
-    schemas: ClassVar[Mapping[str, type]] = {"system": SamplingConfig}
+    section_types: ClassVar[Mapping[str, type]] = {"system": SamplingConfig}
 
     def __init__(self, config: Config, device: torch.device | None = None) -> None:
         super().__init__(config, device)

@@ -197,13 +197,13 @@ class ScoreDistillation(Guidance):
         )
 
 
-class StableDiffusion(ScoreDistillation):
-    """The same, as threestudio's configs name and count it."""
+class StableDiffusionGuidance(ScoreDistillation):
+    """The same, with threestudio's scale and defaults for Stable Diffusion."""
 
     Config = StableDiffusionConfig
 
 
-class DeepFloyd(ScoreDistillation):
-    """The same, as threestudio's configs of DeepFloyd IF name and count it."""
+class DeepFloydGuidance(ScoreDistillation):
+    """The same, with threestudio's scale and defaults for DeepFloyd IF."""
 
     Config = DeepFloydConfig

@@ -3,11 +3,15 @@
 from collections.abc import Mapping
 
 from systems.guidance.base import Guidance
-from systems.guidance.sds import DeepFloyd, ScoreDistillation, StableDiffusion
+from systems.guidance.sds import (
+    DeepFloydGuidance,
+    ScoreDistillation,
+    StableDiffusionGuidance,
+)
 
 GUIDANCES: Mapping[str, type[Guidance]] = {
     "diffusers-guidance": ScoreDistillation,
-    "stable-diffusion-guidance": StableDiffusion,
-    "deep-floyd-guidance": DeepFloyd,
+    "stable-diffusion-guidance": StableDiffusionGuidance,
+    "deep-floyd-guidance": DeepFloydGuidance,
 }
-"""One class serves all diffusers pipelines, in threestudio's words under its names."""
+"""The last two names, and how they count the guidance scale, are threestudio's."""

@@ -271,3 +271,24 @@ class RandomCameras:
             fov=self.eval_fovy_deg * one,
         )
         return Views(cameras, cameras.axes()[0], self.eval_height, self.eval_width)
+
+    def around(self, count: int = 12, size: int = 64) -> Views:
+        """Views from all sides, at elevations that the training sees.
+
+        At the turntable's distance and field of view, lit from the camera.
+
+        Args:
+            count: How many.
+            size: Width and height in pixels.
+        """
+        number = torch.arange(count)
+        low, high = self.elevation_range
+        share = torch.tensor([0.2, 0.5, 0.8, 0.05])[number % 4]
+        one = torch.ones(count)
+        cameras = Cameras(
+            azimuth=number / count * 360,
+            elevation=low + (high - low) * share,
+            distance=self.eval_camera_distance * one,
+            fov=self.eval_fovy_deg * one,
+        )
+        return Views(cameras, cameras.axes()[0], size, size)

@@ -77,7 +77,7 @@ class Scene(nn.Module):
         random: dp.StepRandom,
         with_normals: bool = False,
     ) -> Rendering:
-        """See `systems.scene.renderers.volume.VolumeRenderer`."""
+        """See `systems.scene.renderers.Renderer`."""
         return self.renderer(
             self.geometry,
             self.material,

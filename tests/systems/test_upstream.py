@@ -353,7 +353,7 @@ def test_no_setting_of_ours_is_taken_for_theirs() -> None:
 
 def _read_all(settings: dict[str, Any]) -> None:
     config = read(Config, settings, "")
-    for section, kind in DreamFusion.schemas.items():
+    for section, kind in DreamFusion.section_types.items():
         read(kind, getattr(config, section), section)
 
 
