@@ -89,7 +89,7 @@ def test_the_documented_call_runs(capsys: pytest.CaptureFixture[str]) -> None:
     code = text.partition("```python\n")[2].partition("```")[0]
     names: dict[str, Any] = {}
     exec(compile(code.replace("100", "6"), "sampling.md", "exec"), names)
-    assert names["picture"].size == (32, 32)
+    assert names["image"].size == (32, 32)
     assert 1 < int(capsys.readouterr().out.split()[0]) <= 6
 
 
