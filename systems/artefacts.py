@@ -11,7 +11,8 @@ from tqdm import tqdm
 import dreampropeller as dp
 from systems import quality
 from systems.images import save_film, save_picture
-from systems.scene.isosurface import EmptySurface, save_mesh
+from systems.scene.isosurface import EmptySurface
+from systems.scene.mesh_files import save_mesh
 
 if TYPE_CHECKING:
     from systems.base import System

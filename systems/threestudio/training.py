@@ -17,7 +17,7 @@ from omegaconf import OmegaConf
 
 import dreampropeller as dp
 from dreampropeller.adapters.threestudio import ThreestudioTrajectory, make_trajectory
-from dreampropeller.dispatch import devices
+from dreampropeller.dispatch import process_group
 from systems.runs import workers
 from systems.runs.recorder import STOP
 from systems.settings.config import DispatchConfig, is_rank
@@ -129,10 +129,10 @@ def join(ours: BackendConfig) -> int | None:
     if not is_rank():
         return None
     rank = int(os.environ["RANK"])
-    num_gpus = devices.hide_others()
+    num_gpus = process_group.hide_others()
     # Rank 0 renders validation and test pictures while the others wait for it.
     timeout = timedelta(seconds=ours.dispatch.timeout)
-    devices.open_group(timeout, num_gpus)
+    process_group.open_group(timeout, num_gpus)
     for name in _RANKS:
         os.environ.pop(name, None)
     return rank
