@@ -88,7 +88,7 @@ def test_the_documented_call_runs(capsys: pytest.CaptureFixture[str]) -> None:
     text = Path("docs/sampling.md").read_text(encoding="utf-8")
     code = text.partition("```python\n")[2].partition("```")[0]
     names: dict[str, Any] = {}
-    exec(compile(code.replace("100", "6"), "sampling.md", "exec"), names)
+    exec(compile(code.replace("50", "6"), "sampling.md", "exec"), names)
     assert names["image"].size == (32, 32)
     assert 1 < int(capsys.readouterr().out.split()[0]) <= 6
 
