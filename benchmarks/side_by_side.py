@@ -94,7 +94,8 @@ def draw(records: dict[str, Record], exact: Tensor, path: Path) -> None:
     from matplotlib.ticker import ScalarFormatter
 
     figure = Figure(figsize=(10, 3.3), layout="constrained")
-    left, right = figure.subfigures(1, 2, width_ratios=(1.55, 1))
+    halves: Any = figure.subfigures(1, 2, width_ratios=(1.55, 1))
+    left, right = halves
     grid = left.subplots(len(records), len(SHOWN) + 2)
     for row, (name, record) in zip(grid, records.items(), strict=True):
         shown = {f"{n} iterations": record.images.get(n) for n in SHOWN}
