@@ -90,10 +90,10 @@ def pipeline(kind: Any, scheduler: Any = None, **parts: Any) -> Any:
 def sdxl() -> Any:
     whole = diffusers.StableDiffusionXLPipeline(
         vae=vae(),
-        text_encoder=None,  # pyright: ignore[reportArgumentType]
+        text_encoder=None,
         text_encoder_2=text(CLIPTextModelWithProjection, projection_dim=16),
-        tokenizer=None,  # pyright: ignore[reportArgumentType]
-        tokenizer_2=None,  # pyright: ignore[reportArgumentType]
+        tokenizer=None,
+        tokenizer_2=None,
         unet=unet(
             addition_embed_type="text_time",
             addition_time_embed_dim=8,
