@@ -7,7 +7,10 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from systems.base import System
 
-SYSTEMS = {"dreamfusion-system": "systems.dreamfusion.DreamFusion"}
+SYSTEMS = {
+    "dreamfusion-system": "systems.dreamfusion.DreamFusion",
+    "dreamgaussian-system": "systems.dreamgaussian.DreamGaussian",
+}
 """Systems by the names configs use. Imported when asked for: they are heavy."""
 
 
