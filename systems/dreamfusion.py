@@ -10,6 +10,7 @@ and form as in threestudio). Each weight is a number or a schedule.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,10 +19,11 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 import dreampropeller as dp
-from systems.base import System
-from systems.guidance.priors import check, load
+from systems.distillation import Distillation
+from systems.guidance.base import Guidance
+from systems.guidance.priors import check
 from systems.guidance.prompts import PromptConfig
-from systems.guidance.sds import GuidanceConfig, ScoreDistillation
+from systems.guidance.table import GUIDANCES
 from systems.optimizer import OptimizerConfig
 from systems.scene.cameras import Views
 from systems.scene.isosurface import extract_mesh
@@ -29,11 +31,9 @@ from systems.scene.renderers.volume import Rendering
 from systems.scene.scene import Scene, SceneConfig
 from systems.settings.checks import one_of
 from systems.settings.config import Config
-from systems.settings.reader import read
+from systems.settings.reader import choose, read
 from systems.settings.schedules import Schedule, check_schedule, value_at
 
-GUIDANCES = ("diffusers-guidance", "stable-diffusion-guidance", "deep-floyd-guidance")
-"""One class serves all diffusers pipelines; the others are threestudio's names."""
 PROMPT_PROCESSORS = (
     "diffusers-prompt-processor",
     "stable-diffusion-prompt-processor",
@@ -69,48 +69,50 @@ class DreamFusionConfig(SceneConfig):
     Args:
         prompt_processor_type: Any of threestudio's names.
         prompt_processor: What is wanted.
-        guidance_type: Any of threestudio's names.
-        guidance: Who says so.
-        loss: Weights.
-        optimizer: Who takes the steps.
+        guidance_type: A key of `systems.guidance.table.GUIDANCES`.
+        guidance: Its settings.
+        loss: Weights of the terms of the loss.
+        optimizer: The optimizer, with a learning rate for each part.
     """
 
     prompt_processor: PromptConfig
-    guidance: GuidanceConfig
+    guidance: dict[str, Any]
     optimizer: OptimizerConfig
     prompt_processor_type: str = "diffusers-prompt-processor"
     guidance_type: str = "diffusers-guidance"
     loss: LossConfig = field(default_factory=LossConfig)
 
     def __post_init__(self) -> None:
-        one_of("guidance_type", self.guidance_type, GUIDANCES)
         one_of("prompt_processor_type", self.prompt_processor_type, PROMPT_PROCESSORS)
         named = self.prompt_processor.pretrained_model_name_or_path
-        if named not in (None, self.guidance.pretrained_model_name_or_path):
+        used = self.guidance.get("pretrained_model_name_or_path")
+        if named not in (None, used):
             raise ValueError(
                 f"`prompt_processor` names the model `{named}` and `guidance` "
-                f"`{self.guidance.pretrained_model_name_or_path}`: the guidance's own "
-                "text encoder is used. Leave the first out, or write the same."
+                f"`{used}`: the guidance's own text encoder is used. Leave the first "
+                "out, or write the same."
             )
 
 
-class DreamFusion(System):
+class DreamFusion(Distillation):
     """Text to 3D by score distillation of a field."""
 
     def __init__(self, config: Config, device: torch.device | None = None) -> None:
         super().__init__(config, device)
         self.settings = read(DreamFusionConfig, config.system, "system")
-        check(
-            self.settings.guidance.pretrained_model_name_or_path,
-            [self.settings.prompt_processor.prompt],
+        kind = choose(GUIDANCES, self.settings.guidance_type, "system.guidance_type")
+        self._guidance = kind
+        self._guidance_config = read(
+            kind.Config, self.settings.guidance, "system.guidance"
         )
+        check(self._guidance_config.pretrained_model_name_or_path, [self.title])
         with self.random.scope(0, "scene"):
             self._scene = Scene(self.settings).to(self.device)
         self.settings.optimizer.check(self._scene)
 
     @property
-    def prompt(self) -> str:
-        """What is wanted."""
+    def title(self) -> str:
+        """The prompt."""
         return self.settings.prompt_processor.prompt
 
     @property
@@ -118,66 +120,28 @@ class DreamFusion(System):
         """The field, its look, what is behind, and the renderer."""
         return self._scene
 
-    def trajectory(self) -> dp.OptimizationTrajectory:
-        """Adam (or another) on the loss above; loads the pretrained model."""
-        settings = self.settings
-        prior, words = load(
-            settings.guidance.pretrained_model_name_or_path,
-            settings.prompt_processor.texts(),
-            settings.prompt_processor.negative_prompt,
-            self.device,
-            settings.guidance.half_precision_weights,
-        )
-        guidance = ScoreDistillation(
-            settings.guidance, prior, words, settings.prompt_processor
+    def load_guidance(self) -> Guidance:
+        """See `Distillation.load_guidance`."""
+        return self._guidance.load(
+            self._guidance_config, self.settings.prompt_processor, self.device
         )
 
-        def loss(step: int, scene: nn.Module) -> tuple[Tensor, dict[str, Any]]:
-            return self.loss(step, scene, guidance)
-
-        return dp.OptimizationTrajectory.from_module(
-            self.scene,
-            loss,
-            settings.optimizer.build,
-            self.config.trainer.max_steps,
-            precision=self.config.trainer.precision,
-            seed=self.config.seed,
-        )
-
-    def loss(
-        self, step: int, scene: nn.Module, guidance: ScoreDistillation
-    ) -> tuple[Tensor, dict[str, Any]]:
-        """The loss of a step, and numbers to log."""
-        weight = {
-            name: value_at(value, step)
+    def weights(self, step: int) -> dict[str, float]:
+        """See `Distillation.weights`."""
+        return {
+            name.removeprefix("lambda_"): value_at(value, step)
             for name, value in vars(self.settings.loss).items()
         }
-        views = self.cameras.views(step, self.random)
-        seen: Rendering = scene(
-            views, step, self.random, with_normals=weight["lambda_orient"] > 0
-        )
-        pictures = seen.rgb.permute(0, 3, 1, 2)
-        sds, log = guidance(pictures, views.cameras, step, self.random)
-        total = weight["lambda_sds"] * sds
-        opacity = seen.opacity.float().clamp(1e-3, 1 - 1e-3)
-        with torch.autocast(opacity.device.type, enabled=False):  # CUDA's refuses it
-            opaque = nn.functional.binary_cross_entropy(opacity, opacity)
-        terms = {
-            "orient": seen.backfacing,
-            "sparsity": (seen.opacity.square() + 0.01).sqrt().mean(),
-            "opaque": opaque,
-        }
-        for name, value in terms.items():
-            if weight[f"lambda_{name}"]:
-                total = total + weight[f"lambda_{name}"] * value
-        losses = {f"loss_{name}": value for name, value in terms.items()}
-        return total, {
-            "loss": total,
-            "loss_sds": sds,
-            **losses,
-            **log,
-            "opacity": seen.opacity.mean(),
-        }
+
+    def optimizer(self, parameters: Mapping[str, Tensor]) -> torch.optim.Optimizer:
+        """See `Distillation.optimizer`."""
+        return self.settings.optimizer.build(parameters)
+
+    def rendering(
+        self, module: nn.Module, views: Views, step: int, with_normals: bool
+    ) -> Rendering:
+        """See `Distillation.rendering`."""
+        return module(views, step, self.random, with_normals=with_normals)
 
     @torch.no_grad()
     def render(

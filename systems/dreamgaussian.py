@@ -11,7 +11,7 @@ distillation alone). It starts from a ball of splats, or refines those of a file
 from __future__ import annotations
 
 import bisect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -21,10 +21,12 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 import dreampropeller as dp
-from systems.base import System
-from systems.guidance.priors import check, load
+from systems.distillation import Distillation
+from systems.dreamfusion import PROMPT_PROCESSORS
+from systems.guidance.base import Guidance
+from systems.guidance.priors import check
 from systems.guidance.prompts import PromptConfig
-from systems.guidance.sds import GuidanceConfig, ScoreDistillation
+from systems.guidance.table import GUIDANCES
 from systems.optimizer import OptimizerConfig
 from systems.scene.cameras import Views
 from systems.scene.gaussians import ply
@@ -35,21 +37,17 @@ from systems.scene.gaussians.scene import (
     SplatScene,
     SplatSceneConfig,
 )
-from systems.scene.gaussians.splats import Gaussians, of_state
+from systems.scene.gaussians.splats import of_state
 from systems.scene.gaussians.trajectory import GrowingGaussians
 from systems.scene.isosurface import extract_mesh
+from systems.scene.regularisers import REGULARISERS
 from systems.settings.checks import at_least, one_of
 from systems.settings.config import Config
-from systems.settings.reader import ConfigError, read
+from systems.settings.reader import choose, read
 from systems.settings.schedules import Schedule, check_schedule, value_at
 
-GUIDANCES = ("diffusers-guidance", "stable-diffusion-guidance", "deep-floyd-guidance")
-PROMPT_PROCESSORS = (
-    "diffusers-prompt-processor",
-    "stable-diffusion-prompt-processor",
-    "deep-floyd-prompt-processor",
-)
-MEANS = "geometry.means"
+SPLATS = "geometry."
+"""Prefix of the splats' tensors in a state."""
 
 
 @dataclass(frozen=True)
@@ -101,7 +99,7 @@ class DreamGaussianConfig(SplatSceneConfig):
 
     Args:
         prompt_processor: What is wanted.
-        guidance: The diffusion model.
+        guidance: Settings of the guidance.
         optimizer: Its steps; parts are `geometry.means`, `geometry.scales`,
             `geometry.quats`, `geometry.opacities`, `geometry.sh0` and `geometry.shN`.
         densify: Growth.
@@ -109,12 +107,12 @@ class DreamGaussianConfig(SplatSceneConfig):
         resolutions: Sides of the training images that follow `data.height`.
         resolution_milestones: The steps from which they hold.
         prompt_processor_type: Any of threestudio's names.
-        guidance_type: Any of threestudio's names.
+        guidance_type: A key of `systems.guidance.table.GUIDANCES`.
         loss: Weights.
     """
 
     prompt_processor: PromptConfig
-    guidance: GuidanceConfig
+    guidance: dict[str, Any]
     optimizer: OptimizerConfig
     densify: GrowthConfig = field(default_factory=GrowthConfig)
     position_decay: DecayConfig = field(default_factory=DecayConfig)
@@ -125,7 +123,6 @@ class DreamGaussianConfig(SplatSceneConfig):
     loss: SplatLossConfig = field(default_factory=SplatLossConfig)
 
     def __post_init__(self) -> None:
-        one_of("guidance_type", self.guidance_type, GUIDANCES)
         one_of("prompt_processor_type", self.prompt_processor_type, PROMPT_PROCESSORS)
         sides, steps = list(self.resolutions), list(self.resolution_milestones)
         if len(sides) != len(steps) or steps != sorted(steps):
@@ -137,31 +134,38 @@ class DreamGaussianConfig(SplatSceneConfig):
         for side in sides:
             at_least("resolutions", side, 1)
         named = self.prompt_processor.pretrained_model_name_or_path
-        if named not in (None, self.guidance.pretrained_model_name_or_path):
+        used = self.guidance.get("pretrained_model_name_or_path")
+        if named not in (None, used):
             raise ValueError(
                 f"`prompt_processor` names the model `{named}` and `guidance` "
-                f"`{self.guidance.pretrained_model_name_or_path}`: the guidance's own "
-                "text encoder is used. Leave the first out, or write the same."
+                f"`{used}`: the guidance's own text encoder is used. Leave the first "
+                "out, or write the same."
             )
 
 
-class DreamGaussian(System):
+class DreamGaussian(Distillation):
     """Text to 3D by score distillation of growing splats."""
 
     def __init__(self, config: Config, device: torch.device | None = None) -> None:
         super().__init__(config, device)
         self.settings = read(DreamGaussianConfig, config.system, "system")
-        check(
-            self.settings.guidance.pretrained_model_name_or_path,
-            [self.settings.prompt_processor.prompt],
+        self._guidance = choose(
+            GUIDANCES, self.settings.guidance_type, "system.guidance_type"
         )
+        self._guidance_config = read(
+            self._guidance.Config, self.settings.guidance, "system.guidance"
+        )
+        check(self._guidance_config.pretrained_model_name_or_path, [self.title])
         with self.random.scope(0, "scene"):
             self._scene = SplatScene(self.settings, self.device).to(self.device)
         self.settings.optimizer.check(self._scene)
+        # Splats have no normals to orient.
+        self.regularisers = {n: REGULARISERS[n] for n in ("sparsity", "opaque")}
+        self._seen: SplatRendering | None = None
 
     @property
-    def prompt(self) -> str:
-        """What is wanted."""
+    def title(self) -> str:
+        """The prompt."""
         return self.settings.prompt_processor.prompt
 
     @property
@@ -169,115 +173,76 @@ class DreamGaussian(System):
         """The splats, what is behind them, and the renderer."""
         return self._scene
 
-    @property
-    def geometry(self) -> Gaussians:
-        """The splats a run starts from."""
-        return self._scene.geometry
+    def rows_vary(self, name: str) -> bool:
+        """See `System.rows_vary`: splats are rows."""
+        return name.startswith(SPLATS)
 
-    def trajectory(self) -> GrowingGaussians:
-        """Adam (or another) on the loss above, with growth; loads the model."""
-        settings = self.settings
-        prior, words = load(
-            settings.guidance.pretrained_model_name_or_path,
-            settings.prompt_processor.texts(),
-            settings.prompt_processor.negative_prompt,
-            self.device,
-            settings.guidance.half_precision_weights,
-        )
-        guidance = ScoreDistillation(
-            settings.guidance, prior, words, settings.prompt_processor
+    def load_guidance(self) -> Guidance:
+        """See `Distillation.load_guidance`."""
+        return self._guidance.load(
+            self._guidance_config, self.settings.prompt_processor, self.device
         )
 
-        def loss(
-            step: int, y: dp.State
-        ) -> tuple[Tensor, Mapping[str, Any], SplatRendering]:
-            return self.loss(step, y, guidance)
+    def weights(self, step: int) -> dict[str, float]:
+        """See `Distillation.weights`."""
+        return {
+            name.removeprefix("lambda_"): value_at(value, step)
+            for name, value in vars(self.settings.loss).items()
+        }
 
-        return self.grown(loss)
-
-    def grown(self, loss: Any) -> GrowingGaussians:
-        """The trajectory of another loss: `(step, y)` to loss, numbers, rendering."""
-        settings = self.settings
-        params = {n: p for n, p in self.scene.named_parameters() if p.requires_grad}
-        held: list[Tensor] = []  # the means of the optimizer made last
-
-        def optimizer(named: dict[str, nn.Parameter]) -> torch.optim.Optimizer:
-            held[:] = [named[MEANS]]
-            return settings.optimizer.build(named)
-
-        def scheduler(made: torch.optim.Optimizer) -> Any:
-            rates = [
-                settings.position_decay.at
-                if any(p is held[0] for p in group["params"])
-                else _constant
-                for group in made.param_groups
-            ]
-            return torch.optim.lr_scheduler.LambdaLR(made, rates)
-
-        return GrowingGaussians(
-            loss,
-            params,
-            optimizer,
-            self.config.trainer.max_steps,
-            config=settings.densify,
-            max_splats=self.geometry.config.max_splats,
-            scheduler=scheduler if settings.position_decay.factor < 1 else None,
-            precision=self.config.trainer.precision,
-            seed=self.config.seed,
-        )
+    def optimizer(self, parameters: Mapping[str, Tensor]) -> torch.optim.Optimizer:
+        """See `Distillation.optimizer`."""
+        return self.settings.optimizer.build(parameters)
 
     def views(self, step: int) -> Views:
-        """What a step looks at."""
-        views = self.cameras.views(step, self.random)
-        milestones = list(self.settings.resolution_milestones)
-        passed = bisect.bisect_right(milestones, step)
+        """See `Distillation.views`; the images grow at milestones."""
+        views = super().views(step)
+        passed = bisect.bisect_right(list(self.settings.resolution_milestones), step)
         if not passed:
             return views
         side = self.settings.resolutions[passed - 1]
         return replace(views, height=side, width=side * views.width // views.height)
 
-    def see(self, y: dp.State, views: Views, step: int | None) -> SplatRendering:
-        """Render a state of any number of splats."""
-        return torch.func.functional_call(self.scene, y, (views, step, self.random))
+    def rendering(
+        self, module: nn.Module, views: Views, step: int, with_normals: bool
+    ) -> SplatRendering:
+        """See `Distillation.rendering`."""
+        del with_normals
+        seen = self._seen = module(views, step, self.random)
+        return seen
 
-    def loss(
-        self, step: int, y: dp.State, guidance: ScoreDistillation
-    ) -> tuple[Tensor, dict[str, Any], SplatRendering]:
-        """The loss of a step, numbers to log, and what was rendered."""
-        weight = {
-            name: value_at(value, step)
-            for name, value in vars(self.settings.loss).items()
-        }
-        views = self.views(step)
-        seen = self.see(y, views, step)
-        images = seen.rgb.permute(0, 3, 1, 2)
-        sds, log = guidance(images, views.cameras, step, self.random)
-        total = weight["lambda_sds"] * sds
-        opacity = seen.opacity.clamp(1e-3, 1 - 1e-3)
-        with torch.autocast(opacity.device.type, enabled=False):  # CUDA's refuses it
-            opaque = nn.functional.binary_cross_entropy(opacity, opacity)
-        terms = {
-            "sparsity": (seen.opacity.square() + 0.01).sqrt().mean(),
-            "opaque": opaque,
-        }
-        for name, value in terms.items():
-            if weight[f"lambda_{name}"]:
-                total = total + weight[f"lambda_{name}"] * value
-        numbers = {
-            "loss": total,
-            "loss_sds": sds,
-            **{f"loss_{name}": value for name, value in terms.items()},
-            **log,
-            "opacity": seen.opacity.mean(),
-        }
-        return total, numbers, seen
+    def trajectory(self) -> GrowingGaussians:
+        """The optimizer on the loss, with growth; loads the pretrained model."""
+        guidance, decay = self.load_guidance(), self.settings.position_decay
+        body = _Loss(self.scene, lambda step, scene: self.loss(step, scene, guidance))
+
+        def loss(
+            step: int, y: dp.State
+        ) -> tuple[Tensor, Mapping[str, Any], SplatRendering]:
+            named = {f"scene.{name}": value for name, value in y.items()}
+            value, log = torch.func.functional_call(body, named, (step,))
+            seen, self._seen = self._seen, None
+            assert seen is not None, "`loss` renders the scene"
+            return value, log, seen
+
+        return GrowingGaussians(
+            loss,
+            {n: p for n, p in self.scene.named_parameters() if p.requires_grad},
+            self.optimizer,
+            self.num_steps,
+            config=self.settings.densify,
+            max_splats=self.scene.geometry.config.max_splats,
+            decay=decay.at if decay.factor < 1 else None,
+            precision=self.config.trainer.precision,
+            seed=self.config.seed,
+        )
 
     @torch.no_grad()
     def render(
         self, y: dp.State, views: Views, grey: float | None = None
     ) -> tuple[Float[Tensor, "views 3 height width"], Float[Tensor, "views 1 h w"]]:
         """Final-look images and opacity of a state; see `System.render`."""
-        seen = self.see(y, views, None)
+        seen = torch.func.functional_call(self.scene, y, (views, None, self.random))
         rgb = seen.rgb
         if grey is not None:
             rgb = seen.foreground + (1 - seen.opacity) * grey
@@ -287,7 +252,7 @@ class DreamGaussian(System):
     @torch.no_grad()
     def mesh(self, y: dp.State) -> Any:
         """The surface of the splats' density, coloured by the splats around it."""
-        settings = self.geometry.config
+        settings = self.scene.geometry.config
         density = Density({n: v.cpu() for n, v in of_state(y).items()})
         low, high = density.box
         radius = float(torch.maximum(-low, high).amax().clamp(1e-3, 1e3))
@@ -300,44 +265,24 @@ class DreamGaussian(System):
         )
         return simplified(surface, settings.max_faces)
 
-    def export(self, y: dp.State, folder: Path) -> list[Path]:
+    def export(self, folder: Path, y: dp.State) -> dict[str, Any]:
         """Write the splats as ``splats.ply``, in the layout of 3DGS."""
-        path = folder / "splats.ply"
-        ply.save(path, of_state(y))
-        return [path]
-
-    def check_state(self, y: dp.State, where: str | Path) -> None:
-        """Refuse a state of another system; the number of splats may be another.
-
-        Raises:
-            ConfigError: Names the first difference.
-        """
-        own = dict(self.scene.named_parameters())
-        rows = {len(y[name]) for name in y if name.startswith("geometry.")}
-        for name in [*y, *own]:
-            grows = name.startswith("geometry.")
-            shapes = [
-                tuple(one[name].shape[grows:]) if name in one else "nothing"
-                for one in (y, own)
-            ]
-            if shapes[0] != shapes[1] and not (
-                name not in y and not own[name].requires_grad
-            ):
-                raise ConfigError(
-                    f"The checkpoint `{where}` does not fit this config: its `{name}` "
-                    f"has rows of shape {shapes[0]}, the config makes {shapes[1]}. Use "
-                    "the `config.yaml` of the run it came from."
-                )
-        if len(rows) > 1:
-            raise ConfigError(
-                f"The checkpoint `{where}` does not fit: its splats have "
-                f"{' and '.join(map(str, sorted(rows)))} rows."
-            )
+        ply.save(folder / "splats.ply", of_state(y))
+        return {"splats": "splats.ply", "num_splats": len(y[SPLATS + "means"])}
 
 
-def _constant(step: int) -> float:
-    del step
-    return 1.0
+class _Loss(nn.Module):
+    """Makes a loss a `forward`, so that `functional_call` can swap tensors."""
+
+    def __init__(
+        self, scene: nn.Module, loss: Callable[[int, nn.Module], tuple[Tensor, Any]]
+    ) -> None:
+        super().__init__()
+        self.scene = scene
+        self._loss = loss
+
+    def forward(self, step: int) -> tuple[Tensor, Any]:
+        return self._loss(step, self.scene)
 
 
 def simplified(mesh: Any, max_faces: int) -> Any:

@@ -1,6 +1,6 @@
-r"""Score distillation: a diffusion model tells pictures where to go.
+r"""Score distillation: a diffusion model says how images should change.
 
-A picture $x$ is noised to $x_t = \alpha_t x + \sigma_t \epsilon$; the gradient
+An image $x$ is noised to $x_t = \alpha_t x + \sigma_t \epsilon$; the gradient
 
 $$g = w(t)\,\bigl(\hat\epsilon(x_t, t, c) - \epsilon\bigr)$$
 
@@ -17,7 +17,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from dreampropeller import StepRandom
-from systems.guidance.priors import Prior, Words
+from systems.guidance.base import Guidance, Log
+from systems.guidance.priors import Prior, Words, load
 from systems.guidance.prompts import PromptConfig
 from systems.scene.cameras import Cameras
 from systems.settings.checks import check_range, one_of
@@ -65,8 +66,8 @@ class GuidanceConfig:
             check_schedule("grad_clip", self.grad_clip)
 
 
-class ScoreDistillation:
-    """The SDS loss of pictures.
+class ScoreDistillation(Guidance):
+    """The SDS loss of images.
 
     Args:
         config: Its settings.
@@ -74,6 +75,22 @@ class ScoreDistillation:
         words: Embeddings of `prompts.texts()`.
         prompts: Which text belongs to which view.
     """
+
+    Config = GuidanceConfig
+
+    @classmethod
+    def load(
+        cls, config: GuidanceConfig, prompts: PromptConfig, device: torch.device
+    ) -> ScoreDistillation:
+        """See `Guidance.load`."""
+        prior, words = load(
+            config.pretrained_model_name_or_path,
+            prompts.texts(),
+            prompts.negative_prompt,
+            device,
+            config.half_precision_weights,
+        )
+        return cls(config, prior, words, prompts)
 
     def __init__(
         self, config: GuidanceConfig, prior: Prior, words: Words, prompts: PromptConfig
@@ -87,15 +104,15 @@ class ScoreDistillation:
 
     def __call__(
         self,
-        pictures: Float[Tensor, "views 3 height width"],
+        images: Float[Tensor, "views 3 height width"],
         cameras: Cameras,
         step: int,
         random: StepRandom,
-    ) -> tuple[Float[Tensor, ""], dict[str, Tensor | float]]:
-        """A loss whose gradient with respect to the pictures is g over their number.
+    ) -> tuple[Float[Tensor, ""], Log]:
+        """A loss whose gradient in the model's space is g over the number of images.
 
         Args:
-            pictures: From 0 to 1.
+            images: From 0 to 1.
             cameras: Where they were taken from.
             step: The step on the trajectory.
             random: Source of timestep and noise.
@@ -103,7 +120,7 @@ class ScoreDistillation:
         Returns:
             The loss, half the sum of g² over the number of views, and numbers to log.
         """
-        x = self.prior.encode(pictures, random.generator(step, "latent"))
+        x = self.prior.encode(images, random.generator(step, "latent"))
         low, high = self.timesteps(step)
         t = torch.randint(
             low, high + 1, (len(x),), generator=random.generator(step, "timestep")

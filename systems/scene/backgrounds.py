@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import abc
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -49,6 +51,17 @@ class RandomConfig:
 
 
 @dataclass(frozen=True)
+class BlackOrWhiteConfig:
+    """Black or white, drawn for each view (``black-or-white-background``).
+
+    Args:
+        black_prob: How often it is black; turntables are over white.
+    """
+
+    black_prob: float = 0.5
+
+
+@dataclass(frozen=True)
 class EnvironmentConfig:
     """A small network of the direction (``neural-environment-map-background``).
 
@@ -72,7 +85,31 @@ class EnvironmentConfig:
         one_of("color_activation", self.color_activation, list(ACTIVATIONS))
 
 
-class Solid(nn.Module):
+class Background(nn.Module, abc.ABC):
+    """What is behind the object.
+
+    `Config` is the dataclass of its settings, the only argument it is built from.
+    """
+
+    Config: type[Any]
+
+    @abc.abstractmethod
+    def forward(
+        self,
+        directions: Float[Tensor, "views height width 3"],
+        step: int | None,
+        random: StepRandom,
+    ) -> Float[Tensor, "views height width 3"]:
+        """Colours from 0 to 1 behind rays.
+
+        Args:
+            directions: Unit vectors from the camera.
+            step: A training step; None asks for the final look.
+            random: Source of what varies from step to step.
+        """
+
+
+class Solid(Background):
     """The same colour everywhere."""
 
     Config = SolidConfig
@@ -88,14 +125,14 @@ class Solid(nn.Module):
     def forward(
         self, directions: Tensor, step: int | None, random: StepRandom
     ) -> Float[Tensor, "views height width 3"]:
-        """Colours behind rays; `step` None asks for the final look."""
+        """See `Background.forward`."""
         colours = self.color.expand(directions.shape)
         if step is None or not self.config.random_aug:
             return colours
         return _augment(colours, self.config.random_aug_prob, step, random)
 
 
-class Random(nn.Module):
+class Random(Background):
     """A colour for each view of a step, from the step's own generator."""
 
     Config = RandomConfig
@@ -107,7 +144,7 @@ class Random(nn.Module):
     def forward(
         self, directions: Tensor, step: int | None, random: StepRandom
     ) -> Float[Tensor, "views height width 3"]:
-        """Colours behind rays; `step` None asks for the final look."""
+        """See `Background.forward`."""
         if step is None:
             return directions.new_tensor(self.config.eval_color).expand_as(directions)
         low, high = self.config.range
@@ -117,7 +154,28 @@ class Random(nn.Module):
         return (low + (high - low) * drawn).to(directions).expand_as(directions)
 
 
-class Environment(nn.Module):
+class BlackOrWhite(Background):
+    """Black or white behind each view of a step (DreamGaussian's)."""
+
+    Config = BlackOrWhiteConfig
+
+    def __init__(self, config: BlackOrWhiteConfig) -> None:
+        super().__init__()
+        self.config = config
+
+    def forward(
+        self, directions: Tensor, step: int | None, random: StepRandom
+    ) -> Float[Tensor, "views height width 3"]:
+        """See `Background.forward`."""
+        if step is None:
+            return torch.ones_like(directions)
+        generator = random.generator(step, "background")
+        drawn = torch.rand(len(directions), 1, 1, 1, generator=generator)
+        white = drawn >= self.config.black_prob
+        return white.to(directions).expand_as(directions)
+
+
+class Environment(Background):
     """A colour for each direction."""
 
     Config = EnvironmentConfig
@@ -130,7 +188,7 @@ class Environment(nn.Module):
     def forward(
         self, directions: Tensor, step: int | None, random: StepRandom
     ) -> Float[Tensor, "views height width 3"]:
-        """Colours behind rays; `step` None asks for the final look."""
+        """See `Background.forward`."""
         if step is None and self.config.eval_color is not None:
             return directions.new_tensor(self.config.eval_color).expand_as(directions)
         raw = self.network(spherical_harmonics(directions))
@@ -148,8 +206,9 @@ def _augment(colours: Tensor, share: float, step: int, random: StepRandom) -> Te
     return torch.where(dice < share, drawn, colours)
 
 
-BACKGROUNDS: Mapping[str, type[Solid] | type[Random] | type[Environment]] = {
+BACKGROUNDS: Mapping[str, type[Background]] = {
     "solid-color-background": Solid,
     "random-color-background": Random,
+    "black-or-white-background": BlackOrWhite,
     "neural-environment-map-background": Environment,
 }

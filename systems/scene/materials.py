@@ -11,9 +11,10 @@ the shaded albedo, or the shading of a white body, so that shape cannot hide in 
 
 from __future__ import annotations
 
+import abc
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
@@ -66,8 +67,41 @@ class PointLightConfig:
         one_of("albedo_activation", self.albedo_activation, list(ACTIVATIONS))
 
 
-class Albedo(nn.Module):
-    """Features are colours."""
+class Material(nn.Module, abc.ABC):
+    """How features of a field become colours.
+
+    `Config` is the dataclass of its settings, the only argument it is built from.
+    """
+
+    Config: type[Any]
+
+    @abc.abstractmethod
+    def shading(self, step: int | None, random: StepRandom) -> Shading:
+        """What a training step shows; None asks for the final look."""
+
+    @abc.abstractmethod
+    def albedo(self, features: Float[Tensor, "points 3"]) -> Float[Tensor, "points 3"]:
+        """Colours from 0 to 1, before any light."""
+
+    def light(
+        self,
+        points: Float[Tensor, "points 3"],
+        normals: Float[Tensor, "points 3"],
+        light: Float[Tensor, "points 3"],
+    ) -> Float[Tensor, "points 3"]:
+        """The light that reaches points; needed only where `shading` asks for it.
+
+        Args:
+            points: Where.
+            normals: Unit normals there.
+            light: The position of each point's light.
+        """
+        del normals, light
+        return torch.ones_like(points)
+
+
+class Albedo(Material):
+    """Features are colours; there is no light."""
 
     Config = AlbedoConfig
 
@@ -84,14 +118,8 @@ class Albedo(nn.Module):
         """Colours from 0 to 1."""
         return ACTIVATIONS[self.config.color_activation](features)
 
-    def light(
-        self, points: Tensor, normals: Tensor, light: Tensor
-    ) -> Float[Tensor, "points 3"]:
-        """Refused: there is no light."""
-        raise TypeError("`no-material` has no light.")
 
-
-class PointLight(nn.Module):
+class PointLight(Material):
     """Albedo, shaded albedo or shading alone, chosen for each step."""
 
     Config = PointLightConfig
@@ -126,7 +154,7 @@ class PointLight(nn.Module):
         return ambient + facing * points.new_tensor(self.config.diffuse_light_color)
 
 
-MATERIALS: Mapping[str, type[Albedo] | type[PointLight]] = {
+MATERIALS: Mapping[str, type[Material]] = {
     "no-material": Albedo,
     "diffuse-with-point-light-material": PointLight,
 }

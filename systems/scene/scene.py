@@ -12,7 +12,7 @@ from systems.scene.backgrounds import BACKGROUNDS
 from systems.scene.cameras import Views
 from systems.scene.fields import FIELDS
 from systems.scene.materials import MATERIALS
-from systems.scene.renderers.volume import RENDERERS, Rendering
+from systems.scene.renderers import RENDERERS, Rendering
 from systems.settings.reader import choose, read
 
 
@@ -27,7 +27,7 @@ class SceneConfig:
         material: Its settings.
         background_type: A key of `systems.scene.backgrounds.BACKGROUNDS`.
         background: Its settings.
-        renderer_type: A key of `systems.scene.renderers.volume.RENDERERS`.
+        renderer_type: A key of `systems.scene.renderers.RENDERERS`.
         renderer: Its settings.
     """
 

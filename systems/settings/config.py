@@ -329,7 +329,7 @@ class Config:
     name: str
     system_type: str
     system: dict[str, Any]
-    data: dict[str, Any]
+    data: dict[str, Any] = field(default_factory=dict)
     data_type: str = "random-camera-datamodule"
     tag: str = ""
     exp_root_dir: str = "outputs"

@@ -72,6 +72,8 @@ class Field(nn.Module, abc.ABC):
     asks for the final form.
     """
 
+    Config: type[FieldConfig]
+
     def __init__(self, config: FieldConfig) -> None:
         super().__init__()
         self.config = config

@@ -14,6 +14,7 @@ from systems.scene.backgrounds import BACKGROUNDS
 from systems.scene.cameras import Views
 from systems.scene.gaussians.harmonics import colours
 from systems.scene.gaussians.splats import Gaussians
+from systems.scene.renderers.base import Rendering
 from systems.scene.renderers.splats import Pinhole, choose_backend, rasterize
 from systems.settings.checks import one_of
 from systems.settings.reader import choose, read
@@ -62,20 +63,14 @@ class SplatSceneConfig:
 
 
 @dataclass(frozen=True)
-class SplatRendering:
-    """Images of splats.
+class SplatRendering(Rendering):
+    """Images of splats, which have no normals, and where the splats are in them.
 
     Attributes:
-        rgb: Colours over the background, shape ``(views, height, width, 3)``.
-        foreground: The splats' share of them.
-        opacity: From 0 to 1, shape ``(views, height, width, 1)``.
         means: Centres in pixels, part of the graph, shape ``(views, splats, 2)``.
         radii: Half sides of boxes in pixels, 0 for splats that are not seen.
     """
 
-    rgb: Float[Tensor, "views height width 3"]
-    foreground: Float[Tensor, "views height width 3"]
-    opacity: Float[Tensor, "views height width 1"]
     means: Float[Tensor, "views splats 2"]
     radii: Int[Tensor, "views splats 2"]
 
@@ -135,4 +130,12 @@ class SplatScene(nn.Module):
         directions = views.cameras.rays(views.height, views.width)[1]
         behind = self.background(directions.to(foreground), step, random)
         rgb = foreground + (1 - opacity) * behind
-        return SplatRendering(rgb, foreground, opacity, means, radii)
+        return SplatRendering(
+            rgb,
+            foreground,
+            opacity,
+            torch.zeros_like(rgb),
+            torch.zeros_like(opacity),
+            means,
+            radii,
+        )

@@ -14,10 +14,10 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LRScheduler
 
 import dreampropeller as dp
-from dreampropeller.optimizers import OptimizerFactory, SchedulerFactory
 from dreampropeller.trajectory import Parents
 from dreampropeller.tree import Aux, Nest, State
 from systems.scene.gaussians import growth, relocation
@@ -36,12 +36,12 @@ class GrowingGaussians(dp.OptimizationTrajectory):
         loss: ``(step, y)`` gives a loss, which is a mean over views, numbers to log,
             and what was rendered.
         params: The initial parameters, those of the splats with a prefix.
-        optimizer: See `OptimizationTrajectory`.
+        optimizer: A factory: parameters by name give an optimizer.
         num_steps: The number of steps.
         config: How splats grow.
         max_splats: They do not grow beyond.
         prefix: Of the splats' names.
-        scheduler: See `OptimizationTrajectory`.
+        decay: Factor of the means' learning rate at a step; default: 1.
         precision: "32-true" or "bf16-mixed".
         seed: Of the run; also of what growth draws.
 
@@ -53,13 +53,13 @@ class GrowingGaussians(dp.OptimizationTrajectory):
         self,
         loss: Callable[[int, State], tuple[Tensor, Mapping[str, Any], SplatRendering]],
         params: Mapping[str, Tensor],
-        optimizer: OptimizerFactory,
+        optimizer: Callable[[Mapping[str, Tensor]], torch.optim.Optimizer],
         num_steps: int,
         *,
         config: GrowthConfig,
         max_splats: int = 1_000_000,
         prefix: str = "geometry.",
-        scheduler: SchedulerFactory | None = None,
+        decay: Callable[[int], float] | None = None,
         precision: str | int = "32-true",
         seed: int = 0,
     ) -> None:
@@ -83,16 +83,33 @@ class GrowingGaussians(dp.OptimizationTrajectory):
                 )
             return value, {**aux, "splats": float(rendered.means.shape[1])}
 
+        def made(named: dict[str, nn.Parameter]) -> torch.optim.Optimizer:
+            one = optimizer(named)
+            owned = named[prefix + "means"]
+            self._means = next(
+                index
+                for index, group in enumerate(one.param_groups)
+                if any(parameter is owned for parameter in group["params"])
+            )
+            return one
+
+        def scheduler(one: torch.optim.Optimizer) -> LRScheduler:
+            rates: list[Callable[[int], float]] = [_constant] * len(one.param_groups)
+            rates[self._means] = decay or _constant
+            return torch.optim.lr_scheduler.LambdaLR(one, rates)
+
         super().__init__(
             watched,
             params,
-            optimizer,
+            made,
             num_steps,
-            scheduler=scheduler,
+            scheduler=None if decay is None else scheduler,
             precision=precision,
             seed=seed,
         )
-        self._rates = _groups_of(params, optimizer)
+
+    _means: int
+    """The optimizer's group that holds the means."""
 
     def init(self) -> tuple[State, Nest]:
         """Parameters and moments, and statistics that count nothing yet."""
@@ -183,21 +200,9 @@ class GrowingGaussians(dp.OptimizationTrajectory):
 
     def _rate(self, carry: Nest) -> float:
         """The learning rate of the means at this step."""
-        optimizer, group = self._rates[self._prefix + "means"]
-        return float(carry["optimizers"][optimizer]["groups"][group]["lr"])
+        return float(carry["optimizers"][0]["groups"][self._means]["lr"])
 
 
-def _groups_of(
-    params: Mapping[str, Tensor], optimizer: OptimizerFactory
-) -> dict[str, tuple[int, int]]:
-    """The optimizer and the group that each parameter belongs to."""
-    named = {name: torch.nn.Parameter(value) for name, value in params.items()}
-    made = optimizer(dict(named))
-    many = [made] if isinstance(made, torch.optim.Optimizer) else list(made)
-    return {
-        name: (i, j)
-        for name, parameter in named.items()
-        for i, one in enumerate(many)
-        for j, group in enumerate(one.param_groups)
-        if any(parameter is p for p in group["params"])
-    }
+def _constant(step: int) -> float:
+    del step
+    return 1.0

@@ -29,7 +29,7 @@ import torch
 from jaxtyping import Float64
 from torch import Tensor
 
-from dreampropeller.arguments import is_number, is_whole
+from dreampropeller.checks import is_number, is_whole
 from dreampropeller.trajectory import Trajectory
 from dreampropeller.tree import Nest, State, norm
 

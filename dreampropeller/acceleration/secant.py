@@ -22,7 +22,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dreampropeller.arguments import is_number
+from dreampropeller.checks import is_number
 from dreampropeller.threshold import Observation
 from dreampropeller.tree import Nest, State, moving
 

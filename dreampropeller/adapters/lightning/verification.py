@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dreampropeller.adapters.lightning import LightningTrajectory
+from dreampropeller.adapters.lightning.trajectory import LightningTrajectory
 from dreampropeller.tree import State, differs, tensors
 
 

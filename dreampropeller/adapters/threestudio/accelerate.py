@@ -18,19 +18,18 @@ from typing import Any
 
 import torch
 
-from dreampropeller.adapters.growing import GrowingTrajectory as GrowingTrajectory
-from dreampropeller.adapters.growing import grows
-from dreampropeller.adapters.lift3d import (
-    ThreestudioTrajectory as ThreestudioTrajectory,
+from dreampropeller.acceleration.anderson import Anderson
+from dreampropeller.acceleration.secant import Secant
+from dreampropeller.adapters.lightning.trajectory import Keyed
+from dreampropeller.adapters.threestudio.growing import GrowingTrajectory, grows
+from dreampropeller.adapters.threestudio.trajectory import (
+    ThreestudioTrajectory,
 )
-from dreampropeller.adapters.lightning import Keyed
-from dreampropeller.anderson import Anderson
 from dreampropeller.dispatch.base import Dispatcher, InlineDispatcher
 from dreampropeller.dispatch.distributed import DistributedDispatcher
 from dreampropeller.drift_threshold import DriftThreshold
 from dreampropeller.picard import PicardSolver
 from dreampropeller.predictor import Predictor
-from dreampropeller.secant import Secant
 from dreampropeller.solution import Solution
 from dreampropeller.solver import SolverState, solve
 from dreampropeller.threshold import Threshold

@@ -20,9 +20,9 @@ from typing import Any
 
 from torch.utils.data import IterableDataset
 
-from dreampropeller.adapters import loop
-from dreampropeller.adapters.lightning import LightningTrajectory
-from dreampropeller.adapters.verification import verify as verify_trajectory
+from dreampropeller.adapters.lightning import trainer
+from dreampropeller.adapters.lightning.trajectory import LightningTrajectory
+from dreampropeller.adapters.lightning.verification import verify as verify_trajectory
 
 _HISTORY = ("edit_frames", "per_editing_step")
 """Attributes of systems whose data remembers earlier renderings."""
@@ -45,7 +45,7 @@ class ThreestudioTrajectory(LightningTrajectory):
         seed: The seed; default: `seed` of the config.
         batches: Gives the batch of a step in place of the data module.
         verify: Evaluate steps in different orders before the run, and refuse a system
-            whose drift depends on it; see `dreampropeller.adapters.verification`.
+            whose drift depends on it; see `adapters.lightning.verification`.
         **options: Further arguments of `LightningTrajectory`.
 
     Raises:
@@ -66,14 +66,14 @@ class ThreestudioTrajectory(LightningTrajectory):
         **options: Any,
     ) -> None:
         config = {} if config is None else config
-        trainer = _get(config, "trainer") or {}
-        num_steps = _get(trainer, "max_steps") if num_steps is None else num_steps
+        settings = _get(config, "trainer") or {}
+        num_steps = _get(settings, "max_steps") if num_steps is None else num_steps
         if num_steps is None or num_steps < 1:
             raise ValueError(
                 f"The number of steps is {num_steps}: pass `num_steps`, or a config "
                 "with `trainer.max_steps`."
             )
-        accumulated = _get(trainer, "accumulate_grad_batches") or 1
+        accumulated = _get(settings, "accumulate_grad_batches") or 1
         if accumulated != 1:
             raise ValueError(
                 f"`trainer.accumulate_grad_batches` is {accumulated}: gradients that "
@@ -81,8 +81,8 @@ class ThreestudioTrajectory(LightningTrajectory):
                 "`data.batch_size` instead."
             )
         for key in ("precision", "gradient_clip_val", "gradient_clip_algorithm"):
-            if _get(trainer, key) is not None:
-                options.setdefault(key, _get(trainer, key))
+            if _get(settings, key) is not None:
+                options.setdefault(key, _get(settings, key))
         seed = int(_get(config, "seed") or 0) if seed is None else seed
         self._given_batches = batches
         super().__init__(system, datamodule, num_steps, seed=seed, **options)
@@ -119,7 +119,7 @@ class ThreestudioTrajectory(LightningTrajectory):
         if self._given_batches is not None:
             return self._given_batches, loader, data, None
         if not isinstance(loader.dataset, IterableDataset):
-            keyed = loop.KeyedLoader(loader, seed)
+            keyed = trainer.KeyedLoader(loader, seed)
             return functools.partial(self._keyed_batch, keyed), loader, data, None
         return functools.partial(self._collated_batch, loader), loader, data, None
 
@@ -130,7 +130,7 @@ class ThreestudioTrajectory(LightningTrajectory):
         size = loader.batch_size
         return loader.collate_fn(item if size is None else [item] * size)
 
-    def _keyed_batch(self, keyed: loop.KeyedLoader, step: int) -> Any:
+    def _keyed_batch(self, keyed: trainer.KeyedLoader, step: int) -> Any:
         self._update_dataset(keyed.loader.dataset, step)
         return keyed(step)
 

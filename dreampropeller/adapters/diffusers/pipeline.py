@@ -19,11 +19,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dreampropeller.adapters.sampling import Denoiser as Denoiser
-from dreampropeller.adapters.sampling import Form, check_scheduler, learns_variance
-from dreampropeller.adapters.sampling import SamplingTrajectory as SamplingTrajectory
-from dreampropeller.adapters.sampling import worst_picture as worst_picture
-from dreampropeller.anderson import Anderson
+from dreampropeller.acceleration.anderson import Anderson
+from dreampropeller.adapters.diffusers.trajectory import (
+    Denoiser,
+    Form,
+    SamplingTrajectory,
+    check_scheduler,
+    learns_variance,
+    worst_picture,
+)
 from dreampropeller.calibration import Calibration, calibrate, choose
 from dreampropeller.dispatch.base import Dispatcher, InlineDispatcher
 from dreampropeller.picard import PicardSolver

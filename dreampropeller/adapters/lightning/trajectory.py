@@ -22,11 +22,12 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import nn
 
-from dreampropeller.adapters import loop, optimization, refusals
-from dreampropeller.adapters.attributes import Attributes
-from dreampropeller.dispatch.devices import local_device
+from dreampropeller.adapters.lightning import optimizers as configured
+from dreampropeller.adapters.lightning import refusals, trainer
+from dreampropeller.adapters.lightning.attributes import Attributes
+from dreampropeller.buffers import buffer_drift, updated_buffers
+from dreampropeller.dispatch.process_group import local_device
 from dreampropeller.guard import Guard
-from dreampropeller.optimization import buffer_drift, updated_buffers
 from dreampropeller.precision import Precision
 from dreampropeller.rng import StepRandom
 from dreampropeller.trajectory import Drift, Trajectory
@@ -128,7 +129,7 @@ class LightningTrajectory(Trajectory[Nest]):
             data.setup("fit")
         found = self._find_batches(data, seed)
         self.batch, loader, datamodule, self._epoch_length = found
-        self.shim = loop.Shim(self.num_steps, datamodule, loader)
+        self.shim = trainer.Shim(self.num_steps, datamodule, loader)
         self.attach()
         # Shadowed on the instance: the real ones ask the trainer's loop for its state.
         module.log, module.log_dict = self._log, self._log_dict
@@ -148,10 +149,10 @@ class LightningTrajectory(Trajectory[Nest]):
         self, data: Any, seed: int
     ) -> tuple[Callable[[int], Any], Any, Any, int | None]:
         """Batches by step, the loader, the data module, the length of an epoch."""
-        return loop.batches(data, seed)
+        return trainer.batches(data, seed)
 
     def _configure(self) -> None:
-        optimizers, schedules = optimization.read(self.module.configure_optimizers())
+        optimizers, schedules = configured.read(self.module.configure_optimizers())
         if len(optimizers) > 1:
             raise ValueError(
                 f"`configure_optimizers` returned {len(optimizers)} optimizers, which "
@@ -159,9 +160,9 @@ class LightningTrajectory(Trajectory[Nest]):
                 "into the groups of one."
             )
         self._schedules = schedules
-        self._seen_optimizers = [optimization.view(one) for one in optimizers]
-        self._parameters = optimization.names(self.module, optimizers)
-        self._optimizers = optimization.lend(self._parameters, optimizers, schedules)
+        self._seen_optimizers = [configured.view(one) for one in optimizers]
+        self._parameters = configured.names(self.module, optimizers)
+        self._optimizers = configured.lend(self._parameters, optimizers, schedules)
         self._owned = {id(one) for one in optimizers}
         self.shim.optimizers = self._seen_optimizers
 
@@ -252,18 +253,18 @@ class LightningTrajectory(Trajectory[Nest]):
         parameters = {**dict(module.named_parameters()), **self._parameters}
         guard = Guard(parameters, self._parameters)
         self._logged = {}
-        batch = loop.transfer(
+        batch = trainer.transfer(
             self.batch(step), module, self.shim.datamodule, self.device
         )
         index = step if self._epoch_length is None else step % self._epoch_length
         with torch.enable_grad():
-            if loop.call(module.on_train_batch_start, batch, index) == -1:
+            if trainer.call(module.on_train_batch_start, batch, index) == -1:
                 raise ValueError(
                     f"`on_train_batch_start` ended the epoch at step {step} by "
                     "returning -1; leave the batch out of the data instead."
                 )
             with self._precision.autocast():
-                output = loop.call(module.training_step, batch, index)
+                output = trainer.call(module.training_step, batch, index)
             loss = output["loss"] if isinstance(output, dict) else output
             module.on_before_zero_grad(optimizer)
             self._zero_grad()
@@ -279,12 +280,12 @@ class LightningTrajectory(Trajectory[Nest]):
                 self._clip_gradients()
         drift = {**self._gradients(Precision.overflowed(found)), **found}
         self.shim.global_step = step + 1
-        outputs = loop.detached(output, loss)
+        outputs = trainer.detached(output, loss)
         module.on_train_batch_end(outputs, batch, index)
         guard.check()
         drift.update(self._buffer_drift(y))
         aux = dict(self._logged) if loss is None else {**self._logged, "loss": loss}
-        return drift, loop.numbers(aux)
+        return drift, trainer.numbers(aux)
 
     # --- its parts ----------------------------------------------------------------
 

@@ -1,4 +1,4 @@
-"""What kind of number an argument is; bools are none."""
+"""Checks for numeric arguments; `bool` is not accepted as a number."""
 
 from __future__ import annotations
 

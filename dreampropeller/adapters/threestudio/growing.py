@@ -24,9 +24,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dreampropeller.adapters import loop, optimization
-from dreampropeller.adapters.lift3d import ThreestudioTrajectory
-from dreampropeller.optimization import updated_buffers
+from dreampropeller.adapters.lightning import optimizers as configured
+from dreampropeller.adapters.lightning import trainer
+from dreampropeller.adapters.threestudio.trajectory import ThreestudioTrajectory
+from dreampropeller.buffers import updated_buffers
 from dreampropeller.trajectory import Parents
 from dreampropeller.tree import Aux, Nest, State, copy_nest
 
@@ -71,7 +72,7 @@ class GrowingTrajectory(ThreestudioTrajectory):
             module.automatic_optimization = automatic
 
     def _configure(self) -> None:
-        found, _ = optimization.read(self.module.configure_optimizers())
+        found, _ = configured.read(self.module.configure_optimizers())
         if len(found) != 1 or found[0] is not self.module.geometry.optimizer:
             raise ValueError(
                 f"`{type(self.module).__name__}` steps {len(found)} optimizers by "
@@ -86,18 +87,18 @@ class GrowingTrajectory(ThreestudioTrajectory):
             )
         self._owned = {id(found[0])}
         self._read_parameters()
-        private = [optimization.view(found[0])]
+        private = [configured.view(found[0])]
         private[0].state = type(found[0].state)(dict, found[0].state)
-        schedules = [optimization.Schedule()]
+        schedules = [configured.Schedule()]
         self._schedules = schedules
-        self._optimizers = optimization.lend(self._parameters, private, schedules)
+        self._optimizers = configured.lend(self._parameters, private, schedules)
         self._seen_optimizers = self.shim.optimizers = found
         self._proxy = _Optimizer()
         self.module.optimizers = lambda *_, **__: self._proxy
         self.module.manual_backward = lambda loss, *a, **k: loss.backward(*a, **k)
 
     def _read_parameters(self) -> None:
-        self._parameters = optimization.names(
+        self._parameters = configured.names(
             self.module, [self.module.geometry.optimizer]
         )
 
@@ -227,13 +228,13 @@ class GrowingTrajectory(ThreestudioTrajectory):
         module, proxy = self.module, self._proxy
         proxy.start(self.shim, self.module.geometry.optimizer)
         self._logged = {}
-        batch = loop.transfer(
+        batch = trainer.transfer(
             self.batch(step), module, self.shim.datamodule, self.device
         )
         with torch.enable_grad():
-            loop.call(module.on_train_batch_start, batch, step)
+            trainer.call(module.on_train_batch_start, batch, step)
             with self._precision.autocast():
-                output = loop.call(module.training_step, batch, step)
+                output = trainer.call(module.training_step, batch, step)
         if proxy.num_steps != 1:
             raise ValueError(
                 f"`{type(module).__name__}.training_step` stepped its optimizer "
@@ -241,9 +242,9 @@ class GrowingTrajectory(ThreestudioTrajectory):
                 "optimizer can be evaluated ahead of time."
             )
         loss = output["loss"] if isinstance(output, dict) else output
-        outputs = loop.detached(output, loss)
+        outputs = trainer.detached(output, loss)
         module.on_train_batch_end(outputs, batch, step)
-        return loop.numbers({**self._logged, "loss": loss})
+        return trainer.numbers({**self._logged, "loss": loss})
 
     def _statistics(self) -> State:
         return {n: getattr(self.module.geometry, n) for n in (*_SUMS, *_MAXIMA)}
@@ -261,7 +262,7 @@ class _Optimizer:
 
     real: Any = None
 
-    def start(self, shim: loop.Shim, optimizer: Any) -> None:
+    def start(self, shim: trainer.Shim, optimizer: Any) -> None:
         self._shim, self._optimizer = shim, optimizer
         self.param_groups = optimizer.param_groups
         self.num_steps = 0

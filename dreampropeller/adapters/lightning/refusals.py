@@ -8,8 +8,8 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
-from dreampropeller.adapters import loop
-from dreampropeller.adapters.attributes import Attributes
+from dreampropeller.adapters.lightning import trainer
+from dreampropeller.adapters.lightning.attributes import Attributes
 
 _REFUSED_HOOKS = {
     "optimizer_step": "compute the learning rate with a scheduler of interval `step`",
@@ -43,7 +43,7 @@ def check_module(module: Any) -> None:
             "`OptimizationTrajectory`."
         )
     for name, advice in _REFUSED_HOOKS.items():
-        if loop.overrides(module, name):
+        if trainer.overrides(module, name):
             raise ValueError(
                 f"`{type(module).__name__}.{name}` belongs to the trainer's loop, "
                 f"which does not run here; remove it and {advice}."
