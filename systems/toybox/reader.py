@@ -172,7 +172,7 @@ def _refuse_unknown(prompt: str, terms: Sequence[_Term], known: Known) -> None:
             described = any(t.kind in ("object", "unknown") for t in after)
             hints.append(_hint(term.written, known, described))
         elif term.kind in lists and term.value not in lists[term.kind]:
-            hints.append(f"`{term.written}`")
+            hints.append(f"`{term.written}` (the second one, `toybox2`, does)")
     if not hints:
         return
     raise ValueError(

@@ -22,7 +22,7 @@ import math
 import os
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any, cast
@@ -43,7 +43,7 @@ from systems.toybox.model import (
     start_from,
 )
 from systems.toybox.pipeline import ToyboxPipeline
-from systems.toybox.views import ViewSet, open_shards
+from systems.toybox.views import ViewSet, build_shard, open_shards
 
 RATE = 6e-4
 WARM_UP = 150
@@ -51,12 +51,6 @@ DECAY_SHARE = 0.1
 EMA_DECAY = 0.9995
 GAMMA = 5.0
 CHECKPOINT_EVERY = 180.0
-FOLDER = (
-    Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    / "dreampropeller"
-    / "toybox2"
-)
-"""Where views, training state and exported weights are kept between parts of a run."""
 
 
 @dataclass(frozen=True)
@@ -269,6 +263,32 @@ def train(
         run.save(state)
     run.export(folder / "pipeline")
     return folder / "pipeline"
+
+
+def train_on(
+    run: Run, folder: Path, budget: Budget, batch: int, shards: int | None
+) -> Path:
+    """Train on the folder's views, or on views rendered first on the run's device.
+
+    Args:
+        run: At its start.
+        folder: See `train`.
+        budget: How long the part is, rendering included.
+        batch: Examples per step.
+        shards: Shards to render; None reads those in the folder.
+    """
+    if shards is None:
+        return train(run, folder, budget, batch=batch)
+    start = time.monotonic()
+    made = [build_shard(i, device=run.device) for i in range(shards)]
+    views = ViewSet(tuple(m[0] for m in made), torch.cat([m[1] for m in made]))
+    left = budget.minutes - (time.monotonic() - start) / 60
+    if left <= 0:
+        raise ValueError(
+            f"Rendering took all of the {budget.minutes:g} minutes: write more "
+            "`--minutes`, or fewer `--shards`."
+        )
+    return train(run, folder, replace(budget, minutes=left), views, batch)
 
 
 def _shares(run: Run, budget: Budget) -> Iterator[float]:
