@@ -3,6 +3,7 @@ r"""The second prior's parts: a small U-Net, text encoder, tokenizer and schedul
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
@@ -123,8 +124,7 @@ class Denoiser(nn.Module):
         self.unet = make_unet(widths)
         self.text_encoder = make_text_encoder()
         # Nothing is said about the camera at first.
-        projection = self.unet.class_embedding
-        assert projection is not None
+        projection: Any = self.unet.class_embedding
         nn.init.zeros_(projection.linear_2.weight)
         nn.init.zeros_(projection.linear_2.bias)
 

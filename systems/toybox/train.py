@@ -25,7 +25,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -110,8 +110,7 @@ class Run:
             model.text_encoder.set_attn_implementation("eager")
         model = model.to(self.device)
         self.average = copy.deepcopy(model).requires_grad_(False)
-        channels_last: Any = torch.channels_last
-        self.model = model.to(memory_format=channels_last)
+        self.model = model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
         self.optimizer = torch.optim.AdamW(
             self.model.parameters(), lr=0.0, betas=(0.9, 0.99), weight_decay=1e-4
         )
@@ -131,12 +130,10 @@ class Run:
         self.optimizer.step()
         # Early averages would remember the initial weights for too long.
         decay = min(EMA_DECAY, (1 + self.step) / (10 + self.step))
+        pairs = zip(self.average.parameters(), self.model.parameters(), strict=True)
         with torch.no_grad():
-            torch._foreach_lerp_(
-                list(self.average.parameters()),
-                list(self.model.parameters()),
-                1 - decay,
-            )
+            for mean, value in pairs:
+                mean.lerp_(value, 1 - decay)
         self.step += 1
         self.images += batch
         return loss.detach()

@@ -239,7 +239,12 @@ class _Oracle(classifier.Classifier):
         colours = [list(COLOURS).index(q.asked.colour or "") for q in asked]
         finishes = [("plain", *MARKS).index(q.asked.finish) for q in asked]
         azimuths = torch.cat([q.camera.azimuth for q in asked]) + self.turn
-        return Judgement(*map(torch.tensor, (objects, colours, finishes)), azimuths)
+        return Judgement(
+            torch.tensor(objects),
+            torch.tensor(colours),
+            torch.tensor(finishes),
+            azimuths,
+        )
 
 
 def _front(question: measure.Question) -> bool:

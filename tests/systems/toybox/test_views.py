@@ -37,12 +37,12 @@ def test_painted_layers_are_the_ground_truths_render(name: str, finish: str) -> 
     cameras = random_cameras(3, torch.Generator().manual_seed(1))
     exact = render(name, "red", cameras, 32, finish=finish, second="cyan")
     traced = layers(name, cameras, 32)
-    colours = [torch.tensor([COLOURS[c]] * 3) for c in ("red", "cyan")]
+    red, cyan = (torch.tensor([COLOURS[c]] * 3) for c in ("red", "cyan"))
     kind = torch.full((3,), list(FINISHES).index(finish))
-    painted = paint(traced, *colours, kind)
+    painted = paint(traced, red, cyan, kind)
     torch.testing.assert_close(painted, exact.rgb, atol=1e-6, rtol=0)
     stored = (traced * 255).round() / 255
-    assert (paint(stored, *colours, kind) - exact.rgb).abs().max() < 1 / 255
+    assert (paint(stored, red, cyan, kind) - exact.rgb).abs().max() < 1 / 255
     assert torch.equal(traced[:, 6:7], exact.mask)
     normals = (exact.normal + exact.mask) / 2
     torch.testing.assert_close(traced[:, 7:], normals, atol=1e-6, rtol=0)
