@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from systems.reader import ConfigError
-from systems.settings import one_of
+from systems.settings.checks import one_of
+from systems.settings.reader import ConfigError
 
 OPTIMIZERS: Mapping[str, type[torch.optim.Optimizer]] = {
     "Adam": torch.optim.Adam,

@@ -25,7 +25,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dreampropeller.dispatch import devices, wire
+from dreampropeller.dispatch import process_group, wire
 from dreampropeller.dispatch.base import Dispatcher, WorkerError
 from dreampropeller.trajectory import Trajectory
 from dreampropeller.tree import Aux, Nest, State, decode, encode, tensors
@@ -111,10 +111,10 @@ class DistributedDispatcher(Dispatcher):
                 "--nproc-per-node=2 …`, or through "
                 "`dreampropeller.dispatch.launcher.launch`."
             )
-        device = devices.local_device()
+        device = process_group.local_device()
         if device.type == "cuda":
             torch.cuda.set_device(device)
-        devices.open_group(self._timeout)
+        process_group.open_group(self._timeout)
         self._owns_group = True
 
     def __exit__(

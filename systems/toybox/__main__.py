@@ -15,12 +15,12 @@ from typing import Any
 
 import torch
 
-from systems.cameras import Cameras
+from systems.images import save_sheet
+from systems.scene.cameras import Cameras
 from systems.toybox import FOLDER, SECOND_WEIGHTS, WEIGHTS
 from systems.toybox.captions import FIRST_COLOURS, FIRST_OBJECTS, HELD_OUT, VIEWS
 from systems.toybox.finishes import FINISHES
 from systems.toybox.objects import COLOURS, OBJECTS
-from systems.toybox.pictures import save_sheet
 from systems.toybox.reader import parse, read
 from systems.toybox.truth import truth, view_cameras
 

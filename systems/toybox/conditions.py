@@ -22,7 +22,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from systems.cameras import Cameras
+from systems.scene.cameras import Cameras
 
 PATCH = 2
 """Pixels per side of a block."""

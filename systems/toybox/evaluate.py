@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from systems.images import save_sheet
 from systems.toybox import classifier, measure, pipeline
 from systems.toybox.captions import (
     FIRST_COLOURS,
@@ -30,7 +31,6 @@ from systems.toybox.captions import (
 from systems.toybox.classifier import Judgement
 from systems.toybox.conditions import takes_conditions
 from systems.toybox.objects import COLOURS, OBJECTS
-from systems.toybox.pictures import save_sheet
 from systems.toybox.truth import truth, view_cameras
 
 NUM_PROMPTS = 200

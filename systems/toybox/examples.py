@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from systems.cameras import Cameras
+from systems.scene.cameras import Cameras
 from systems.toybox.captions import HELD_OUT, Caption, view_of
 from systems.toybox.conditions import CAMERA, LABELS, labels
 from systems.toybox.finishes import FINISHES

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from dreampropeller import StepRandom
-from systems.cameras import Cameras
+from systems.scene.cameras import Cameras
 from systems.toybox.captions import HELD_OUT, Caption, view_of
 from systems.toybox.classifier import Classifier, angle_between
 from systems.toybox.examples import random_looks

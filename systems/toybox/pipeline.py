@@ -33,8 +33,8 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 from transformers import CLIPTextModel, PreTrainedTokenizerFast
 
-from systems.cameras import Cameras
 from systems.extras import dtype_argument
+from systems.scene.cameras import Cameras
 from systems.toybox import WEIGHTS
 from systems.toybox.captions import Known
 from systems.toybox.conditions import Conditions, ask, takes_conditions, to_images

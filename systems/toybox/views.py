@@ -24,7 +24,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dreampropeller import StepRandom
-from systems.cameras import Cameras
+from systems.scene.cameras import Cameras
 from systems.toybox.finishes import FINISHES
 from systems.toybox.objects import OBJECTS
 from systems.toybox.render import find_surface

@@ -7,9 +7,10 @@ from typing import Any
 import pytest
 
 import dreampropeller as dp
-from systems.config import Config, load
-from systems.reader import ConfigError
-from systems.settings import at_least, check_range, check_schedule, value_at
+from systems.settings.checks import at_least, check_range
+from systems.settings.config import Config, load
+from systems.settings.reader import ConfigError
+from systems.settings.schedules import check_schedule, value_at
 
 
 @pytest.mark.parametrize(

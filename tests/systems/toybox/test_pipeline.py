@@ -9,7 +9,7 @@ from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 from diffusers.utils import logging
 from transformers import CLIPTextModel, PreTrainedTokenizerFast
 
-from systems.cameras import Cameras
+from systems.scene.cameras import Cameras
 from systems.toybox import WEIGHTS, classifier, pipeline
 from systems.toybox.captions import vocabulary
 from systems.toybox.conditions import CAMERA, Conditions, labels, to_blocks, to_images

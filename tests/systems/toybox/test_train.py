@@ -6,7 +6,7 @@ import pytest
 import torch
 from diffusers.utils import logging
 
-from systems.cameras import Cameras
+from systems.scene.cameras import Cameras
 from systems.toybox import WEIGHTS, classifier, evaluate, measure, pipeline
 from systems.toybox.captions import FIRST_HELD_OUT, HELD_OUT, MARKS
 from systems.toybox.classifier import Judgement

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from systems.cameras import Cameras
+from systems.scene.cameras import Cameras
 from systems.toybox import examples
 from systems.toybox.captions import HELD_OUT
 from systems.toybox.conditions import CAMERA, labels

