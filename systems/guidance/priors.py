@@ -195,7 +195,7 @@ class Prior:
             return self._to_noise(answer, noisy, t)
         blank = without.expand_as(words)
         if conditions is not None:
-            conditions = Conditions.join([conditions.without_image(), conditions])
+            conditions = conditions.without_image().beside(conditions)
         both = self._answer(
             torch.cat([noisy, noisy]),
             torch.cat([t, t]),

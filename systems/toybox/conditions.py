@@ -14,7 +14,6 @@ Images have 64×64 pixels; the U-Net sees 2×2 blocks of them as channels, at 32
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -97,12 +96,12 @@ class Conditions:
 
     Attributes:
         labels: See `labels`, shape ``(views, LABELS)``.
-        reference: The reference image in blocks, zeros for none, shape ``(views,
-            CHANNELS, side, side)``.
+        reference: The reference image in blocks, shape ``(views, CHANNELS, side,
+            side)``; None for none.
     """
 
     labels: Float[Tensor, "views labels"]
-    reference: Float[Tensor, "views channels side side"]
+    reference: Float[Tensor, "views channels side side"] | None
 
     @classmethod
     def of(
@@ -139,19 +138,15 @@ class Conditions:
                 )
         if camera is not None:
             warn_outside(camera)
-        reference = torch.zeros(1, CHANNELS, side, side)
+        reference = None
         if image is not None:
             images = torch.nn.functional.interpolate(
                 image.float(), (PATCH * side,) * 2, mode="bilinear", antialias=True
             )
-            reference = to_blocks(images * 2 - 1)
-        numbers = labels(
-            1 if camera is None else len(camera),
-            camera,
-            image_camera,
-            image is not None,
-        )
-        return cls(numbers.expand(count, LABELS), reference.expand(count, -1, -1, -1))
+            reference = to_blocks(images * 2 - 1).expand(count, -1, -1, -1)
+        given = 1 if camera is None else len(camera)
+        numbers = labels(given, camera, image_camera, image is not None)
+        return cls(numbers.expand(count, LABELS), reference)
 
     def without_image(self) -> Conditions:
         """Neither reference image nor relative camera; an absolute camera stays.
@@ -160,19 +155,20 @@ class Conditions:
         """
         kept = torch.zeros_like(self.labels)
         kept[:, : 1 + CAMERA] = self.labels[:, : 1 + CAMERA]
-        return Conditions(kept, torch.zeros_like(self.reference))
+        return Conditions(kept, None)
 
-    def to(self, like: Tensor) -> Conditions:
-        """Device and precision of a tensor."""
-        return Conditions(self.labels.to(like), self.reference.to(like))
-
-    @staticmethod
-    def join(parts: Sequence[Conditions]) -> Conditions:
-        """One after the other."""
-        return Conditions(
-            torch.cat([p.labels for p in parts]),
-            torch.cat([p.reference for p in parts]),
-        )
+    def beside(self, other: Conditions) -> Conditions:
+        """These views, then others; a missing image among them is zeros."""
+        shown = [part.reference for part in (self, other)]
+        like = next((image for image in shown if image is not None), None)
+        if like is not None:
+            sizes = (len(self.labels), len(other.labels))
+            shown = [
+                like.new_zeros(size, *like.shape[1:]) if image is None else image
+                for size, image in zip(sizes, shown, strict=True)
+            ]
+            like = torch.cat(shown)
+        return Conditions(torch.cat([self.labels, other.labels]), like)
 
 
 def takes_conditions(unet: Any) -> bool:
@@ -191,9 +187,27 @@ def ask(
     """What a U-Net predicts of x, with its conditions if it is of this kind."""
     if conditions is None:
         return unet(x, t, encoder_hidden_states=words).sample
-    given = conditions.to(x)
-    shown = torch.cat([x, given.reference], 1)
-    return unet(shown, t, encoder_hidden_states=words, class_labels=given.labels).sample
+    if conditions.reference is not None:
+        x = torch.cat([x, conditions.reference.to(x)], 1)
+    given = conditions.labels.to(x)
+    return unet(x, t, encoder_hidden_states=words, class_labels=given).sample
+
+
+def fill_missing_reference(unet: Any) -> None:
+    """Let a U-Net be called without the channels of a reference image.
+
+    They are zeros then. Samplers that watch a U-Net's input, such as the parallel ones,
+    see the noisy image alone.
+    """
+
+    def fill(module: Any, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        del module
+        x = inputs[0]
+        if x.shape[1] == CHANNELS:
+            x = torch.cat([x, torch.zeros_like(x)], 1)
+        return (x,)
+
+    unet.conv_in.register_forward_pre_hook(fill)
 
 
 def warn_outside(cameras: Cameras) -> None:

@@ -37,7 +37,13 @@ from systems.extras import dtype_argument
 from systems.scene.cameras import Cameras
 from systems.toybox import WEIGHTS
 from systems.toybox.captions import Known
-from systems.toybox.conditions import Conditions, ask, takes_conditions, to_images
+from systems.toybox.conditions import (
+    Conditions,
+    ask,
+    fill_missing_reference,
+    takes_conditions,
+    to_images,
+)
 from systems.toybox.model import MAX_WORDS
 from systems.toybox.reader import read
 
@@ -99,6 +105,8 @@ class ToyboxPipeline(DiffusionPipeline):
             tokenizer=tokenizer,
             scheduler=scheduler,
         )
+        if takes_conditions(unet):
+            fill_missing_reference(unet)
 
     @property
     def known(self) -> Known:
@@ -181,7 +189,7 @@ class ToyboxPipeline(DiffusionPipeline):
         both = torch.cat([blank.expand_as(words), words])
         t = timestep.expand(len(x)).repeat(2)
         if conditions is not None:
-            conditions = Conditions.join([conditions.without_image(), conditions])
+            conditions = conditions.without_image().beside(conditions)
         answer = ask(self.unet, torch.cat([x, x]), t, both, conditions)
         without, given = answer.chunk(2)
         guided = without + scale * (given - without)

@@ -193,8 +193,9 @@ def build_shard(
         chosen = random_cameras(per_object, random.generator(shard, f"views {name}"))
         numbers = (chosen.azimuth, chosen.elevation, chosen.distance, chosen.fov)
         cameras.append(torch.stack(numbers, -1))
-        # A few views at a time: the intermediate tensors then stay in the cache.
-        for part in cameras[-1].to(device).split(8):
+        # On a CPU few views at a time: the intermediate tensors then stay in its cache.
+        together = 8 if torch.device(device).type == "cpu" else per_object
+        for part in cameras[-1].to(device).split(together):
             values = layers(name, Cameras(*part.unbind(-1)), size)
             rendered.append((values * 255).round().to(torch.uint8))
     return torch.cat(rendered), torch.cat(cameras)

@@ -1,3 +1,4 @@
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 from diffusers.utils import logging
 from transformers import CLIPTextModel, PreTrainedTokenizerFast
 
+from dreampropeller.adapters.diffusers import sample
 from systems.scene.cameras import Cameras
 from systems.toybox import WEIGHTS, classifier, pipeline
 from systems.toybox.captions import vocabulary
@@ -140,6 +142,20 @@ def test_both_branches_of_text_guidance_keep_the_camera(
     )
     assert (relative.without_image().labels == 0).all()
     assert relative.labels[0, 1 + CAMERA] == 1
+
+
+def test_a_window_of_samples_of_a_camera_is_the_pipelines_own(
+    second: pipeline.ToyboxPipeline,
+) -> None:
+    """Parallel sampling sees the noisy image alone in the U-Net's input."""
+
+    def ask(call: Any, **options: Any) -> torch.Tensor:
+        more = {"num_inference_steps": 5, "output_type": "pt", **options}
+        dice = torch.Generator().manual_seed(0)
+        return call("a red mug", generator=dice, camera=_cameras(70.0), **more).images
+
+    window = functools.partial(sample, second, window=3, tolerance=0.0)
+    assert torch.equal(ask(window), ask(second))
 
 
 def test_conditions_that_make_no_sense_are_refused(
