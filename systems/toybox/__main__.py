@@ -107,6 +107,7 @@ def train(arguments: argparse.Namespace) -> None:
         None if arguments.source == "none" else _folder(arguments.source),
         arguments.seed,
         arguments.device,
+        tuple(arguments.widths),
     )
     budget = Budget(arguments.minutes, arguments.until, arguments.steps)
     render = arguments.render or run.device.type == "cuda"
@@ -124,7 +125,7 @@ def export(arguments: argparse.Namespace) -> None:
         raise ValueError(
             f"There is no `{state}`: train with `python -m systems.toybox train`."
         )
-    run = Run(None)
+    run = Run(None, widths=tuple(arguments.widths))
     run.restore(state)
     run.export(arguments.to)
     print(f"{arguments.to}: {run.step} steps, {run.images} images.")
@@ -248,6 +249,10 @@ def make_parser() -> argparse.ArgumentParser:
     for name in ("views", "train"):
         parts[name].add_argument(
             "--shards", type=int, default=24, help="of 2002 views to render"
+        )
+    for name in ("train", "export"):
+        parts[name].add_argument(
+            "--widths", type=int, nargs=3, default=[32, 64, 128], help="of the U-Net"
         )
     add = parts["train"].add_argument
     add("--minutes", type=float, default=120.0, help="of this part")

@@ -214,6 +214,10 @@ def second_list(
         report[title] = measure.combinations(part, images[-1], judge)
         asked += part
     report["cameras"] = measure.cameras(asked, torch.cat(images), judge)
+    shown = [i * len(asked) // 64 for i in range(64)]
+    truths = [measure.ground_truth(asked[i], images[0].shape[-1]) for i in shown]
+    pairs = torch.stack([torch.cat(truths), torch.cat(images)[shown]], 1)
+    save_sheet(pairs.flatten(0, 1), to / "combinations.png", columns=16, scale=2)
     views = measure.new_views(prior, min(64, count), seed)
     report["images"] = views.figures()
     rows = torch.stack([views.references, views.truths, views.samples], 1)

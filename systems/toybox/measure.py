@@ -63,6 +63,12 @@ class Question:
         )
 
 
+def ground_truth(asked: Question, size: int) -> Tensor:
+    """The exact image over grey, shape ``(1, 3, size, size)``."""
+    background = torch.full((3,), BACKGROUND)
+    return asked.truth.render(asked.camera, size).over(background)
+
+
 def questions(
     count: int, held_out: bool, seed: int = 0, names: Sequence[str] = tuple(OBJECTS)
 ) -> list[Question]:

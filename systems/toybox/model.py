@@ -154,9 +154,19 @@ def start_from(model: Denoiser, folder: Path, generator: torch.Generator) -> Non
         model: Takes the weights.
         folder: A pipeline folder.
         generator: Of the random weights.
+
+    Raises:
+        ValueError: The pipeline's U-Net has other widths.
     """
     unet = UNet2DConditionModel.from_pretrained(folder, subfolder="unet")
     text = CLIPTextModel.from_pretrained(folder, subfolder="text_encoder")
+    found, wanted = (tuple(u.config["block_out_channels"]) for u in (unet, model.unet))
+    if found != wanted:
+        raise ValueError(
+            f"`{folder}` holds a U-Net of widths {found}, and {wanted} are wanted: "
+            "start from scratch with `--from none`, or write "
+            f"`--widths {' '.join(map(str, found))}`."
+        )
     old, new = unet.state_dict(), model.unet.state_dict()
     if old["conv_in.weight"].shape != new["conv_in.weight"].shape:
         weight = old["conv_in.weight"].repeat_interleave(PATCH**2, 1) / PATCH**2

@@ -100,6 +100,7 @@ class Run:
     ) -> None:
         self.random = StepRandom(seed)
         self.device = torch.device(device)
+        self.widths = widths
         with self.random.scope(0, "initial weights"):
             model = Denoiser(widths)
         if source is not None:
@@ -175,14 +176,26 @@ class Run:
             "optimizer": self.optimizer.state_dict(),
             "step": self.step,
             "images": self.images,
+            "widths": list(self.widths),
         }
         part = path.with_suffix(".part")
         torch.save(state, part)
         os.replace(part, path)
 
     def restore(self, path: Path) -> None:
-        """Resume from what `save` wrote."""
+        """Resume from what `save` wrote.
+
+        Raises:
+            ValueError: It is of a U-Net of other widths.
+        """
         state = torch.load(path, weights_only=True, map_location=self.device)
+        found = tuple(state.get("widths", WIDTHS))
+        if found != self.widths:
+            raise ValueError(
+                f"`{path}` holds a U-Net of widths {found}, and {self.widths} are "
+                f"wanted: write `--widths {' '.join(map(str, found))}` to go on with "
+                "it, or another `--folder`."
+            )
         self.model.load_state_dict(state["model"])
         self.average.load_state_dict(state["average"])
         self.optimizer.load_state_dict(state["optimizer"])

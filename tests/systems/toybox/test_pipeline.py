@@ -135,6 +135,7 @@ def test_both_branches_of_text_guidance_keep_the_camera(
     assert without[0] == given[0] == 1
     assert (without[-1], given[-1]) == (0, 1)
     assert (shown[0][0, 12:] == 0).all()
+    assert conditions.reference is not None
     assert torch.equal(shown[0][1:, 12:], conditions.reference)
     # A relative camera means nothing without its image.
     relative = Conditions.of(

@@ -10,7 +10,7 @@ from systems.scene.cameras import Cameras
 from systems.toybox import WEIGHTS, classifier, evaluate, measure, pipeline
 from systems.toybox.captions import FIRST_HELD_OUT, HELD_OUT, MARKS
 from systems.toybox.classifier import Judgement
-from systems.toybox.conditions import to_blocks
+from systems.toybox.conditions import labels, to_blocks
 from systems.toybox.model import make_scheduler, make_tokenizer
 from systems.toybox.objects import COLOURS, OBJECTS
 from systems.toybox.train import (
@@ -63,6 +63,8 @@ def test_a_part_keeps_the_state_before_its_learning_rate_falls(
     assert json.loads(entry)["step"] == 20
     state = torch.load(tmp_path / "state.pt", weights_only=True)
     assert state["step"] == 18
+    with pytest.raises(ValueError, match=r"widths \(8, 16, 16\).*--widths 8 16 16"):
+        Run(None, widths=(8, 8, 8)).restore(tmp_path / "state.pt")
     # The next part goes on from there.
     again = Run(None, widths=SMALL)
     train(again, tmp_path, Budget(steps=1), views, batch=1)
@@ -71,6 +73,8 @@ def test_a_part_keeps_the_state_before_its_learning_rate_falls(
     prior = pipeline.load(written)
     image = pipeline.draw(prior, ["a red teapot"], 0, num_inference_steps=1)
     assert image.shape == (1, 3, 64, 64)
+    with pytest.raises(ValueError, match="start from scratch with `--from none`"):
+        Run(written, widths=(8, 8, 8))
     third = Run(written, widths=SMALL)
     for name, value in third.model.state_dict().items():
         torch.testing.assert_close(
@@ -99,8 +103,6 @@ def test_views_can_be_rendered_on_the_device_that_trains(
 
 def test_the_first_priors_weights_predict_alike_at_twice_the_size() -> None:
     """On images of equal 2×2 blocks, without camera and reference."""
-    from systems.toybox.conditions import Conditions, ask
-
     first, run = pipeline.load(), Run(WEIGHTS)
     words = run.tokenizer(["a red mug, side view"], padding="max_length", max_length=16)
     ids = torch.tensor(words.input_ids)
@@ -112,7 +114,8 @@ def test_the_first_priors_weights_predict_alike_at_twice_the_size() -> None:
         torch.testing.assert_close(ours, embedded, atol=1e-4, rtol=1e-4)
         expected = first.unet(x, t, embedded).sample
         blocks = to_blocks(x.repeat_interleave(2, 2).repeat_interleave(2, 3))
-        got = ask(run.model.unet, blocks, t, ours, Conditions.of(1, 32))
+        shown = torch.cat([blocks, torch.zeros_like(blocks)], 1)
+        got = run.model(shown, t, ids, labels(1))
     means = got.unflatten(1, (3, 4))
     torch.testing.assert_close(means.mean(2), expected, atol=2e-3, rtol=1e-3)
     # The four pixels of a block differ, else they would learn alike.
