@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from systems.base import System
     from systems.problem import Problem
     from systems.settings.config import Config
+    from systems.settings.reader import ConfigError
 
+OTHERWISE = (
+    "What this workspace lacks, threestudio itself can do, with this solver: write "
+    "`backend=threestudio threestudio.root=<checkout>` (docs/threestudio.md)."
+)
 PROBLEMS = {
     "dreamfusion-system": "systems.dreamfusion.DreamFusion",
     "diffusion-sampling": "systems.sampling.Sampling",
@@ -72,8 +79,34 @@ def build_problem(config: Config) -> Problem:
     from systems.settings.reader import ConfigError
 
     try:
-        return problem_type(config)(config)
+        kind = problem_type(config)
+    except ConfigError as error:
+        own = [p for p in config.problems if not p.startswith("`system.")]
+        raise _refusal([*error.problems, *own]) from error
+    problems = [*config.problems, *_problems(kind.section_types, config)]
+    if problems:
+        raise _refusal(problems)
+    try:
+        return kind(config)
     except ConfigError:
         raise
     except ValueError as error:
         raise ConfigError(str(error)) from error
+
+
+def _problems(sections: Mapping[str, type], config: Config) -> list[str]:
+    """What cannot be used of the sections that a problem reads."""
+    from systems.settings.reader import attempt, read
+
+    found: list[str] = []
+    for name, kind in sections.items():
+        attempt(found, functools.partial(read, kind, getattr(config, name), name))
+    return [problem for problem in found if problem not in config.problems]
+
+
+def _refusal(problems: Sequence[str]) -> ConfigError:
+    """All problems; and the way out, where threestudio could do what is asked."""
+    from systems.settings.reader import ConfigError, Foreign
+
+    foreign = any(isinstance(problem, Foreign) for problem in problems)
+    return ConfigError(*problems, advice=OTHERWISE if foreign else "")

@@ -151,7 +151,9 @@ def environment() -> dict[str, Any]:
 
 def write_setup(folder: Path, config: Config) -> None:
     """Write `config.yaml`, `command.txt` and `environment.json`."""
-    settings = {k: v for k, v in asdict(config).items() if k != "resume"}
+    settings = {
+        k: v for k, v in asdict(config).items() if k not in ("resume", "problems")
+    }
     text = yaml.safe_dump(_plain(settings), sort_keys=False, allow_unicode=True)
     (folder / CONFIG).write_text(text, encoding="utf-8")
     with open(folder / "command.txt", "a", encoding="utf-8") as file:

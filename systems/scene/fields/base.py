@@ -55,6 +55,9 @@ class FieldConfig:
         at_least("radius", self.radius, 1e-3)
         at_least("n_feature_dims", self.n_feature_dims, 3)
         at_least("density_blob_std", self.density_blob_std, 1e-6)
+        at_least(
+            "finite_difference_normal_eps", self.finite_difference_normal_eps, 1e-9
+        )
         at_least("isosurface_resolution", self.isosurface_resolution, 8)
         if isinstance(self.isosurface_threshold, str):
             one_of(
