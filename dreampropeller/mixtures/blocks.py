@@ -11,9 +11,9 @@ import contextlib
 import itertools
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -24,22 +24,10 @@ SIZE = 16384
 """Points in a block: many enough to hide Python, few enough to be shared out."""
 
 
-class Work(Protocol):
-    """A pass over one block.
-
-    It is a function of a module, so that another process can import it.
-    """
-
-    def __call__(
-        self,
-        family: Family,
-        block: Block,
-        number: int,
-        points: dict[str, Tensor],
-        shared: dict[str, Any],
-    ) -> Any:
-        """The block's result; `points` holds its slices of the arrays of the points."""
-        ...
+Work: TypeAlias = Callable[[Family, Block, int, dict[str, Tensor], dict[str, Any]], Any]
+"""A pass over one block: family, block, its number, its slices of the arrays of the
+points, and what all blocks share. A function of a module, so that another process can
+import it."""
 
 
 class Blocks:
@@ -135,7 +123,7 @@ class JobBlocks(Blocks):
         """Every process works on its own blocks."""
         import joblib
 
-        found = self._parallel(
+        found: Any = self._parallel(
             joblib.delayed(_remote)(
                 self._file, work, numbers, _cut(self, numbers, points), shared
             )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +36,14 @@ from dreampropeller.mixtures.random import generator
 
 class _Mixture(ClusterMixin, BaseEstimator):
     """What both mixtures share; `DPMixture` documents the parameters."""
+
+    prior: Any
+    random_state: Any
+    n_jobs: Any
+    device: Any
+    warm_start: Any
+    checkpoint: Any
+    partition_: Any
 
     def __sklearn_tags__(self) -> Any:
         tags = super().__sklearn_tags__()
@@ -158,17 +165,17 @@ class DPMixture(_Mixture):
         alpha: Any = 1.0,
         *,
         prior: Any = None,
-        method: str = "subcluster",
-        n_sweeps: int = 200,
-        burn_in: int = 20,
-        patience: int | None = 25,
-        n_proposals: int | None = None,
-        init_components: int = 1,
+        method: Any = "subcluster",
+        n_sweeps: Any = 200,
+        burn_in: Any = 20,
+        patience: Any = 25,
+        n_proposals: Any = None,
+        init_components: Any = 1,
         random_state: Any = 0,
         n_jobs: Any = None,
-        device: str = "cpu",
+        device: Any = "cpu",
         checkpoint: Any = None,
-        warm_start: bool = False,
+        warm_start: Any = False,
     ) -> None:
         self.alpha = alpha
         self.prior = prior
@@ -210,7 +217,7 @@ class DPMixture(_Mixture):
 
     def score_samples(self, X: Any) -> np.ndarray:
         """Log predictive density of each point, a new cluster included."""
-        return logsumexp(self._joint(X), axis=1)
+        return np.asarray(logsumexp(self._joint(X), axis=1))
 
     def score(self, X: Any, y: Any = None) -> float:
         """Mean log predictive density."""
@@ -229,7 +236,7 @@ class DPMixture(_Mixture):
 class HDPMixture(_Mixture):
     r"""Hierarchical Dirichlet process mixture: groups that share clusters.
 
-    Every group $j$ has its own weights $\pi_j \sim \mathrm{Dirichlet}(\alpha\beta)$ over
+    Every group $j$ has weights $\pi_j \sim \mathrm{Dirichlet}(\alpha\beta)$ over
     clusters common to all; `docs/mixtures.md` has the joint law.
 
     Args:
@@ -266,17 +273,17 @@ class HDPMixture(_Mixture):
         alpha: Any = 1.0,
         *,
         prior: Any = None,
-        method: str = "exact",
-        n_sweeps: int = 200,
-        burn_in: int = 20,
-        patience: int | None = 25,
-        n_proposals: int | None = None,
-        init_components: int = 1,
+        method: Any = "exact",
+        n_sweeps: Any = 200,
+        burn_in: Any = 20,
+        patience: Any = 25,
+        n_proposals: Any = None,
+        init_components: Any = 1,
         random_state: Any = 0,
         n_jobs: Any = None,
-        device: str = "cpu",
+        device: Any = "cpu",
         checkpoint: Any = None,
-        warm_start: bool = False,
+        warm_start: Any = False,
     ) -> None:
         self.gamma = gamma
         self.alpha = alpha
@@ -293,7 +300,7 @@ class HDPMixture(_Mixture):
         self.checkpoint = checkpoint
         self.warm_start = warm_start
 
-    def fit(self, X: Sequence[Any], y: Any = None) -> HDPMixture:
+    def fit(self, X: Any, y: Any = None) -> HDPMixture:
         """Run the chain on groups, a list of arrays ``(points of the group, dim)``."""
         del y
         groups = self._groups(X)
@@ -312,15 +319,15 @@ class HDPMixture(_Mixture):
         self.group_weights_ = softmax(log_weights, axis=1)
         return self
 
-    def _groups(self, x: Sequence[Any]) -> list[Any]:
+    def _groups(self, x: Any) -> list[Any]:
         if not isinstance(x, (list, tuple)) or not len(x):
             raise ValueError(
                 "`HDPMixture` needs a list of arrays, one per group: write `[x]` for a "
                 "single group, or use `DPMixture`."
             )
         counts = isinstance(as_prior(self.prior), Dirichlet)
-        sparse_ok = "csr" if counts else False
-        groups = [check_array(g, accept_sparse=sparse_ok, dtype=np.float64) for g in x]
+        checks: Any = {"accept_sparse": "csr" if counts else False, "dtype": np.float64}
+        groups = [check_array(group, **checks) for group in x]
         columns = {group.shape[1] for group in groups}
         if len(columns) > 1:
             raise ValueError(
@@ -336,7 +343,7 @@ class HDPMixture(_Mixture):
         none = np.zeros((1, self.n_components_), int)
         return self.partition_.log_expected_weights(none)[0]
 
-    def transform(self, X: Sequence[Any], n_iter: int = 50) -> np.ndarray:
+    def transform(self, X: Any, n_iter: int = 50) -> np.ndarray:
         r"""Weights of groups, known or new, from their points, ``(groups, K)``.
 
         The fixed point of $n_{jk} = \sum_i p(z_{ji} = k)$ with weights
@@ -354,11 +361,11 @@ class HDPMixture(_Mixture):
             rows.append(weights / weights.sum())
         return np.stack(rows)
 
-    def predict(self, X: Sequence[Any]) -> list[np.ndarray]:
+    def predict(self, X: Any) -> list[np.ndarray]:
         """The likeliest present cluster of each point, with the groups' `transform`."""
         return [p.argmax(1) for p in self.predict_proba(X)]
 
-    def predict_proba(self, X: Sequence[Any]) -> list[np.ndarray]:
+    def predict_proba(self, X: Any) -> list[np.ndarray]:
         """Probabilities of the present clusters, ``(points, K)`` for each group."""
         weights = np.log(self.transform(X))
         found = []
@@ -370,7 +377,7 @@ class HDPMixture(_Mixture):
 
     def score_samples(
         self,
-        X: Sequence[Any],
+        X: Any,
         weights: np.ndarray | None = None,
     ) -> list[np.ndarray]:
         """Log predictive densities of the points of each group.
@@ -389,7 +396,7 @@ class HDPMixture(_Mixture):
             found.append(logsumexp(self._joint(x, own), axis=1))
         return found
 
-    def score(self, X: Sequence[Any], y: Any = None) -> float:
+    def score(self, X: Any, y: Any = None) -> float:
         """Mean log predictive density of the points, with a new group's weights."""
         del y
         return float(np.concatenate(self.score_samples(X)).mean())

@@ -14,7 +14,8 @@ from scipy import sparse
 from torch import Tensor
 
 from dreampropeller.mixtures.blocks import Blocks
-from dreampropeller.mixtures.chain import Chain, ExactChain
+from dreampropeller.mixtures.chain import Chain
+from dreampropeller.mixtures.exact import ExactChain
 from dreampropeller.mixtures.inputs import at_least
 from dreampropeller.mixtures.priors import PartitionPrior
 from dreampropeller.mixtures.random import generator

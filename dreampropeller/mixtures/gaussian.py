@@ -100,8 +100,8 @@ class _Gaussian(Family):
 
     def block(self, x: Any, device: torch.device | str = "cpu") -> Block:
         """Rows relative to the prior mean, in float64 and, transposed, float32."""
-        rows = torch.from_numpy(np.ascontiguousarray(x, dtype=np.float64)).to(device)
-        rows = rows - self.mean.to(device)
+        rows = np.asarray(x, dtype=np.float64) - self.mean.numpy()
+        rows = torch.from_numpy(rows).to(device)
         return {"x": rows, "xt": rows.float().T.contiguous()}
 
     def rows(self, block: Block, index: Tensor) -> Block:

@@ -155,8 +155,8 @@ def as_prior(prior: Any) -> NIW | Dirichlet:
     if isinstance(prior, (NIW, Dirichlet)):
         return prior
     raise ValueError(
-        f"`prior` is {prior!r}: write `NIW(...)` for real-valued data, `Dirichlet(...)` "
-        f"for counts, or one of {', '.join(map(repr, PRIORS))}."
+        f"`prior` is {prior!r}: write `NIW(...)` for real-valued data, "
+        f"`Dirichlet(...)` for counts, or one of {', '.join(map(repr, PRIORS))}."
     )
 
 

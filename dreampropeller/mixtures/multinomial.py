@@ -46,8 +46,7 @@ class Multinomial(Family):
         """Counts as a dense tensor, or as a sparse matrix of scipy."""
         if sparse.issparse(x):
             return {"sparse": x.tocsr().astype(np.float64), "device": device}
-        rows = np.ascontiguousarray(x, dtype=np.float64)
-        return {"x": torch.from_numpy(rows).to(device)}
+        return {"x": torch.from_numpy(np.array(x, dtype=np.float64)).to(device)}
 
     def rows(self, block: Block, index: Tensor) -> Block:
         """Some rows of a block."""
@@ -111,7 +110,7 @@ class Multinomial(Family):
         out = torch.lgamma(whole)[:, None] - torch.lgamma(whole[:, None] + lengths)
         values = torch.from_numpy(x.data)
         words = torch.from_numpy(x.indices).long()
-        owner = torch.from_numpy(np.repeat(np.arange(x.shape[0]), np.diff(x.indptr)))
+        owner = torch.from_numpy(np.repeat(np.arange(len(lengths)), np.diff(x.indptr)))
         for k in range(len(pseudo)):
             own = pseudo[k][words]
             gain = torch.lgamma(own + values) - torch.lgamma(own)

@@ -168,7 +168,7 @@ class DirichletProcess(PartitionPrior):
         r"""Draw $\alpha$ if it has a prior."""
         if self.prior:
             self.alpha = draw_concentration(
-                self.alpha, self.prior, counts.shape[1], counts.sum(), rng
+                self.alpha, self.prior, counts.shape[1], int(counts.sum()), rng
             )
 
     def log_weights(self, counts: np.ndarray, rng: np.random.Generator) -> Tensor:
@@ -243,10 +243,10 @@ class HierarchicalDirichletProcess(PartitionPrior):
         tables = self._tables(counts, rng)
         if self.gamma_prior:
             self.gamma = draw_concentration(
-                self.gamma, self.gamma_prior, counts.shape[1], tables.sum(), rng
+                self.gamma, self.gamma_prior, counts.shape[1], int(tables.sum()), rng
             )
         if self.alpha_prior:
-            self.alpha = self._draw_alpha(counts.sum(1), tables.sum(), rng)
+            self.alpha = self._draw_alpha(counts.sum(1), int(tables.sum()), rng)
         weights = np.append(tables.sum(0).astype(float), self.gamma)
         logs = log_dirichlet(weights, rng)
         self.log_beta, self.log_beta_u = logs[:-1], float(logs[-1])

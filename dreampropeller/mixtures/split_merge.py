@@ -20,12 +20,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from dreampropeller.mixtures.chain import Chain
 from dreampropeller.mixtures.family import (
     Params,
     Statistics,
@@ -36,9 +36,6 @@ from dreampropeller.mixtures.family import (
 )
 from dreampropeller.mixtures.passes import side_pass
 from dreampropeller.mixtures.random import log_dirichlet
-
-if TYPE_CHECKING:
-    from dreampropeller.mixtures.chain import ExactChain
 
 _FAIR = torch.full((1, 2), math.log(0.5), dtype=torch.float64)
 
@@ -68,9 +65,7 @@ class Launch:
     params: Params
     log_weights: Tensor
 
-    def sides(
-        self, chain: ExactChain, stream: str, given: Tensor | None = None
-    ) -> Sides:
+    def sides(self, chain: Chain, stream: str, given: Tensor | None = None) -> Sides:
         """Draw the sides, or evaluate given ones, shape ``(points,)``."""
         points = {"member": self.member}
         if given is not None:
@@ -91,7 +86,9 @@ class Launch:
         )
 
 
-def prepare(chain: ExactChain, member: Tensor, pooled: Statistics, name: str) -> Launch:
+def prepare(
+    chain: Chain, member: Tensor, pooled: Statistics, name: str, rounds: int
+) -> Launch:
     """The launch state of two anchors and the set around them.
 
     Args:
@@ -99,13 +96,14 @@ def prepare(chain: ExactChain, member: Tensor, pooled: Statistics, name: str) ->
         member: 0 and 1 for the anchors, 2 for the set, -1 for all other points.
         pooled: The statistics of anchors and set together, one row.
         name: The name of the proposal's random streams.
+        rounds: How often the set is divided anew before the components are kept.
     """
     rng = chain.rng(f"{name}/launch")
     pair = [int(torch.nonzero(member == side)[0, 0]) for side in (0, 1)]
     rows = chain.family.block(chain.blocks.x[pair])
     anchors = chain.family.statistics(rows, torch.tensor([0, 1]), 2)
     launch = Launch(member, chain.family.seeds(anchors, pooled), _FAIR)
-    for t in range(chain.rounds + 1):
+    for t in range(rounds + 1):
         now = launch.sides(chain, f"{name}/round {t}").statistics
         weights = chain.prior.mass / 2 + now["n"].numpy()[None]
         log_weights = torch.from_numpy(log_dirichlet(weights, rng))
@@ -113,7 +111,7 @@ def prepare(chain: ExactChain, member: Tensor, pooled: Statistics, name: str) ->
     return launch
 
 
-def propose(chain: ExactChain, number: int) -> bool:
+def propose(chain: Chain, number: int, rounds: int) -> bool:
     """Propose one split or merge; whether it was accepted."""
     if len(chain.labels) < 2:
         return False
@@ -127,7 +125,7 @@ def propose(chain: ExactChain, number: int) -> bool:
     pooled = take(chain.sums, [a])
     if a != b:
         pooled = add(pooled, take(chain.sums, [b]))
-    launch = prepare(chain, member, pooled, name)
+    launch = prepare(chain, member, pooled, name, rounds)
     given = None if a == b else (chain.labels == b).long()
     sides = launch.sides(chain, f"{name}/sides", given)
     log_ratio, share = _log_ratio(chain, (a, b), sides, pooled, rng)
@@ -142,7 +140,7 @@ def propose(chain: ExactChain, number: int) -> bool:
 
 
 def _log_ratio(
-    chain: ExactChain,
+    chain: Chain,
     clusters: tuple[int, int],
     sides: Sides,
     pooled: Statistics,
@@ -169,7 +167,7 @@ def _put(sums: Statistics, row: int, values: Statistics, source: int) -> None:
         value[row] = values[name][source]
 
 
-def _split(chain: ExactChain, a: int, sides: Sides, share: float) -> None:
+def _split(chain: Chain, a: int, sides: Sides, share: float) -> None:
     chain.labels = chain.labels.clone()
     chain.labels[sides.index[sides.side == 1]] = chain.num_clusters
     chain.sums = join([chain.sums, take(sides.statistics, [1])])
@@ -178,7 +176,7 @@ def _split(chain: ExactChain, a: int, sides: Sides, share: float) -> None:
     chain.prior.split(a, share)
 
 
-def _merge(chain: ExactChain, a: int, b: int, pooled: Statistics) -> None:
+def _merge(chain: Chain, a: int, b: int, pooled: Statistics) -> None:
     last = chain.num_clusters - 1
     to = torch.arange(chain.num_clusters)
     target = b if a == last else a  # where cluster a's points are after the renaming
@@ -193,7 +191,7 @@ def _merge(chain: ExactChain, a: int, b: int, pooled: Statistics) -> None:
     chain.prior.merge(a, b)
 
 
-def propose_in_group(chain: ExactChain, number: int) -> bool:
+def propose_in_group(chain: Chain, number: int) -> bool:
     """Redraw one group's points of two clusters together; whether it was accepted.
 
     The components are drawn from the two clusters' *other* points, which the move does
@@ -230,7 +228,7 @@ def propose_in_group(chain: ExactChain, number: int) -> bool:
     return True
 
 
-def _log_group(chain: ExactChain, clusters: Sequence[int], sides: Sides) -> float:
+def _log_group(chain: Chain, clusters: Sequence[int], sides: Sides) -> float:
     r"""$\sum \ln \Gamma(\alpha \beta_k + n_{jk})$ of the two clusters."""
     counts = torch.bincount(sides.side, minlength=2).tolist()
     return chain.prior.log_cells(clusters, counts)

@@ -8,10 +8,11 @@ $$H = \frac{p(z')}{p(z)} \frac{f(X_l) f(X_r)}{f(X)}, \qquad \text{for the Dirich
   process}\ \ \alpha\, \frac{\Gamma(n_l) \Gamma(n_r)}{\Gamma(n)} \frac{f(X_l)
   f(X_r)}{f(X)};$$
 
-two clusters propose to merge by the inverse of a *random* division's ratio,
+two clusters propose to merge as if undoing a *random* division,
 
-$$H = \frac{p(z')}{p(z)} \frac{f(X)}{f(X_b) f(X_c)}\, \frac{\Gamma(\alpha)}{\Gamma(\alpha
-  + n)} \frac{\Gamma(n_b + \alpha/2) \Gamma(n_c + \alpha/2)}{\Gamma(\alpha/2)^2}.$$
+$$H = \frac{p(z')}{p(z)} \frac{f(X)}{f(X_b) f(X_c)}\,
+  \frac{\Gamma(\alpha)}{\Gamma(\alpha + n)}
+  \frac{\Gamma(n_b + \alpha/2) \Gamma(n_c + \alpha/2)}{\Gamma(\alpha/2)^2}.$$
 
 All clusters propose in the same sweep, and a cluster that loses its points is deleted.
 This mixes fast and **does not leave the posterior invariant**: `ExactChain` does.
@@ -158,14 +159,14 @@ class SubclusterChain(Chain):
         cells = counts.reshape(self.groups, -1, 2).sum(2)
         joined: list[tuple[int, int]] = []
         used: set[int] = set()
-        for at in np.flatnonzero(gain > -60):  # the rest of H is far below exp(60)
+        # With one group the rest of H is far below exp(60).
+        for at in np.flatnonzero(gain > (-60 if self.groups == 1 else -np.inf)):
             a, b = int(first[at]), int(second[at])
             if a in used or b in used:
                 continue
             ratio = gain[at] - self.prior.merge_ratio(a, b, cells[:, a], cells[:, b])
-            ratio += _log_random_division(
-                cells[:, a].sum(), cells[:, b].sum(), self.prior.mass
-            )
+            sizes = (int(cells[:, k].sum()) for k in (a, b))
+            ratio += _log_random_division(*sizes, self.prior.mass)
             if chance[at] < ratio:
                 joined.append((a, b))
                 used |= {a, b}
@@ -202,6 +203,7 @@ class SubclusterChain(Chain):
         num: int,
     ) -> None:
         """Apply the moves: every sub-cluster gets a new cluster and a new side."""
+        sides: list[list[tuple[int, ...]]]
         sides = [[(2 * k,), (2 * k + 1,)] for k in range(num)]
         for a, b in joined:
             sides[a] = [(2 * a, 2 * a + 1), (2 * b, 2 * b + 1)]
@@ -261,7 +263,8 @@ def _marginal_of_unions(
     found = []
     for start in range(0, len(first), 512):
         part = slice(start, start + 512)
-        pair = add(take(whole, first[part]), take(whole, second[part]))
+        one, two = (torch.from_numpy(side[part]) for side in (first, second))
+        pair = add(take(whole, one), take(whole, two))
         found.append(chain.family.log_marginal(pair).numpy())
     return np.concatenate(found)
 
