@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from systems.folders import environment, write_json
+from systems.runs.folders import environment, write_json
 
 CONFIGS = {
     "configs/dreamfusion-toybox.yaml": "a red mushroom",

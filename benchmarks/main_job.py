@@ -15,9 +15,9 @@ from typing import Any
 import torch
 
 from benchmarks import runs
-from systems.folders import environment
+from systems.images import save_sheet
+from systems.runs.folders import environment
 from systems.toybox.captions import SCORED, caption
-from systems.toybox.pictures import save_sheet
 
 CONFIG = "configs/dreamfusion-toybox.yaml"
 SHOWN = 8

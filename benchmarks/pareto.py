@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import runs
-from systems.config import load
-from systems.folders import environment
+from systems.runs.folders import environment
+from systems.settings.config import load
 
 CONFIG = "configs/dreamfusion-toybox-hashgrid.yaml"
 REGIMES = ("tuned:400:0.08", "threestudio:1000:0.01")

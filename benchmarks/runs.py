@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 import dreampropeller as dp
 from systems import build, quality
-from systems.config import load
+from systems.settings.config import load
 from systems.toybox.captions import SCORED, caption
 
 Job = Mapping[str, Any]

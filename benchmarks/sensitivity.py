@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import runs
-from systems.folders import environment
+from systems.runs.folders import environment
 
 VOXELS = "configs/dreamfusion-toybox.yaml"
 HASH = "configs/dreamfusion-toybox-hashgrid.yaml"

@@ -21,8 +21,8 @@ from typing import Any
 import torch
 
 from benchmarks import runs
-from systems.config import load
-from systems.folders import environment
+from systems.runs.folders import environment
+from systems.settings.config import load
 
 CONFIG = "configs/dreamfusion-toybox.yaml"
 OBJECTS = ("sphere", "mushroom", "mug", "house", "rocket", "fish")

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import runs
-from systems.folders import environment
+from systems.runs.folders import environment
 
 STEPS = (25, 50, 100, 200, 400)
 RATES = (0.01, 0.02, 0.04, 0.08, 0.16)

@@ -22,7 +22,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from systems.folders import write_json
+from systems.runs.folders import write_json
 
 CONFIG = "configs/dreamfusion-toybox.yaml"
 WINDOWS = (2, 4, 8)

@@ -3,7 +3,8 @@
 The public names, from the bottom up; `docs/method.md` holds the mathematics.
 """
 
-from dreampropeller.anderson import Anderson as Anderson
+from dreampropeller.acceleration.anderson import Anderson as Anderson
+from dreampropeller.acceleration.secant import Secant as Secant
 from dreampropeller.calibration import Calibration as Calibration
 from dreampropeller.calibration import calibrate as calibrate
 from dreampropeller.calibration import choose as choose
@@ -24,7 +25,6 @@ from dreampropeller.predictor import Momentum as Momentum
 from dreampropeller.predictor import Predictor as Predictor
 from dreampropeller.predictor import RepeatLast as RepeatLast
 from dreampropeller.rng import StepRandom as StepRandom
-from dreampropeller.secant import Secant as Secant
 from dreampropeller.solution import Iteration as Iteration
 from dreampropeller.solution import NotConverged as NotConverged
 from dreampropeller.solution import Result as Result

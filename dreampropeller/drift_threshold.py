@@ -16,7 +16,7 @@ from statistics import median
 
 import torch
 
-from dreampropeller.arguments import is_number, is_whole
+from dreampropeller.checks import is_number, is_whole
 from dreampropeller.threshold import Observation, Threshold
 from dreampropeller.tree import Nest, State, moving, norms
 

@@ -19,12 +19,13 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from dreampropeller.buffers import buffer_drift, updated_buffers
 from dreampropeller.guard import Guard
 from dreampropeller.optimizers import OptimizerFactory, Optimizers, SchedulerFactory
 from dreampropeller.precision import Precision
 from dreampropeller.rng import StepRandom
 from dreampropeller.trajectory import Drift, Trajectory
-from dreampropeller.tree import Aux, Nest, State, copy_nest, differs
+from dreampropeller.tree import Aux, Nest, State, copy_nest
 
 Loss: TypeAlias = Callable[[int, State], Any]
 """`(step, y) -> loss` or `(loss, aux)`; new buffer values are written into `y`."""
@@ -258,54 +259,3 @@ class _LoopBody(nn.Module):
 
     def forward(self, step: int) -> Any:
         return self._loss(step, self.module)
-
-
-def buffer_drift(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> State:
-    """What an evaluation did to its buffers (Eq. 11); untouched ones are absent.
-
-    Args:
-        before: The buffers at the guess.
-        after: The same names after the evaluation, among others.
-
-    Returns:
-        For floating and boolean buffers `name` (the new value) and `name/changed`
-        (where it differs from the guess); for integer buffers the increment.
-
-    Raises:
-        ValueError: The evaluation changed a buffer's shape or type.
-    """
-    for name, old in before.items():
-        new = after[name]
-        if new.shape != old.shape or new.dtype != old.dtype:
-            raise ValueError(
-                f"The evaluation changed buffer `{name}` from {tuple(old.shape)} "
-                f"{old.dtype} to {tuple(new.shape)} {new.dtype}; change the structure "
-                "of a state in `Trajectory.jump`."
-            )
-    changed = {name: differs(after[name], old) for name, old in before.items()}
-    if not changed:
-        return {}
-    touched = torch.stack([mask.any() for mask in changed.values()]).tolist()
-    drift: State = {}
-    for (name, mask), was_touched in zip(changed.items(), touched, strict=True):
-        if not was_touched:
-            continue
-        new = after[name]
-        if new.is_floating_point() or new.is_complex() or new.dtype == torch.bool:
-            drift[name], drift[f"{name}/changed"] = new, mask
-        else:
-            drift[name] = new - before[name]
-    return drift
-
-
-def updated_buffers(y: State, drift: State) -> State:
-    """The buffers an update writes (Eq. 11): those the drift reports a change of."""
-    written: State = {}
-    for name, value in drift.items():
-        if name not in y:
-            continue
-        if f"{name}/changed" in drift:
-            written[name] = torch.where(drift[f"{name}/changed"], value, y[name])
-        elif not value.is_floating_point() and not value.is_complex():
-            written[name] = y[name] + value
-    return written

@@ -20,11 +20,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dreampropeller.anderson import Anderson
+from dreampropeller.acceleration.anderson import Anderson
+from dreampropeller.acceleration.secant import Secant
 from dreampropeller.dispatch.base import Dispatcher
 from dreampropeller.drift_threshold import DriftThreshold
 from dreampropeller.predictor import Predictor, as_predictor
-from dreampropeller.secant import Secant
 from dreampropeller.solution import Iteration, Stats
 from dreampropeller.solver import (
     NonFinite,

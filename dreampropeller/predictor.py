@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from dreampropeller.arguments import is_number, is_whole
+from dreampropeller.checks import is_number, is_whole
 from dreampropeller.trajectory import Parents, Trajectory
 from dreampropeller.tree import Nest, State, copy_nest, mean_square
 

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from dreampropeller.arguments import is_number
+from dreampropeller.checks import is_number
 from dreampropeller.tree import Nest, State, mean_square
 
 

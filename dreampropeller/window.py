@@ -6,7 +6,7 @@ import abc
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from dreampropeller.arguments import is_whole
+from dreampropeller.checks import is_whole
 from dreampropeller.tree import Nest
 
 

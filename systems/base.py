@@ -1,9 +1,9 @@
-"""What every system offers: a trajectory to solve, and ways to look at a state."""
+"""What every 3D system offers: a trajectory to solve, and ways to look at a state."""
 
 from __future__ import annotations
 
 import abc
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,21 +12,23 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 import dreampropeller as dp
-from dreampropeller.dispatch.devices import local_device
 from dreampropeller.precision import LOSS_SCALE
-from systems.cameras import RandomCameras, Views
-from systems.config import Config
-from systems.reader import ConfigError, read
+from systems import artefacts
+from systems.problem import Problem
+from systems.scene.cameras import RandomCameras, Views
+from systems.settings.config import Config
+from systems.settings.reader import ConfigError, read
 
 if TYPE_CHECKING:
     import trimesh
 
+PREVIEW_VIEWS = 4
 
-class System(abc.ABC):
+
+class System(Problem):
     """A way to make a 3D object.
 
-    A system is built from its config alone, the same on every rank; what is optimised
-    is a state that it renders and exports but does not keep.
+    What is optimised is a state that the system renders and exports but does not keep.
 
     Args:
         config: The run.
@@ -34,31 +36,37 @@ class System(abc.ABC):
 
     """
 
+    sections = frozenset(
+        {"system", "data", "data_type", "resume", "trainer", "checkpoint", "quality"}
+    )
+
     def __init__(self, config: Config, device: torch.device | None = None) -> None:
-        self.config = config
-        self.device = device or local_device()
-        self.random = dp.StepRandom(config.seed)
+        super().__init__(config, device)
         self.cameras = read(RandomCameras, config.data, "data")
 
     @property
-    @abc.abstractmethod
-    def prompt(self) -> str:
-        """What is wanted."""
+    def num_steps(self) -> int:
+        """`trainer.max_steps`."""
+        return self.config.trainer.max_steps
 
     @property
     @abc.abstractmethod
     def scene(self) -> nn.Module:
-        """Renders views; its parameters and buffers are the state."""
+        """What is rendered."""
 
-    @abc.abstractmethod
-    def trajectory(self) -> dp.OptimizationTrajectory:
-        """The optimisation. Loads the pretrained model."""
+    @property
+    def module(self) -> nn.Module:
+        """What is optimised: its parameters and buffers are the state.
+
+        More than the scene where guidance learns too (variational score distillation).
+        """
+        return self.scene
 
     @abc.abstractmethod
     def render(
         self, y: dp.State, views: Views, grey: float | None = None
     ) -> tuple[Float[Tensor, "views 3 height width"], Float[Tensor, "views 1 h w"]]:
-        """Final-look pictures and opacity of a state, on the CPU.
+        """Final-look images and opacity of a state, on the CPU.
 
         Args:
             y: The state.
@@ -74,34 +82,52 @@ class System(abc.ABC):
             EmptySurface: There is none.
         """
 
-    def solver(self) -> dp.Solver:
-        """The solver the config asks for."""
-        return self.config.solver.build()
-
     def turntable(
         self, y: dp.State, count: int | None = None
     ) -> Iterator[Float[Tensor, "3 height width"]]:
-        """Pictures from all around.
+        """Images from all around.
 
         Args:
             y: The state.
             count: How many; default: `data.n_test_views`.
         """
         views = self.cameras.turntable(count)
-        for number in range(len(views.cameras)):
-            yield self.render(y, views.one(number))[0][0]
+        for index in range(len(views.cameras)):
+            yield self.render(y, views.one(index))[0][0]
+
+    def preview(self, y: dp.State) -> Float[Tensor, "images 3 height width"]:
+        """A few images from all around."""
+        return torch.stack(list(self.turntable(y, PREVIEW_VIEWS)))
+
+    def write(self, folder: Path, y: dp.State) -> dict[str, Any]:
+        """Write turntable, quality and mesh; see `systems.artefacts`."""
+        return artefacts.write(folder, self, y)
+
+    def summary(self, report: dict[str, Any]) -> list[str]:
+        """Quality and mesh, for the terminal."""
+        return artefacts.summary(report)
+
+    def rows_vary(self, name: str) -> bool:
+        """Whether a tensor of the state may have any number of rows; default: none."""
+        del name
+        return False
 
     def check_state(self, y: dp.State, where: str | Path) -> None:
         """Refuse a state of another system; its precision may be another.
 
+        Tensors are compared by name and shape, without the number of rows where
+        `rows_vary`.
+
         Raises:
             ConfigError: Names the first difference.
         """
-        own = dict(self.scene.named_buffers())
-        own |= {n: p for n, p in self.scene.named_parameters() if p.requires_grad}
+        own = dict(self.module.named_buffers())
+        own |= {n: p for n, p in self.module.named_parameters() if p.requires_grad}
 
         def shape(tensors: Mapping[str, Tensor], name: str) -> tuple[int, ...] | str:
-            return tuple(tensors[name].shape) if name in tensors else "nothing"
+            if name not in tensors:
+                return "nothing"
+            return tuple(tensors[name].shape)[self.rows_vary(name) :]
 
         for name in [*y, *own]:
             if name != LOSS_SCALE and shape(y, name) != shape(own, name):
@@ -110,59 +136,3 @@ class System(abc.ABC):
                     f"has shape {shape(y, name)}, the config makes {shape(own, name)}. "
                     "Use the `config.yaml` of the run it came from."
                 )
-
-
-class EmptySurface(ValueError):
-    """There is no surface at the threshold; the message gives advice."""
-
-
-def extract_mesh(
-    density: Callable[[Tensor], Tensor],
-    colour: Callable[[Tensor], Tensor],
-    radius: float,
-    resolution: int,
-    threshold: float,
-) -> Any:
-    """The surface of a density by marching cubes.
-
-    Args:
-        density: Of points ``(points, 3)``.
-        colour: From 0 to 1, of points.
-        radius: Half the side of the cube that is searched.
-        resolution: Grid points a side.
-        threshold: The density at the surface.
-
-    Raises:
-        EmptySurface: The density is nowhere above the threshold, or everywhere.
-    """
-    import trimesh
-    from skimage.measure import marching_cubes
-
-    side = torch.linspace(-radius, radius, resolution)
-    grid = torch.cartesian_prod(side, side, side)
-    values = torch.cat([density(part) for part in grid.split(2**18)])
-    volume = values.reshape(resolution, resolution, resolution)
-    low, high = float(values.min()), float(values.max())
-    if not low < threshold < high:
-        middle = max(high / 2, 1e-3)
-        raise EmptySurface(
-            f"There is no surface at density {threshold:g}: the densities of this "
-            f"object go from {low:.3g} to {high:.3g}. Try "
-            f"`system.geometry.isosurface_threshold={middle:.3g}`, or more steps "
-            "(`trainer.max_steps`)."
-        )
-    # Close the object where it leaves the cube.
-    for axis in range(3):
-        volume.select(axis, 0).fill_(low)
-        volume.select(axis, -1).fill_(low)
-    corners, faces, _, _ = marching_cubes(volume.numpy(), threshold)
-    vertices = torch.from_numpy(corners.copy()).float()
-    vertices = vertices * (2 * radius / (resolution - 1)) - radius
-    colours = torch.cat([colour(part) for part in vertices.split(2**18)])
-    return trimesh.Trimesh(
-        vertices.numpy(),
-        # Densities rise inwards, so the faces come out inside out.
-        faces[:, ::-1],
-        vertex_colors=(colours.clamp(0, 1) * 255).round().byte().numpy(),
-        process=False,
-    )

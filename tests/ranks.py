@@ -26,7 +26,7 @@ from dreampropeller import (
     WorkerError,
     solve,
 )
-from dreampropeller.dispatch.devices import local_device
+from dreampropeller.dispatch.process_group import local_device
 from dreampropeller.trajectory import Drift
 from tests.helpers import TOYS, OrnsteinUhlenbeck, make_growing
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from dreampropeller import WorkerError
-from dreampropeller.dispatch.devices import hide_others, local_device, open_group
+from dreampropeller.dispatch.process_group import hide_others, local_device, open_group
 
 BOTH = "cpu:gloo,cuda:nccl"
 

@@ -10,7 +10,7 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-from systems.reader import ConfigError
+from systems.settings.reader import ConfigError
 
 
 def import_threestudio(root: str | None) -> tuple[Any, Any]:

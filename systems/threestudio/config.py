@@ -8,8 +8,8 @@ from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
-from systems.config import DispatchConfig, SolverConfig, override
-from systems.reader import ConfigError, read
+from systems.settings.config import DispatchConfig, SolverConfig, override
+from systems.settings.reader import ConfigError, read
 
 _OURS = ("backend", "threestudio", "solver", "dispatch")
 

@@ -17,11 +17,11 @@ from omegaconf import OmegaConf
 
 import dreampropeller as dp
 from dreampropeller.adapters.threestudio import ThreestudioTrajectory, make_trajectory
-from dreampropeller.dispatch import devices
-from systems import workers
-from systems.config import DispatchConfig, is_rank
-from systems.reader import ConfigError
-from systems.recorder import STOP
+from dreampropeller.dispatch import process_group
+from systems.runs import workers
+from systems.runs.recorder import STOP
+from systems.settings.config import DispatchConfig, is_rank
+from systems.settings.reader import ConfigError
 from systems.threestudio.checkout import import_threestudio
 from systems.threestudio.config import BackendConfig, split
 from systems.threestudio.recorder import Recorder, load_state
@@ -98,26 +98,27 @@ def work(
     trajectory = build()
     if leads and dist.is_initialized():
         dist.barrier()
-    run = Recorder(trajectory, cfg, lightning, ours, leads=leads or rank is None)
-    if run.leads:
-        run.snapshot(path)
+    recorder = Recorder(
+        trajectory, cfg, lightning, ours, leads=leads or rank is None, stop=stop
+    )
+    if recorder.leads:
+        recorder.snapshot(path)
     dispatcher = dp.InlineDispatcher if rank is None else spread(ours.dispatch)
-    solver = ours.solver.build()
-    with run.listening(stop):
-        try:
-            solution = dp.solve(
-                trajectory, solver, dispatcher, state=state, on_iteration=run
-            )
-        except dp.NotConverged as error:
-            if run.leads:
-                run.save(error.solution.state)
-            raise
-    if run.leads:
-        run.finish(solution)
+
+    def solve(on_iteration: Any) -> dp.Solution[Any]:
+        return dp.solve(
+            trajectory,
+            ours.solver.build(),
+            dispatcher,
+            state=state,
+            on_iteration=on_iteration,
+        )
+
+    code = recorder.run(solve)
     if dist.is_initialized():
         dist.barrier()  # rank 0 renders its pictures in peace
         dist.destroy_process_group()
-    return 128 + run.stop.signal if run.stop.signal else 0
+    return code
 
 
 def join(ours: BackendConfig) -> int | None:
@@ -128,10 +129,10 @@ def join(ours: BackendConfig) -> int | None:
     if not is_rank():
         return None
     rank = int(os.environ["RANK"])
-    num_gpus = devices.hide_others()
+    num_gpus = process_group.hide_others()
     # Rank 0 renders validation and test pictures while the others wait for it.
     timeout = timedelta(seconds=ours.dispatch.timeout)
-    devices.open_group(timeout, num_gpus)
+    process_group.open_group(timeout, num_gpus)
     for name in _RANKS:
         os.environ.pop(name, None)
     return rank

@@ -12,11 +12,11 @@ from pathlib import Path
 
 import torch
 
-from systems.cameras import Cameras
+from systems.images import save_sheet
+from systems.scene.cameras import Cameras
 from systems.toybox import WEIGHTS
 from systems.toybox.captions import HELD_OUT, VIEWS, parse, view_in
 from systems.toybox.objects import COLOURS, OBJECTS
-from systems.toybox.pictures import save_sheet
 from systems.toybox.truth import truth, view_cameras
 
 

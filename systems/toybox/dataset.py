@@ -18,7 +18,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dreampropeller import StepRandom
-from systems.cameras import Cameras
+from systems.scene.cameras import Cameras
 from systems.toybox.captions import HELD_OUT, VIEWS, caption, view_of
 from systems.toybox.objects import COLOURS, OBJECTS
 from systems.toybox.render import render

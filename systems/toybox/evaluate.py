@@ -18,11 +18,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from systems.images import save_sheet
 from systems.toybox import WEIGHTS, classifier, pipeline
 from systems.toybox.captions import HELD_OUT, SCORED, VIEWS, caption, view_in
 from systems.toybox.classifier import Judgement
 from systems.toybox.objects import COLOURS, OBJECTS
-from systems.toybox.pictures import save_sheet
 from systems.toybox.truth import truth, view_cameras
 
 NUM_PROMPTS = 200

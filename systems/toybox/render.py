@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from systems.cameras import Cameras
+from systems.scene.cameras import Cameras
 from systems.toybox.objects import COLOURS, OBJECTS, ToyObject
 
 AMBIENT = 0.45

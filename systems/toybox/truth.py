@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from systems.cameras import Cameras
+from systems.scene.cameras import Cameras
 from systems.toybox.captions import parse
 from systems.toybox.objects import OBJECTS
 from systems.toybox.render import RADIUS, Render, render

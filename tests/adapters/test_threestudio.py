@@ -19,13 +19,13 @@ from dreampropeller import (
     launch,
     solve,
 )
+from dreampropeller.adapters.lightning import NotReproducible
 from dreampropeller.adapters.threestudio import (
     GrowingTrajectory,
     ThreestudioTrajectory,
     accelerate,
     make_trajectory,
 )
-from dreampropeller.adapters.verification import NotReproducible
 from dreampropeller.checkpoint import load, save
 from tests.adapters import standin
 from tests.adapters.recording import tensors_of

@@ -6,8 +6,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 
-from dreampropeller.adapters.lift3d import ThreestudioTrajectory
-from dreampropeller.adapters.threestudio import make_trajectory
+from dreampropeller.adapters.threestudio import ThreestudioTrajectory, make_trajectory
 from tests.adapters import standin
 from tests.adapters.recording import Replay
 

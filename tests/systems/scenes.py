@@ -10,8 +10,8 @@ import torch
 
 import dreampropeller as dp
 from systems import build
-from systems.config import load
 from systems.dreamfusion import DreamFusion
+from systems.settings.config import load
 
 TOYBOX = "configs/dreamfusion-toybox.yaml"
 SMALL = (

@@ -16,7 +16,7 @@ import torch
 import dreampropeller as dp
 from benchmarks import runs, sampling, sensitivity, speedup, tune, wallclock
 from systems import build
-from systems.config import load
+from systems.settings.config import load
 from tests.systems.scenes import SMALL, TOYBOX
 
 

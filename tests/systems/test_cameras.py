@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from dreampropeller import StepRandom
-from systems.cameras import Cameras, RandomCameras
+from systems.scene.cameras import Cameras, RandomCameras
 
 ROOM = RandomCameras(batch_size=6, height=4, width=8)
 

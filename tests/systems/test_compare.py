@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 
 import launch
-from systems.report import figures
-from systems.report.runs import open_run, quality_over_time, system_of
+from systems.runs.report import figures
+from systems.runs.report.runs import open_run, quality_over_time, system_of
 from tests.systems.scenes import SMALL, TOYBOX, small
 
 ROOT = Path(__file__).parent.parent.parent

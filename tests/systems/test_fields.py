@@ -8,11 +8,15 @@ from typing import Any
 import pytest
 import torch
 
-from systems.fields import ImplicitVolume, VoxelGrid
-from systems.fields.base import Field
-from systems.fields.hash_grid import HashGrid, HashGridConfig, ImplicitVolumeConfig
-from systems.fields.voxel_grid import VoxelGridConfig
-from systems.networks import MLP, spherical_harmonics
+from systems.scene.fields import ImplicitVolume, VoxelGrid
+from systems.scene.fields.base import Field
+from systems.scene.fields.hash_grid import (
+    HashGrid,
+    HashGridConfig,
+    ImplicitVolumeConfig,
+)
+from systems.scene.fields.voxel_grid import VoxelGridConfig
+from systems.scene.networks import MLP, spherical_harmonics
 
 POINTS = torch.rand(50, 3, generator=torch.Generator().manual_seed(1)) * 1.6 - 0.8
 

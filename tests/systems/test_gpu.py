@@ -12,11 +12,11 @@ import dreampropeller as dp
 from dreampropeller import StepRandom
 from dreampropeller.adapters.diffusers import sample
 from systems import quality
-from systems.config import load
 from systems.dreamfusion import DreamFusion
 from systems.extras import probe
-from systems.fields.hash_grid import HashGridConfig, _make_encoding
-from systems.renderers.volume import VolumeRenderer, _can_march
+from systems.scene.fields.hash_grid import HashGridConfig, _make_encoding
+from systems.scene.renderers.volume import VolumeRenderer, _can_march
+from systems.settings.config import load
 from systems.toybox import pipeline as toybox
 from tests.systems.scenes import SMALL, TOYBOX, small
 

@@ -18,7 +18,7 @@ import yaml
 
 import launch
 from dreampropeller import checkpoint
-from systems.folders import folder_of
+from systems.runs.folders import folder_of
 from tests.helpers import tree_equal
 from tests.systems.scenes import SMALL, TOYBOX
 

@@ -27,12 +27,13 @@ from transformers import (
 
 import dreampropeller as dp
 from dreampropeller import StepRandom
-from systems import build, priors
-from systems.cameras import Cameras
-from systems.config import load
-from systems.guidance import GuidanceConfig, ScoreDistillation
-from systems.priors import ModelError, Prior, Words
-from systems.prompts import PromptConfig
+from systems import build
+from systems.guidance import priors
+from systems.guidance.priors import ModelError, Prior, Words
+from systems.guidance.prompts import PromptConfig
+from systems.guidance.sds import GuidanceConfig, ScoreDistillation
+from systems.scene.cameras import Cameras
+from systems.settings.config import load
 from systems.toybox import WEIGHTS, pipeline
 from systems.toybox.pipeline import rescaled
 
@@ -152,7 +153,7 @@ def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
 
-def tiny(config: str, model: Path) -> dp.OptimizationTrajectory:
+def tiny(config: str, model: Path) -> dp.Trajectory[Any]:
     overrides = [
         "system.prompt_processor.prompt=a",
         f"system.guidance.pretrained_model_name_or_path={model}",

@@ -11,15 +11,15 @@ import torch
 from torch import Tensor
 
 from dreampropeller import StepRandom
-from systems.backgrounds import Random, RandomConfig, Solid, SolidConfig
-from systems.cameras import Cameras, RandomCameras, Views
-from systems.fields import VoxelGrid
-from systems.fields.base import Field, FieldConfig
-from systems.fields.voxel_grid import VoxelGridConfig
-from systems.materials import Albedo, AlbedoConfig, PointLight, PointLightConfig
-from systems.renderers import volume
-from systems.renderers.occupancy import Occupancy, OccupancyConfig
-from systems.renderers.volume import VolumeConfig, VolumeRenderer
+from systems.scene.backgrounds import Random, RandomConfig, Solid, SolidConfig
+from systems.scene.cameras import Cameras, RandomCameras, Views
+from systems.scene.fields import VoxelGrid
+from systems.scene.fields.base import Field, FieldConfig
+from systems.scene.fields.voxel_grid import VoxelGridConfig
+from systems.scene.materials import Albedo, AlbedoConfig, PointLight, PointLightConfig
+from systems.scene.renderers import volume
+from systems.scene.renderers.occupancy import Occupancy, OccupancyConfig
+from systems.scene.renderers.volume import VolumeConfig, VolumeRenderer
 
 DICE = StepRandom(0)
 WHITE = Solid(SolidConfig())

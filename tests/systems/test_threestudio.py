@@ -10,7 +10,7 @@ import pytest
 
 import dreampropeller as dp
 import launch
-from systems.reader import ConfigError
+from systems.settings.reader import ConfigError
 from systems.threestudio.checkout import import_threestudio
 from systems.threestudio.config import split
 from systems.threestudio.recorder import load_state

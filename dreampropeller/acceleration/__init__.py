@@ -1,0 +1,1 @@
+"""What is learnt from the iterations before, to need fewer of them."""

@@ -1,0 +1,242 @@
+r"""Anderson acceleration of the guesses, kept triangular (Eqs. 15 to 17).
+
+A Picard iteration maps guesses $\hat y_j$ of the window's states to new ones $G_j$.
+With residuals $r_j = G_j - \hat y_j$ and differences $\Delta$ to the iteration before,
+the next guess of state $j$ is
+
+$$\hat y_j \leftarrow G_j - \sum_{a=1}^{m} \gamma_{j,a}\, \Delta^{(a)} G_j, \qquad
+  \gamma_j = \arg\min_\gamma \sum_{i \le j} \Bigl\lVert r_i - \sum_a \gamma_a\,
+  \Delta^{(a)} r_i \Bigr\rVert^2 + \lambda \tau_j \lVert \gamma \rVert^2 .$$
+
+The sum ends at $j$: a guess never depends on the residuals of later states, as a state
+never depends on later ones. So where all earlier residuals are zero nothing is changed,
+and what Picard's iteration solves in k iterations stays solved.
+
+References:
+    Tang et al. 2024, arXiv 2402.09970 (triangular Anderson acceleration, ParaTAA);
+    Walker and Ni 2011, SIAM J. Numer. Anal. 49 (the unrestricted method).
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float64
+from torch import Tensor
+
+from dreampropeller.checks import is_number, is_whole
+from dreampropeller.trajectory import Trajectory
+from dreampropeller.tree import Nest, State, norm
+
+
+@dataclass(frozen=True)
+class Corrected:
+    """What an iteration's guesses become.
+
+    Attributes:
+        guesses: The next guesses, first those that may be trusted, shape ``(ahead,)``.
+        trusted: How many of them; from there on take the plain ones.
+        history: The memory after this iteration.
+    """
+
+    guesses: list[State]
+    trusted: int
+    history: Nest
+
+
+@dataclass(frozen=True)
+class Anderson:
+    r"""Correct the next guesses by the residuals of past iterations (Eqs. 15 to 17).
+
+    Only guesses change: the anchor is rolled out as ever, and what passes is decided by
+    the same comparison, so at threshold 0 the result is that of `Sequential` bit for
+    bit (`test_anderson.py`). It is meant for smooth drifts without noise of their own,
+    as those of an ODE sampler: differences of two iterations must be secants.
+
+    Only floating entries are corrected. It keeps two states a slot and iteration.
+
+    Args:
+        memory: Past iterations $m$ used, at least 1.
+        order: Updates from a guess to the new state that it is compared with, at least
+            1. None: from the anchor, as in the published Picard iteration. Costs
+            `order` updates a slot, and a copy of the carry.
+        ridge: The share $\lambda$ of the mean diagonal $\tau_j$ of the least squares'
+            matrix that is added to it, above 0.
+        limit: From the first state on whose correction is not finite, or longer than so
+            many times its residual, guesses stay plain.
+    """
+
+    memory: int = 2
+    order: int | None = None
+    ridge: float = 1e-4
+    limit: float = 4.0
+
+    def __post_init__(self) -> None:
+        order = 1 if self.order is None else self.order
+        for name, number in (("memory", self.memory), ("order", order)):
+            if not is_whole(number) or number < 1:
+                raise ValueError(
+                    f"`acceleration.{name}` is {number!r}: write a whole number, 1 "
+                    "or more, as `Anderson(memory=2)`, or `acceleration=None` for none."
+                )
+        for name, share in (("ridge", self.ridge), ("limit", self.limit)):
+            if not (is_number(share) and 0 < share < math.inf):
+                raise ValueError(
+                    f"`acceleration.{name}` is {share!r}: write a number above 0."
+                )
+
+    def init(self) -> Nest:
+        """No iteration yet."""
+        return []
+
+    def proposals(
+        self,
+        trajectory: Trajectory[Any],
+        step: int,
+        guesses: Sequence[State],
+        drifts: Sequence[State | None],
+        carries: Sequence[Nest],
+        rolled: Sequence[State],
+    ) -> list[State]:
+        """The new states $G$, each rolled out over `order` updates.
+
+        Args:
+            trajectory: Whose update it is.
+            step: The anchor's step.
+            guesses: The states the drifts belong to, shape ``(window,)``.
+            drifts: None where an update is left out, shape ``(window,)``.
+            carries: The carry before each update, which is consumed, shape
+                ``(window,)``; empty without an order.
+            rolled: The anchor and what is rolled out from it, shape ``(window + 1,)``.
+        """
+        if self.order is None:
+            return list(rolled)
+        made = list(rolled[: self.order + 1])
+        with torch.no_grad():
+            for begin in range(1, len(drifts) - self.order + 1):
+                y, carry = guesses[begin], carries[begin]
+                for slot in range(begin, begin + self.order):
+                    drift = drifts[slot]
+                    if drift is not None:
+                        y, carry = trajectory.update(step + slot, y, carry, drift)
+                made.append(y)
+        return made
+
+    def correct(
+        self,
+        history: Nest,
+        step: int,
+        guesses: Sequence[State],
+        states: Sequence[State],
+    ) -> Corrected:
+        """The next guesses of the states that are still to be solved.
+
+        Args:
+            history: What was kept of past iterations, the newest first.
+            step: The step of the first state: the new anchor's, where the first guess
+                failed. Its residual counts; it is not corrected.
+            guesses: The states as guessed, shape ``(ahead + 1,)``.
+            states: The same as `proposals` made them, shape ``(ahead + 1,)``.
+        """
+        residuals = [
+            _difference(state, guess)
+            for state, guess in zip(states, guesses, strict=True)
+        ]
+        kept = [_floating(state) for state in states]
+        now = {"step": step, "residuals": residuals, "states": kept}
+        records = [now, *history[: self.memory]]
+        ahead: list[State] = []
+        trusted = len(states) - 1
+        matrix = torch.zeros(self.memory, self.memory, dtype=torch.float64)
+        right = torch.zeros(self.memory, dtype=torch.float64)
+        for place, state in enumerate(states):
+            seen = _seen(records, step + place)
+            columns = [_difference(a, b) for (a, _), (b, _) in itertools.pairwise(seen)]
+            count = len(columns)  # it never grows along the window: late slots are new
+            matrix[:count, :count] += _products(columns, columns)
+            right[:count] += _products(columns, [residuals[place]])[:, 0]
+            if place == 0:
+                continue
+            weights = self._solved(matrix[:count, :count], right[:count])
+            moves = [_difference(a, b) for (_, a), (_, b) in itertools.pairwise(seen)]
+            correction = _combined(moves, weights)
+            longest = self.limit * norm(residuals[place])
+            # A NaN is not within bounds either.
+            if correction and not norm(correction) <= longest:
+                trusted = min(trusted, place - 1)
+            moved = {
+                name: (_wide(state[name]) - move).to(state[name].dtype)
+                for name, move in correction.items()
+            }
+            ahead.append({**state, **moved})
+        return Corrected(ahead, trusted, records[: self.memory])
+
+    def _solved(
+        self,
+        matrix: Float64[Tensor, "columns columns"],
+        right: Float64[Tensor, " columns"],
+    ) -> list[float]:
+        """Weights of the columns; zeros where there is nothing to correct."""
+        mean = float(matrix.diagonal().sum()) / max(1, len(right))
+        if not 0 < mean < math.inf or not bool(right.any()):
+            return [0.0] * len(right)
+        identity = torch.eye(len(right), dtype=matrix.dtype)
+        return torch.linalg.solve(matrix + self.ridge * mean * identity, right).tolist()
+
+
+def _seen(records: Sequence[Nest], step: int) -> list[tuple[State, State]]:
+    """Residual and new state of a step, by iteration, the newest first.
+
+    It ends where the step was not in the window: what is older is of another guess.
+    """
+    found: list[tuple[State, State]] = []
+    for record in records:
+        place = step - record["step"]
+        if not 0 <= place < len(record["states"]):
+            break
+        found.append((record["residuals"][place], record["states"][place]))
+    return found
+
+
+def _floating(state: State) -> State:
+    return {n: value for n, value in state.items() if value.is_floating_point()}
+
+
+def _difference(new: State, old: State) -> State:
+    """Over the floating entries; half precision is widened before it cancels."""
+    return {name: _wide(new[name]) - _wide(old[name]) for name in _floating(new)}
+
+
+def _wide(value: Tensor) -> Tensor:
+    return value.float() if value.dtype.itemsize < 4 else value
+
+
+def _products(
+    rows: Sequence[State], columns: Sequence[State]
+) -> Float64[Tensor, "rows columns"]:
+    """Inner products over all entries, on the CPU."""
+    total = torch.zeros(len(rows), len(columns), dtype=torch.float64)
+    if not rows:
+        return total
+    for name in rows[0]:
+        left = torch.stack([row[name].flatten() for row in rows])
+        right = torch.stack([column[name].flatten() for column in columns])
+        total += (left @ right.T).to("cpu", torch.float64)
+    return total
+
+
+def _combined(moves: Sequence[State], weights: Sequence[float]) -> State:
+    """The weighted sum; empty where all weights are zero, so that bits stay."""
+    if not any(weights):
+        return {}
+    return {
+        name: torch.stack(
+            [w * move[name] for move, w in zip(moves, weights, strict=True)]
+        ).sum(0)
+        for name in moves[0]
+    }

@@ -1,0 +1,10 @@
+"""Any `LightningModule` with automatic optimisation, as a trajectory."""
+
+from dreampropeller.adapters.lightning.trajectory import Keyed as Keyed
+from dreampropeller.adapters.lightning.trajectory import (
+    LightningTrajectory as LightningTrajectory,
+)
+from dreampropeller.adapters.lightning.verification import (
+    NotReproducible as NotReproducible,
+)
+from dreampropeller.adapters.lightning.verification import verify as verify

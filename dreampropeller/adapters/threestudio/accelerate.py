@@ -1,0 +1,111 @@
+r"""Any unmodified threestudio system, accelerated.
+
+    from dreampropeller.adapters.threestudio import accelerate
+
+    dm = threestudio.find(cfg.data_type)(cfg.data)
+    system = threestudio.find(cfg.system_type)(cfg.system)
+    solution = accelerate(system, dm, num_steps=10000, window=8)
+
+Run it under `torchrun --nproc-per-node=8`: the window is spread over the ranks. How to
+prepare such a run is in `docs/threestudio.md`.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from dreampropeller.acceleration.anderson import Anderson
+from dreampropeller.acceleration.secant import Secant
+from dreampropeller.adapters.lightning.trajectory import Keyed
+from dreampropeller.adapters.threestudio.growing import GrowingTrajectory, grows
+from dreampropeller.adapters.threestudio.trajectory import (
+    ThreestudioTrajectory,
+)
+from dreampropeller.dispatch.base import Dispatcher, InlineDispatcher
+from dreampropeller.dispatch.distributed import DistributedDispatcher
+from dreampropeller.drift_threshold import DriftThreshold
+from dreampropeller.picard import PicardSolver
+from dreampropeller.predictor import Predictor
+from dreampropeller.solution import Solution
+from dreampropeller.solver import SolverState, solve
+from dreampropeller.threshold import Threshold
+from dreampropeller.trajectory import Trajectory
+from dreampropeller.window import SlidingWindow
+
+
+def make_trajectory(
+    system: Any, datamodule: Any, config: Any = None, **options: Any
+) -> ThreestudioTrajectory:
+    """The trajectory that fits a system: fixed or growing.
+
+    Args:
+        system: See `ThreestudioTrajectory`.
+        datamodule: See `ThreestudioTrajectory`.
+        config: See `ThreestudioTrajectory`.
+        **options: Further arguments of `ThreestudioTrajectory`.
+    """
+    kind = GrowingTrajectory if grows(system) else ThreestudioTrajectory
+    return kind(system, datamodule, config, **options)
+
+
+def accelerate(
+    system: Any,
+    datamodule: Any,
+    *,
+    num_steps: int,
+    window: int = 8,
+    threshold: Threshold | None = None,
+    predictor: str | Predictor = "repeat_last",
+    acceleration: Secant | Anderson | None = None,
+    config: Any = None,
+    state: SolverState[Any] | None = None,
+    verify: bool = True,
+    on_iteration: Callable[[Any, Any], bool | None] | None = None,
+    random: Keyed | None = None,
+) -> Solution[Any]:
+    """Train a system; it holds the result afterwards.
+
+    Under `torchrun`, or within a process group, the window is spread over the ranks.
+    In a single process every drift is evaluated here, which is right but no faster:
+    the gain comes from further devices.
+
+    Args:
+        system: See `ThreestudioTrajectory`.
+        datamodule: See `ThreestudioTrajectory`.
+        num_steps: The number of steps.
+        window: Steps tried at once; one per device is a good start.
+        threshold: What error counts as converged; default: `DriftThreshold()`.
+        predictor: How new steps are guessed.
+        acceleration: See `PicardSolver`.
+        config: The experiment's config, for its seed and precision.
+        state: Where to continue from.
+        verify: Check first that drifts do not depend on the order of evaluation.
+        on_iteration: See `solve`.
+        random: Keys the random streams in place of the seed.
+    """
+    trajectory = make_trajectory(
+        system, datamodule, config, num_steps=num_steps, verify=verify, random=random
+    )
+    solver = PicardSolver(
+        SlidingWindow(window),
+        threshold or DriftThreshold(),
+        predictor,
+        acceleration=acceleration,
+    )
+    solution = solve(
+        trajectory, solver, dispatcher(), state=state, on_iteration=on_iteration
+    )
+    trajectory.settle(solution.state.step, solution.value)
+    return solution
+
+
+def dispatcher() -> Callable[[Trajectory[Any]], Dispatcher]:
+    """The ranks of a process group or of `torchrun`, or this process alone."""
+    grouped = torch.distributed.is_available() and torch.distributed.is_initialized()
+    if grouped or {"RANK", "WORLD_SIZE"} <= os.environ.keys():
+        return DistributedDispatcher
+    return InlineDispatcher

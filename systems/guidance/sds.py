@@ -1,0 +1,209 @@
+r"""Score distillation: a diffusion model says how images should change.
+
+An image $x$ is noised to $x_t = \alpha_t x + \sigma_t \epsilon$; the gradient
+
+$$g = w(t)\,\bigl(\hat\epsilon(x_t, t, c) - \epsilon\bigr)$$
+
+pulls it towards what the model expects of the prompt $c$ (SDS; B. Poole et al., 2022,
+arXiv 2209.14988, Eq. 3). Timestep and noise belong to the step.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from dreampropeller import StepRandom
+from systems.guidance.base import Guidance, Log
+from systems.guidance.priors import Prior, Words, load
+from systems.guidance.prompts import PromptConfig
+from systems.scene.cameras import Cameras
+from systems.settings.checks import at_least, between, one_of
+from systems.settings.schedules import (
+    Schedule,
+    check_order,
+    check_schedule,
+    value_at,
+)
+
+
+@dataclass(frozen=True)
+class GuidanceConfig:
+    r"""Score distillation from a diffusers pipeline (`system.guidance` in a config).
+
+    Args:
+        pretrained_model_name_or_path: "toybox", a hub model, or a local folder.
+        guidance_scale: Of classifier-free guidance, 1 for none.
+        guidance_rescale: Pulls guided answers back in range, from 0 (off) to 1.
+        weighting_strategy: w(t): "sds" is $1 - \bar\alpha_t$, "uniform" is 1,
+            "fantasia3d" is $\sqrt{\bar\alpha_t}\,(1 - \bar\alpha_t)$.
+        min_step_percent: Least timestep, as a share of all, from 0 to 1 (the name is
+            threestudio's); a number or a schedule.
+        max_step_percent: Largest timestep; never below the least.
+        grad_clip: Largest absolute entry of the gradient; a number, a schedule or null.
+        half_precision_weights: Half precision on a GPU.
+        enable_memory_efficient_attention: torch's fused attention; false takes the
+            plain one.
+    """
+
+    pretrained_model_name_or_path: str
+    guidance_scale: float = 100.0
+    guidance_rescale: float = 0.0
+    weighting_strategy: str = "sds"
+    min_step_percent: Schedule = 0.02
+    max_step_percent: Schedule = 0.98
+    grad_clip: Schedule = None
+    half_precision_weights: bool = True
+    enable_memory_efficient_attention: bool = True
+
+    def __post_init__(self) -> None:
+        one_of(
+            "weighting_strategy",
+            self.weighting_strategy,
+            ("sds", "uniform", "fantasia3d"),
+        )
+        between("guidance_rescale", self.guidance_rescale, 0, 1)
+        low, high = "min_step_percent", "max_step_percent"
+        check_schedule(low, self.min_step_percent, 0, 1)
+        check_schedule(high, self.max_step_percent, 0, 1)
+        check_order(low, self.min_step_percent, high, self.max_step_percent)
+        at_least("guidance_scale", self.guidance_scale, 0)
+        if self.grad_clip is not None:
+            check_schedule("grad_clip", self.grad_clip, 0)
+
+    @property
+    def scale(self) -> float:
+        """s, the weight of the prompt; 1 asks the conditional model alone."""
+        return self.guidance_scale
+
+
+@dataclass(frozen=True)
+class StableDiffusionConfig(GuidanceConfig):
+    """The same as threestudio counts it: its guidance scale is s − 1, 0 for none."""
+
+    pretrained_model_name_or_path: str = "runwayml/stable-diffusion-v1-5"
+
+    @property
+    def scale(self) -> float:
+        """The weight of the prompt, s."""
+        return self.guidance_scale + 1
+
+
+@dataclass(frozen=True)
+class DeepFloydConfig(StableDiffusionConfig):
+    """Likewise, with threestudio's defaults for DeepFloyd IF."""
+
+    pretrained_model_name_or_path: str = "DeepFloyd/IF-I-XL-v1.0"
+    guidance_scale: float = 20.0
+
+
+class ScoreDistillation(Guidance):
+    """The SDS loss of images.
+
+    Args:
+        config: Its settings.
+        prior: The model.
+        words: Embeddings of `prompts.texts()`.
+        prompts: Which text belongs to which view.
+    """
+
+    Config = GuidanceConfig
+
+    @classmethod
+    def load(
+        cls, config: GuidanceConfig, prompts: PromptConfig, device: torch.device
+    ) -> ScoreDistillation:
+        """See `Guidance.load`."""
+        prior, words = load(
+            config.pretrained_model_name_or_path,
+            prompts.texts(),
+            prompts.negative_prompt,
+            device,
+            config.half_precision_weights,
+        )
+        return cls(config, prior, words, prompts)
+
+    def __init__(
+        self, config: GuidanceConfig, prior: Prior, words: Words, prompts: PromptConfig
+    ) -> None:
+        self.config = config
+        self.prior = prior
+        self.words = words
+        self.prompts = prompts
+        if not config.enable_memory_efficient_attention:
+            prior.unet.set_default_attn_processor()
+
+    def __call__(
+        self,
+        images: Float[Tensor, "views 3 height width"],
+        cameras: Cameras,
+        step: int,
+        random: StepRandom,
+    ) -> tuple[Float[Tensor, ""], Log]:
+        """A loss whose gradient in the model's space is g over the number of images.
+
+        Args:
+            images: From 0 to 1.
+            cameras: Where they were taken from.
+            step: The step on the trajectory.
+            random: Source of timestep and noise.
+
+        Returns:
+            The loss, half the sum of g² over the number of views, and numbers to log.
+        """
+        x = self.prior.encode(images, random.generator(step, "latent"))
+        low, high = self.timesteps(step)
+        t = torch.randint(
+            low, high + 1, (len(x),), generator=random.generator(step, "timestep")
+        ).to(x.device)
+        noise = torch.randn(x.shape, generator=random.generator(step, "noise")).to(x)
+        with torch.no_grad():
+            numbers = self.prompts.numbers(cameras)
+            predicted = self.prior.noise(
+                self.prior.add_noise(x, noise, t),
+                t,
+                self.words.given[numbers],
+                self.words.without,
+                self.config.scale,
+                self.config.guidance_rescale,
+            )
+            gradient = self._weight(t) * (predicted - noise)
+            if self.config.grad_clip is not None:
+                bound = value_at(self.config.grad_clip, step)
+                gradient = gradient.clamp(-bound, bound)
+            target = x - gradient
+        loss = 0.5 * (x - target).square().sum() / len(x)
+        return loss, {"grad_norm": gradient.norm(), "max_timestep": float(high)}
+
+    def timesteps(self, step: int) -> tuple[int, int]:
+        """Least and largest timestep of a step."""
+        count = self.prior.num_timesteps
+        low, high = (
+            min(int(value_at(share, step) * count), count - 1)
+            for share in (self.config.min_step_percent, self.config.max_step_percent)
+        )
+        return max(0, min(low, high)), high
+
+    def _weight(self, t: Tensor) -> Tensor:
+        alpha, sigma = self.prior.scales(t)
+        if self.config.weighting_strategy == "uniform":
+            return torch.ones_like(alpha)
+        weight = sigma.square()
+        return (
+            weight * alpha if self.config.weighting_strategy == "fantasia3d" else weight
+        )
+
+
+class StableDiffusionGuidance(ScoreDistillation):
+    """The same, with threestudio's scale and defaults for Stable Diffusion."""
+
+    Config = StableDiffusionConfig
+
+
+class DeepFloydGuidance(ScoreDistillation):
+    """The same, with threestudio's scale and defaults for DeepFloyd IF."""
+
+    Config = DeepFloydConfig

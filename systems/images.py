@@ -1,0 +1,85 @@
+"""Image files: tiles of equal images, and videos."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+FRAMES_PER_SECOND = 30
+
+
+def sheet(
+    pictures: Float[Tensor, "n 3 height width"], columns: int
+) -> Float[Tensor, "3 sheet_height sheet_width"]:
+    """Lay pictures out row by row; the last row is filled up with white."""
+    missing = -len(pictures) % columns
+    pictures = torch.cat([pictures, pictures.new_ones(missing, *pictures.shape[1:])])
+    rows = pictures.unflatten(0, (-1, columns))
+    return rows.permute(2, 0, 3, 1, 4).flatten(3, 4).flatten(1, 2)
+
+
+def save_sheet(
+    pictures: Float[Tensor, "n 3 height width"],
+    path: Path,
+    columns: int = 4,
+    scale: int = 1,
+) -> None:
+    """Write pictures as one file.
+
+    Args:
+        pictures: From 0 to 1.
+        path: Its ending names the format, such as ``.png``.
+        columns: Pictures in a row.
+        scale: How many times each pixel is repeated, each way.
+
+    Raises:
+        ValueError: The ending names no format of pictures.
+    """
+    from PIL import Image
+
+    Image.init()
+    if path.suffix.lower() not in Image.EXTENSION:
+        raise ValueError(
+            f"`{path}` has no ending of a picture format: write `{path.stem}.png`."
+        )
+    values = sheet(pictures, columns)
+    values = values.repeat_interleave(scale, 1).repeat_interleave(scale, 2)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(to_bytes(values)).save(path)
+
+
+def to_bytes(picture: Float[Tensor, "3 height width"]) -> np.ndarray:
+    """A picture from 0 to 1 as bytes, shape ``(height, width, 3)``."""
+    values = picture.clamp(0, 1).mul(255).round().to(torch.uint8)
+    return values.permute(1, 2, 0).contiguous().numpy()
+
+
+def save_picture(pictures: Tensor, path: Path, columns: int = 4) -> None:
+    """Write pictures as one sheet, in one go: a viewer never sees half a file."""
+    part = path.with_name(f"part-{path.name}")
+    save_sheet(pictures, part, columns)
+    os.replace(part, path)
+
+
+def save_film(frames: Iterable[Float[Tensor, "3 height width"]], path: Path) -> None:
+    """Write frames as an mp4 that every browser plays.
+
+    Args:
+        frames: From 0 to 1; even numbers of pixels each way.
+        path: Ends in ``.mp4``.
+    """
+    import imageio.v2 as imageio
+
+    part = path.with_name(f"part-{path.name}")
+    with imageio.get_writer(
+        part, fps=FRAMES_PER_SECOND, codec="libx264", quality=8, macro_block_size=2
+    ) as film:
+        for frame in frames:
+            film.append_data(to_bytes(frame))  # pyright: ignore[reportAttributeAccessIssue]
+    os.replace(part, path)

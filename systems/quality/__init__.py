@@ -1,0 +1,25 @@
+"""How good an object is: against the ground truth, or by CLIP."""
+
+from systems.quality.truth import (
+    GREY,
+    NUM_VIEWS,
+    SIZE,
+    Quality,
+    against_truth,
+    by_clip,
+    fixed_views,
+    measure,
+    truth_of,
+)
+
+__all__ = [
+    "GREY",
+    "NUM_VIEWS",
+    "SIZE",
+    "Quality",
+    "against_truth",
+    "by_clip",
+    "fixed_views",
+    "measure",
+    "truth_of",
+]

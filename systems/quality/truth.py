@@ -1,0 +1,151 @@
+r"""How good an object is: against the toybox's truth, or judged by CLIP.
+
+With truth: peak signal-to-noise ratio, structural similarity and the intersection over
+union of silhouettes, over 16 fixed views that no training step is tied to,
+
+$$\mathrm{PSNR} = -10 \log_{10} \operatorname{mean} (x - x^*)^2, \qquad
+  \mathrm{IoU} = |A \cap B| / |A \cup B|.$$
+
+Without truth: CLIP score and R-precision (`systems.quality.clip`), when a CLIP model is
+at hand.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+import dreampropeller as dp
+from systems.quality.clip import ClipError, judge, read_prompts
+from systems.scene.cameras import Cameras, Views
+from systems.toybox.classifier import load as load_classifier
+from systems.toybox.objects import COLOURS, OBJECTS
+from systems.toybox.truth import Truth, truth
+
+if TYPE_CHECKING:
+    from systems.base import System
+
+NUM_VIEWS = 16
+GREY = 0.5
+"""Midway between black and white: no body colour hides in it, none stands out most."""
+SIZE = 32
+"""What the embedded prior knows; rendered at twice this size and averaged."""
+
+
+@dataclass(frozen=True)
+class Quality:
+    """Figures of an object, and the pictures they were taken from.
+
+    Attributes:
+        psnr: Over all pixels of all views, dB.
+        ssim: Mean structural similarity, from −1 to 1.
+        iou: Of the silhouettes of all views together, from 0 to 1.
+        right_colour: Share of views in which the classifier sees the colour.
+        right_object: Share of views in which it sees the object.
+        pictures: Over grey, shape ``(views, 3, size, size)``.
+        wanted: The truth, likewise.
+    """
+
+    psnr: float
+    ssim: float
+    iou: float
+    right_colour: float
+    right_object: float
+    pictures: Float[Tensor, "views 3 size size"]
+    wanted: Float[Tensor, "views 3 size size"]
+
+    def figures(self) -> dict[str, float]:
+        """The numbers, rounded."""
+        names = ("psnr", "ssim", "iou", "right_colour", "right_object")
+        return {name: round(getattr(self, name), 4) for name in names}
+
+
+def fixed_views(size: int = 2 * SIZE) -> Views:
+    """Sixteen views: all around at 20°, every other one shifted up or down."""
+    number = torch.arange(NUM_VIEWS)
+    elevation = torch.tensor([20.0, 45.0, 20.0, 0.0])[number % 4]
+    one = torch.ones(NUM_VIEWS)
+    cameras = Cameras(number / NUM_VIEWS * 360, elevation, 2.4 * one, 50.0 * one)
+    return Views(cameras, cameras.axes()[0], size, size)
+
+
+def truth_of(system: System) -> Truth | None:
+    """The truth of a system's prompt, if it is one of the toybox's."""
+    try:
+        return truth(system.title)
+    except ValueError:
+        return None
+
+
+def against_truth(system: System, y: dp.State, wanted: Truth) -> Quality:
+    """Measure a state.
+
+    Args:
+        system: Renders the state.
+        y: The state.
+        wanted: The truth.
+    """
+    views = fixed_views()
+    seen = [system.render(y, views.one(i), grey=GREY) for i in range(NUM_VIEWS)]
+    pictures, opacity = (
+        torch.nn.functional.avg_pool2d(torch.cat(part), 2)
+        for part in zip(*seen, strict=True)
+    )
+    exact = wanted.render(views.cameras, SIZE)
+    goal = exact.over(torch.full((3,), GREY))
+    return measure(pictures, opacity, goal, exact.mask, wanted)
+
+
+def measure(
+    pictures: Float[Tensor, "views 3 size size"],
+    opacity: Float[Tensor, "views 1 size size"],
+    goal: Float[Tensor, "views 3 size size"],
+    mask: Float[Tensor, "views 1 size size"],
+    wanted: Truth,
+) -> Quality:
+    """Compare pictures over grey with the truth over the same grey."""
+    from skimage.metrics import structural_similarity
+
+    error = float((pictures - goal).square().mean())
+    similar: list[Any] = [
+        structural_similarity(a.numpy(), b.numpy(), channel_axis=0, data_range=1.0)
+        for a, b in zip(pictures, goal, strict=True)
+    ]
+    inside, should = opacity > 0.5, mask > 0.5
+    union = int((inside | should).sum())
+    judged = load_classifier().judge(pictures)
+
+    def share(answers: Tensor, right: int) -> float:
+        return float((answers == right).float().mean())
+
+    return Quality(
+        psnr=-10 * math.log10(max(error, 1e-12)),
+        ssim=float(sum(similar) / len(similar)),
+        iou=int((inside & should).sum()) / union if union else 0.0,
+        right_colour=share(judged.colours, list(COLOURS).index(wanted.colour)),
+        right_object=share(judged.objects, list(OBJECTS).index(wanted.name)),
+        pictures=pictures,
+        wanted=goal,
+    )
+
+
+def by_clip(system: System, y: dp.State) -> dict[str, float] | str:
+    """CLIP's figures of a state, in the final look, or why there are none."""
+    wanted = system.config.quality
+    if wanted.clip is None:
+        return (
+            "not measured: the toybox has no truth of this prompt, and `quality.clip` "
+            "names no CLIP model (such as `openai/clip-vit-base-patch32`)"
+        )
+    try:
+        others = read_prompts(wanted.prompts)
+        pictures = torch.stack(list(system.turntable(y, NUM_VIEWS)))
+        figures = judge(wanted.clip, pictures, system.title, others, system.device)
+    except ClipError as error:
+        return f"not measured: {error}"
+    return asdict(figures)

@@ -1,1 +1,0 @@
-"""Renderers: from a field to pictures."""

@@ -1,0 +1,286 @@
+"""Does it pay? The plain loop and the accelerated run, side by side.
+
+`launch.py --compare` makes both from the same seed and config, one after the other,
+with the same threads per worker, and a plain loop of another seed to show what chance
+does; `--compare RUN RUN` compares finished runs. Both write `report.html` and
+`report.json`.
+"""
+
+from __future__ import annotations
+
+import math
+import shlex
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+import dreampropeller as dp
+from systems import build, quality
+from systems.runs import folders
+from systems.runs.report import figures, page
+from systems.runs.report.runs import Run, open_run, quality_over_time, system_of
+from systems.runs.run import execute
+from systems.settings.config import Config, is_rank, load
+from systems.settings.reader import ConfigError
+
+POINTS = 10
+"""Checkpoints of a run at which quality is measured."""
+RATES = (0.5, 1.0, 2.0, 4.0, 8.0)
+"""Learning rates of a rival, relative to the run's: fewer steps want larger ones."""
+
+
+def run(path: Path | None, words: Sequence[str]) -> int:
+    """Compare as the command line asks: two finished runs, or two ways to make one.
+
+    Args:
+        path: A config, or None.
+        words: What follows `--compare`: runs, `rivals`, settings.
+
+    Raises:
+        ConfigError: It asks for neither.
+    """
+    overrides = [word for word in words if "=" in word or word.startswith("-")]
+    named = [word for word in words if word not in overrides]
+    if len(named) == 2 and not overrides and path is None:
+        return compare_folders(*named)
+    if path is None or named not in ([], ["rivals"]):
+        raise ConfigError(
+            "Compare what? Write `--config FILE --compare KEY=VALUE …`, `--config FILE "
+            "--compare rivals KEY=VALUE …`, or `--compare RUN RUN` with two finished "
+            "run folders."
+        )
+    return compare(path, overrides, rivals=bool(named))
+
+
+def compare(path: Path, overrides: Sequence[str], rivals: bool = False) -> int:
+    """Make the runs of a config and compare them; gives the exit code.
+
+    Args:
+        path: The config.
+        overrides: Settings of both runs.
+        rivals: Make the rivals too.
+
+    Raises:
+        ConfigError: There is nothing to compare.
+    """
+    config = load(path, overrides)
+    _check(config)
+    system = build(config)
+    if rivals and quality.truth_of(system) is None and config.quality.clip is None:
+        raise ConfigError(
+            "Rivals are ranked by quality, which cannot be measured: the toybox has no "
+            "truth of this prompt. Name a CLIP model, `quality.clip="
+            "openai/clip-vit-base-patch32`, or leave `rivals` out."
+        )
+    del system
+    folder = folders.open_folder(replace(config, tag=f"{config.tag}-compare"))
+    made = {}
+    for name, settings in _runs(config).items():
+        print(f"--- {name}")
+        wanted = load(path, [*overrides, *settings])
+        made[name] = folder / name.replace(" ", "-")
+        made[name].mkdir()
+        folders.write_setup(made[name], wanted)
+        code = execute(wanted, folder=made[name])
+        if code:
+            print(f"Stopped: `{name}` did not finish, so there is no report.")
+            return code
+    runs = {name: open_run(place) for name, place in made.items()}
+    found = _rivals(path, overrides, runs["accelerated"]) if rivals else []
+    return _report(folder, runs, found)
+
+
+def compare_folders(first: str, second: str) -> int:
+    """Compare two finished runs; the plain loop is the base, else the first.
+
+    The page goes into a folder beside the second.
+
+    Raises:
+        ConfigError: One of them is not finished, or they made different things.
+    """
+    runs = [open_run(first), open_run(second)]
+    if runs[0].config.solver.name != "sequential":
+        runs.sort(key=lambda run: run.config.solver.name != "sequential")
+    base, other = runs
+    if base.report["title"] != other.report["title"]:
+        raise ConfigError(
+            f"These runs made different things, “{base.report['title']}” and "
+            f"“{other.report['title']}”: name two runs of one prompt."
+        )
+    system_of(base).check_state(other.state(system_of(other)), other.folder)
+    folder = folders.open_folder(
+        replace(other.config, tag=f"{other.config.tag}-compare")
+    )
+    return _report(folder, {"sequential": base, "accelerated": other}, [])
+
+
+def _check(config: Config) -> None:
+    if is_rank():
+        raise ConfigError(
+            "`--compare` starts its processes itself: run it without torchrun, with "
+            "`dispatch.num_workers=2`."
+        )
+    if config.solver.name == "sequential":
+        raise ConfigError(
+            "There is nothing to compare: `solver.name` is `sequential` already. Leave "
+            "it out, `--compare` makes the sequential run too."
+        )
+    if config.resume is not None:
+        raise ConfigError(
+            "`--compare` makes runs from the start. To compare finished ones, write "
+            "`--compare RUN RUN`."
+        )
+
+
+def _runs(config: Config) -> dict[str, list[str]]:
+    """The runs of a comparison, and what they set."""
+    count = config.dispatch.num_workers
+    threads = config.dispatch.threads or (1 if count > 1 else torch.get_num_threads())
+    every = max(1, math.ceil(config.trainer.max_steps / POINTS))
+    both = [
+        f"dispatch.threads={threads}",
+        f"checkpoint.every_n_train_steps={every}",
+        f"checkpoint.keep={2 * POINTS}",
+    ]
+    plain = [*both, "solver.name=sequential", "dispatch.num_workers=1"]
+    return {
+        "sequential": plain,
+        "accelerated": both,
+        "other seed": [*plain, f"seed={config.seed + 1}"],
+    }
+
+
+def _rivals(path: Path, overrides: Sequence[str], fast: Run) -> list[dict[str, Any]]:
+    """Plain loops of as many steps as there were iterations, each at its best rate."""
+    few = fast.report["iterations"]
+    times = max(1, round(fast.report["steps"] / few))
+    views = fast.config.data["batch_size"]
+    plain = [*overrides, "solver.name=sequential", f"trainer.max_steps={few}"]
+    plans = {
+        f"{few} steps": (views, plain),
+        f"{few} steps of {times}x the views": (
+            views * times,
+            [*plain, f"data.batch_size={views * times}"],
+        ),
+    }
+    found = []
+    with tqdm(total=len(plans) * len(RATES) * few, unit="step", desc="rivals") as bar:
+        for name, (count, settings) in plans.items():
+            tried = [
+                _rival(load(path, settings), factor, lambda: bar.update())
+                for factor in RATES
+            ]
+            best = max(tried, key=lambda entry: _rank(entry))
+            found.append({"name": name, "views": count, "steps": few, **best})
+    return found
+
+
+def _rank(entry: dict[str, Any]) -> float:
+    score = figures.score_of(entry)
+    return -math.inf if score is None or math.isnan(score[1]) else score[1]
+
+
+def _rival(config: Config, factor: float, tell: Callable[[], Any]) -> dict[str, Any]:
+    """One plain loop at a multiple of the config's learning rates."""
+    settings = dict(config.system["optimizer"])
+    rate = settings["args"]["lr"] * factor
+    settings["args"] = {**settings["args"], "lr": rate}
+    settings["params"] = {
+        part: {k: v * factor if k == "lr" else v for k, v in group.items()}
+        for part, group in settings.get("params", {}).items()
+    }
+    system = build(replace(config, system={**config.system, "optimizer": settings}))
+    solution = dp.solve(
+        system.trajectory(),
+        system.solver(),
+        throw=False,
+        on_iteration=lambda *_: bool(tell()) and False,
+    )
+    wanted = quality.truth_of(system)
+    found = (
+        quality.by_clip(system, solution.value)
+        if wanted is None
+        else quality.against_truth(system, solution.value, wanted).figures()
+    )
+    return {"rate": rate, "quality": found}
+
+
+def _report(folder: Path, runs: dict[str, Run], rivals: list[dict[str, Any]]) -> int:
+    """Measure what is left to measure, and write page, figures and table."""
+    base, fast = runs["sequential"], runs["accelerated"]
+    system = system_of(base)
+    ends = {name: run.state(system) for name, run in runs.items()}
+    points = {
+        name: quality_over_time(run, system)
+        for name, run in tqdm(runs.items(), desc="quality over time", leave=False)
+    }
+    described = {name: figures.describe(run) for name, run in runs.items()}
+    gain = figures.speed_up(base, fast)
+    first, second = map(figures.score_of, list(described.values())[:2])
+    comparison = {
+        "title": base.report["title"],
+        "command": " ".join(["python", *map(shlex.quote, sys.argv)]),
+        "verdict": figures.verdict(
+            described["sequential"], described["accelerated"], gain, rivals
+        ),
+        "speed_up": {name: round(value, 4) for name, value in gain.items()},
+        "quality_change": (
+            None
+            if first is None or second is None
+            else {"name": first[0], "value": round(second[1] - first[1], 3)}
+        ),
+        "deviation": {
+            name: figures.deviation(system, end, ends["sequential"])
+            for name, end in ends.items()
+            if name != "sequential"
+        },
+        "runs": described,
+        "rivals": rivals,
+        "differences": _differences(base.config, fast.config),
+        "quality_over_time": points,
+        "environment": fast.report["environment"],
+    }
+    folders.write_json(folder / "report.json", comparison)
+    page.write(folder / "report.html", comparison, runs, points)
+    print(_text(page.rows(comparison)))
+    print("\n".join(comparison["verdict"]))
+    print(f"Open {folder / 'report.html'}")
+    return 0
+
+
+def _differences(a: Config, b: Config) -> list[str]:
+    """Settings besides solver and dispatch in which two runs differ."""
+    out = ("solver", "dispatch", "checkpoint", "resume", "tag", "exp_root_dir", "name")
+    pairs = zip(_flat(asdict(a)), _flat(asdict(b)), strict=False)
+    return [
+        f"they differ in `{key}`: {one} and {other}"
+        for (key, one), (_, other) in pairs
+        if one != other and key.partition(".")[0] not in out
+    ]
+
+
+def _flat(settings: dict[str, Any], before: str = "") -> list[tuple[str, Any]]:
+    entries: list[tuple[str, Any]] = []
+    for key, value in sorted(settings.items()):
+        name = f"{before}{key}"
+        entries += (
+            _flat(value, f"{name}.") if isinstance(value, dict) else [(name, value)]
+        )
+    return entries
+
+
+def _text(rows: list[list[str]]) -> str:
+    """A table for the terminal."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return "\n".join(
+        "  ".join(
+            cell.ljust(width) if i == 0 else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
+        for row in rows
+    )

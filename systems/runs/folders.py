@@ -1,0 +1,198 @@
+"""A run's folder: where it is, what describes the run, and going on from it.
+
+`outputs/<name>/<tag>@<time>/` holds `config.yaml` (resolved), `command.txt`,
+`environment.json`, `ckpts/`, and what `systems.runs.recorder` and
+`systems.runs.results` write.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from datetime import datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+import dreampropeller as dp
+from dreampropeller import checkpoint
+from dreampropeller.precision import LOSS_SCALE, Precision
+from systems.problem import Problem
+from systems.settings.config import Config
+from systems.settings.reader import ConfigError
+
+CHECKPOINTS = "ckpts"
+CONFIG = "config.yaml"
+
+
+def open_folder(config: Config) -> Path:
+    """Make a run's folder and describe the run in it; a resumed run keeps its own.
+
+    Raises:
+        ConfigError: It cannot be written.
+    """
+    folder = _make(config) if config.resume is None else folder_of(config.resume)
+    write_setup(folder, config)
+    print(f"Writing to {folder}")
+    return folder
+
+
+def _make(config: Config) -> Path:
+    stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
+    tag = re.sub(r"[^\w.,()+-]+", "_", config.tag)[:100] or "run"
+    parent = Path(config.exp_root_dir) / config.name
+    folder = parent / f"{tag}@{stamp}"
+    number = 1
+    while folder.exists():  # two runs in the same second
+        number += 1
+        folder = parent / f"{tag}@{stamp}-{number}"
+    try:
+        folder.mkdir(parents=True)
+    except OSError as error:
+        raise ConfigError(
+            f"Results cannot be written to `{parent}`: {error.strerror or error}. Name "
+            "another folder: `exp_root_dir=…`."
+        ) from error
+    return folder
+
+
+def folder_of(resume: str) -> Path:
+    """The run folder behind a `resume` path.
+
+    Raises:
+        ConfigError: There is nothing there.
+    """
+    path = Path(resume)
+    if not path.exists():
+        raise ConfigError(
+            f"There is nothing to resume at `{path}`. Name a run folder "
+            "(`outputs/<name>/<tag>@<time>`) or one of its checkpoints."
+        )
+    folder = path.parent if path.is_file() else path
+    return folder.parent if folder.name == CHECKPOINTS else folder
+
+
+def config_of(overrides: Sequence[str]) -> Path:
+    """The config of the run that `resume=…` names, when none is given.
+
+    Raises:
+        ConfigError: There is none.
+    """
+    for override in overrides:
+        if override.startswith("resume="):
+            return folder_of(override.removeprefix("resume=")) / CONFIG
+    raise ConfigError(
+        "Which config? Write `--config configs/dreamfusion-toybox.yaml`, or name a run "
+        "to go on from: `resume=outputs/<name>/<tag>@<time>`."
+    )
+
+
+def load_state(resume: str, problem: Problem) -> dp.SolverState[Any]:
+    """The solver state a `resume` path names, checked against the problem.
+
+    Raises:
+        CheckpointError: It cannot be read.
+        ConfigError: It belongs to another config.
+    """
+    path = Path(resume)
+    folder_of(resume)
+    if path.is_dir() and (path / CHECKPOINTS).is_dir():
+        path = path / CHECKPOINTS
+    state = checkpoint.load(path, device=problem.device)
+    problem.check_state(state.y, path)
+    return state
+
+
+def start_of(problem: Problem) -> dp.SolverState[Any] | None:
+    """What a run goes on from; None: from the start.
+
+    Raises:
+        CheckpointError: It cannot be read.
+        ConfigError: It belongs to another config, or to another precision.
+    """
+    config = problem.config
+    if config.resume is None:
+        return None
+    state = load_state(config.resume, problem)
+    precision = Precision(str(config.trainer.precision), problem.device)
+    if precision.scales and LOSS_SCALE not in state.y:
+        raise ConfigError(
+            f"`trainer.precision` is `{config.trainer.precision}`, but the run "
+            f"`{config.resume}` has no loss scale: write the precision it began with, "
+            "as in its `config.yaml`."
+        )
+    return state
+
+
+def environment() -> dict[str, Any]:
+    """Machine and versions, for whoever reads the figures."""
+    packages = ("torch", "diffusers", "transformers", "nerfacc", "numpy")
+    return {
+        "dreampropeller": metadata.version("dreampropeller"),
+        "commit": _commit(),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "packages": {name: metadata.version(name) for name in packages},
+    }
+
+
+def write_setup(folder: Path, config: Config) -> None:
+    """Write `config.yaml`, `command.txt` and `environment.json`."""
+    settings = {
+        k: v for k, v in asdict(config).items() if k not in ("resume", "problems")
+    }
+    text = yaml.safe_dump(_plain(settings), sort_keys=False, allow_unicode=True)
+    (folder / CONFIG).write_text(text, encoding="utf-8")
+    with open(folder / "command.txt", "a", encoding="utf-8") as file:
+        file.write(" ".join(["python", *map(shlex.quote, sys.argv)]) + "\n")
+    write_json(folder / "environment.json", environment())
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write a JSON file in one go: a reader never sees half of it."""
+    part = path.with_name(f"part-{path.name}")
+    part.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    os.replace(part, path)
+
+
+def _plain(value: Any) -> Any:
+    """Tuples as lists, which is how YAML writes them."""
+    if isinstance(value, dict):
+        return {key: _plain(entry) for key, entry in value.items()}
+    return (
+        [_plain(entry) for entry in value] if isinstance(value, list | tuple) else value
+    )
+
+
+def _commit() -> str | None:
+    try:
+        return subprocess.check_output(
+            ["git", "describe", "--always", "--dirty"],
+            cwd=Path(__file__).parent,
+            stderr=subprocess.DEVNULL,
+            text=True,
+        ).strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        names = [line for line in lines if line.startswith("model name")]
+        return names[0].partition(":")[2].strip()
+    except (OSError, IndexError):
+        return platform.processor()

@@ -1,0 +1,118 @@
+"""Ranks: which dispatcher a run needs, starting processes, and stopping them kindly."""
+
+from __future__ import annotations
+
+import functools
+import os
+import signal
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+
+import dreampropeller as dp
+from systems.runs.recorder import STOP
+from systems.settings.config import Config, DispatchConfig, is_rank
+
+
+def dispatcher(config: DispatchConfig) -> tuple[Callable[[Any], dp.Dispatcher], int]:
+    """The dispatcher of a run, and how many CPU threads this process takes."""
+    if not is_rank():
+        return dp.InlineDispatcher, config.threads or torch.get_num_threads()
+    threads = config.threads or 1
+    spread = functools.partial(
+        dp.DistributedDispatcher, threads=threads, timeout=config.timeout
+    )
+    return spread, threads
+
+
+def run(
+    work: Callable[[Config, Path | None, bool], int], config: Config, folder: Path
+) -> int:
+    """Start `dispatch.num_workers` ranks of a function and wait for them.
+
+    Args:
+        work: Called with the config, the folder (rank 0) or None, and whether this
+            is rank 0; returns an exit code.
+        config: The run.
+        folder: Where it is written down.
+
+    Raises:
+        WorkerError: A rank failed.
+    """
+    count = config.dispatch.num_workers
+    return start(_rank, work, config, folder, num_workers=count, stop=folder / STOP)
+
+
+def start(
+    function: Callable[..., int], *arguments: Any, num_workers: int, stop: Path
+) -> int:
+    """Start ranks of a function; gives rank 0's exit code.
+
+    Ctrl-C and SIGTERM reach rank 0 through a file, so that it can finish its iteration;
+    a second one ends everything at once.
+
+    Args:
+        function: Called on each rank; it has to look for the file (`Stop`).
+        *arguments: Of the function.
+        num_workers: How many ranks.
+        stop: The file.
+
+    Raises:
+        WorkerError: A rank failed.
+    """
+    outcome: list[Any] = []
+
+    def launch() -> None:
+        try:
+            outcome.extend(
+                dp.launch(_quietly, function, *arguments, num_workers=num_workers)
+            )
+        except BaseException as error:  # handed to the main thread
+            outcome.append(error)
+
+    asked: list[int] = []
+
+    def pass_on(number: int, frame: FrameType | None) -> None:
+        del frame
+        if asked:
+            os._exit(128 + number)  # ranks follow their launcher
+        asked.append(number)
+        stop.write_text(signal.Signals(number).name)
+
+    previous = {n: signal.signal(n, pass_on) for n in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        # Not in the main thread: there torch's launcher would end ranks on a signal.
+        thread = threading.Thread(target=launch)
+        thread.start()
+        while thread.is_alive():
+            thread.join(0.2)
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+    first = outcome[0]
+    if isinstance(first, BaseException):
+        raise first
+    return int(first)
+
+
+def _quietly(function: Callable[..., int], *arguments: Any) -> int:
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)  # the launching process passes them on
+    return function(*arguments)
+
+
+def _rank(
+    work: Callable[[Config, Path | None, bool], int], config: Config, folder: Path
+) -> int:
+    leads = os.environ["RANK"] == "0"
+    return work(config, folder if leads else None, leads)
+
+
+def last_words(error: dp.WorkerError) -> str:
+    """The last line of a rank's traceback, for people."""
+    lines = [line for line in str(error).strip().splitlines() if line.strip()]
+    return lines[-1] if lines else "A rank failed without a word."

@@ -1,0 +1,1 @@
+"""What is optimised and how it is rendered: fields, materials, cameras, renderers."""

@@ -1,0 +1,14 @@
+"""Fields: where the object is stored."""
+
+from collections.abc import Mapping
+
+from systems.scene.fields.base import Field, FieldConfig
+from systems.scene.fields.hash_grid import ImplicitVolume
+from systems.scene.fields.voxel_grid import VoxelGrid
+
+FIELDS: Mapping[str, type[Field]] = {
+    "voxel-grid": VoxelGrid,
+    "implicit-volume": ImplicitVolume,
+}
+
+__all__ = ["FIELDS", "Field", "FieldConfig", "ImplicitVolume", "VoxelGrid"]

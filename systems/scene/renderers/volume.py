@@ -1,0 +1,257 @@
+r"""Volume rendering of a field along rays.
+
+With samples of length $\delta$ at $x_1, x_2, \dots$ the colour of a ray is
+
+$$C = \sum_i w_i c_i + \bigl(1 - \sum_i w_i\bigr) c_{bg}, \qquad
+  w_i = e^{-\sum_{j<i} \sigma_j \delta} \bigl(1 - e^{-\sigma_i \delta}\bigr)$$
+
+(B. Mildenhall et al., 2020, arXiv 2003.08934, Eq. 3), by nerfacc's functions. Rays
+are cut into equal samples inside the ball of the field, of which only those in occupied
+cells are evaluated; on a GPU nerfacc's own marching is used, where its CUDA code could
+be built (it compiles itself, with `nvcc`, at first use).
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from dataclasses import dataclass, field
+
+import torch
+from nerfacc import (
+    OccGridEstimator,
+    accumulate_along_rays,
+    render_weight_from_density,
+)
+from torch import Tensor
+
+from dreampropeller import StepRandom
+from systems.extras import probe
+from systems.scene.backgrounds import Background
+from systems.scene.cameras import Views
+from systems.scene.fields import Field
+from systems.scene.materials import Material
+from systems.scene.renderers.base import Renderer, Rendering
+from systems.scene.renderers.occupancy import Occupancy, OccupancyConfig
+from systems.settings.checks import at_least
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class VolumeConfig:
+    """Volume rendering (``nerf-volume-renderer``).
+
+    Args:
+        radius: Rays are followed inside the ball of this radius; the geometry's.
+        num_samples_per_ray: Samples along the diagonal of the cube of side 2 · radius
+            (threestudio's count); the ball's diameter has 1/√3 of them.
+        randomized: Shift the samples of each ray at random, in training.
+        grid_prune: Skip unoccupied cells.
+        occupancy: The grid that knows them.
+        eval_chunk_size: Rays rendered at once outside of training.
+    """
+
+    radius: float = 1.0
+    num_samples_per_ray: int = 512
+    randomized: bool = True
+    grid_prune: bool = True
+    occupancy: OccupancyConfig = field(default_factory=OccupancyConfig)
+    eval_chunk_size: int = 16384
+
+    def __post_init__(self) -> None:
+        at_least("radius", self.radius, 1e-3)
+        at_least("num_samples_per_ray", self.num_samples_per_ray, 2)
+        at_least("eval_chunk_size", self.eval_chunk_size, 1)
+
+    @property
+    def step_size(self) -> float:
+        """δ, in units of the world."""
+        return 2 * 3**0.5 * self.radius / self.num_samples_per_ray
+
+
+@dataclass(frozen=True)
+class _Rays:
+    """Rays: origins, directions and the light they meet, ``(rays, 3)``, and shifts."""
+
+    origins: Tensor
+    directions: Tensor
+    light: Tensor
+    jitter: Tensor  # share of a sample by which a ray's samples are shifted, (rays, 1)
+
+
+@dataclass(frozen=True)
+class _Samples:
+    """What is evaluated: interval ends, and the samples' rays."""
+
+    begin: Tensor
+    end: Tensor
+    rays: Tensor
+    slots: Tensor | None  # where samples stand in the dense (rays, samples) arrays
+    dense: tuple[int, int]
+
+
+class VolumeRenderer(Renderer):
+    """Renders a field with a material over a background.
+
+    Args:
+        config: Its settings.
+    """
+
+    Config = VolumeConfig
+
+    def __init__(self, config: VolumeConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.occupancy = Occupancy(config.occupancy, config.radius)
+
+    def forward(
+        self,
+        geometry: Field,
+        material: Material,
+        background: Background,
+        views: Views,
+        step: int | None,
+        random: StepRandom,
+        with_normals: bool = False,
+    ) -> Rendering:
+        """See `Renderer.forward`; a training step also refreshes the occupancy grid."""
+        device = self.occupancy.value.device
+        if step is not None and self.config.grid_prune:
+            self.occupancy.refresh(
+                step,
+                lambda points: geometry.density(points, step),
+                self.config.step_size,
+                random,
+            )
+        origins, directions = views.cameras.rays(views.height, views.width)
+        shape = directions.shape[:3]
+        light = views.light[:, None, None].expand(*shape, 3)
+        behind = background(directions.to(device), step, random)
+        flat = [
+            part.expand(*shape, 3).reshape(-1, 3).to(device)
+            for part in (origins, directions, light)
+        ]
+        jitter = torch.full((len(flat[0]), 1), 0.5, device=device)
+        if step is not None and self.config.randomized:
+            generator = random.generator(step, "samples")
+            jitter = torch.rand(jitter.shape, generator=generator).to(device)
+        shading = material.shading(step, random)
+        chunk = len(jitter) if step is not None else self.config.eval_chunk_size
+        pieces = zip(*(part.split(chunk) for part in (*flat, jitter)), strict=True)
+        parts = [
+            self._rays(geometry, material, _Rays(*piece), shading, step, with_normals)
+            for piece in pieces
+        ]
+        foreground, opacity, normal, backfacing = (
+            torch.cat(part).reshape(*shape, -1) for part in zip(*parts, strict=True)
+        )
+        rgb = foreground + (1 - opacity) * behind
+        return Rendering(rgb, foreground, opacity, normal, backfacing)
+
+    def _rays(
+        self,
+        geometry: Field,
+        material: Material,
+        rays: _Rays,
+        shading: str,
+        step: int | None,
+        with_normals: bool,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        count = len(rays.origins)
+        if rays.origins.is_cuda and self.config.grid_prune and _can_march():
+            samples = self._march(rays, step is not None and self.config.randomized)
+        else:
+            samples = self._cut(rays)
+        directions = rays.directions[samples.rays]
+        middle = ((samples.begin + samples.end) / 2)[:, None]
+        points = rays.origins[samples.rays] + directions * middle
+        density, features = geometry(points, step)
+        weights = _weights(samples, density, count)
+        colours = material.albedo(features)
+        backfacing = weights.new_zeros(count, 1)
+        normal = weights.new_zeros(count, 3)
+        if with_normals or shading != "albedo":
+            normals = geometry.normals(points, step)
+            normal = accumulate_along_rays(weights, normals, samples.rays, count)
+            away = (normals * directions).sum(-1).clamp(min=0)
+            backfacing = accumulate_along_rays(
+                weights.detach(), away.square()[:, None], samples.rays, count
+            )
+            if shading != "albedo":
+                lit = material.light(points, normals, rays.light[samples.rays])
+                colours = lit if shading == "textureless" else colours * lit
+        rgb = accumulate_along_rays(weights, colours, samples.rays, count)
+        opacity = accumulate_along_rays(weights, None, samples.rays, count)
+        return rgb, opacity, normal, backfacing
+
+    @torch.no_grad()
+    def _cut(self, rays: _Rays) -> _Samples:
+        """Equal samples inside the ball, those in unoccupied cells left out."""
+        size, radius = self.config.step_size, self.config.radius
+        origins, directions = rays.origins, rays.directions
+        closest = -(origins * directions).sum(-1, keepdim=True)
+        distance = origins.square().sum(-1, keepdim=True) - closest.square()
+        half = (radius**2 - distance).clamp(min=0).sqrt()
+        near, far = (closest - half).clamp(min=0), closest + half
+        slots = torch.arange(
+            int(2 * radius / size) + 1, device=origins.device, dtype=origins.dtype
+        )
+        begin = near + (slots + rays.jitter - 0.5) * size
+        middle = begin + size / 2
+        points = origins[:, None] + directions[:, None] * middle[..., None]
+        inside = (middle > near) & (middle < far)
+        if self.config.grid_prune:
+            inside &= self.occupancy.contains(points)
+        number, _ = inside.nonzero(as_tuple=True)
+        chosen = inside.flatten().nonzero()[:, 0]
+        begin = begin[inside]
+        dense = (inside.shape[0], inside.shape[1])
+        return _Samples(begin, begin + size, number, chosen, dense)
+
+    @torch.no_grad()
+    def _march(self, rays: _Rays, randomized: bool) -> _Samples:
+        """Nerfacc's marching through our grid; CUDA only."""
+        side, radius = self.config.occupancy.resolution, self.config.radius
+        box = torch.tensor([-radius] * 3 + [radius] * 3)
+        grid = OccGridEstimator(roi_aabb=box, resolution=side, levels=1)
+        grid = grid.to(rays.origins.device)
+        grid.binaries = self.occupancy.occupied().view(1, side, side, side)
+        number, begin, end = grid.sampling(
+            rays.origins,
+            rays.directions,
+            render_step_size=self.config.step_size,
+            stratified=randomized,
+        )
+        return _Samples(begin, end, number.long(), None, (len(rays.origins), 0))
+
+
+@functools.cache
+def _can_march() -> bool:
+    """Whether nerfacc's CUDA code is there; says why not, once."""
+    built, reason = probe("nerfacc.cuda._backend")
+    if built is not None and built._C is not None:
+        return True
+    reason = reason or "it needs `nvcc` to compile."
+    _log.warning("nerfacc's marching is not used, rays are cut evenly: %s", reason)
+    return False
+
+
+def _weights(samples: _Samples, density: Tensor, count: int) -> Tensor:
+    """The weight of each sample in the colour of its ray."""
+    if samples.slots is None:
+        return render_weight_from_density(
+            samples.begin,
+            samples.end,
+            density,
+            ray_indices=samples.rays,
+            n_rays=count,
+        )[0]
+    # nerfacc's flattened form needs CUDA; its dense form does not.
+    begin, end, sigma = (
+        values.new_zeros(samples.dense[0] * samples.dense[1])
+        .index_put((samples.slots,), values)
+        .view(samples.dense)
+        for values in (samples.begin, samples.end, density)
+    )
+    return render_weight_from_density(begin, end, sigma)[0].flatten()[samples.slots]

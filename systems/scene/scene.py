@@ -1,0 +1,89 @@
+"""Everything that is optimised, and how it is seen."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+import dreampropeller as dp
+from systems.scene.backgrounds import BACKGROUNDS
+from systems.scene.cameras import Views
+from systems.scene.fields import FIELDS
+from systems.scene.materials import MATERIALS
+from systems.scene.renderers import RENDERERS, Rendering
+from systems.settings.reader import part
+
+
+@dataclass(frozen=True, kw_only=True)
+class SceneConfig:
+    """The scene's part of `system`: names of its parts, and a section for each.
+
+    Args:
+        geometry_type: A key of `systems.scene.fields.FIELDS`.
+        geometry: Its settings.
+        material_type: A key of `systems.scene.materials.MATERIALS`.
+        material: Its settings.
+        background_type: A key of `systems.scene.backgrounds.BACKGROUNDS`.
+        background: Its settings.
+        renderer_type: A key of `systems.scene.renderers.RENDERERS`.
+        renderer: Its settings.
+    """
+
+    geometry_type: str = "implicit-volume"
+    geometry: Any = field(metadata=part(FIELDS))
+    material_type: str = "diffuse-with-point-light-material"
+    material: Any = field(metadata=part(MATERIALS))
+    background_type: str = "neural-environment-map-background"
+    background: Any = field(metadata=part(BACKGROUNDS))
+    renderer_type: str = "nerf-volume-renderer"
+    renderer: Any = field(metadata=part(RENDERERS))
+
+
+class Scene(nn.Module):
+    """Everything that is optimised, and how it is seen.
+
+    Args:
+        config: The system's settings.
+    """
+
+    def __init__(self, config: SceneConfig) -> None:
+        super().__init__()
+        parts: dict[str, Any] = {}
+        for name, table in (
+            ("geometry", FIELDS),
+            ("material", MATERIALS),
+            ("background", BACKGROUNDS),
+            ("renderer", RENDERERS),
+        ):
+            kind: Any = table[getattr(config, f"{name}_type")]
+            parts[name] = kind(getattr(config, name))
+        self.geometry = parts["geometry"]
+        self.material = parts["material"]
+        self.background = parts["background"]
+        self.renderer = parts["renderer"]
+        inside, seen = self.geometry.config.radius, self.renderer.config.radius
+        if inside != seen:
+            raise ValueError(
+                f"`system.geometry.radius` is {inside} and `system.renderer.radius` "
+                f"{seen}: write `radius: ${{system.geometry.radius}}` in the renderer."
+            )
+
+    def forward(
+        self,
+        views: Views,
+        step: int | None,
+        random: dp.StepRandom,
+        with_normals: bool = False,
+    ) -> Rendering:
+        """See `systems.scene.renderers.Renderer`."""
+        return self.renderer(
+            self.geometry,
+            self.material,
+            self.background,
+            views,
+            step,
+            random,
+            with_normals,
+        )

@@ -1,0 +1,333 @@
+"""From YAML and command line to validated settings.
+
+Every section belongs to a frozen dataclass: unknown keys are refused by name with the
+nearest known one, values that do not fit their type say what to write.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import functools
+import math
+import types
+import typing
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+T = TypeVar("T")
+
+
+class ConfigError(ValueError):
+    """A config cannot be used; the message says what to write instead.
+
+    Args:
+        *problems: A sentence each.
+        advice: What to do about them all.
+    """
+
+    def __init__(self, *problems: str, advice: str = "") -> None:
+        self.problems = problems
+        lines = [*problems, advice] if advice else [*problems]
+        if len(problems) > 1:
+            lines[: len(problems)] = [f"- {problem}" for problem in problems]
+            lines.insert(0, "The config cannot be used:")
+        super().__init__("\n".join(lines))
+
+
+class Foreign(str):
+    """A problem with a setting that threestudio knows and this workspace does not."""
+
+
+def part(table: Mapping[str, type]) -> dict[str, Any]:
+    """Metadata of a field whose class is looked up by the setting `<name>_type`.
+
+    Args:
+        table: Settings classes by name, or classes with such a class as `Config`.
+    """
+    return {"table": table}
+
+
+def attempt(problems: list[str], make: Callable[[], Any]) -> Any:
+    """What a function gives; where it is a `ConfigError`, its problems join others."""
+    try:
+        return make()
+    except ConfigError as error:
+        problems += error.problems
+
+
+def settings_class(kind: type) -> type:
+    """The settings class of an entry of a table."""
+    return kind if dataclasses.is_dataclass(kind) else typing.cast(Any, kind).Config
+
+
+def open_yaml(path: str | Path) -> DictConfig:
+    """A YAML file, interpolations not yet resolved.
+
+    Raises:
+        ConfigError: It is not there, or cannot be read.
+    """
+    path = Path(path)
+    if not path.is_file():
+        near = sorted(str(file) for file in path.parent.glob("*.yaml"))
+        near = near or sorted(str(file) for file in Path("configs").glob("*.yaml"))
+        hint = difflib.get_close_matches(str(path), near, n=3, cutoff=0.3) or near[:5]
+        raise ConfigError(
+            f"There is no config `{path}`."
+            + (
+                f" Did you mean {', '.join(f'`{name}`' for name in hint)}?"
+                if hint
+                else ""
+            )
+        )
+    try:
+        base = OmegaConf.load(path)
+    except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
+        raise ConfigError(f"`{path}` is no YAML that can be read: {error}") from error
+    if not isinstance(base, DictConfig):
+        raise ConfigError(
+            f"`{path}` must hold `key: value` lines, as configs/*.yaml do."
+        )
+    return base
+
+
+def apply(base: DictConfig, overrides: Sequence[str]) -> None:
+    """Change settings, in order.
+
+    Raises:
+        ConfigError: An override is no `key=value`.
+    """
+    for override in overrides:
+        key, sign, _ = override.partition("=")
+        if not sign or not key.strip() or override.startswith("-"):
+            raise ConfigError(
+                f"`{override}` is no setting: write `key=value`, for example "
+                '`system.prompt_processor.prompt="a red mushroom"`.'
+            )
+        try:
+            parsed = OmegaConf.select(OmegaConf.from_dotlist([override]), key)
+            # A whole section replaces the old one, whose keys need not fit.
+            OmegaConf.update(base, key, parsed, merge=False)
+        except (yaml.YAMLError, OmegaConfBaseException, ValueError) as error:
+            raise ConfigError(
+                f"`{override}` cannot be read ({_first_line(error)}). Quote values "
+                "with special characters: `'key=\"value: with colon\"'`."
+            ) from error
+
+
+def to_mapping(config: DictConfig) -> dict[str, Any]:
+    """Resolve interpolations.
+
+    Raises:
+        ConfigError: A value refers to one that is not there.
+    """
+    try:
+        mapping = OmegaConf.to_container(config, resolve=True)
+    except (OmegaConfBaseException, ArithmeticError, TypeError, ValueError) as error:
+        raise ConfigError(
+            f"The config cannot be resolved: {_first_line(error)}"
+        ) from error
+    assert isinstance(mapping, dict)
+    return {str(key): value for key, value in mapping.items()}
+
+
+def missing(config: DictConfig) -> list[str]:
+    """A sentence for each value that is still to be written (`???`).
+
+    Something stands in its place afterwards, so that what refers to it can be resolved.
+
+    Raises:
+        ConfigError: A value refers to one that is not there.
+    """
+    try:
+        keys = sorted(OmegaConf.missing_keys(config))
+    except OmegaConfBaseException as error:  # a value refers to one that is not there
+        raise ConfigError(f"The config cannot be read: {_first_line(error)}") from error
+    for key in keys:
+        OmegaConf.update(config, key, "missing")
+    return [_missing(key) for key in keys]
+
+
+def read(kind: type[T], section: Any, where: str) -> T:
+    """Make a settings object of a section.
+
+    Args:
+        kind: A dataclass.
+        section: A mapping.
+        where: The section's dotted name, for messages.
+
+    Raises:
+        ConfigError: A key is unknown or missing, or a value cannot be used; says so of
+            all of them.
+    """
+    fields: dict[str, dataclasses.Field[Any]] = {
+        f.name: f
+        for f in dataclasses.fields(typing.cast(Any, kind))
+        if not f.metadata.get("internal")
+    }
+    if not isinstance(section, Mapping):
+        raise ConfigError(
+            f"`{where}` is {section!r}: write a section of `key: value`, or set one of "
+            f"its keys, as `{where}.{next(iter(fields))}=…`."
+        )
+    problems = [
+        _unknown(_dotted(where, str(key)), str(key), fields)
+        for key in section
+        if key not in fields
+    ]
+    hints = typing.get_type_hints(kind)
+    values: dict[str, Any] = {}
+    for name, entry in fields.items():
+        path = _dotted(where, name)
+        if "table" in entry.metadata:
+            make = functools.partial(_read_part, entry, fields, section, where)
+        elif name in section:
+            make = functools.partial(_convert, section[name], hints[name], path)
+        elif _is_required(entry):
+            problems.append(_missing(path))
+            continue
+        else:
+            continue
+        values[name] = attempt(problems, make)
+    if problems:
+        raise ConfigError(*problems)
+    try:
+        return kind(**values)
+    except ConfigError:
+        raise
+    except (ValueError, TypeError) as error:
+        prefix = f"In `{where}`: " if where else ""
+        raise ConfigError(f"{prefix}{error}") from error
+
+
+def _read_part(
+    entry: dataclasses.Field[Any],
+    fields: Mapping[str, dataclasses.Field[Any]],
+    section: Mapping[str, Any],
+    where: str,
+) -> Any:
+    """A section whose class depends on its type."""
+    key = f"{entry.name}_type"
+    name = str(section.get(key, fields[key].default))
+    kind = choose(entry.metadata["table"], name, _dotted(where, key))
+    own = section.get(entry.name, {})
+    return read(settings_class(kind), own, _dotted(where, entry.name))
+
+
+def _is_required(entry: dataclasses.Field[Any]) -> bool:
+    return (
+        entry.default is dataclasses.MISSING
+        and entry.default_factory is dataclasses.MISSING
+    )
+
+
+def choose(table: Mapping[str, T], name: str, where: str) -> T:
+    """An entry of a table of classes.
+
+    Raises:
+        ConfigError: There is none of that name.
+    """
+    if name not in table:
+        known = ", ".join(f"`{n}`" for n in table)
+        raise ConfigError(Foreign(f"`{where}` is `{name}`: write one of {known}."))
+    return table[name]
+
+
+def _convert(value: Any, hint: Any, where: str) -> Any:
+    """A value as the type a field asks for."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if hint is Any:
+        return value
+    if origin in (typing.Union, types.UnionType):
+        if value is None and type(None) in arguments:
+            return None
+        for option in arguments:
+            if option is not type(None):
+                try:
+                    return _convert(value, option, where)
+                except ConfigError:
+                    continue
+        raise _wrong(where, value, hint)
+    if dataclasses.is_dataclass(hint):
+        return read(typing.cast(type[Any], hint), value, where)
+    if origin is tuple:
+        if not isinstance(value, Sequence) or isinstance(value, str):
+            raise _wrong(where, value, hint)
+        if len(value) != len(arguments):
+            raise _wrong(where, value, hint)
+        return tuple(
+            _convert(v, a, where) for v, a in zip(value, arguments, strict=True)
+        )
+    if origin is dict:
+        if not isinstance(value, Mapping):
+            raise ConfigError(
+                f"`{where}` is {value!r}: write a section of `key: value`."
+            )
+        return dict(value)
+    if origin is typing.Literal:
+        if value in arguments:
+            return value
+        raise _wrong(where, value, hint)
+    if hint is float and isinstance(value, int | float) and type(value) is not bool:
+        if not math.isfinite(value):
+            raise ConfigError(f"`{where}` is `{value}`: write a finite number.")
+        return float(value)
+    if hint is str and isinstance(value, int | float) and not isinstance(value, bool):
+        return str(value)
+    if isinstance(value, hint) and not (hint is not bool and isinstance(value, bool)):
+        return value
+    raise _wrong(where, value, hint)
+
+
+_NAMES = {
+    int: "a whole number",
+    float: "a number",
+    str: "a text",
+    bool: "true or false",
+}
+
+
+def _wrong(where: str, value: Any, hint: Any) -> ConfigError:
+    found = "empty" if value is None else f"`{value}`"
+    return ConfigError(f"`{where}` is {found}: write {_describe(hint)}.")
+
+
+def _describe(hint: Any) -> str:
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(
+            "null" if a is type(None) else _describe(a) for a in arguments
+        )
+    if origin is typing.Literal:
+        return " or ".join(map(str, arguments))
+    if origin is tuple:
+        return f"[{', '.join(_describe(a) for a in arguments)}]"
+    return _NAMES.get(hint, str(hint))
+
+
+def _unknown(where: str, key: str, known: Mapping[str, Any]) -> str:
+    near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    hint = f" Did you mean `{near[0]}`?" if near else ""
+    return f"There is no setting `{where}`.{hint} Known here: {', '.join(known)}."
+
+
+def _missing(where: str) -> str:
+    if where.endswith("prompt_processor.prompt"):
+        return (
+            "The prompt is missing: say what to make, for example "
+            '`system.prompt_processor.prompt="a red mushroom"`.'
+        )
+    return f"`{where}` is missing: write `{where}=…`, or a line of it in the config."
+
+
+def _dotted(where: str, key: str) -> str:
+    return f"{where}.{key}" if where else key
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
