@@ -165,8 +165,8 @@ class SubclusterChain(Chain):
             if a in used or b in used:
                 continue
             ratio = gain[at] - self.prior.merge_ratio(a, b, cells[:, a], cells[:, b])
-            sizes = (int(cells[:, k].sum()) for k in (a, b))
-            ratio += _log_random_division(*sizes, self.prior.mass)
+            left, right = int(cells[:, a].sum()), int(cells[:, b].sum())
+            ratio += _log_random_division(left, right, self.prior.mass)
             if chance[at] < ratio:
                 joined.append((a, b))
                 used |= {a, b}
