@@ -30,9 +30,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from dreampropeller.adapters.diffusers.guidance import guided
 from systems.extras import dtype_argument
 from systems.toybox import WEIGHTS, captions
-from systems.toybox.pipeline import ToyboxPipeline, rescaled
+from systems.toybox.pipeline import ToyboxPipeline
 
 ALIASES: Mapping[str, str] = {"toybox": str(WEIGHTS)}
 """Names of models that come with the repository."""
@@ -149,7 +150,7 @@ class Prior:
             words: Embedding of each view's prompt, shape ``(views, tokens, channels)``.
             without: Embedding of the negative prompt, shape ``(1, tokens, channels)``.
             guidance_scale: s; 1 asks the conditional model alone.
-            guidance_rescale: See `systems.toybox.pipeline.rescaled`.
+            guidance_rescale: From 0 (off) to 1; see `guided`.
         """
         if guidance_scale == 1:
             return self._to_noise(self._answer(noisy, t, words), noisy, t)
@@ -158,8 +159,8 @@ class Prior:
             torch.cat([noisy, noisy]), torch.cat([t, t]), torch.cat([blank, words])
         )
         plain, given = both.chunk(2)
-        guided = plain + guidance_scale * (given - plain)
-        return self._to_noise(rescaled(guided, given, guidance_rescale), noisy, t)
+        answer = guided(plain, given, guidance_scale, guidance_rescale)
+        return self._to_noise(answer, noisy, t)
 
     def _answer(self, noisy: Tensor, t: Tensor, words: Tensor) -> Tensor:
         answer = self.unet(

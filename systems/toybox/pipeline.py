@@ -31,28 +31,13 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 from transformers import CLIPTextModel, PreTrainedTokenizerFast
 
+from dreampropeller.adapters.diffusers.guidance import guided
 from systems.extras import dtype_argument
 from systems.toybox import WEIGHTS
 from systems.toybox.captions import check
 from systems.toybox.model import MAX_WORDS
 
 GUIDANCE_RESCALE = 0.7
-
-
-def rescaled(guided: Tensor, given: Tensor, rescale: float) -> Tensor:
-    """Pull a guided answer back to the spread of the conditional one.
-
-    Args:
-        guided: The guided answer of a model, shape ``(batch, channels, h, w)``.
-        given: Its conditional answer, same shape.
-        rescale: From 0 (off) to 1.
-    """
-    if not rescale:
-        return guided
-    axes = (1, 2, 3)
-    ratio = given.std(axes, keepdim=True) / guided.std(axes, keepdim=True)
-    # In diffusers' order of operations, for the same bits.
-    return rescale * (guided * ratio) + (1 - rescale) * guided
 
 
 class ToyboxPipeline(DiffusionPipeline):
@@ -172,8 +157,7 @@ class ToyboxPipeline(DiffusionPipeline):
         both = torch.cat([blank.expand_as(words), words])
         t = timestep.expand(len(x)).repeat(2)
         without, given = self.unet(torch.cat([x, x]), t, both).sample.chunk(2)
-        guided = without + scale * (given - without)
-        return rescaled(guided, given, rescale)
+        return guided(without, given, scale, rescale)
 
     @torch.no_grad()
     def __call__(

@@ -27,6 +27,7 @@ from transformers import (
 
 import dreampropeller as dp
 from dreampropeller import StepRandom
+from dreampropeller.adapters.diffusers.guidance import guided
 from systems import build
 from systems.guidance import priors
 from systems.guidance.priors import ModelError, Prior, Words
@@ -35,7 +36,6 @@ from systems.guidance.sds import GuidanceConfig, ScoreDistillation
 from systems.scene.cameras import Cameras
 from systems.settings.config import load
 from systems.toybox import WEIGHTS, pipeline
-from systems.toybox.pipeline import rescaled
 
 CPU = torch.device("cpu")
 
@@ -332,11 +332,12 @@ def test_guided_noise_is_the_toybox_pipelines_own() -> None:
 
 
 def test_rescaling_keeps_the_spread_of_the_conditional_answer() -> None:
-    guided, given = 5 * torch.randn(2, 3, 8, 8), torch.randn(2, 3, 8, 8)
-    assert rescaled(guided, given, 0.0) is guided
-    full = rescaled(guided, given, 1.0)
+    plain, given = 5 * torch.randn(2, 3, 8, 8), torch.randn(2, 3, 8, 8)
+    off = guided(plain, given, 3.0)
+    assert torch.equal(off, plain + 3.0 * (given - plain))
+    full = guided(plain, given, 3.0, 1.0)
     assert torch.allclose(full.std((1, 2, 3)), given.std((1, 2, 3)))
-    assert torch.allclose(rescaled(guided, given, 0.5), (full + guided) / 2)
+    assert torch.allclose(guided(plain, given, 3.0, 0.5), (full + off) / 2, atol=1e-5)
 
 
 def test_views_are_named_by_threshold() -> None:

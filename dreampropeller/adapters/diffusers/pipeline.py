@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from dreampropeller.acceleration.anderson import Anderson
+from dreampropeller.acceleration.base import Acceleration
 from dreampropeller.adapters.diffusers.loop import Loop
 from dreampropeller.adapters.diffusers.trajectory import (
     Form,
@@ -20,17 +20,15 @@ from dreampropeller.adapters.diffusers.trajectory import (
     check_scheduler,
     worst_picture,
 )
-from dreampropeller.calibration import Calibration, calibrate, choose
+from dreampropeller.calibration import Calibration, calibrate, choose_solver
 from dreampropeller.dispatch.base import Dispatcher, InlineDispatcher
 from dreampropeller.picard import PicardSolver
 from dreampropeller.predictor import Momentum
-from dreampropeller.solution import Iteration, Solution
-from dreampropeller.solver import Solver, SolverState, solve
+from dreampropeller.solution import Iteration, Solution, SolverState
+from dreampropeller.solver import Listener, Solver, solve
 from dreampropeller.threshold import FixedThreshold
 from dreampropeller.trajectory import Trajectory
 from dreampropeller.window import SlidingWindow
-
-OnIteration = Callable[[SolverState[Any], Iteration], bool | None]
 
 
 def sample(
@@ -41,11 +39,11 @@ def sample(
     window: int = 10,
     tolerance: float = 0.1,
     form: Form = "semi-linear",
-    acceleration: Anderson | None = None,
+    acceleration: Acceleration[Any] | None = None,
     dispatcher: Callable[[Trajectory[Any]], Dispatcher] = InlineDispatcher,
     calibration: Calibration | None = None,
     solver: Solver | None = None,
-    on_iteration: OnIteration | None = None,
+    on_iteration: Listener | None = None,
     on_solution: Callable[[Solution[Any]], None] | None = None,
     **arguments: Any,
 ) -> Any:
@@ -103,7 +101,7 @@ def sample(
 
         how, where = wanted, dispatcher
         if calibration is not None and isinstance(wanted, PicardSolver):
-            choice = choose(wanted, calibration, trajectory.latents.device)
+            choice = choose_solver(wanted, calibration, trajectory.latents.device)
             how, where = choice.solver, choice.dispatcher
         solution = solve(trajectory, how, where, on_iteration=watch)
         if on_solution is not None:
@@ -149,7 +147,7 @@ def solver_for(
     window: int,
     tolerance: float,
     form: Form = "semi-linear",
-    acceleration: Anderson | None = None,
+    acceleration: Acceleration[Any] | None = None,
 ) -> PicardSolver:
     """The solver of `sample`, for a trajectory of your own.
 

@@ -31,6 +31,7 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import Tensor
 
+from dreampropeller.adapters.diffusers.guidance import guided
 from dreampropeller.trajectory import Trajectory
 from dreampropeller.tree import Aux, Nest, State
 
@@ -131,9 +132,7 @@ class Denoiser:
             without, given = answer.chunk(2)
             without = without[:, :channels]
             given, variance = given[:, :channels], given[:, channels:]
-            answer = without + self.guidance_scale * (given - without)
-            if self.guidance_rescale > 0:
-                answer = _rescaled(answer, given, self.guidance_rescale)
+            answer = guided(without, given, self.guidance_scale, self.guidance_rescale)
             if variance.shape[1]:
                 answer = torch.cat([answer, variance], 1)
         return answer if self.keeps_variance else answer[:, :channels]
@@ -199,15 +198,8 @@ class SamplingTrajectory(Trajectory[Nest]):
         """The latents, and the history before the first step."""
         return {"x": self.latents.clone()}, self._step.history()
 
-    def make_drift(
-        self, device: torch.device, shard: tuple[int, int] = (0, 1)
-    ) -> _Drift:
+    def make_drift(self, device: torch.device) -> _Drift:
         """The model's answer, or the increment, of a step."""
-        if shard[1] > 1:
-            raise ValueError(
-                f"A sampling step cannot be split into {shard[1]} shards: its pictures "
-                "are one call of the model. Spread the window's steps instead."
-            )
         del device  # the model stays where the pipeline put it
         return _Drift(self)
 
@@ -382,10 +374,3 @@ def _repeated(value: Any, size: int, count: int) -> Any:
     if isinstance(value, Tensor) and value.ndim and len(value) == size:
         return value.repeat(count, *[1] * (value.ndim - 1))
     return value
-
-
-def _rescaled(guided: Tensor, given: Tensor, share: float) -> Tensor:
-    """Eqs. 15 and 16 of Lin et al., in the order diffusers rounds them."""
-    axes = list(range(1, given.ndim))
-    spread = given.std(axes, keepdim=True) / guided.std(axes, keepdim=True)
-    return share * (guided * spread) + (1 - share) * guided
