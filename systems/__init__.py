@@ -2,13 +2,26 @@
 
 from __future__ import annotations
 
+import functools
+import importlib
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from systems.base import System
+    from systems.problem import Problem
+    from systems.settings.config import Config
+    from systems.settings.reader import ConfigError
 
-SYSTEMS = {"dreamfusion-system": "systems.dreamfusion.DreamFusion"}
-"""Systems by the names configs use. Imported when asked for: they are heavy."""
+OTHERWISE = (
+    "What this workspace lacks, threestudio itself can do, with this solver: write "
+    "`backend=threestudio threestudio.root=<checkout>` (docs/threestudio.md)."
+)
+PROBLEMS = {
+    "dreamfusion-system": "systems.dreamfusion.DreamFusion",
+    "diffusion-sampling": "systems.sampling.Sampling",
+}
+"""Problems by the names configs use. Imported when asked for: they are heavy."""
 
 
 def make_system(config: str, *overrides: str) -> System:
@@ -26,23 +39,74 @@ def make_system(config: str, *overrides: str) -> System:
     return build(load(config, overrides))
 
 
-def build(config: object) -> System:
-    """The system of a config that was read.
+def build(config: Config) -> System:
+    """The 3D system of a config that was read.
+
+    Raises:
+        ConfigError: A setting cannot be used, or it is a problem of another kind.
+    """
+    from systems.base import System
+    from systems.settings.reader import ConfigError
+
+    problem = build_problem(config)
+    if not isinstance(problem, System):
+        raise ConfigError(
+            f"A `{config.system_type}` makes no 3D object: write "
+            f"`{problem.option}` for this config."
+        )
+    return problem
+
+
+def problem_type(config: Config) -> type[Problem]:
+    """The class of problem that a config names.
+
+    Raises:
+        ConfigError: There is no such class.
+    """
+    from systems.settings.reader import choose
+
+    path = choose(PROBLEMS, config.system_type, "system_type")
+    module, _, name = path.rpartition(".")
+    return getattr(importlib.import_module(module), name)
+
+
+def build_problem(config: Config) -> Problem:
+    """What a config that was read asks to solve.
 
     Raises:
         ConfigError: A setting cannot be used.
     """
-    import importlib
+    from systems.settings.reader import ConfigError
 
-    from systems.settings.config import Config
-    from systems.settings.reader import ConfigError, choose
-
-    assert isinstance(config, Config)
-    path = choose(SYSTEMS, config.system_type, "system_type")
-    module, _, name = path.rpartition(".")
     try:
-        return getattr(importlib.import_module(module), name)(config)
+        kind = problem_type(config)
+    except ConfigError as error:
+        own = [p for p in config.problems if not p.startswith("`system.")]
+        raise _refusal([*error.problems, *own]) from error
+    problems = [*config.problems, *_problems(kind.section_types, config)]
+    if problems:
+        raise _refusal(problems)
+    try:
+        return kind(config)
     except ConfigError:
         raise
     except ValueError as error:
         raise ConfigError(str(error)) from error
+
+
+def _problems(sections: Mapping[str, type], config: Config) -> list[str]:
+    """What cannot be used of the sections that a problem reads."""
+    from systems.settings.reader import attempt, read
+
+    found: list[str] = []
+    for name, kind in sections.items():
+        attempt(found, functools.partial(read, kind, getattr(config, name), name))
+    return [problem for problem in found if problem not in config.problems]
+
+
+def _refusal(problems: Sequence[str]) -> ConfigError:
+    """All problems; and the way out, where threestudio could do what is asked."""
+    from systems.settings.reader import ConfigError, Foreign
+
+    foreign = any(isinstance(problem, Foreign) for problem in problems)
+    return ConfigError(*problems, advice=OTHERWISE if foreign else "")

@@ -1,19 +1,20 @@
-"""What every system offers: a trajectory to solve, and ways to look at a state."""
+"""What every 3D system offers: a trajectory to solve, and ways to look at a state."""
 
 from __future__ import annotations
 
 import abc
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 import dreampropeller as dp
-from dreampropeller.dispatch.process_group import local_device
 from dreampropeller.precision import LOSS_SCALE
+from systems import artefacts
+from systems.problem import Problem
 from systems.scene.cameras import RandomCameras, Views
 from systems.settings.config import Config
 from systems.settings.reader import ConfigError, read
@@ -21,12 +22,13 @@ from systems.settings.reader import ConfigError, read
 if TYPE_CHECKING:
     import trimesh
 
+PREVIEW_VIEWS = 4
 
-class System(abc.ABC):
+
+class System(Problem):
     """A way to make a 3D object.
 
-    A system is built from its config alone, the same on every rank; what is optimised
-    is a state that it renders and exports but does not keep.
+    What is optimised is a state that the system renders and exports but does not keep.
 
     Args:
         config: The run.
@@ -34,31 +36,37 @@ class System(abc.ABC):
 
     """
 
+    sections = frozenset(
+        {"system", "data", "data_type", "resume", "trainer", "checkpoint", "quality"}
+    )
+
     def __init__(self, config: Config, device: torch.device | None = None) -> None:
-        self.config = config
-        self.device = device or local_device()
-        self.random = dp.StepRandom(config.seed)
+        super().__init__(config, device)
         self.cameras = read(RandomCameras, config.data, "data")
 
     @property
-    @abc.abstractmethod
-    def prompt(self) -> str:
-        """What is wanted."""
+    def num_steps(self) -> int:
+        """`trainer.max_steps`."""
+        return self.config.trainer.max_steps
 
     @property
     @abc.abstractmethod
     def scene(self) -> nn.Module:
-        """Renders views; its parameters and buffers are the state."""
+        """What is rendered."""
 
-    @abc.abstractmethod
-    def trajectory(self) -> dp.OptimizationTrajectory:
-        """The optimisation. Loads the pretrained model."""
+    @property
+    def module(self) -> nn.Module:
+        """What is optimised: its parameters and buffers are the state.
+
+        More than the scene where guidance learns too (variational score distillation).
+        """
+        return self.scene
 
     @abc.abstractmethod
     def render(
         self, y: dp.State, views: Views, grey: float | None = None
     ) -> tuple[Float[Tensor, "views 3 height width"], Float[Tensor, "views 1 h w"]]:
-        """Final-look pictures and opacity of a state, on the CPU.
+        """Final-look images and opacity of a state, on the CPU.
 
         Args:
             y: The state.
@@ -74,34 +82,52 @@ class System(abc.ABC):
             EmptySurface: There is none.
         """
 
-    def solver(self) -> dp.Solver:
-        """The solver the config asks for."""
-        return self.config.solver.build()
-
     def turntable(
         self, y: dp.State, count: int | None = None
     ) -> Iterator[Float[Tensor, "3 height width"]]:
-        """Pictures from all around.
+        """Images from all around.
 
         Args:
             y: The state.
             count: How many; default: `data.n_test_views`.
         """
         views = self.cameras.turntable(count)
-        for number in range(len(views.cameras)):
-            yield self.render(y, views.one(number))[0][0]
+        for index in range(len(views.cameras)):
+            yield self.render(y, views.one(index))[0][0]
+
+    def preview(self, y: dp.State) -> Float[Tensor, "images 3 height width"]:
+        """A few images from all around."""
+        return torch.stack(list(self.turntable(y, PREVIEW_VIEWS)))
+
+    def write(self, folder: Path, y: dp.State) -> dict[str, Any]:
+        """Write turntable, quality and mesh; see `systems.artefacts`."""
+        return artefacts.write(folder, self, y)
+
+    def summary(self, report: dict[str, Any]) -> list[str]:
+        """Quality and mesh, for the terminal."""
+        return artefacts.summary(report)
+
+    def rows_vary(self, name: str) -> bool:
+        """Whether a tensor of the state may have any number of rows; default: none."""
+        del name
+        return False
 
     def check_state(self, y: dp.State, where: str | Path) -> None:
         """Refuse a state of another system; its precision may be another.
 
+        Tensors are compared by name and shape, without the number of rows where
+        `rows_vary`.
+
         Raises:
             ConfigError: Names the first difference.
         """
-        own = dict(self.scene.named_buffers())
-        own |= {n: p for n, p in self.scene.named_parameters() if p.requires_grad}
+        own = dict(self.module.named_buffers())
+        own |= {n: p for n, p in self.module.named_parameters() if p.requires_grad}
 
         def shape(tensors: Mapping[str, Tensor], name: str) -> tuple[int, ...] | str:
-            return tuple(tensors[name].shape) if name in tensors else "nothing"
+            if name not in tensors:
+                return "nothing"
+            return tuple(tensors[name].shape)[self.rows_vary(name) :]
 
         for name in [*y, *own]:
             if name != LOSS_SCALE and shape(y, name) != shape(own, name):

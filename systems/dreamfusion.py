@@ -10,35 +10,28 @@ and form as in threestudio). Each weight is a number or a schedule.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 import dreampropeller as dp
-from systems.base import System
-from systems.guidance.priors import check, load
-from systems.guidance.prompts import PromptConfig
-from systems.guidance.sds import GuidanceConfig, ScoreDistillation
+from systems.distillation import Distillation
+from systems.guidance.base import Guidance
+from systems.guidance.priors import check
+from systems.guidance.prompts import PROMPT_PROCESSORS, PromptConfig
+from systems.guidance.table import GUIDANCES
 from systems.optimizer import OptimizerConfig
-from systems.scene.cameras import Views
-from systems.scene.isosurface import extract_mesh
+from systems.scene.cameras import RandomCameras, Views
+from systems.scene.isosurface import Silhouettes, extract_mesh
 from systems.scene.renderers.volume import Rendering
 from systems.scene.scene import Scene, SceneConfig
-from systems.settings.checks import one_of
 from systems.settings.config import Config
-from systems.settings.reader import read
+from systems.settings.reader import part, read
 from systems.settings.schedules import Schedule, check_schedule, value_at
-
-GUIDANCES = ("diffusers-guidance", "stable-diffusion-guidance", "deep-floyd-guidance")
-"""One class serves all diffusers pipelines; the others are threestudio's names."""
-PROMPT_PROCESSORS = (
-    "diffusers-prompt-processor",
-    "stable-diffusion-prompt-processor",
-    "deep-floyd-prompt-processor",
-)
 
 
 @dataclass(frozen=True)
@@ -69,48 +62,49 @@ class DreamFusionConfig(SceneConfig):
     Args:
         prompt_processor_type: Any of threestudio's names.
         prompt_processor: What is wanted.
-        guidance_type: Any of threestudio's names.
-        guidance: Who says so.
-        loss: Weights.
-        optimizer: Who takes the steps.
+        guidance_type: A key of `systems.guidance.table.GUIDANCES`.
+        guidance: Its settings.
+        loss: Weights of the terms of the loss.
+        optimizer: The optimizer, with a learning rate for each part.
     """
 
-    prompt_processor: PromptConfig
-    guidance: GuidanceConfig
+    prompt_processor: PromptConfig = field(metadata=part(PROMPT_PROCESSORS))
+    guidance: Any = field(metadata=part(GUIDANCES))
     optimizer: OptimizerConfig
     prompt_processor_type: str = "diffusers-prompt-processor"
     guidance_type: str = "diffusers-guidance"
     loss: LossConfig = field(default_factory=LossConfig)
 
     def __post_init__(self) -> None:
-        one_of("guidance_type", self.guidance_type, GUIDANCES)
-        one_of("prompt_processor_type", self.prompt_processor_type, PROMPT_PROCESSORS)
         named = self.prompt_processor.pretrained_model_name_or_path
-        if named not in (None, self.guidance.pretrained_model_name_or_path):
+        used = self.guidance.pretrained_model_name_or_path
+        if named not in (None, used):
             raise ValueError(
                 f"`prompt_processor` names the model `{named}` and `guidance` "
-                f"`{self.guidance.pretrained_model_name_or_path}`: the guidance's own "
-                "text encoder is used. Leave the first out, or write the same."
+                f"`{used}`: the guidance's own text encoder is used. Leave the first "
+                "out, or write the same."
             )
 
 
-class DreamFusion(System):
+class DreamFusion(Distillation):
     """Text to 3D by score distillation of a field."""
+
+    section_types: ClassVar[Mapping[str, type]] = {
+        "data": RandomCameras,
+        "system": DreamFusionConfig,
+    }
 
     def __init__(self, config: Config, device: torch.device | None = None) -> None:
         super().__init__(config, device)
         self.settings = read(DreamFusionConfig, config.system, "system")
-        check(
-            self.settings.guidance.pretrained_model_name_or_path,
-            [self.settings.prompt_processor.prompt],
-        )
+        check(self.settings.guidance.pretrained_model_name_or_path, [self.title])
         with self.random.scope(0, "scene"):
             self._scene = Scene(self.settings).to(self.device)
         self.settings.optimizer.check(self._scene)
 
     @property
-    def prompt(self) -> str:
-        """What is wanted."""
+    def title(self) -> str:
+        """The prompt."""
         return self.settings.prompt_processor.prompt
 
     @property
@@ -118,66 +112,28 @@ class DreamFusion(System):
         """The field, its look, what is behind, and the renderer."""
         return self._scene
 
-    def trajectory(self) -> dp.OptimizationTrajectory:
-        """Adam (or another) on the loss above; loads the pretrained model."""
+    def load_guidance(self) -> Guidance:
+        """See `Distillation.load_guidance`."""
         settings = self.settings
-        prior, words = load(
-            settings.guidance.pretrained_model_name_or_path,
-            settings.prompt_processor.texts(),
-            settings.prompt_processor.negative_prompt,
-            self.device,
-            settings.guidance.half_precision_weights,
-        )
-        guidance = ScoreDistillation(
-            settings.guidance, prior, words, settings.prompt_processor
-        )
+        guidance = GUIDANCES[settings.guidance_type]
+        return guidance.load(settings.guidance, settings.prompt_processor, self.device)
 
-        def loss(step: int, scene: nn.Module) -> tuple[Tensor, dict[str, Any]]:
-            return self.loss(step, scene, guidance)
-
-        return dp.OptimizationTrajectory.from_module(
-            self.scene,
-            loss,
-            settings.optimizer.build,
-            self.config.trainer.max_steps,
-            precision=self.config.trainer.precision,
-            seed=self.config.seed,
-        )
-
-    def loss(
-        self, step: int, scene: nn.Module, guidance: ScoreDistillation
-    ) -> tuple[Tensor, dict[str, Any]]:
-        """The loss of a step, and numbers to log."""
-        weight = {
-            name: value_at(value, step)
+    def weights(self, step: int) -> dict[str, float]:
+        """See `Distillation.weights`."""
+        return {
+            name.removeprefix("lambda_"): value_at(value, step)
             for name, value in vars(self.settings.loss).items()
         }
-        views = self.cameras.views(step, self.random)
-        seen: Rendering = scene(
-            views, step, self.random, with_normals=weight["lambda_orient"] > 0
-        )
-        pictures = seen.rgb.permute(0, 3, 1, 2)
-        sds, log = guidance(pictures, views.cameras, step, self.random)
-        total = weight["lambda_sds"] * sds
-        opacity = seen.opacity.float().clamp(1e-3, 1 - 1e-3)
-        with torch.autocast(opacity.device.type, enabled=False):  # CUDA's refuses it
-            opaque = nn.functional.binary_cross_entropy(opacity, opacity)
-        terms = {
-            "orient": seen.backfacing,
-            "sparsity": (seen.opacity.square() + 0.01).sqrt().mean(),
-            "opaque": opaque,
-        }
-        for name, value in terms.items():
-            if weight[f"lambda_{name}"]:
-                total = total + weight[f"lambda_{name}"] * value
-        losses = {f"loss_{name}": value for name, value in terms.items()}
-        return total, {
-            "loss": total,
-            "loss_sds": sds,
-            **losses,
-            **log,
-            "opacity": seen.opacity.mean(),
-        }
+
+    def optimizer(self, parameters: Mapping[str, Tensor]) -> torch.optim.Optimizer:
+        """See `Distillation.optimizer`."""
+        return self.settings.optimizer.build(parameters)
+
+    def rendering(
+        self, module: nn.Module, views: Views, step: int, with_normals: bool
+    ) -> Rendering:
+        """See `Distillation.rendering`."""
+        return module(views, step, self.random, with_normals=with_normals)
 
     @torch.no_grad()
     def render(
@@ -193,7 +149,7 @@ class DreamFusion(System):
 
     @torch.no_grad()
     def mesh(self, y: dp.State) -> Any:
-        """The surface at `isosurface_threshold`, coloured by the albedo."""
+        """The surface at `isosurface_threshold`, with the albedo that rays meet."""
         geometry, material = self.scene.geometry, self.scene.material
         prefix = "geometry."
         own = {
@@ -214,10 +170,23 @@ class DreamFusion(System):
         def colour(points: Tensor) -> Tensor:
             return material.albedo(values(points)[1]).cpu()
 
+        threshold = geometry.config.isosurface_threshold
         return extract_mesh(
             density,
             colour,
             geometry.config.radius,
             geometry.config.isosurface_resolution,
-            geometry.config.isosurface_threshold,
+            self._silhouettes(y) if threshold == "auto" else threshold,
+            self.scene.renderer.config.step_size,
+        )
+
+    def _silhouettes(self, y: dp.State) -> Silhouettes:
+        """Opacity of a state along the rays of a few views all around."""
+        views = self.cameras.around()
+        origins, directions = views.cameras.rays(views.height, views.width)
+        seen = [self.render(y, views.one(i))[1] for i in range(len(views.cameras))]
+        return Silhouettes(
+            origins.expand_as(directions).reshape(-1, 3),
+            directions.reshape(-1, 3),
+            torch.cat(seen).flatten(),
         )

@@ -2,26 +2,23 @@
 
 from __future__ import annotations
 
-import os
-import time
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 import dreampropeller as dp
 from dreampropeller.adapters.diffusers import measure, sample, worst_picture
-from dreampropeller.dispatch.process_group import local_device
 from systems.guidance.prompts import PromptConfig
 from systems.images import save_picture, save_sheet
-from systems.runs import folders, workers
-from systems.settings.checks import at_least, one_of
-from systems.settings.config import Config, is_rank
+from systems.problem import Problem
+from systems.settings.checks import at_least, between, one_of
+from systems.settings.config import Config
 from systems.settings.reader import ConfigError, read
 
-SYSTEM_TYPE = "diffusion-sampling"
 SCHEDULERS = {
     "ddim": "DDIMScheduler",
     "ddpm": "DDPMScheduler",
@@ -62,7 +59,9 @@ class SamplerConfig:
     def __post_init__(self) -> None:
         at_least("num_inference_steps", self.num_inference_steps, 1)
         at_least("num_images", self.num_images, 1)
-        at_least("eta", self.eta, 0)
+        at_least("guidance_scale", self.guidance_scale, 0)
+        between("eta", self.eta, 0, 1)
+        between("guidance_rescale", self.guidance_rescale or 0, 0, 1)
         one_of("form", self.form, ("semi-linear", "published"))
         if self.scheduler is not None:
             one_of("scheduler", self.scheduler, tuple(SCHEDULERS))
@@ -126,161 +125,128 @@ def _framed(x: Tensor, colour: tuple[float, float, float]) -> Tensor:
     return cell
 
 
-def run(config: Config) -> int:
-    """Draw, here or on several ranks; gives the exit code.
+class Sampling(Problem):
+    """Images of a prompt; the pipeline owns the loop and is called once."""
 
-    Raises:
-        ConfigError: A setting cannot be used.
-    """
-    if is_rank():  # started by torchrun
-        return work(config, leads=os.environ["RANK"] == "0")
-    if config.dispatch.num_workers == 1:
-        return work(config)
-    settings(config)  # refuse before anything is made or started
-    return workers.run(work, config, folders.open_folder(config))
+    option = "--sample"
+    sections = frozenset({"system"})
+    section_types: ClassVar[Mapping[str, type]] = {"system": SamplingConfig}
+
+    def __init__(self, config: Config, device: torch.device | None = None) -> None:
+        super().__init__(config, device)
+        self.settings = read(SamplingConfig, config.system, "system")
+        if config.dispatch.count > 1 and self.settings.sampler.batched:
+            raise ConfigError(
+                "`system.sampler.batched` puts a window on one device, and "
+                f"there are {config.dispatch.count} workers: choose one."
+            )
+        self._strip = Strip()
+        self._images = torch.empty(0)
+
+    @property
+    def title(self) -> str:
+        """The prompt."""
+        return self.settings.prompt_processor.prompt
+
+    @property
+    def num_steps(self) -> int:
+        """Denoising steps."""
+        return self.settings.sampler.num_inference_steps
+
+    def solver(self) -> dp.Solver:
+        """As configured, with the published norm; "momentum" holds the last output."""
+        solver = self.config.solver.build()
+        if not isinstance(solver, dp.PicardSolver):
+            return solver
+        held = solver.predictor == "momentum"
+        predictor = dp.Momentum(0.0) if held else solver.predictor
+        return replace(solver, predictor=predictor, norm=worst_picture)
+
+    def solve(
+        self,
+        dispatcher: Callable[[dp.Trajectory[Any]], dp.Dispatcher],
+        state: dp.SolverState[Any] | None,
+        on_iteration: Callable[[dp.SolverState[Any], dp.Iteration], bool | None],
+    ) -> dp.Solution[Any]:
+        """Call the pipeline; see `dreampropeller.adapters.diffusers.sample`.
+
+        Raises:
+            KeyboardInterrupt: `on_iteration` asked to stop: half a sample is none.
+        """
+        del state
+        pipeline = _pipeline(self.settings.sampler, self.device)
+        pipeline.set_progress_bar_config(disable=True)
+        solutions: list[dp.Solution[Any]] = []
+        calibration, solver = None, self.solver()
+        if self.settings.sampler.batched and isinstance(solver, dp.PicardSolver):
+            calibration = self._calibration(pipeline)
+            print(dp.choose_solver(solver, calibration, self.device).reason)
+
+        def watch(state: dp.SolverState[Any], iteration: dp.Iteration) -> None:
+            self._strip(state, iteration)
+            if on_iteration(state, iteration):
+                raise KeyboardInterrupt
+
+        images = sample(
+            pipeline,
+            self.title,
+            **self._arguments(),
+            solver=solver,
+            dispatcher=dispatcher,
+            calibration=calibration,
+            on_iteration=watch,
+            on_solution=solutions.append,
+        ).images
+        self._images = torch.from_numpy(images).movedim(-1, 1).float()
+        return solutions[0]
+
+    def write(self, folder: Path, y: dp.State) -> dict[str, Any]:
+        """The images, and a strip that shows the window at work."""
+        del y
+        enlarged = max(1, 256 // self._images.shape[-1])
+        columns = min(4, len(self._images))
+        save_sheet(self._images, folder / "sample.png", columns, scale=enlarged)
+        cells, columns = self._strip.picture(self.num_steps)
+        save_picture(cells, folder / "strip.png", columns)
+        return {"sampler": asdict(self.settings.sampler)}
+
+    def _arguments(self) -> dict[str, Any]:
+        """What the pipeline is called with."""
+        sampler = self.settings.sampler
+        arguments: dict[str, Any] = {
+            "negative_prompt": self.settings.prompt_processor.negative_prompt or None,
+            "num_inference_steps": sampler.num_inference_steps,
+            "guidance_scale": sampler.guidance_scale,
+            "num_images_per_prompt": sampler.num_images,
+            "eta": sampler.eta,
+            "generator": torch.Generator().manual_seed(self.config.seed),
+            "output_type": "np",
+            "form": sampler.form,
+            "window": self.config.solver.window.size,
+        }
+        if sampler.guidance_rescale is not None:
+            arguments["guidance_rescale"] = sampler.guidance_rescale
+        return arguments
+
+    def _calibration(self, pipeline: Any) -> dp.Calibration:
+        """The record beside the runs; measured and written if there is none."""
+        path = Path(self.config.exp_root_dir) / self.config.name / "calibration.json"
+        if not path.exists():
+            print(f"Measuring whether a batched window pays (kept in {path}).")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            measure(pipeline, self.title, **self._arguments()).save(path)
+        return dp.Calibration.load(path)
 
 
-def settings(config: Config) -> SamplingConfig:
-    """The settings of a config for `--sample`.
-
-    Raises:
-        ConfigError: It is a config for another task, or a setting cannot be used.
-    """
-    if config.system_type != SYSTEM_TYPE:
-        raise ConfigError(
-            f"`system_type` is `{config.system_type}`, and `--sample` draws pictures: "
-            "write `--config configs/sample-toybox.yaml`, or `--train` for this one."
-        )
-    if config.resume is not None:
-        raise ConfigError("A sample is not resumed: leave out `resume`.")
-    if config.dispatch.count > 1 and config.system.get("sampler", {}).get("batched"):
-        raise ConfigError(
-            "`system.sampler.batched` puts a window on one device, and "
-            f"there are {config.dispatch.count} workers: choose one."
-        )
-    return read(SamplingConfig, config.system, "system")
-
-
-def work(config: Config, folder: Path | None = None, leads: bool = True) -> int:
-    """What each rank does; the one that leads writes it down, in a folder."""
-    wanted = settings(config)
-    dispatcher, threads = workers.dispatcher(config.dispatch)
-    torch.set_num_threads(threads)
-    pipeline = _pipeline(wanted.sampler)
-    folder = folder or (folders.open_folder(config) if leads else None)
-    solutions: list[dp.Solution[Any]] = []
-    strip = Strip()
-    arguments: dict[str, Any] = {
-        **_arguments(wanted, config.seed),
-        "form": wanted.sampler.form,
-        "window": config.solver.window.size,
-    }
-    calibration = None
-    if wanted.sampler.batched:
-        calibration = _calibration(config, pipeline, arguments)
-        print(dp.choose_solver(_picard(config), calibration, local_device()).reason)
-    start = time.perf_counter()
-    made = sample(
-        pipeline,
-        wanted.prompt_processor.prompt,
-        **arguments,
-        solver=_solver(config),
-        dispatcher=dispatcher,
-        calibration=calibration,
-        on_iteration=strip,
-        on_solution=solutions.append,
-    ).images
-    seconds = time.perf_counter() - start
-    if folder is None:
-        return 0
-    stats = solutions[0].stats
-    pictures = torch.from_numpy(made).movedim(-1, 1).float()
-    enlarged = max(1, 256 // pictures.shape[-1])
-    save_sheet(
-        pictures, folder / "sample.png", columns=min(4, len(pictures)), scale=enlarged
-    )
-    cells, columns = strip.picture(sum(stats.strides))
-    save_picture(cells, folder / "strip.png", columns)
-    folders.write_json(
-        folder / "report.json",
-        {
-            "prompt": wanted.prompt_processor.prompt,
-            "result": solutions[0].result.value,
-            "steps": sum(stats.strides),
-            "iterations": stats.num_iterations,
-            "evaluations": stats.num_evaluations,
-            "strides": stats.strides,
-            "seconds": round(seconds, 2),
-            "workers": config.dispatch.count,
-            "sampler": asdict(wanted.sampler),
-            "solver": asdict(config.solver),
-            "environment": folders.environment(),
-        },
-    )
-    print(
-        f"{sum(stats.strides)} steps in {stats.num_iterations} iterations, "
-        f"{stats.num_evaluations} evaluations, {seconds:.1f} s on "
-        f"{config.dispatch.count} worker(s).\nLook into {folder}"
-    )
-    return 0
-
-
-def _pipeline(wanted: SamplerConfig) -> Any:
+def _pipeline(wanted: SamplerConfig, device: torch.device) -> Any:
     # Here, so that threestudio's own, older diffusers is enough for its backend.
     import diffusers
 
     from systems.guidance.priors import open_pipeline, resolve
 
     source = resolve(wanted.pretrained_model_name_or_path)
-    pipeline = open_pipeline(source).to(local_device())
+    pipeline = open_pipeline(source).to(device)
     if wanted.scheduler is not None:
         kind = getattr(diffusers, SCHEDULERS[wanted.scheduler])
         pipeline.scheduler = kind.from_config(pipeline.scheduler.config)
     return pipeline
-
-
-def _arguments(wanted: SamplingConfig, seed: int) -> dict[str, Any]:
-    """What the pipeline is called with."""
-    sampler = wanted.sampler
-    arguments: dict[str, Any] = {
-        "negative_prompt": wanted.prompt_processor.negative_prompt or None,
-        "num_inference_steps": sampler.num_inference_steps,
-        "guidance_scale": sampler.guidance_scale,
-        "num_images_per_prompt": sampler.num_images,
-        "eta": sampler.eta,
-        "generator": torch.Generator().manual_seed(seed),
-        "output_type": "np",
-    }
-    if sampler.guidance_rescale is not None:
-        arguments["guidance_rescale"] = sampler.guidance_rescale
-    return arguments
-
-
-def _solver(config: Config) -> dp.Solver:
-    return dp.Sequential() if config.solver.name == "sequential" else _picard(config)
-
-
-def _picard(config: Config) -> dp.PicardSolver:
-    """As configured, with the published norm; "momentum" holds the last answer."""
-    held = config.solver.predictor == "momentum"
-    return dp.PicardSolver(
-        config.solver.window.build(),
-        config.solver.threshold.build(),
-        predictor=dp.Momentum(0.0) if held else config.solver.predictor,
-        norm=worst_picture,
-        acceleration=config.solver.acceleration.build(),
-    )
-
-
-def _calibration(
-    config: Config, pipeline: Any, arguments: dict[str, Any]
-) -> dp.Calibration:
-    """The record beside the runs; measured and written if there is none."""
-    path = Path(config.exp_root_dir) / config.name / "calibration.json"
-    if not path.exists():
-        print(f"Measuring whether a batched window pays (kept in {path}).")
-        prompt = read(SamplingConfig, config.system, "system").prompt_processor.prompt
-        own = {**arguments, "generator": torch.Generator().manual_seed(config.seed)}
-        path.parent.mkdir(parents=True, exist_ok=True)
-        measure(pipeline, prompt, **own).save(path)
-    return dp.Calibration.load(path)

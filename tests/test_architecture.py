@@ -24,7 +24,7 @@ LAYERS = {
     "dispatch": "dreampropeller/dispatch/*",
     "solver": "dreampropeller/*.py",
     "adapters": "dreampropeller/{adapters,mixtures}/*",
-    "settings": "systems/settings/* systems/{extras,images}.py",
+    "settings": "systems/settings/* systems/{extras,images,files}.py",
     "scene": "systems/scene/* systems/optimizer.py",
     "guidance": "systems/{toybox,guidance}/*",
     "systems": "systems/*.py systems/quality/*",

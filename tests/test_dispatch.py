@@ -168,6 +168,59 @@ def _children() -> list[str]:
     return found
 
 
+SCRIPT = """
+import torch
+import dreampropeller as dp
+
+
+def main():
+    SEED
+    model = torch.nn.Linear(2, 1)
+    trajectory = dp.OptimizationTrajectory.from_module(
+        model,
+        lambda step, model: model(torch.rand(8, 2)).square().mean(),
+        optimizer=lambda params: torch.optim.SGD(params.values(), lr=0.1),
+        num_steps=4,
+    )
+    solver = dp.PicardSolver(dp.SlidingWindow(2), dp.FixedThreshold(0))
+    dp.solve(trajectory, solver, dp.DistributedDispatcher)
+    print("solved")
+
+
+GUARD
+dp.launch_workers(main, num_workers=2)
+"""
+
+
+@pytest.mark.parametrize(
+    ("seed", "guard", "message"),
+    [
+        ("pass", "if __name__ == '__main__':\n    ", "torch.manual_seed(0)"),
+        ("torch.manual_seed(0)", "", 'under `if __name__ == "__main__":`'),
+        ("torch.manual_seed(0)", "if __name__ == '__main__':\n    ", None),
+    ],
+    ids=["no seed", "no guard", "both"],
+)
+def test_a_script_of_several_processes_says_what_is_amiss(
+    seed: str, guard: str, message: str | None, tmp_path: Path
+) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT.replace("SEED", seed).replace("GUARD\n", guard))
+    done = subprocess.run(
+        [sys.executable, str(script)],
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    if message is None:
+        assert done.stdout == "solved\n" * 2, done.stderr
+        return
+    assert done.returncode == 1
+    assert message in done.stderr.strip().splitlines()[-1], done.stderr
+    assert len(done.stderr.splitlines()) < 25, done.stderr
+
+
 def test_no_process_group_is_an_error_that_says_what_to_do() -> None:
     with pytest.raises(RuntimeError, match="torchrun"):
         solve(

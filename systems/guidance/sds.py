@@ -1,6 +1,6 @@
-r"""Score distillation: a diffusion model tells pictures where to go.
+r"""Score distillation: a diffusion model says how images should change.
 
-A picture $x$ is noised to $x_t = \alpha_t x + \sigma_t \epsilon$; the gradient
+An image $x$ is noised to $x_t = \alpha_t x + \sigma_t \epsilon$; the gradient
 
 $$g = w(t)\,\bigl(\hat\epsilon(x_t, t, c) - \epsilon\bigr)$$
 
@@ -17,11 +17,17 @@ from jaxtyping import Float
 from torch import Tensor
 
 from dreampropeller import StepRandom
-from systems.guidance.priors import Prior, Words
+from systems.guidance.base import Guidance, Log
+from systems.guidance.priors import Prior, Words, load
 from systems.guidance.prompts import PromptConfig
 from systems.scene.cameras import Cameras
-from systems.settings.checks import check_range, one_of
-from systems.settings.schedules import Schedule, check_schedule, value_at
+from systems.settings.checks import at_least, between, one_of
+from systems.settings.schedules import (
+    Schedule,
+    check_order,
+    check_schedule,
+    value_at,
+)
 
 
 @dataclass(frozen=True)
@@ -30,12 +36,13 @@ class GuidanceConfig:
 
     Args:
         pretrained_model_name_or_path: "toybox", a hub model, or a local folder.
-        guidance_scale: s of classifier-free guidance, 1 for none.
+        guidance_scale: Of classifier-free guidance, 1 for none.
         guidance_rescale: Pulls guided answers back in range, from 0 (off) to 1.
         weighting_strategy: w(t): "sds" is $1 - \bar\alpha_t$, "uniform" is 1,
             "fantasia3d" is $\sqrt{\bar\alpha_t}\,(1 - \bar\alpha_t)$.
-        min_step_percent: Least timestep, as a share of all; a number or a schedule.
-        max_step_percent: Largest timestep; a number or a schedule.
+        min_step_percent: Least timestep, as a share of all, from 0 to 1 (the name is
+            threestudio's); a number or a schedule.
+        max_step_percent: Largest timestep; never below the least.
         grad_clip: Largest absolute entry of the gradient; a number, a schedule or null.
         half_precision_weights: Half precision on a GPU.
         enable_memory_efficient_attention: torch's fused attention; false takes the
@@ -58,15 +65,43 @@ class GuidanceConfig:
             self.weighting_strategy,
             ("sds", "uniform", "fantasia3d"),
         )
-        check_range("guidance_rescale", (0, self.guidance_rescale), 0, 1)
-        check_schedule("min_step_percent", self.min_step_percent)
-        check_schedule("max_step_percent", self.max_step_percent)
+        between("guidance_rescale", self.guidance_rescale, 0, 1)
+        low, high = "min_step_percent", "max_step_percent"
+        check_schedule(low, self.min_step_percent, 0, 1)
+        check_schedule(high, self.max_step_percent, 0, 1)
+        check_order(low, self.min_step_percent, high, self.max_step_percent)
+        at_least("guidance_scale", self.guidance_scale, 0)
         if self.grad_clip is not None:
-            check_schedule("grad_clip", self.grad_clip)
+            check_schedule("grad_clip", self.grad_clip, 0)
+
+    @property
+    def scale(self) -> float:
+        """s, the weight of the prompt; 1 asks the conditional model alone."""
+        return self.guidance_scale
 
 
-class ScoreDistillation:
-    """The SDS loss of pictures.
+@dataclass(frozen=True)
+class StableDiffusionConfig(GuidanceConfig):
+    """The same as threestudio counts it: its guidance scale is s − 1, 0 for none."""
+
+    pretrained_model_name_or_path: str = "runwayml/stable-diffusion-v1-5"
+
+    @property
+    def scale(self) -> float:
+        """The weight of the prompt, s."""
+        return self.guidance_scale + 1
+
+
+@dataclass(frozen=True)
+class DeepFloydConfig(StableDiffusionConfig):
+    """Likewise, with threestudio's defaults for DeepFloyd IF."""
+
+    pretrained_model_name_or_path: str = "DeepFloyd/IF-I-XL-v1.0"
+    guidance_scale: float = 20.0
+
+
+class ScoreDistillation(Guidance):
+    """The SDS loss of images.
 
     Args:
         config: Its settings.
@@ -74,6 +109,22 @@ class ScoreDistillation:
         words: Embeddings of `prompts.texts()`.
         prompts: Which text belongs to which view.
     """
+
+    Config = GuidanceConfig
+
+    @classmethod
+    def load(
+        cls, config: GuidanceConfig, prompts: PromptConfig, device: torch.device
+    ) -> ScoreDistillation:
+        """See `Guidance.load`."""
+        prior, words = load(
+            config.pretrained_model_name_or_path,
+            prompts.texts(),
+            prompts.negative_prompt,
+            device,
+            config.half_precision_weights,
+        )
+        return cls(config, prior, words, prompts)
 
     def __init__(
         self, config: GuidanceConfig, prior: Prior, words: Words, prompts: PromptConfig
@@ -87,15 +138,15 @@ class ScoreDistillation:
 
     def __call__(
         self,
-        pictures: Float[Tensor, "views 3 height width"],
+        images: Float[Tensor, "views 3 height width"],
         cameras: Cameras,
         step: int,
         random: StepRandom,
-    ) -> tuple[Float[Tensor, ""], dict[str, Tensor | float]]:
-        """A loss whose gradient with respect to the pictures is g over their number.
+    ) -> tuple[Float[Tensor, ""], Log]:
+        """A loss whose gradient in the model's space is g over the number of images.
 
         Args:
-            pictures: From 0 to 1.
+            images: From 0 to 1.
             cameras: Where they were taken from.
             step: The step on the trajectory.
             random: Source of timestep and noise.
@@ -103,7 +154,7 @@ class ScoreDistillation:
         Returns:
             The loss, half the sum of g² over the number of views, and numbers to log.
         """
-        x = self.prior.encode(pictures, random.generator(step, "latent"))
+        x = self.prior.encode(images, random.generator(step, "latent"))
         low, high = self.timesteps(step)
         t = torch.randint(
             low, high + 1, (len(x),), generator=random.generator(step, "timestep")
@@ -116,7 +167,7 @@ class ScoreDistillation:
                 t,
                 self.words.given[numbers],
                 self.words.without,
-                self.config.guidance_scale,
+                self.config.scale,
                 self.config.guidance_rescale,
             )
             gradient = self._weight(t) * (predicted - noise)
@@ -144,3 +195,15 @@ class ScoreDistillation:
         return (
             weight * alpha if self.config.weighting_strategy == "fantasia3d" else weight
         )
+
+
+class StableDiffusionGuidance(ScoreDistillation):
+    """The same, with threestudio's scale and defaults for Stable Diffusion."""
+
+    Config = StableDiffusionConfig
+
+
+class DeepFloydGuidance(ScoreDistillation):
+    """The same, with threestudio's scale and defaults for DeepFloyd IF."""
+
+    Config = DeepFloydConfig

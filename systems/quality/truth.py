@@ -14,19 +14,21 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 import dreampropeller as dp
-from systems.base import System
 from systems.quality.clip import ClipError, judge, read_prompts
 from systems.scene.cameras import Cameras, Views
 from systems.toybox.classifier import load as load_classifier
 from systems.toybox.objects import COLOURS, OBJECTS
 from systems.toybox.truth import Truth, truth
+
+if TYPE_CHECKING:
+    from systems.base import System
 
 NUM_VIEWS = 16
 GREY = 0.5
@@ -75,7 +77,7 @@ def fixed_views(size: int = 2 * SIZE) -> Views:
 def truth_of(system: System) -> Truth | None:
     """The truth of a system's prompt, if it is one of the toybox's."""
     try:
-        return truth(system.prompt)
+        return truth(system.title)
     except ValueError:
         return None
 
@@ -143,7 +145,7 @@ def by_clip(system: System, y: dp.State) -> dict[str, float] | str:
     try:
         others = read_prompts(wanted.prompts)
         pictures = torch.stack(list(system.turntable(y, NUM_VIEWS)))
-        figures = judge(wanted.clip, pictures, system.prompt, others, system.device)
+        figures = judge(wanted.clip, pictures, system.title, others, system.device)
     except ClipError as error:
         return f"not measured: {error}"
     return asdict(figures)

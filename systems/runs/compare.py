@@ -24,6 +24,7 @@ from systems import build, quality
 from systems.runs import folders
 from systems.runs.report import figures, page
 from systems.runs.report.runs import Run, open_run, quality_over_time, system_of
+from systems.runs.run import execute
 from systems.settings.config import Config, is_rank, load
 from systems.settings.reader import ConfigError
 
@@ -32,16 +33,13 @@ POINTS = 10
 RATES = (0.5, 1.0, 2.0, 4.0, 8.0)
 """Learning rates of a rival, relative to the run's: fewer steps want larger ones."""
 
-Train = Callable[[Config, Path], int]
 
-
-def run(path: Path | None, words: Sequence[str], train: Train) -> int:
+def run(path: Path | None, words: Sequence[str]) -> int:
     """Compare as the command line asks: two finished runs, or two ways to make one.
 
     Args:
         path: A config, or None.
         words: What follows `--compare`: runs, `rivals`, settings.
-        train: See `compare`.
 
     Raises:
         ConfigError: It asks for neither.
@@ -56,18 +54,15 @@ def run(path: Path | None, words: Sequence[str], train: Train) -> int:
             "--compare rivals KEY=VALUE …`, or `--compare RUN RUN` with two finished "
             "run folders."
         )
-    return compare(path, overrides, train, rivals=bool(named))
+    return compare(path, overrides, rivals=bool(named))
 
 
-def compare(
-    path: Path, overrides: Sequence[str], train: Train, rivals: bool = False
-) -> int:
+def compare(path: Path, overrides: Sequence[str], rivals: bool = False) -> int:
     """Make the runs of a config and compare them; gives the exit code.
 
     Args:
         path: The config.
         overrides: Settings of both runs.
-        train: Makes a run in a folder, and gives an exit code.
         rivals: Make the rivals too.
 
     Raises:
@@ -91,7 +86,7 @@ def compare(
         made[name] = folder / name.replace(" ", "-")
         made[name].mkdir()
         folders.write_setup(made[name], wanted)
-        code = train(wanted, made[name])
+        code = execute(wanted, folder=made[name])
         if code:
             print(f"Stopped: `{name}` did not finish, so there is no report.")
             return code
@@ -112,10 +107,10 @@ def compare_folders(first: str, second: str) -> int:
     if runs[0].config.solver.name != "sequential":
         runs.sort(key=lambda run: run.config.solver.name != "sequential")
     base, other = runs
-    if base.report["prompt"] != other.report["prompt"]:
+    if base.report["title"] != other.report["title"]:
         raise ConfigError(
-            f"These runs made different things, “{base.report['prompt']}” and "
-            f"“{other.report['prompt']}”: name two runs of one prompt."
+            f"These runs made different things, “{base.report['title']}” and "
+            f"“{other.report['title']}”: name two runs of one prompt."
         )
     system_of(base).check_state(other.state(system_of(other)), other.folder)
     folder = folders.open_folder(
@@ -228,7 +223,7 @@ def _report(folder: Path, runs: dict[str, Run], rivals: list[dict[str, Any]]) ->
     gain = figures.speed_up(base, fast)
     first, second = map(figures.score_of, list(described.values())[:2])
     comparison = {
-        "prompt": base.report["prompt"],
+        "title": base.report["title"],
         "command": " ".join(["python", *map(shlex.quote, sys.argv)]),
         "verdict": figures.verdict(
             described["sequential"], described["accelerated"], gain, rivals

@@ -27,7 +27,7 @@ import yaml
 import dreampropeller as dp
 from dreampropeller import checkpoint
 from dreampropeller.precision import LOSS_SCALE, Precision
-from systems.base import System
+from systems.problem import Problem
 from systems.settings.config import Config
 from systems.settings.reader import ConfigError
 
@@ -97,8 +97,8 @@ def config_of(overrides: Sequence[str]) -> Path:
     )
 
 
-def load_state(resume: str, system: System) -> dp.SolverState[Any]:
-    """The solver state a `resume` path names, checked against the system.
+def load_state(resume: str, problem: Problem) -> dp.SolverState[Any]:
+    """The solver state a `resume` path names, checked against the problem.
 
     Raises:
         CheckpointError: It cannot be read.
@@ -108,22 +108,23 @@ def load_state(resume: str, system: System) -> dp.SolverState[Any]:
     folder_of(resume)
     if path.is_dir() and (path / CHECKPOINTS).is_dir():
         path = path / CHECKPOINTS
-    state = checkpoint.load(path, device=system.device)
-    system.check_state(state.y, path)
+    state = checkpoint.load(path, device=problem.device)
+    problem.check_state(state.y, path)
     return state
 
 
-def start_of(config: Config, system: System) -> dp.SolverState[Any] | None:
+def start_of(problem: Problem) -> dp.SolverState[Any] | None:
     """What a run goes on from; None: from the start.
 
     Raises:
         CheckpointError: It cannot be read.
         ConfigError: It belongs to another config, or to another precision.
     """
+    config = problem.config
     if config.resume is None:
         return None
-    state = load_state(config.resume, system)
-    precision = Precision(str(config.trainer.precision), system.device)
+    state = load_state(config.resume, problem)
+    precision = Precision(str(config.trainer.precision), problem.device)
     if precision.scales and LOSS_SCALE not in state.y:
         raise ConfigError(
             f"`trainer.precision` is `{config.trainer.precision}`, but the run "
@@ -150,7 +151,9 @@ def environment() -> dict[str, Any]:
 
 def write_setup(folder: Path, config: Config) -> None:
     """Write `config.yaml`, `command.txt` and `environment.json`."""
-    settings = {k: v for k, v in asdict(config).items() if k != "resume"}
+    settings = {
+        k: v for k, v in asdict(config).items() if k not in ("resume", "problems")
+    }
     text = yaml.safe_dump(_plain(settings), sort_keys=False, allow_unicode=True)
     (folder / CONFIG).write_text(text, encoding="utf-8")
     with open(folder / "command.txt", "a", encoding="utf-8") as file:

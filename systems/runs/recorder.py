@@ -1,4 +1,4 @@
-"""Writes a run down while it goes on, and listens whether to stop.
+"""Records a run while it goes on, and hears whether to stop.
 
 Metrics go to `metrics.jsonl` and TensorBoard, the object so far to `preview.png`,
 checkpoints to `ckpts/`. Ctrl-C, SIGTERM or a file named `stop` in the run folder end
@@ -7,11 +7,12 @@ the run after the iteration at hand. Only rank 0 writes and listens.
 
 from __future__ import annotations
 
+import abc
 import json
 import math
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
@@ -21,21 +22,92 @@ from tqdm import tqdm
 
 import dreampropeller as dp
 from dreampropeller import checkpoint
-from systems.base import System
 from systems.images import save_picture
-from systems.runs.folders import CHECKPOINTS
+from systems.problem import Problem
+from systems.runs import folders, results
 from systems.runs.stopping import Stop
 
-PREVIEW_VIEWS = 4
 STOP = "stop"
 """Name of the file in the run folder that asks to stop."""
 
 
-class Recorder:
-    """Writes a run down as it goes on; the `on_iteration` of its solve.
+class Recorder(abc.ABC):
+    """Records a run as it goes on; the `on_iteration` of its solve.
 
     Args:
-        system: What runs.
+        files: Files that ask to stop; None hears and records nothing (ranks other than
+            0).
+    """
+
+    def __init__(self, files: Sequence[Path] | None) -> None:
+        self.leads = files is not None
+        self._stop = Stop(files)
+
+    @property
+    def interrupted(self) -> signal.Signals | None:
+        """The signal that asked to stop, if one did."""
+        return self._stop.signal
+
+    def run(self, solve: Callable[[Recorder], dp.Solution[Any]]) -> int:
+        """Solve, record, and write the results; gives the exit code.
+
+        What was accepted is saved, also when the solve fails.
+
+        Args:
+            solve: Solves the problem with the given `on_iteration`.
+
+        Raises:
+            NotConverged: The solve ended before its last step.
+        """
+        with self.recording():
+            try:
+                solution = solve(self)
+            except dp.NotConverged as error:
+                if self.leads:
+                    self.save(error.solution.state)
+                raise
+            if self.leads:
+                self.save(solution.state)
+        if self.leads:
+            self.finish(solution)
+        return 128 + self.interrupted if self.interrupted else 0
+
+    @contextmanager
+    def recording(self) -> Iterator[None]:
+        """Open files and signal handlers for a solve, and close them after it."""
+        with self._stop.listening():
+            yield
+
+    def __call__(self, state: dp.SolverState[Any], iteration: dp.Iteration) -> bool:
+        """Record an iteration; True asks the solve to stop."""
+        if not self.leads:
+            return False
+        self.record(state, iteration)
+        return self._stop.asked()
+
+    @abc.abstractmethod
+    def record(self, state: dp.SolverState[Any], iteration: dp.Iteration) -> None:
+        """Write down an iteration, and what is due after it."""
+
+    @abc.abstractmethod
+    def save(self, state: dp.SolverState[Any]) -> None:
+        """Write a checkpoint."""
+
+    @abc.abstractmethod
+    def finish(self, solution: dp.Solution[Any]) -> None:
+        """Write what is left at the end, and say so."""
+
+    @staticmethod
+    def due(interval: int, iteration: dp.Iteration) -> bool:
+        """Whether an iteration crossed a multiple of an interval, in steps."""
+        return interval > 0 and iteration.begin // interval < iteration.end // interval
+
+
+class FolderRecorder(Recorder):
+    """Records a run in its folder: metrics, previews, checkpoints, and the results.
+
+    Args:
+        problem: What is solved.
         folder: Where to write; None writes nothing (ranks other than 0).
         begin: The step the run starts from.
 
@@ -45,15 +117,15 @@ class Recorder:
             takes to write, save and render.
     """
 
-    def __init__(self, system: System, folder: Path | None, begin: int) -> None:
-        self.system = system
+    def __init__(self, problem: Problem, folder: Path | None, begin: int) -> None:
+        super().__init__(None if folder is None else [folder / STOP])
+        self.problem = problem
         self.folder = folder
-        self.config = system.config
+        self.config = problem.config
         self.seconds: dict[str, float] = {}
         self.started = time.perf_counter()
         self.solving = 0.0
         self._returned = self.started
-        self._stop = Stop(None if folder is None else [folder / STOP])
         self._begin = begin
         self._saved_at = begin
         self._metrics: TextIO | None = None
@@ -61,18 +133,10 @@ class Recorder:
         self._bar: Any = None
 
     @contextmanager
-    def recording(self) -> Iterator[Recorder]:
-        """Open files, progress bar and signal handlers for a solve.
-
-        Whatever ends it, what was accepted by then is saved.
-        """
-        with self._stop.listening(), self._files():
-            yield self
-
-    @property
-    def interrupted(self) -> signal.Signals | None:
-        """The signal that asked to stop, if one did."""
-        return self._stop.signal
+    def recording(self) -> Iterator[None]:
+        """Open files, progress bar and signal handlers for a solve."""
+        with super().recording(), self._files():
+            yield
 
     @contextmanager
     def _files(self) -> Iterator[None]:
@@ -84,9 +148,9 @@ class Recorder:
         self._metrics = open(self.folder / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115
         self._board = SummaryWriter(str(self.folder / "tensorboard"))
         self._bar = tqdm(
-            total=self.config.trainer.max_steps,
+            total=self.problem.num_steps,
             initial=self._begin,
-            desc=self.system.prompt[:40],
+            desc=self.problem.title[:40],
             unit="step",
             dynamic_ncols=True,
         )
@@ -99,18 +163,17 @@ class Recorder:
             self._board.close()
 
     def __call__(self, state: dp.SolverState[Any], iteration: dp.Iteration) -> bool:
-        """Write an iteration down; True asks the solve to stop."""
+        """Record an iteration, and keep the time that this takes apart."""
         self.solving += time.perf_counter() - self._returned
+        for phase, seconds in iteration.seconds.items():
+            self.seconds[phase] = self.seconds.get(phase, 0.0) + seconds
         try:
-            return self._write(state, iteration)
+            return super().__call__(state, iteration)
         finally:
             self._returned = time.perf_counter()
 
-    def _write(self, state: dp.SolverState[Any], iteration: dp.Iteration) -> bool:
-        for phase, seconds in iteration.seconds.items():
-            self.seconds[phase] = self.seconds.get(phase, 0.0) + seconds
-        if self.folder is None:
-            return False
+    def record(self, state: dp.SolverState[Any], iteration: dp.Iteration) -> None:
+        """Metrics of each iteration; previews and checkpoints when they are due."""
         self._write_metrics(state, iteration)
         strides = state.stats.strides
         self._bar.update(iteration.stride)
@@ -118,21 +181,36 @@ class Recorder:
             f"stride {iteration.stride}/{iteration.window}, "
             f"{sum(strides) / len(strides):.2f}x fewer iterations"
         )
-        interval = self.config.trainer.val_check_interval
-        if (state.step // interval) > ((state.step - iteration.stride) // interval):
+        if self.due(self.config.trainer.val_check_interval, iteration):
             self._preview(state)
         if state.step - self._saved_at >= self.config.checkpoint.every_n_train_steps:
             self.save(state)
-        return self._stop.asked()
 
     def save(self, state: dp.SolverState[Any]) -> None:
         """Write a checkpoint."""
-        if self.folder is None:
+        if "checkpoint" not in self.problem.sections:
             return
+        assert self.folder is not None
         checkpoint.save(
-            self.folder / CHECKPOINTS, state, keep=self.config.checkpoint.keep
+            self.folder / folders.CHECKPOINTS, state, keep=self.config.checkpoint.keep
         )
         self._saved_at = state.step
+
+    def finish(self, solution: dp.Solution[Any]) -> None:
+        """Write the results, unless SIGTERM wants to leave, and the report."""
+        assert self.folder is not None
+        leaves = self.interrupted is signal.SIGTERM
+        made = {} if leaves else self.problem.write(self.folder, solution.value)
+        report = {
+            "title": self.problem.title,
+            **made,
+            **results.report_of(self.config, solution),
+            "seconds": round(time.perf_counter() - self.started, 2),
+            "solving_seconds": round(self.solving, 3),
+            "seconds_by_phase": {k: round(v, 3) for k, v in self.seconds.items()},
+        }
+        folders.write_json(self.folder / "report.json", report)
+        print(results.summary(self.folder, self.problem, report))
 
     def _write_metrics(
         self, state: dp.SolverState[Any], iteration: dp.Iteration
@@ -170,9 +248,11 @@ class Recorder:
 
     def _preview(self, state: dp.SolverState[Any]) -> None:
         assert self.folder is not None
-        pictures = torch.stack(list(self.system.turntable(state.y, PREVIEW_VIEWS)))
-        save_picture(pictures, self.folder / "preview.png")
-        sheet = torch.cat(list(pictures), -1)
+        images = self.problem.preview(state.y)
+        if images is None:
+            return
+        save_picture(images, self.folder / "preview.png")
+        sheet = torch.cat(list(images), -1)
         self._board.add_image("preview", sheet.clamp(0, 1), state.step)
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import abc
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -11,7 +13,7 @@ from torch import Tensor, nn
 
 from dreampropeller import StepRandom
 from systems.scene.networks import ACTIVATIONS, MLP, spherical_harmonics
-from systems.settings.checks import one_of
+from systems.settings.checks import at_least, between, check_color, check_range, one_of
 
 Colour = tuple[float, float, float]
 
@@ -32,6 +34,10 @@ class SolidConfig:
     random_aug: bool = False
     random_aug_prob: float = 0.5
 
+    def __post_init__(self) -> None:
+        check_color("color", self.color)
+        between("random_aug_prob", self.random_aug_prob, 0, 1)
+
 
 @dataclass(frozen=True)
 class RandomConfig:
@@ -46,6 +52,10 @@ class RandomConfig:
     grey: bool = True
     range: tuple[float, float] = (0.05, 0.95)
     eval_color: Colour = (0.75, 0.75, 0.75)
+
+    def __post_init__(self) -> None:
+        check_range("range", self.range, 0, 1)
+        check_color("eval_color", self.eval_color)
 
 
 @dataclass(frozen=True)
@@ -70,9 +80,37 @@ class EnvironmentConfig:
 
     def __post_init__(self) -> None:
         one_of("color_activation", self.color_activation, list(ACTIVATIONS))
+        at_least("n_neurons", self.n_neurons, 1)
+        at_least("n_hidden_layers", self.n_hidden_layers, 0)
+        between("random_aug_prob", self.random_aug_prob, 0, 1)
+        check_color("eval_color", self.eval_color or (0, 0, 0))
 
 
-class Solid(nn.Module):
+class Background(nn.Module, abc.ABC):
+    """What is behind the object.
+
+    `Config` is the dataclass of its settings, the only argument it is built from.
+    """
+
+    Config: type[Any]
+
+    @abc.abstractmethod
+    def forward(
+        self,
+        directions: Float[Tensor, "views height width 3"],
+        step: int | None,
+        random: StepRandom,
+    ) -> Float[Tensor, "views height width 3"]:
+        """Colours from 0 to 1 behind rays.
+
+        Args:
+            directions: Unit vectors from the camera.
+            step: A training step; None asks for the final look.
+            random: Source of what varies from step to step.
+        """
+
+
+class Solid(Background):
     """The same colour everywhere."""
 
     Config = SolidConfig
@@ -88,14 +126,14 @@ class Solid(nn.Module):
     def forward(
         self, directions: Tensor, step: int | None, random: StepRandom
     ) -> Float[Tensor, "views height width 3"]:
-        """Colours behind rays; `step` None asks for the final look."""
+        """See `Background.forward`."""
         colours = self.color.expand(directions.shape)
         if step is None or not self.config.random_aug:
             return colours
         return _augment(colours, self.config.random_aug_prob, step, random)
 
 
-class Random(nn.Module):
+class Random(Background):
     """A colour for each view of a step, from the step's own generator."""
 
     Config = RandomConfig
@@ -107,7 +145,7 @@ class Random(nn.Module):
     def forward(
         self, directions: Tensor, step: int | None, random: StepRandom
     ) -> Float[Tensor, "views height width 3"]:
-        """Colours behind rays; `step` None asks for the final look."""
+        """See `Background.forward`."""
         if step is None:
             return directions.new_tensor(self.config.eval_color).expand_as(directions)
         low, high = self.config.range
@@ -117,7 +155,7 @@ class Random(nn.Module):
         return (low + (high - low) * drawn).to(directions).expand_as(directions)
 
 
-class Environment(nn.Module):
+class Environment(Background):
     """A colour for each direction."""
 
     Config = EnvironmentConfig
@@ -130,7 +168,7 @@ class Environment(nn.Module):
     def forward(
         self, directions: Tensor, step: int | None, random: StepRandom
     ) -> Float[Tensor, "views height width 3"]:
-        """Colours behind rays; `step` None asks for the final look."""
+        """See `Background.forward`."""
         if step is None and self.config.eval_color is not None:
             return directions.new_tensor(self.config.eval_color).expand_as(directions)
         raw = self.network(spherical_harmonics(directions))
@@ -148,7 +186,7 @@ def _augment(colours: Tensor, share: float, step: int, random: StepRandom) -> Te
     return torch.where(dice < share, drawn, colours)
 
 
-BACKGROUNDS: Mapping[str, type[Solid] | type[Random] | type[Environment]] = {
+BACKGROUNDS: Mapping[str, type[Background]] = {
     "solid-color-background": Solid,
     "random-color-background": Random,
     "neural-environment-map-background": Environment,

@@ -11,9 +11,10 @@ the shaded albedo, or the shading of a white body, so that shape cannot hide in 
 
 from __future__ import annotations
 
+import abc
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 
 from dreampropeller import StepRandom
 from systems.scene.networks import ACTIVATIONS
-from systems.settings.checks import one_of
+from systems.settings.checks import at_least, between, check_color, one_of
 
 Shading = Literal["albedo", "diffuse", "textureless"]
 
@@ -63,11 +64,49 @@ class PointLightConfig:
     ambient_only_on_test: bool = False
 
     def __post_init__(self) -> None:
+        at_least("ambient_only_steps", self.ambient_only_steps, 0)
+        between("diffuse_prob", self.diffuse_prob, 0, 1)
+        between("textureless_prob", self.textureless_prob, 0, 1)
+        check_color("ambient_light_color", self.ambient_light_color)
+        check_color("diffuse_light_color", self.diffuse_light_color)
         one_of("albedo_activation", self.albedo_activation, list(ACTIVATIONS))
 
 
-class Albedo(nn.Module):
-    """Features are colours."""
+class Material(nn.Module, abc.ABC):
+    """How features of a field become colours.
+
+    `Config` is the dataclass of its settings, the only argument it is built from.
+    """
+
+    Config: type[Any]
+
+    @abc.abstractmethod
+    def shading(self, step: int | None, random: StepRandom) -> Shading:
+        """What a training step shows; None asks for the final look."""
+
+    @abc.abstractmethod
+    def albedo(self, features: Float[Tensor, "points 3"]) -> Float[Tensor, "points 3"]:
+        """Colours from 0 to 1, before any light."""
+
+    def light(
+        self,
+        points: Float[Tensor, "points 3"],
+        normals: Float[Tensor, "points 3"],
+        light: Float[Tensor, "points 3"],
+    ) -> Float[Tensor, "points 3"]:
+        """The light that reaches points; needed only where `shading` asks for it.
+
+        Args:
+            points: Where.
+            normals: Unit normals there.
+            light: The position of each point's light.
+        """
+        del normals, light
+        return torch.ones_like(points)
+
+
+class Albedo(Material):
+    """Features are colours; there is no light."""
 
     Config = AlbedoConfig
 
@@ -84,14 +123,8 @@ class Albedo(nn.Module):
         """Colours from 0 to 1."""
         return ACTIVATIONS[self.config.color_activation](features)
 
-    def light(
-        self, points: Tensor, normals: Tensor, light: Tensor
-    ) -> Float[Tensor, "points 3"]:
-        """Refused: there is no light."""
-        raise TypeError("`no-material` has no light.")
 
-
-class PointLight(nn.Module):
+class PointLight(Material):
     """Albedo, shaded albedo or shading alone, chosen for each step."""
 
     Config = PointLightConfig
@@ -126,7 +159,7 @@ class PointLight(nn.Module):
         return ambient + facing * points.new_tensor(self.config.diffuse_light_color)
 
 
-MATERIALS: Mapping[str, type[Albedo] | type[PointLight]] = {
+MATERIALS: Mapping[str, type[Material]] = {
     "no-material": Albedo,
     "diffuse-with-point-light-material": PointLight,
 }

@@ -1,4 +1,4 @@
-"""Writes a run down where threestudio would, and reads what it goes on from."""
+"""Records a run in threestudio's folder layout, and loads what it resumes from."""
 
 from __future__ import annotations
 
@@ -6,8 +6,6 @@ import importlib
 import json
 import shutil
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -19,8 +17,8 @@ from omegaconf import OmegaConf
 import dreampropeller as dp
 from dreampropeller import checkpoint
 from dreampropeller.adapters.threestudio import ThreestudioTrajectory
+from systems.runs import recorder
 from systems.runs.recorder import STOP
-from systems.runs.stopping import Stop
 from systems.settings.reader import ConfigError
 from systems.threestudio.config import BackendConfig
 
@@ -45,8 +43,17 @@ def load_state(path: str) -> dp.SolverState[Any]:
     return checkpoint.load(inner if inner.is_dir() else folder)
 
 
-class Recorder:
-    """Writes a run down where threestudio would; called after each iteration."""
+class Recorder(recorder.Recorder):
+    """Records a run in threestudio's folder layout.
+
+    Args:
+        trajectory: What is solved.
+        cfg: threestudio's config.
+        lightning: The module that its checkout imports.
+        ours: Our part of the config.
+        leads: Whether this rank records anything.
+        stop: A file besides the run folder's `stop` that asks to stop.
+    """
 
     def __init__(
         self,
@@ -55,24 +62,17 @@ class Recorder:
         lightning: Any,
         ours: BackendConfig,
         leads: bool,
+        stop: Path | None,
     ) -> None:
-        self.leads, self._ours = leads, ours
-        self._trajectory, self._cfg, self._lightning = trajectory, cfg, lightning
         self._folder = Path(cfg.trial_dir)
+        files = [file for file in (self._folder / STOP, stop) if file is not None]
+        super().__init__(files if leads else None)
+        self._ours = ours
+        self._trajectory, self._cfg, self._lightning = trajectory, cfg, lightning
         self._loggers: list[Any] = []
         self._workers = dist.get_world_size() if dist.is_initialized() else 1
         self._every = int(cfg.trainer.get("val_check_interval") or 0)
         self._saves = int(cfg.checkpoint.get("every_n_train_steps") or 0)
-        self.stop = Stop(None)
-
-    @contextmanager
-    def listening(self, file: Path | None) -> Iterator[None]:
-        """Hear signals and files that ask to stop, during a solve."""
-        if self.leads:
-            own = self._folder / STOP
-            self.stop = Stop([own] if file is None else [own, file])
-        with self.stop.listening():
-            yield
 
     def snapshot(self, path: Path) -> None:
         """The config and the command, in the places `--test` looks for them."""
@@ -87,10 +87,8 @@ class Recorder:
         for kind, name in (("TensorBoardLogger", "tb_logs"), ("CSVLogger", "csv_logs")):
             self._loggers.append(getattr(loggers, kind)(str(self._folder), name=name))
 
-    def __call__(self, state: dp.SolverState[Any], iteration: dp.Iteration) -> bool:
-        """Write an iteration down; True asks the solver to stop."""
-        if not self.leads:
-            return False
+    def record(self, state: dp.SolverState[Any], iteration: dp.Iteration) -> None:
+        """Log an iteration; validate and save when that is due."""
         for offset, aux in enumerate(iteration.aux):
             for logger in self._loggers:
                 logger.log_metrics(aux, step=iteration.begin + offset)
@@ -100,20 +98,14 @@ class Recorder:
         for board in self._loggers[:1]:  # not the table, which has a row for each step
             names = {f"solver/{name}": value for name, value in told.items()}
             board.log_metrics(names, step=state.step)
-        if self._due(self._every, iteration) or self._due(self._saves, iteration):
+        if self.due(self._every, iteration) or self.due(self._saves, iteration):
             self.save(state)
-        if self._due(self._every, iteration):
+        if self.due(self._every, iteration):
             self._evaluate("validate", state.step, state.y)
-        return self.stop.asked()
 
     def save(self, state: dp.SolverState[Any]) -> None:
-        """Write down what the run can go on from."""
+        """Write what the run can be resumed from."""
         checkpoint.save(self._folder / "ckpts" / _STATES, state)
-
-    @staticmethod
-    def _due(every: int, iteration: dp.Iteration) -> bool:
-        end = iteration.begin + iteration.stride
-        return every > 0 and iteration.begin // every < end // every
 
     def finish(self, solution: dp.Solution[Any]) -> None:
         """Checkpoints for threestudio, its test pictures, and what the run cost.
@@ -121,7 +113,6 @@ class Recorder:
         Stopped early it is saved, but not tested.
         """
         step, folder = solution.state.step, self._folder / "ckpts"
-        self.save(solution.state)
         self._trajectory.settle(step, solution.value)
         system = self._trajectory.module
         content = {
@@ -152,7 +143,7 @@ class Recorder:
         text = json.dumps({**report, **settings}, indent=2) + "\n"
         (self._folder / "report.json").write_text(text)
         print(f"{self._folder}: {json.dumps(report)}")
-        if self.stop.signal is None:
+        if self.interrupted is None:
             self._evaluate("test", step, solution.value)
             return
         print(

@@ -100,26 +100,27 @@ def work(
     trajectory = build()
     if leads and dist.is_initialized():
         dist.barrier()
-    run = Recorder(trajectory, cfg, lightning, ours, leads=leads or rank is None)
-    if run.leads:
-        run.snapshot(path)
+    recorder = Recorder(
+        trajectory, cfg, lightning, ours, leads=leads or rank is None, stop=stop
+    )
+    if recorder.leads:
+        recorder.snapshot(path)
     dispatcher = dp.InlineDispatcher if rank is None else spread(ours.dispatch)
-    solver = ours.solver.build()
-    with run.listening(stop):
-        try:
-            solution = dp.solve(
-                trajectory, solver, dispatcher, state=state, on_iteration=run
-            )
-        except dp.NotConverged as error:
-            if run.leads:
-                run.save(error.solution.state)
-            raise
-    if run.leads:
-        run.finish(solution)
+
+    def solve(on_iteration: Any) -> dp.Solution[Any]:
+        return dp.solve(
+            trajectory,
+            ours.solver.build(),
+            dispatcher,
+            state=state,
+            on_iteration=on_iteration,
+        )
+
+    code = recorder.run(solve)
     if dist.is_initialized():
         dist.barrier()  # rank 0 renders its pictures in peace
         dist.destroy_process_group()
-    return 128 + run.stop.signal if run.stop.signal else 0
+    return code
 
 
 def join(ours: BackendConfig) -> int | None:

@@ -92,8 +92,8 @@ def test_a_run_is_judged_by_clip_or_says_why_not(model: str) -> None:
     figures = quality.by_clip(system, y)
     assert isinstance(figures, dict)
     assert figures["num_prompts"] > 30
-    report = {"prompt": "a", "steps": 1, "quality": figures}
-    assert "CLIP score" in results.summary(Path("x"), report)
+    report = {"steps": 1, "quality": figures}
+    assert "CLIP score" in results.summary(Path("x"), system, report)
     for system in (small(), small("quality.clip=/nowhere")):
         reason = quality.by_clip(system, y)
         assert isinstance(reason, str)

@@ -153,7 +153,7 @@ def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
 
-def tiny(config: str, model: Path) -> dp.OptimizationTrajectory:
+def tiny(config: str, model: Path) -> dp.Trajectory[Any]:
     overrides = [
         "system.prompt_processor.prompt=a",
         f"system.guidance.pretrained_model_name_or_path={model}",

@@ -42,7 +42,7 @@ def write(
         drawings = {"Quality against wall-clock": curves.over_time(points), **drawings}
     machine = comparison["environment"]
     device = machine["gpu"] or machine["processor"]
-    prompt = html.escape(comparison["prompt"])
+    prompt = html.escape(comparison["title"])
     text = Template(TEMPLATE.read_text(encoding="utf-8")).substitute(
         title=f"{prompt}: does it pay?",
         prompt=prompt,

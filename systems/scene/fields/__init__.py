@@ -6,7 +6,7 @@ from systems.scene.fields.base import Field, FieldConfig
 from systems.scene.fields.hash_grid import ImplicitVolume
 from systems.scene.fields.voxel_grid import VoxelGrid
 
-FIELDS: Mapping[str, type[VoxelGrid] | type[ImplicitVolume]] = {
+FIELDS: Mapping[str, type[Field]] = {
     "voxel-grid": VoxelGrid,
     "implicit-volume": ImplicitVolume,
 }

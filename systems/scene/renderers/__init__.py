@@ -1,1 +1,10 @@
-"""Renderers: from a field to pictures."""
+"""Renderers: from a field to images."""
+
+from collections.abc import Mapping
+
+from systems.scene.renderers.base import Renderer, Rendering
+from systems.scene.renderers.volume import VolumeRenderer
+
+RENDERERS: Mapping[str, type[Renderer]] = {"nerf-volume-renderer": VolumeRenderer}
+
+__all__ = ["RENDERERS", "Renderer", "Rendering", "VolumeRenderer"]

@@ -21,7 +21,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from dreampropeller import StepRandom
-from systems.settings.checks import at_least
+from systems.settings.checks import at_least, between
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,10 @@ class OccupancyConfig:
 
     def __post_init__(self) -> None:
         at_least("resolution", self.resolution, 2)
+        between("decay", self.decay, 0, 1)
+        at_least("threshold", self.threshold, 0)
         at_least("update_every", self.update_every, 1)
+        at_least("warmup_steps", self.warmup_steps, 0)
 
 
 class Occupancy(nn.Module):

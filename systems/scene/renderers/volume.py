@@ -15,24 +15,23 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
-from jaxtyping import Float
 from nerfacc import (
     OccGridEstimator,
     accumulate_along_rays,
     render_weight_from_density,
 )
-from torch import Tensor, nn
+from torch import Tensor
 
 from dreampropeller import StepRandom
 from systems.extras import probe
-from systems.scene.backgrounds import Environment, Random, Solid
+from systems.scene.backgrounds import Background
 from systems.scene.cameras import Views
 from systems.scene.fields import Field
-from systems.scene.materials import Albedo, PointLight
+from systems.scene.materials import Material
+from systems.scene.renderers.base import Renderer, Rendering
 from systems.scene.renderers.occupancy import Occupancy, OccupancyConfig
 from systems.settings.checks import at_least
 
@@ -72,28 +71,6 @@ class VolumeConfig:
 
 
 @dataclass(frozen=True)
-class Rendering:
-    """Pictures of a scene.
-
-    Attributes:
-        rgb: Colours over the background, shape ``(views, height, width, 3)``.
-        foreground: The object's share of them, shape as `rgb`.
-        opacity: From 0 to 1, shape ``(views, height, width, 1)``.
-        normal: Normals from −1 to 1 times opacity, shape as `rgb`; zeros where the
-            material needs none.
-        backfacing: Mean over visible rays of the weighted squared cosine between
-            normals and rays that they face away from, a scalar; zero without normals
-            (the orientation loss of D. Verbin et al., 2021, arXiv 2112.03907).
-    """
-
-    rgb: Float[Tensor, "views height width 3"]
-    foreground: Float[Tensor, "views height width 3"]
-    opacity: Float[Tensor, "views height width 1"]
-    normal: Float[Tensor, "views height width 3"]
-    backfacing: Float[Tensor, ""]
-
-
-@dataclass(frozen=True)
 class _Rays:
     """Rays: origins, directions and the light they meet, ``(rays, 3)``, and shifts."""
 
@@ -114,7 +91,7 @@ class _Samples:
     dense: tuple[int, int]
 
 
-class VolumeRenderer(nn.Module):
+class VolumeRenderer(Renderer):
     """Renders a field with a material over a background.
 
     Args:
@@ -131,25 +108,14 @@ class VolumeRenderer(nn.Module):
     def forward(
         self,
         geometry: Field,
-        material: Albedo | PointLight,
-        background: Solid | Random | Environment,
+        material: Material,
+        background: Background,
         views: Views,
         step: int | None,
         random: StepRandom,
         with_normals: bool = False,
     ) -> Rendering:
-        """Render views, on the device of the geometry.
-
-        Args:
-            geometry: The field.
-            material: Its look.
-            background: What is behind.
-            views: The views.
-            step: A training step: samples are shifted, the occupancy grid is
-                refreshed, shading and background vary. None asks for the final look.
-            random: Source of what varies.
-            with_normals: Fill in `normal` whatever the material needs.
-        """
+        """See `Renderer.forward`; a training step also refreshes the occupancy grid."""
         device = self.occupancy.value.device
         if step is not None and self.config.grid_prune:
             self.occupancy.refresh(
@@ -177,19 +143,16 @@ class VolumeRenderer(nn.Module):
             self._rays(geometry, material, _Rays(*piece), shading, step, with_normals)
             for piece in pieces
         ]
-        foreground, opacity, normal = (
-            torch.cat(part).reshape(*shape, -1)
-            for part in list(zip(*parts, strict=True))[:3]
+        foreground, opacity, normal, backfacing = (
+            torch.cat(part).reshape(*shape, -1) for part in zip(*parts, strict=True)
         )
         rgb = foreground + (1 - opacity) * behind
-        facing = torch.stack([part[3] for part in parts]).sum()
-        seen = (opacity > 0).sum().clamp(min=1)
-        return Rendering(rgb, foreground, opacity, normal, facing / seen)
+        return Rendering(rgb, foreground, opacity, normal, backfacing)
 
     def _rays(
         self,
         geometry: Field,
-        material: Albedo | PointLight,
+        material: Material,
         rays: _Rays,
         shading: str,
         step: int | None,
@@ -206,19 +169,21 @@ class VolumeRenderer(nn.Module):
         density, features = geometry(points, step)
         weights = _weights(samples, density, count)
         colours = material.albedo(features)
-        facing = weights.new_zeros(())
+        backfacing = weights.new_zeros(count, 1)
         normal = weights.new_zeros(count, 3)
         if with_normals or shading != "albedo":
             normals = geometry.normals(points, step)
             normal = accumulate_along_rays(weights, normals, samples.rays, count)
             away = (normals * directions).sum(-1).clamp(min=0)
-            facing = (weights.detach() * away.square()).sum()
+            backfacing = accumulate_along_rays(
+                weights.detach(), away.square()[:, None], samples.rays, count
+            )
             if shading != "albedo":
                 lit = material.light(points, normals, rays.light[samples.rays])
                 colours = lit if shading == "textureless" else colours * lit
         rgb = accumulate_along_rays(weights, colours, samples.rays, count)
         opacity = accumulate_along_rays(weights, None, samples.rays, count)
-        return rgb, opacity, normal, facing
+        return rgb, opacity, normal, backfacing
 
     @torch.no_grad()
     def _cut(self, rays: _Rays) -> _Samples:
@@ -290,8 +255,3 @@ def _weights(samples: _Samples, density: Tensor, count: int) -> Tensor:
         for values in (samples.begin, samples.end, density)
     )
     return render_weight_from_density(begin, end, sigma)[0].flatten()[samples.slots]
-
-
-RENDERERS: Mapping[str, type[VolumeRenderer]] = {
-    "nerf-volume-renderer": VolumeRenderer,
-}

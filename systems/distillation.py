@@ -1,0 +1,101 @@
+r"""Score distillation, as parts: views, images, guidance and regularisers.
+
+$$\ell(t, \theta) = \lambda_{sds}\, \ell_{guidance}(x_\theta) + \sum_r \lambda_r R_r,$$
+
+with images $x_\theta$ rendered at the views of step t. A system names its parts once;
+the loss, and with it the drift, is composed from them here.
+"""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import dreampropeller as dp
+from systems.base import System
+from systems.guidance.base import Guidance
+from systems.scene.cameras import Views
+from systems.scene.regularisers import REGULARISERS, Regulariser
+from systems.scene.renderers import Rendering
+
+
+class Distillation(System):
+    """A system under score distillation."""
+
+    regularisers: Mapping[str, Regulariser] = REGULARISERS
+    """Terms of the loss besides guidance, by the names of their weights."""
+
+    @abc.abstractmethod
+    def load_guidance(self) -> Guidance:
+        """The guidance; loads the pretrained model."""
+
+    @abc.abstractmethod
+    def weights(self, step: int) -> Mapping[str, float]:
+        """The weights of the loss at a step: of "sds" and of each regulariser."""
+
+    @abc.abstractmethod
+    def optimizer(self, parameters: Mapping[str, Tensor]) -> torch.optim.Optimizer:
+        """The optimizer of parameters by name."""
+
+    @abc.abstractmethod
+    def rendering(
+        self, module: nn.Module, views: Views, step: int, with_normals: bool
+    ) -> Rendering:
+        """The images of a training step, and what the regularisers need.
+
+        Args:
+            module: What is optimised, in the state to be rendered.
+            views: The step's views, or some of them.
+            step: The step on the trajectory.
+            with_normals: Whether a regulariser needs normals.
+        """
+
+    def views(self, step: int) -> Views:
+        """The views of a training step; the same whenever asked."""
+        return self.cameras.views(step, self.random)
+
+    def loss(
+        self, step: int, module: nn.Module, guidance: Guidance
+    ) -> tuple[Tensor, dict[str, Any]]:
+        """The loss of a step, and scalars to log."""
+        weight = self.weights(step)
+        views = self.views(step)
+        with_normals = any(
+            term.needs_normals and weight[name] > 0
+            for name, term in self.regularisers.items()
+        )
+        seen = self.rendering(module, views, step, with_normals)
+        images = seen.rgb.permute(0, 3, 1, 2)
+        sds, log = guidance(images, views.cameras, step, self.random)
+        total = weight["sds"] * sds
+        terms = {name: term(seen) for name, term in self.regularisers.items()}
+        for name, value in terms.items():
+            if weight[name]:
+                total = total + weight[name] * value
+        return total, {
+            "loss": total,
+            "loss_sds": sds,
+            **{f"loss_{name}": value for name, value in terms.items()},
+            **log,
+            "opacity": seen.opacity.mean(),
+        }
+
+    def trajectory(self) -> dp.Trajectory[Any]:
+        """The optimizer on the loss; loads the pretrained model."""
+        guidance = self.load_guidance()
+
+        def loss(step: int, module: nn.Module) -> tuple[Tensor, dict[str, Any]]:
+            return self.loss(step, module, guidance)
+
+        return dp.OptimizationTrajectory.from_module(
+            self.module,
+            loss,
+            self.optimizer,
+            self.config.trainer.max_steps,
+            precision=self.config.trainer.precision,
+            seed=self.config.seed,
+        )

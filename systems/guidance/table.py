@@ -1,0 +1,17 @@
+"""The guidances by the names configs use; importing it imports diffusers."""
+
+from collections.abc import Mapping
+
+from systems.guidance.base import Guidance
+from systems.guidance.sds import (
+    DeepFloydGuidance,
+    ScoreDistillation,
+    StableDiffusionGuidance,
+)
+
+GUIDANCES: Mapping[str, type[Guidance]] = {
+    "diffusers-guidance": ScoreDistillation,
+    "stable-diffusion-guidance": StableDiffusionGuidance,
+    "deep-floyd-guidance": DeepFloydGuidance,
+}
+"""The last two names, and how they count the guidance scale, are threestudio's."""

@@ -1,0 +1,124 @@
+"""What `launch.py` runs: a trajectory, a solver, and what is left at the end."""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Callable, Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+import dreampropeller as dp
+from dreampropeller.dispatch.process_group import local_device
+from systems.settings.config import Config
+from systems.settings.reader import ConfigError
+
+COMMON = frozenset(
+    {"name", "tag", "exp_root_dir", "seed", "solver", "dispatch", "system_type"}
+)
+"""Settings that every problem reads."""
+
+
+class Problem(abc.ABC):
+    """Something to solve, built from a config alone, the same on every rank.
+
+    Args:
+        config: The run.
+        device: Where it works; default: this process's GPU, or the CPU.
+
+    Raises:
+        ConfigError: The config sets something that has no effect on this problem.
+    """
+
+    option: ClassVar[str] = "--train"
+    """The option of `launch.py` that runs it."""
+    sections: ClassVar[frozenset[str]]
+    """Settings of `Config` that it reads besides `COMMON`."""
+    section_types: ClassVar[Mapping[str, type]]
+    """The classes of those sections that `Config` leaves to the problem."""
+
+    def __init__(self, config: Config, device: torch.device | None = None) -> None:
+        self.config = config
+        self.device = device or local_device()
+        self.random = dp.StepRandom(config.seed)
+        self._refuse_idle_sections()
+
+    @property
+    @abc.abstractmethod
+    def title(self) -> str:
+        """What is made, in a few words."""
+
+    @property
+    @abc.abstractmethod
+    def num_steps(self) -> int:
+        """The number of steps."""
+
+    def trajectory(self) -> dp.Trajectory[Any]:
+        """What is solved; loads pretrained models.
+
+        Not needed where `solve` is implemented, because something else owns the loop.
+        """
+        raise TypeError(f"`{type(self).__name__}` has no trajectory of its own.")
+
+    def solver(self) -> dp.Solver:
+        """The solver the config asks for."""
+        return self.config.solver.build()
+
+    def solve(
+        self,
+        dispatcher: Callable[[dp.Trajectory[Any]], dp.Dispatcher],
+        state: dp.SolverState[Any] | None,
+        on_iteration: Callable[[dp.SolverState[Any], dp.Iteration], bool | None],
+    ) -> dp.Solution[Any]:
+        """Solve it; arguments as for `dreampropeller.solve`."""
+        return dp.solve(
+            self.trajectory(),
+            self.solver(),
+            dispatcher,
+            state=state,
+            on_iteration=on_iteration,
+        )
+
+    def check_state(self, y: dp.State, where: str | Path) -> None:
+        """Refuse a state of another problem, read from `where`.
+
+        Raises:
+            ConfigError: Names the first difference.
+        """
+        del y, where
+
+    def preview(self, y: dp.State) -> Float[Tensor, "images 3 height width"] | None:
+        """Images of a state for the progress preview; None: there are none."""
+        del y
+        return None
+
+    @abc.abstractmethod
+    def write(self, folder: Path, y: dp.State) -> dict[str, Any]:
+        """Write what is left of a state at the end; returns its part of the report."""
+
+    def summary(self, report: dict[str, Any]) -> list[str]:
+        """Lines about this problem's part of a report, for the terminal."""
+        del report
+        return []
+
+    def _refuse_idle_sections(self) -> None:
+        known = COMMON | self.sections
+        # A section that equals its default has no effect either way.
+        defaults = Config(name="", system_type="", system={})
+        idle = [
+            field.name
+            for field in fields(Config)
+            if field.name not in known
+            and not field.metadata.get("internal")
+            and getattr(self.config, field.name) != getattr(defaults, field.name)
+        ]
+        if idle:
+            names = ", ".join(f"`{name}`" for name in idle)
+            raise ConfigError(
+                f"The config sets {names}, without effect on `{self.option}` of a "
+                f"`{self.config.system_type}`: leave out what belongs to another task."
+            )

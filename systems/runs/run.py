@@ -1,0 +1,72 @@
+"""The one path from a config to files: build, solve, record, write."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+
+from systems import artefacts, build, build_problem, problem_type
+from systems.runs import folders, results, workers
+from systems.runs.recorder import FolderRecorder
+from systems.settings.config import Config, is_rank
+from systems.settings.reader import ConfigError
+
+
+def execute(config: Config, option: str = "--train", folder: Path | None = None) -> int:
+    """Run a config, here or on several ranks; gives the exit code.
+
+    Args:
+        config: The run.
+        option: The option of `launch.py` that asked for it.
+        folder: Where to write; default: a new folder, or that of a resumed run.
+
+    Raises:
+        ConfigError: A setting cannot be used.
+        CheckpointError: What it resumes from cannot be read.
+        NotConverged: The solve ended before its last step.
+        WorkerError: A rank failed.
+    """
+    wanted = problem_type(config).option
+    if wanted != option:
+        raise ConfigError(
+            f"`system_type` is `{config.system_type}`, which `{option}` does not run: "
+            f"write `{wanted}` for this config."
+        )
+    if is_rank():  # started by torchrun
+        return work(config, leads=os.environ["RANK"] == "0")
+    if config.dispatch.num_workers == 1:
+        return work(config, folder)
+    folders.start_of(build_problem(config))  # refuse before anything is made or started
+    return workers.run(work, config, folder or folders.open_folder(config))
+
+
+def work(config: Config, folder: Path | None = None, leads: bool = True) -> int:
+    """What each rank does; the one that leads records it, in a folder."""
+    dispatcher, threads = workers.dispatcher(config.dispatch)
+    torch.set_num_threads(threads)
+    problem = build_problem(config)
+    state = folders.start_of(problem)
+    folder = folder or (folders.open_folder(config) if leads else None)
+    recorder = FolderRecorder(problem, folder, begin=state.step if state else 0)
+    return recorder.run(lambda told: problem.solve(dispatcher, state, told))
+
+
+def look(config: Config, film: bool) -> int:
+    """Render and measure what a run has reached, or export it; gives the exit code.
+
+    Raises:
+        ConfigError: There is no such run, or it made no object.
+    """
+    if config.resume is None:
+        raise ConfigError(
+            "Nothing to look at: name a run, `resume=outputs/<name>/<tag>@<time>`, "
+            "with the `config.yaml` in it."
+        )
+    system = build(config)
+    state = folders.load_state(config.resume, system)
+    folder = folders.folder_of(config.resume)
+    made = artefacts.write(folder, system, state.y, film=film, mesh=not film)
+    print(results.summary(folder, system, {**made, "steps": state.step}))
+    return 0 if film or isinstance(made["mesh"], list) else 1

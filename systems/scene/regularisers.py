@@ -1,0 +1,86 @@
+r"""Terms of a loss that depend on the rendering alone.
+
+Each is a quotient of two sums over views,
+
+$$R = \sum_v a_v \Big/ \sum_v n_v,$$
+
+with amounts $a_v$ that carry the gradient and counts $n_v$ that do not, so that views
+can be split over devices: shards add up their amounts, over the count of all.
+"""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Mapping
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from systems.scene.renderers import Rendering
+
+
+class Regulariser(abc.ABC):
+    """A term of the loss computed from a rendering."""
+
+    needs_normals = False
+
+    @abc.abstractmethod
+    def amounts(self, seen: Rendering) -> Float[Tensor, " views"]:
+        """$a_v$: differentiable sums over each view's pixels."""
+
+    def counts(self, seen: Rendering) -> Float[Tensor, " views"]:
+        """$n_v$: constants; by default each view's number of pixels."""
+        views, height, width, _ = seen.opacity.shape
+        return seen.opacity.new_full((views,), height * width)
+
+    def __call__(self, seen: Rendering) -> Float[Tensor, ""]:
+        """The term over all views of the rendering."""
+        return self.amounts(seen).sum() / self.counts(seen).sum().clamp(min=1)
+
+
+class Orientation(Regulariser):
+    """Against normals that face away from the camera, over the rays that hit something.
+
+    References:
+        D. Verbin et al., 2021, arXiv 2112.03907, Eq. 10.
+    """
+
+    needs_normals = True
+
+    def amounts(self, seen: Rendering) -> Float[Tensor, " views"]:
+        """Squared cosines of normals that face away, weighted by visibility."""
+        return seen.backfacing.flatten(1).sum(1)
+
+    def counts(self, seen: Rendering) -> Float[Tensor, " views"]:
+        """The number of rays that hit something."""
+        return (seen.opacity > 0).flatten(1).sum(1).to(seen.opacity)
+
+
+class Sparsity(Regulariser):
+    r"""Against opacity: the mean of $\sqrt{o^2 + 0.01}$ (threestudio's form)."""
+
+    def amounts(self, seen: Rendering) -> Float[Tensor, " views"]:
+        """The summand, per view."""
+        return (seen.opacity.square() + 0.01).sqrt().flatten(1).sum(1)
+
+
+class Opaqueness(Regulariser):
+    """Binary entropy of the opacity: against half-transparency."""
+
+    def amounts(self, seen: Rendering) -> Float[Tensor, " views"]:
+        """The entropy, summed per view."""
+        opacity = seen.opacity.float().clamp(1e-3, 1 - 1e-3)
+        with torch.autocast(opacity.device.type, enabled=False):  # CUDA's refuses it
+            entropy = nn.functional.binary_cross_entropy(
+                opacity, opacity, reduction="none"
+            )
+        return entropy.flatten(1).sum(1)
+
+
+REGULARISERS: Mapping[str, Regulariser] = {
+    "orient": Orientation(),
+    "sparsity": Sparsity(),
+    "opaque": Opaqueness(),
+}
+"""By the names of their weights, `lambda_<name>`."""

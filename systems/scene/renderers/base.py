@@ -1,0 +1,74 @@
+"""What every renderer of a field offers, and what it returns."""
+
+from __future__ import annotations
+
+import abc
+from dataclasses import dataclass
+from typing import Any
+
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from dreampropeller import StepRandom
+from systems.scene.backgrounds import Background
+from systems.scene.cameras import Views
+from systems.scene.fields import Field
+from systems.scene.materials import Material
+
+
+@dataclass(frozen=True)
+class Rendering:
+    """Images of a scene, and what the regularisers need.
+
+    Attributes:
+        rgb: Colours over the background, shape ``(views, height, width, 3)``.
+        foreground: The object's share of them, shape as `rgb`.
+        opacity: From 0 to 1, shape ``(views, height, width, 1)``.
+        normal: Normals from −1 to 1 times opacity, shape as `rgb`; zeros where they
+            were not asked for.
+        backfacing: Per ray, the sum over its samples of weight times the squared
+            cosine between normal and ray where the normal faces away from the camera
+            (the orientation loss of D. Verbin et al., 2021, arXiv 2112.03907), shape
+            as `opacity`; zeros without normals.
+    """
+
+    rgb: Float[Tensor, "views height width 3"]
+    foreground: Float[Tensor, "views height width 3"]
+    opacity: Float[Tensor, "views height width 1"]
+    normal: Float[Tensor, "views height width 3"]
+    backfacing: Float[Tensor, "views height width 1"]
+
+
+class Renderer(nn.Module, abc.ABC):
+    """Renders a field with a material over a background.
+
+    `Config` is the dataclass of its settings, the only argument it is built from; it
+    has `radius`, the ball outside of which nothing is seen.
+    """
+
+    Config: type[Any]
+    config: Any
+
+    @abc.abstractmethod
+    def forward(
+        self,
+        geometry: Field,
+        material: Material,
+        background: Background,
+        views: Views,
+        step: int | None,
+        random: StepRandom,
+        with_normals: bool = False,
+    ) -> Rendering:
+        """Render views, on the device of the geometry.
+
+        Args:
+            geometry: The field.
+            material: Its look.
+            background: What is behind it.
+            views: The views.
+            step: A training step: samples, shading and background vary. None asks for
+                the final look.
+            random: Source of what varies from step to step.
+            with_normals: Fill in normals even where the material needs none.
+        """
