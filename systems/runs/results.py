@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ import dreampropeller as dp
 from systems.problem import Problem
 from systems.runs import folders
 from systems.settings.config import Config
+from systems.settings.reader import to_section
 
 
 def report_of(config: Config, solution: dp.Solution[Any]) -> dict[str, Any]:
@@ -30,7 +30,7 @@ def report_of(config: Config, solution: dp.Solution[Any]) -> dict[str, Any]:
         "gpu_memory": (  # bytes, on the first device
             torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None
         ),
-        "solver": asdict(config.solver),
+        "solver": to_section(config.solver),
         "environment": folders.environment(),
     }
 
