@@ -25,7 +25,7 @@ from dreampropeller import checkpoint
 from systems.files import named
 from systems.images import save_picture
 from systems.problem import Problem
-from systems.runs import folders, results
+from systems.runs import folders, results, viewer
 from systems.runs.stopping import Stop
 
 STOP = "stop"
@@ -213,6 +213,7 @@ class FolderRecorder(Recorder):
             "solving_seconds": round(self.solving, 3),
             "seconds_by_phase": {k: round(v, 3) for k, v in self.seconds.items()},
         }
+        viewer.add(self.folder, report, self.problem.title)
         folders.write_json(self.folder / "report.json", report)
         print(results.summary(self.folder, self.problem, report))
 
