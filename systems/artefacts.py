@@ -47,6 +47,8 @@ def write(
         )
     elif not mesh:
         del report["mesh"]  # it was only wanted for the preview
+    if mesh:
+        report |= system.export(folder, y)
     if film:
         attempt(report, "turntable", lambda: _turntable(folder, system, y))
         attempt(report, "preview", lambda: _preview(folder, system, y, surface))

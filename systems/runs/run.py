@@ -49,7 +49,7 @@ def work(config: Config, folder: Path | None = None, leads: bool = True) -> int:
     problem = build_problem(config)
     state = folders.start_of(problem)
     folder = folder or (folders.open_folder(config) if leads else None)
-    recorder = FolderRecorder(problem, folder, begin=state.step if state else 0)
+    recorder = FolderRecorder(problem, folder, state)
     return recorder.run(lambda told: problem.solve(dispatcher, state, told))
 
 
