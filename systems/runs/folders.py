@@ -167,6 +167,14 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
         part.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
+def report(folder: Path) -> dict[str, Any]:
+    """A run's `report.json`; empty before its end."""
+    try:
+        return json.loads((folder / "report.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+
+
 def _plain(value: Any) -> Any:
     """Tuples as lists, which is how YAML writes them."""
     if isinstance(value, dict):

@@ -98,6 +98,7 @@ def test_a_run_leaves_everything_behind(finished: Path) -> None:
         *FILES,
         "mesh.glb",
         "mesh.obj",
+        "viewer.html",
     }
     report = json.loads((finished / "report.json").read_text())
     assert report["steps"] == 12
