@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from systems.base import System
     from systems.problem import Problem
     from systems.settings.config import Config
+    from systems.settings.reader import ConfigError
 
+OTHERWISE = (
+    "What this workspace lacks, threestudio itself can do, with this solver: write "
+    "`backend=threestudio threestudio.root=<checkout>` (docs/threestudio.md)."
+)
 PROBLEMS = {
     "dreamfusion-system": "systems.dreamfusion.DreamFusion",
     "dreamgaussian-system": "systems.dreamgaussian.DreamGaussian",
@@ -57,9 +64,13 @@ def problem_type(config: Config) -> type[Problem]:
     Raises:
         ConfigError: There is no such class.
     """
-    from systems.settings.reader import choose
+    from systems.settings.reader import ConfigError, choose
 
-    path = choose(PROBLEMS, config.system_type, "system_type")
+    try:
+        path = choose(PROBLEMS, config.system_type, "system_type")
+    except ConfigError as error:
+        own = [p for p in config.problems if not p.startswith("`system.")]
+        raise _refusal([*error.problems, *own]) from error
     module, _, name = path.rpartition(".")
     return getattr(importlib.import_module(module), name)
 
@@ -72,9 +83,31 @@ def build_problem(config: Config) -> Problem:
     """
     from systems.settings.reader import ConfigError
 
+    kind = problem_type(config)
+    problems = [*config.problems, *_problems(kind.section_types, config)]
+    if problems:
+        raise _refusal(problems)
     try:
-        return problem_type(config)(config)
+        return kind(config)
     except ConfigError:
         raise
     except ValueError as error:
         raise ConfigError(str(error)) from error
+
+
+def _problems(sections: Mapping[str, type], config: Config) -> list[str]:
+    """What cannot be used of the sections that a problem reads."""
+    from systems.settings.reader import attempt, read
+
+    found: list[str] = []
+    for name, kind in sections.items():
+        attempt(found, functools.partial(read, kind, getattr(config, name), name))
+    return [problem for problem in found if problem not in config.problems]
+
+
+def _refusal(problems: Sequence[str]) -> ConfigError:
+    """All problems; and the way out, where threestudio could do what is asked."""
+    from systems.settings.reader import ConfigError, Foreign
+
+    foreign = any(isinstance(problem, Foreign) for problem in problems)
+    return ConfigError(*problems, advice=OTHERWISE if foreign else "")

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float
@@ -22,23 +22,16 @@ import dreampropeller as dp
 from systems.distillation import Distillation
 from systems.guidance.base import Guidance
 from systems.guidance.priors import check
-from systems.guidance.prompts import PromptConfig
+from systems.guidance.prompts import PROMPT_PROCESSORS, PromptConfig
 from systems.guidance.table import GUIDANCES
 from systems.optimizer import OptimizerConfig
-from systems.scene.cameras import Views
-from systems.scene.isosurface import extract_mesh
+from systems.scene.cameras import RandomCameras, Views
+from systems.scene.isosurface import Silhouettes, extract_mesh
 from systems.scene.renderers.volume import Rendering
 from systems.scene.scene import Scene, SceneConfig
-from systems.settings.checks import one_of
 from systems.settings.config import Config
-from systems.settings.reader import choose, read
+from systems.settings.reader import part, read
 from systems.settings.schedules import Schedule, check_schedule, value_at
-
-PROMPT_PROCESSORS = (
-    "diffusers-prompt-processor",
-    "stable-diffusion-prompt-processor",
-    "deep-floyd-prompt-processor",
-)
 
 
 @dataclass(frozen=True)
@@ -75,17 +68,16 @@ class DreamFusionConfig(SceneConfig):
         optimizer: The optimizer, with a learning rate for each part.
     """
 
-    prompt_processor: PromptConfig
-    guidance: dict[str, Any]
+    prompt_processor: PromptConfig = field(metadata=part(PROMPT_PROCESSORS))
+    guidance: Any = field(metadata=part(GUIDANCES))
     optimizer: OptimizerConfig
     prompt_processor_type: str = "diffusers-prompt-processor"
     guidance_type: str = "diffusers-guidance"
     loss: LossConfig = field(default_factory=LossConfig)
 
     def __post_init__(self) -> None:
-        one_of("prompt_processor_type", self.prompt_processor_type, PROMPT_PROCESSORS)
         named = self.prompt_processor.pretrained_model_name_or_path
-        used = self.guidance.get("pretrained_model_name_or_path")
+        used = self.guidance.pretrained_model_name_or_path
         if named not in (None, used):
             raise ValueError(
                 f"`prompt_processor` names the model `{named}` and `guidance` "
@@ -97,15 +89,15 @@ class DreamFusionConfig(SceneConfig):
 class DreamFusion(Distillation):
     """Text to 3D by score distillation of a field."""
 
+    section_types: ClassVar[Mapping[str, type]] = {
+        "data": RandomCameras,
+        "system": DreamFusionConfig,
+    }
+
     def __init__(self, config: Config, device: torch.device | None = None) -> None:
         super().__init__(config, device)
         self.settings = read(DreamFusionConfig, config.system, "system")
-        kind = choose(GUIDANCES, self.settings.guidance_type, "system.guidance_type")
-        self._guidance = kind
-        self._guidance_config = read(
-            kind.Config, self.settings.guidance, "system.guidance"
-        )
-        check(self._guidance_config.pretrained_model_name_or_path, [self.title])
+        check(self.settings.guidance.pretrained_model_name_or_path, [self.title])
         with self.random.scope(0, "scene"):
             self._scene = Scene(self.settings).to(self.device)
         self.settings.optimizer.check(self._scene)
@@ -122,9 +114,9 @@ class DreamFusion(Distillation):
 
     def load_guidance(self) -> Guidance:
         """See `Distillation.load_guidance`."""
-        return self._guidance.load(
-            self._guidance_config, self.settings.prompt_processor, self.device
-        )
+        settings = self.settings
+        guidance = GUIDANCES[settings.guidance_type]
+        return guidance.load(settings.guidance, settings.prompt_processor, self.device)
 
     def weights(self, step: int) -> dict[str, float]:
         """See `Distillation.weights`."""
@@ -157,7 +149,7 @@ class DreamFusion(Distillation):
 
     @torch.no_grad()
     def mesh(self, y: dp.State) -> Any:
-        """The surface at `isosurface_threshold`, coloured by the albedo."""
+        """The surface at `isosurface_threshold`, with the albedo that rays meet."""
         geometry, material = self.scene.geometry, self.scene.material
         prefix = "geometry."
         own = {
@@ -178,10 +170,23 @@ class DreamFusion(Distillation):
         def colour(points: Tensor) -> Tensor:
             return material.albedo(values(points)[1]).cpu()
 
+        threshold = geometry.config.isosurface_threshold
         return extract_mesh(
             density,
             colour,
             geometry.config.radius,
             geometry.config.isosurface_resolution,
-            geometry.config.isosurface_threshold,
+            self._silhouettes(y) if threshold == "auto" else threshold,
+            self.scene.renderer.config.step_size,
+        )
+
+    def _silhouettes(self, y: dp.State) -> Silhouettes:
+        """Opacity of a state along the rays of a few views all around."""
+        views = self.cameras.around()
+        origins, directions = views.cameras.rays(views.height, views.width)
+        seen = [self.render(y, views.one(i))[1] for i in range(len(views.cameras))]
+        return Silhouettes(
+            origins.expand_as(directions).reshape(-1, 3),
+            directions.reshape(-1, 3),
+            torch.cat(seen).flatten(),
         )

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,6 +19,20 @@ OPTIMIZERS: Mapping[str, type[torch.optim.Optimizer]] = {
     "SGD": torch.optim.SGD,
     "RMSprop": torch.optim.RMSprop,
 }
+
+
+def _check_rate(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float) or value < 0:
+        raise ValueError(
+            f"`{name}` is `{value}`: write a learning rate, such as 0.01; 0 for none."
+        )
+
+
+def _check_finite(name: str, value: Any) -> None:
+    numbers = value if isinstance(value, Sequence) else [value]
+    for number in numbers:
+        if isinstance(number, float) and not math.isfinite(number):
+            raise ValueError(f"`{name}` is `{value}`: write finite numbers.")
 
 
 @dataclass(frozen=True)
@@ -40,6 +55,24 @@ class OptimizerConfig:
         one_of("name", self.name, list(OPTIMIZERS))
         if self.args.get("lr") is None:
             raise ValueError("`args` has no learning rate: write `args.lr=0.01`.")
+        for part, arguments in {"args": self.args, **self._parts()}.items():
+            for name, value in arguments.items():
+                _check_finite(f"{part}.{name}", value)
+            _check_rate(f"{part}.lr", arguments.get("lr", self.args["lr"]))
+
+    def _parts(self) -> dict[str, Mapping[str, Any]]:
+        """Sections of `params` by name.
+
+        Raises:
+            ValueError: One of them is no section.
+        """
+        for part, arguments in self.params.items():
+            if not isinstance(arguments, Mapping):
+                raise ValueError(
+                    f"`params.{part}` is `{arguments}`: write a section, such as "
+                    f"`params.{part}.lr=0.001`."
+                )
+        return {f"params.{part}": section for part, section in self.params.items()}
 
     def check(self, scene: nn.Module) -> None:
         """Refuse arguments the optimizer does not take, and parts that are not there.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, ClassVar
@@ -38,6 +38,8 @@ class Problem(abc.ABC):
     """The option of `launch.py` that runs it."""
     sections: ClassVar[frozenset[str]]
     """Settings of `Config` that it reads besides `COMMON`."""
+    section_types: ClassVar[Mapping[str, type]]
+    """The classes of those sections that `Config` leaves to the problem."""
 
     def __init__(self, config: Config, device: torch.device | None = None) -> None:
         self.config = config
@@ -111,6 +113,7 @@ class Problem(abc.ABC):
             field.name
             for field in fields(Config)
             if field.name not in known
+            and not field.metadata.get("internal")
             and getattr(self.config, field.name) != getattr(defaults, field.name)
         ]
         if idle:

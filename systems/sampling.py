@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ from dreampropeller.adapters.diffusers import measure, sample, worst_picture
 from systems.guidance.prompts import PromptConfig
 from systems.images import save_picture, save_sheet
 from systems.problem import Problem
-from systems.settings.checks import at_least, one_of
+from systems.settings.checks import at_least, between, one_of
 from systems.settings.config import Config
 from systems.settings.reader import ConfigError, read
 
@@ -59,7 +59,9 @@ class SamplerConfig:
     def __post_init__(self) -> None:
         at_least("num_inference_steps", self.num_inference_steps, 1)
         at_least("num_images", self.num_images, 1)
-        at_least("eta", self.eta, 0)
+        at_least("guidance_scale", self.guidance_scale, 0)
+        between("eta", self.eta, 0, 1)
+        between("guidance_rescale", self.guidance_rescale or 0, 0, 1)
         one_of("form", self.form, ("semi-linear", "published"))
         if self.scheduler is not None:
             one_of("scheduler", self.scheduler, tuple(SCHEDULERS))
@@ -128,6 +130,7 @@ class Sampling(Problem):
 
     option = "--sample"
     sections = frozenset({"system"})
+    section_types: ClassVar[Mapping[str, type]] = {"system": SamplingConfig}
 
     def __init__(self, config: Config, device: torch.device | None = None) -> None:
         super().__init__(config, device)
@@ -177,7 +180,7 @@ class Sampling(Problem):
         calibration, solver = None, self.solver()
         if self.settings.sampler.batched and isinstance(solver, dp.PicardSolver):
             calibration = self._calibration(pipeline)
-            print(dp.choose(solver, calibration, self.device).reason)
+            print(dp.choose_solver(solver, calibration, self.device).reason)
 
         def watch(state: dp.SolverState[Any], iteration: dp.Iteration) -> None:
             self._strip(state, iteration)

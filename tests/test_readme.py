@@ -1,53 +1,198 @@
-"""What the README shows, run as it stands there."""
+"""What README and docs show, run as it is printed.
+
+A Python block runs as a script; one that begins with `if __name__` takes the place of
+those lines of the block before. Of a shell block every option and setting is read by
+the program's own parser, and what is cheap runs. What cannot run says so, in a comment
+`# not run: why`, which goes for the rest of its block.
+"""
 
 from __future__ import annotations
 
+import argparse
+import importlib
+import os
 import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
-import torch
 
-from dreampropeller import Sequential, solve
+ROOT = Path(__file__).parent.parent
+PAGES = sorted(
+    [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("benchmarks/*.md")]
+)
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+GUARD = 'if __name__ == "__main__":'
+NOT_RUN = "# not run: "
+TEST_COMMAND = 'pip install -e ".[dev]" && pytest'
+"""The one command that neither runs here nor says why: it is what runs this file."""
 
-README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+
+@dataclass(frozen=True)
+class Block:
+    """A fenced block of a page."""
+
+    page: str
+    line: int
+    language: str
+    text: str
+
+    def __str__(self) -> str:
+        return f"{self.page}:{self.line}"
 
 
-def test_own_loop_runs_and_keeps_the_loss(capsys: pytest.CaptureFixture[str]) -> None:
-    (code,) = re.findall(
-        r"```python\n(import torch, dreampropeller.*?)```", README, re.S
+def blocks(*languages: str) -> Iterator[Block]:
+    for path in PAGES:
+        text = path.read_text(encoding="utf-8")
+        for found in re.finditer(r"^( *)```(\w+)\n(.*?)^ *```$", text, re.S | re.M):
+            indent, language, body = found.groups()
+            if language in languages:
+                lines = [line.removeprefix(indent) for line in body.splitlines()]
+                number = text.count("\n", 0, found.start()) + 1
+                page = str(path.relative_to(ROOT))
+                yield Block(page, number, language, "\n".join(lines) + "\n")
+
+
+def scripts() -> Iterator[Any]:
+    """Python blocks as whole scripts."""
+    before = ""
+    for block in blocks("python"):
+        text = block.text
+        if text.startswith(GUARD):
+            text = before[: before.index(GUARD)] + text
+        before = text
+        why = re.findall(f"^{NOT_RUN}(.+)$", text, re.M)
+        skip = [pytest.mark.skip(reason=why[0])] if why else []
+        yield pytest.param(text, id=str(block), marks=skip)
+
+
+@pytest.mark.parametrize("text", list(scripts()))
+def test_python_blocks_run_as_printed(text: str, tmp_path: Path) -> None:
+    if "systems" in text:
+        pytest.importorskip("diffusers")
+    if "lightning" in text:
+        pytest.importorskip("lightning")
+    script = tmp_path / "script.py"
+    script.write_text(text, encoding="utf-8")
+    done = run([sys.executable, "-W", "error", str(script)], tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr
+    said = re.search(r"1000 steps in (\d+) iterations", done.stdout)
+    if said is not None:  # the loop that everybody starts from
+        (printed,) = re.findall(r"It prints (\d+) iterations", README)
+        assert int(said[1]) == pytest.approx(int(printed), rel=0.1)
+        assert text.count("num_workers=2") == int("launch" in text)
+
+
+def run(command: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
+    """Run in a folder that has the repository's files and is written to alone."""
+    for name in ("configs", "launch.py", "systems", "benchmarks", "docs"):
+        (folder / name).symlink_to(ROOT / name)
+    path = [str(ROOT), os.environ.get("PYTHONPATH", "")]
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(filter(None, path)),
+        "OMP_NUM_THREADS": "1",
+        "XDG_CACHE_HOME": str(folder / "cache"),
+    }
+    return subprocess.run(
+        command, cwd=folder, env=environment, capture_output=True, text=True
     )
-    torch.manual_seed(0)
-    names: dict[str, object] = {}
-    exec(compile(code.replace("1000", "200"), "README.md", "exec"), names)
-    iterations = int(capsys.readouterr().out.split()[-2])
-    assert iterations < 200 / 3
-    trajectory, solution = names["trajectory"], names["solution"]
-    exact = solve(trajectory, Sequential()).value  # pyright: ignore[reportArgumentType]
-    for name, value in solution.value.items():  # pyright: ignore[reportAttributeAccessIssue]
-        assert (value - exact[name]).abs().max() < 0.01
 
 
-def test_notebook_lines_make_a_mesh_and_frames() -> None:
-    pytest.importorskip("diffusers")
-    (code,) = re.findall(r"```python\n(import dreampropeller.*?)```", README, re.DOTALL)
-    prompt = '    "system.prompt_processor.prompt=a red mushroom",\n'
-    assert prompt in code
-    small = (
-        "trainer.max_steps=6",
-        "data.batch_size=1",
-        "data.n_test_views=2",
-        "system.geometry.resolution=12",
-        "system.geometry.isosurface_threshold=1",
-    )
-    code = code.replace(prompt, prompt + "".join(f'"{line}",\n' for line in small))
-    names: dict[str, Any] = {}
-    exec(compile(code, "README.md", "exec"), names)
-    assert len(names["mesh"].faces) > 100
-    assert [tuple(frame.shape) for frame in names["frames"]] == [(3, 128, 128)] * 2
+def commands() -> Iterator[Any]:
+    """Shell commands, and whether they run here."""
+    for block in blocks("bash", "sh", "shell", "console"):
+        runs = True
+        for line in block.text.replace("\\\n", " ").splitlines():
+            if line.startswith(NOT_RUN):
+                assert line.removeprefix(NOT_RUN).strip(), f"{block}: say why"
+                runs = False
+            for command in shlex.split(line, comments=True) and [line]:
+                yield pytest.param(command, runs, id=f"{block} {command[:40]}")
+
+
+@pytest.mark.parametrize(("line", "runs"), list(commands()))
+def test_shell_blocks_are_understood_and_run(
+    line: str, runs: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
+    for part in line.split("&&"):
+        words = shlex.split(part, comments=True)
+        if not understood(words, monkeypatch):
+            known = ("git", "cd", "pip", "source", "pytest", "pre-commit")
+            assert words[0] in known or words[1:3] == ["-m", "venv"], part
+            assert not runs or line == TEST_COMMAND, f"`{line}` says not why"
+        elif runs:
+            program = [sys.executable, *words[1:]]
+            done = run(program, tmp_path)
+            assert done.returncode == 0, done.stderr
+
+
+def understood(words: list[str], monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Whether it is a command of ours; its own parser has then read all of it."""
+    if words[0] == "torchrun":
+        words = ["python", *words[2:]]
+    if words[0] != "python" or words[1:3] == ["-m", "venv"]:
+        return False
+    if words[1] == "launch.py":
+        read_settings(words[2:])
+        return True
+    assert words[1] == "-m", words
+    arguments = parsed(words[2], words[3:], monkeypatch)
+    if words[2].startswith("benchmarks."):
+        for name in ("config", "log"):
+            path = getattr(arguments, name, None)
+            assert path is None or Path(path).exists() or name == "log", path
+    return True
+
+
+def read_settings(words: list[str]) -> None:
+    """Read options and settings as `launch.py` does, up to building the system."""
+    import launch
+    from systems import build_problem
+    from systems.settings.config import load
+
+    arguments, overrides = launch.make_parser().parse_known_args(words)
+    overrides = [*(arguments.compare or []), *overrides]  # `nargs="*"` takes them
+    assert all("=" in setting for setting in overrides), overrides
+    if "<" in str(arguments.config) or any("<" in word for word in overrides):
+        return  # a place that only the reader knows
+    build_problem(load(arguments.config, overrides))
+
+
+class _Parsed(Exception):
+    pass
+
+
+def parsed(
+    module: str, words: list[str], monkeypatch: pytest.MonkeyPatch
+) -> argparse.Namespace:
+    """What a module's own parser makes of its options; the module does no more."""
+    found: list[argparse.Namespace] = []
+    parse = argparse.ArgumentParser.parse_args
+
+    def stop(parser: argparse.ArgumentParser, *arguments: Any) -> NoReturn:
+        found.append(parse(parser, *arguments))
+        raise _Parsed
+
+    name = module
+    if (ROOT.joinpath(*module.split(".")) / "__main__.py").exists():
+        name = f"{module}.__main__"
+    main = importlib.import_module(name).main
+    with monkeypatch.context() as patch:
+        patch.setattr(argparse.ArgumentParser, "parse_args", stop)
+        patch.setattr(sys, "argv", [module, *words])
+        with pytest.raises(_Parsed):
+            main()
+    return found[0]
 
 
 def test_there_is_one_test_command_of_one_line() -> None:
     block = README.partition("<!-- test-command -->\n")[2].partition("```\n")[0]
-    assert block == '```bash\npip install -e ".[dev]" && pytest\n'
+    assert block == f"```bash\n{TEST_COMMAND}\n"

@@ -28,7 +28,7 @@ from torch import Tensor
 from dreampropeller.dispatch import process_group, wire
 from dreampropeller.dispatch.base import Dispatcher, WorkerError
 from dreampropeller.trajectory import Trajectory
-from dreampropeller.tree import Aux, Nest, State, decode, encode, tensors
+from dreampropeller.tree import Aux, Nest, State, decode, device_of, encode
 
 
 class _Meeting(enum.IntEnum):
@@ -152,7 +152,7 @@ class DistributedDispatcher(Dispatcher):
             results = [self._evaluate_one(steps[slot], ys[slot]) for slot in mine]
         with self.timer.phase("communication"):
             self._compare_anchors(steps[0], ys[0])
-            device = next((t.device for t in tensors(ys[0])), torch.device("cpu"))
+            device = device_of(ys[0])
             return self._gather(results, steps, device)
 
     def agree(self, numbers: Sequence[int]) -> list[int]:
@@ -168,7 +168,7 @@ class DistributedDispatcher(Dispatcher):
         places = [(str(t.device.type), str(t.dtype), list(t.shape)) for t in leaves]
         (message, *_) = self._gather_text(json.dumps([structure, places]))
         structure, places = json.loads(message)
-        device = next((t.device for t in leaves), torch.device("cpu"))
+        device = device_of(leaves)
         received: list[Tensor] = []
         for index, (kind, dtype, shape) in enumerate(places):
             if self.rank == 0:
@@ -255,10 +255,13 @@ class DistributedDispatcher(Dispatcher):
         every = self._fingerprint_every
         if every is not None and (self._num_calls - 1) % every == 0:
             heard = self._meet(_Meeting.COMPARE, step, wire.fingerprint(y))
-            self._require_same(
-                heard,
-                "state (for devices of different makes pass `fingerprint_every=None`)",
+            advice = (
+                "Seed every process before it makes the model: "
+                "`torch.manual_seed(0)`, the first line of the function that they run."
+                if self._num_calls == 1
+                else "For devices of different makes pass `fingerprint_every=None`."
             )
+            self._require_same(heard, "state", advice)
 
     def _meet(self, meeting: _Meeting, *numbers: int) -> list[list[int]]:
         """Say what comes next, with a few numbers; hear those of all ranks."""
@@ -272,7 +275,7 @@ class DistributedDispatcher(Dispatcher):
         self._require_same([[_Meeting(word[0]).name] for word in words], "next action")
         return [word[2 : 2 + word[1]] for word in words]
 
-    def _require_same(self, heard: list[Any], what: str) -> None:
+    def _require_same(self, heard: list[Any], what: str, advice: str = "") -> None:
         different = [rank for rank, said in enumerate(heard) if said != heard[0]]
         if not different:
             return
@@ -281,7 +284,7 @@ class DistributedDispatcher(Dispatcher):
             f"The ranks have come apart: rank {different[0]} has another {what} than "
             f"rank 0 ({heard[different[0]]}, not {heard[0]}). Every rank must call "
             "`solve` with the same arguments, from the same state, with the same "
-            "versions and thread count."
+            f"versions and thread count. {advice}".rstrip()
         )
 
     def _report_failure(self, text: str, step: int | None) -> NoReturn:

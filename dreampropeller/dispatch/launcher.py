@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import multiprocessing
 import os
+import sys
 import tempfile
 import threading
 import time
@@ -20,9 +22,11 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from dreampropeller.dispatch.base import WorkerError
 
 R = TypeVar("R")
+_STARTED_WHILE_IMPORTED = 87
+"""Exit code of a process that reads its script and finds a call of `launch` in it."""
 
 
-def launch(function: Callable[..., R], *args: Any, num_workers: int) -> list[R]:
+def launch_workers(function: Callable[..., R], *args: Any, num_workers: int) -> list[R]:
     """Call a function in `num_workers` new processes, as `torchrun` would start them.
 
     Args:
@@ -39,6 +43,8 @@ def launch(function: Callable[..., R], *args: Any, num_workers: int) -> list[R]:
     """
     if num_workers < 1:
         raise ValueError(f"`num_workers` is {num_workers}: write at least 1.")
+    if getattr(multiprocessing.current_process(), "_inheriting", False):
+        sys.exit(_STARTED_WHILE_IMPORTED)  # a new process imports the script again
     with tempfile.TemporaryDirectory(prefix="dreampropeller-") as folder:
         config = LaunchConfig(
             min_nodes=1,
@@ -56,6 +62,11 @@ def launch(function: Callable[..., R], *args: Any, num_workers: int) -> list[R]:
                 results = elastic_launch(config, _run)(os.getpid(), function, args)
         except ChildFailedError as error:
             rank, failure = error.get_first_failure()
+            if failure.exitcode == _STARTED_WHILE_IMPORTED:
+                raise WorkerError(
+                    "Every process imports the script that calls `launch`, and would "
+                    'call it again: put the call under `if __name__ == "__main__":`.'
+                ) from None
             raise WorkerError(
                 f"Rank {rank} failed (exit code {failure.exitcode}):\n{_text(failure)}"
             ) from None

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from systems.scene.cameras import Cameras
-from systems.settings.checks import at_least
+from systems.settings.checks import between
 
 VIEWS = ("front", "side", "back", "overhead")
 
@@ -37,8 +38,9 @@ class PromptConfig:
             raise ValueError(
                 "`prompt` is empty: say what to make, for example `a red mushroom`."
             )
-        for name in ("overhead_threshold", "front_threshold", "back_threshold"):
-            at_least(name, getattr(self, name), 0)
+        between("overhead_threshold", self.overhead_threshold, 0, 90)
+        between("front_threshold", self.front_threshold, 0, 180)
+        between("back_threshold", self.back_threshold, 0, 180)
 
     def texts(self) -> list[str]:
         """The prompts to embed: one for each of `VIEWS`, or one for all."""
@@ -61,3 +63,11 @@ class PromptConfig:
         if around < self.front_threshold:
             return "front"
         return "back" if around > 180 - self.back_threshold else "side"
+
+
+PROMPT_PROCESSORS: Mapping[str, type[PromptConfig]] = {
+    "diffusers-prompt-processor": PromptConfig,
+    "stable-diffusion-prompt-processor": PromptConfig,
+    "deep-floyd-prompt-processor": PromptConfig,
+}
+"""The last two names are threestudio's."""

@@ -21,8 +21,13 @@ from systems.guidance.base import Guidance, Log
 from systems.guidance.priors import Prior, Words, load
 from systems.guidance.prompts import PromptConfig
 from systems.scene.cameras import Cameras
-from systems.settings.checks import check_range, one_of
-from systems.settings.schedules import Schedule, check_schedule, value_at
+from systems.settings.checks import at_least, between, one_of
+from systems.settings.schedules import (
+    Schedule,
+    check_order,
+    check_schedule,
+    value_at,
+)
 
 
 @dataclass(frozen=True)
@@ -30,13 +35,15 @@ class GuidanceConfig:
     r"""Score distillation from a diffusers pipeline (`system.guidance` in a config).
 
     Args:
-        pretrained_model_name_or_path: "toybox", a hub model, or a local folder.
-        guidance_scale: s of classifier-free guidance, 1 for none.
+        pretrained_model_name_or_path: "toybox" (the first embedded prior), "toybox2"
+            (the second, which is told the camera), a hub model, or a local folder.
+        guidance_scale: Of classifier-free guidance, 1 for none.
         guidance_rescale: Pulls guided answers back in range, from 0 (off) to 1.
         weighting_strategy: w(t): "sds" is $1 - \bar\alpha_t$, "uniform" is 1,
             "fantasia3d" is $\sqrt{\bar\alpha_t}\,(1 - \bar\alpha_t)$.
-        min_step_percent: Least timestep, as a share of all; a number or a schedule.
-        max_step_percent: Largest timestep; a number or a schedule.
+        min_step_percent: Least timestep, as a share of all, from 0 to 1 (the name is
+            threestudio's); a number or a schedule.
+        max_step_percent: Largest timestep; never below the least.
         grad_clip: Largest absolute entry of the gradient; a number, a schedule or null.
         half_precision_weights: Half precision on a GPU.
         enable_memory_efficient_attention: torch's fused attention; false takes the
@@ -59,11 +66,39 @@ class GuidanceConfig:
             self.weighting_strategy,
             ("sds", "uniform", "fantasia3d"),
         )
-        check_range("guidance_rescale", (0, self.guidance_rescale), 0, 1)
-        check_schedule("min_step_percent", self.min_step_percent)
-        check_schedule("max_step_percent", self.max_step_percent)
+        between("guidance_rescale", self.guidance_rescale, 0, 1)
+        low, high = "min_step_percent", "max_step_percent"
+        check_schedule(low, self.min_step_percent, 0, 1)
+        check_schedule(high, self.max_step_percent, 0, 1)
+        check_order(low, self.min_step_percent, high, self.max_step_percent)
+        at_least("guidance_scale", self.guidance_scale, 0)
         if self.grad_clip is not None:
-            check_schedule("grad_clip", self.grad_clip)
+            check_schedule("grad_clip", self.grad_clip, 0)
+
+    @property
+    def scale(self) -> float:
+        """s, the weight of the prompt; 1 asks the conditional model alone."""
+        return self.guidance_scale
+
+
+@dataclass(frozen=True)
+class StableDiffusionConfig(GuidanceConfig):
+    """The same as threestudio counts it: its guidance scale is s − 1, 0 for none."""
+
+    pretrained_model_name_or_path: str = "runwayml/stable-diffusion-v1-5"
+
+    @property
+    def scale(self) -> float:
+        """The weight of the prompt, s."""
+        return self.guidance_scale + 1
+
+
+@dataclass(frozen=True)
+class DeepFloydConfig(StableDiffusionConfig):
+    """Likewise, with threestudio's defaults for DeepFloyd IF."""
+
+    pretrained_model_name_or_path: str = "DeepFloyd/IF-I-XL-v1.0"
+    guidance_scale: float = 20.0
 
 
 class ScoreDistillation(Guidance):
@@ -133,8 +168,9 @@ class ScoreDistillation(Guidance):
                 t,
                 self.words.given[numbers],
                 self.words.without,
-                self.config.guidance_scale,
+                self.config.scale,
                 self.config.guidance_rescale,
+                self.prior.conditions(cameras),
             )
             gradient = self._weight(t) * (predicted - noise)
             if self.config.grad_clip is not None:
@@ -161,3 +197,15 @@ class ScoreDistillation(Guidance):
         return (
             weight * alpha if self.config.weighting_strategy == "fantasia3d" else weight
         )
+
+
+class StableDiffusionGuidance(ScoreDistillation):
+    """The same, with threestudio's scale and defaults for Stable Diffusion."""
+
+    Config = StableDiffusionConfig
+
+
+class DeepFloydGuidance(ScoreDistillation):
+    """The same, with threestudio's scale and defaults for DeepFloyd IF."""
+
+    Config = DeepFloydConfig

@@ -3,11 +3,15 @@
 from collections.abc import Mapping
 
 from systems.guidance.base import Guidance
-from systems.guidance.sds import ScoreDistillation
+from systems.guidance.sds import (
+    DeepFloydGuidance,
+    ScoreDistillation,
+    StableDiffusionGuidance,
+)
 
 GUIDANCES: Mapping[str, type[Guidance]] = {
     "diffusers-guidance": ScoreDistillation,
-    "stable-diffusion-guidance": ScoreDistillation,
-    "deep-floyd-guidance": ScoreDistillation,
+    "stable-diffusion-guidance": StableDiffusionGuidance,
+    "deep-floyd-guidance": DeepFloydGuidance,
 }
-"""One class serves all diffusers pipelines; the last two names are threestudio's."""
+"""The last two names, and how they count the guidance scale, are threestudio's."""

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from dreampropeller import StepRandom
 from systems.scene.networks import ACTIVATIONS, MLP, spherical_harmonics
-from systems.settings.checks import one_of
+from systems.settings.checks import at_least, between, check_color, check_range, one_of
 
 Colour = tuple[float, float, float]
 
@@ -34,6 +34,10 @@ class SolidConfig:
     random_aug: bool = False
     random_aug_prob: float = 0.5
 
+    def __post_init__(self) -> None:
+        check_color("color", self.color)
+        between("random_aug_prob", self.random_aug_prob, 0, 1)
+
 
 @dataclass(frozen=True)
 class RandomConfig:
@@ -48,6 +52,10 @@ class RandomConfig:
     grey: bool = True
     range: tuple[float, float] = (0.05, 0.95)
     eval_color: Colour = (0.75, 0.75, 0.75)
+
+    def __post_init__(self) -> None:
+        check_range("range", self.range, 0, 1)
+        check_color("eval_color", self.eval_color)
 
 
 @dataclass(frozen=True)
@@ -83,6 +91,10 @@ class EnvironmentConfig:
 
     def __post_init__(self) -> None:
         one_of("color_activation", self.color_activation, list(ACTIVATIONS))
+        at_least("n_neurons", self.n_neurons, 1)
+        at_least("n_hidden_layers", self.n_hidden_layers, 0)
+        between("random_aug_prob", self.random_aug_prob, 0, 1)
+        check_color("eval_color", self.eval_color or (0, 0, 0))
 
 
 class Background(nn.Module, abc.ABC):

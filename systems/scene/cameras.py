@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from dreampropeller import StepRandom
-from systems.settings.checks import at_least, check_range, one_of
+from systems.settings.checks import at_least, between, check_range, one_of
 
 
 @dataclass(frozen=True)
@@ -180,8 +180,16 @@ class RandomCameras:
             "n_test_views",
         ):
             at_least(name, getattr(self, name), 1)
-        for name in ("camera_perturb", "center_perturb", "up_perturb"):
+        for name in (
+            "camera_perturb",
+            "center_perturb",
+            "up_perturb",
+            "light_position_perturb",
+        ):
             at_least(name, getattr(self, name), 0)
+        at_least("eval_camera_distance", self.eval_camera_distance, 1e-3)
+        between("eval_elevation_deg", self.eval_elevation_deg, -90, 90)
+        between("eval_fovy_deg", self.eval_fovy_deg, 1, 170)
         for name, least, most in (
             ("elevation_range", -90, 90),
             ("azimuth_range", -360, 360),
@@ -263,3 +271,24 @@ class RandomCameras:
             fov=self.eval_fovy_deg * one,
         )
         return Views(cameras, cameras.axes()[0], self.eval_height, self.eval_width)
+
+    def around(self, count: int = 12, size: int = 64) -> Views:
+        """Views from all sides, at elevations that the training sees.
+
+        At the turntable's distance and field of view, lit from the camera.
+
+        Args:
+            count: How many.
+            size: Width and height in pixels.
+        """
+        number = torch.arange(count)
+        low, high = self.elevation_range
+        share = torch.tensor([0.2, 0.5, 0.8, 0.05])[number % 4]
+        one = torch.ones(count)
+        cameras = Cameras(
+            azimuth=number / count * 360,
+            elevation=low + (high - low) * share,
+            distance=self.eval_camera_distance * one,
+            fov=self.eval_fovy_deg * one,
+        )
+        return Views(cameras, cameras.axes()[0], size, size)

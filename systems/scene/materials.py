@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from dreampropeller import StepRandom
 from systems.scene.networks import ACTIVATIONS
-from systems.settings.checks import one_of
+from systems.settings.checks import at_least, between, check_color, one_of
 
 Shading = Literal["albedo", "diffuse", "textureless"]
 
@@ -64,6 +64,11 @@ class PointLightConfig:
     ambient_only_on_test: bool = False
 
     def __post_init__(self) -> None:
+        at_least("ambient_only_steps", self.ambient_only_steps, 0)
+        between("diffuse_prob", self.diffuse_prob, 0, 1)
+        between("textureless_prob", self.textureless_prob, 0, 1)
+        check_color("ambient_light_color", self.ambient_light_color)
+        check_color("diffuse_light_color", self.diffuse_light_color)
         one_of("albedo_activation", self.albedo_activation, list(ACTIVATIONS))
 
 

@@ -13,7 +13,7 @@ from systems.scene.cameras import Views
 from systems.scene.fields import FIELDS
 from systems.scene.materials import MATERIALS
 from systems.scene.renderers import RENDERERS, Rendering
-from systems.settings.reader import choose, read
+from systems.settings.reader import part
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,13 +32,13 @@ class SceneConfig:
     """
 
     geometry_type: str = "implicit-volume"
-    geometry: dict[str, Any] = field(default_factory=dict)
+    geometry: Any = field(metadata=part(FIELDS))
     material_type: str = "diffuse-with-point-light-material"
-    material: dict[str, Any] = field(default_factory=dict)
+    material: Any = field(metadata=part(MATERIALS))
     background_type: str = "neural-environment-map-background"
-    background: dict[str, Any] = field(default_factory=dict)
+    background: Any = field(metadata=part(BACKGROUNDS))
     renderer_type: str = "nerf-volume-renderer"
-    renderer: dict[str, Any] = field(default_factory=dict)
+    renderer: Any = field(metadata=part(RENDERERS))
 
 
 class Scene(nn.Module):
@@ -57,11 +57,8 @@ class Scene(nn.Module):
             ("background", BACKGROUNDS),
             ("renderer", RENDERERS),
         ):
-            kind: Any = choose(
-                table, getattr(config, f"{name}_type"), f"system.{name}_type"
-            )
-            section = getattr(config, name)
-            parts[name] = kind(read(kind.Config, section, f"system.{name}"))
+            kind: Any = table[getattr(config, f"{name}_type")]
+            parts[name] = kind(getattr(config, name))
         self.geometry = parts["geometry"]
         self.material = parts["material"]
         self.background = parts["background"]
@@ -80,7 +77,7 @@ class Scene(nn.Module):
         random: dp.StepRandom,
         with_normals: bool = False,
     ) -> Rendering:
-        """See `systems.scene.renderers.volume.VolumeRenderer`."""
+        """See `systems.scene.renderers.Renderer`."""
         return self.renderer(
             self.geometry,
             self.material,

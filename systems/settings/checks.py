@@ -28,6 +28,26 @@ def check_range(name: str, value: Sequence[float], least: float, most: float) ->
         )
 
 
+def between(name: str, value: float, least: float, most: float) -> None:
+    """Refuse a number out of bounds.
+
+    Raises:
+        ValueError: Names the setting and its bounds.
+    """
+    if not least <= value <= most:
+        raise ValueError(f"`{name}` is {value}: write a number from {least} to {most}.")
+
+
+def check_color(name: str, value: Sequence[float]) -> None:
+    """Refuse a color with a channel out of bounds.
+
+    Raises:
+        ValueError: Names the setting and its bounds.
+    """
+    if not all(0 <= channel <= 1 for channel in value):
+        raise ValueError(f"`{name}` is {list(value)}: write channels from 0 to 1.")
+
+
 def one_of(name: str, value: str, allowed: Sequence[str]) -> None:
     """Refuse a word that is not in the list.
 

@@ -7,10 +7,12 @@ and `dispatch`; dotted overrides come after it.
 from __future__ import annotations
 
 import copy
+import functools
 import os
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any, Literal
 
 import torch
@@ -19,7 +21,15 @@ from omegaconf import DictConfig, OmegaConf
 import dreampropeller as dp
 from dreampropeller.precision import Precision
 from systems.settings.checks import at_least, one_of
-from systems.settings.reader import apply, open_yaml, read, to_mapping
+from systems.settings.reader import (
+    ConfigError,
+    apply,
+    missing,
+    open_yaml,
+    read,
+    to_mapping,
+)
+from systems.settings.upstream import DATA_TYPES, resolvers, translate
 
 
 @dataclass(frozen=True)
@@ -324,6 +334,8 @@ class Config:
         trainer: How long.
         checkpoint: What is kept.
         quality: Who judges the object.
+        problems: What was found while reading the file; `systems.build` refuses it,
+            together with what the system finds.
     """
 
     name: str
@@ -340,13 +352,25 @@ class Config:
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     quality: QualityConfig = field(default_factory=QualityConfig)
+    problems: tuple[str, ...] = field(
+        default=(), repr=False, metadata={"internal": True}
+    )
 
     def __post_init__(self) -> None:
-        one_of("data_type", self.data_type, ("random-camera-datamodule",))
+        one_of("data_type", self.data_type, DATA_TYPES)
+        inside = PurePath(self.name)
+        if inside.is_absolute() or ".." in inside.parts:
+            raise ValueError(
+                f"`name` is `{self.name}`, which is no folder inside `exp_root_dir` "
+                f"(`{self.exp_root_dir}`): write a plain name, such as "
+                "`name=mushrooms`, and another place as `exp_root_dir=…`."
+            )
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """Read a config file and apply dotted overrides.
+    """Read a config file, threestudio's too, and apply dotted overrides.
+
+    Settings of threestudio that change nothing here are named on standard error.
 
     Args:
         path: A YAML file.
@@ -357,8 +381,30 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """
     config = open_yaml(path)
     override(config, overrides)
-    found = read(Config, to_mapping(config), "")
-    return replace(found, solver=found.solver.resolved(found.dispatch.count))
+    with resolvers():
+        absent = missing(config)
+        try:
+            settings = to_mapping(config)
+        except ConfigError as error:
+            raise ConfigError(*absent, *error.problems) from error
+    found = translate(settings)
+    problems = (*absent, *found.unsupported)
+    try:
+        config = read(Config, found.settings, "")
+    except ConfigError as error:
+        raise ConfigError(*problems, *error.problems) from error
+    if found.ignored and not problems:
+        _tell(found.ignored)
+    solver = config.solver.resolved(config.dispatch.count)
+    return replace(config, solver=solver, problems=problems)
+
+
+@functools.cache
+def _tell(ignored: tuple[str, ...]) -> None:
+    """Say once, and on one rank, what was accepted and does nothing."""
+    if os.environ.get("RANK", "0") == "0":
+        names = ", ".join(f"`{name}`" for name in ignored)
+        print(f"note: without effect here: {names}.", file=sys.stderr)
 
 
 def override(config: DictConfig, overrides: Sequence[str]) -> None:

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
+import math
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -22,7 +24,46 @@ T = TypeVar("T")
 
 
 class ConfigError(ValueError):
-    """A config cannot be used; the message says what to write instead."""
+    """A config cannot be used; the message says what to write instead.
+
+    Args:
+        *problems: A sentence each.
+        advice: What to do about them all.
+    """
+
+    def __init__(self, *problems: str, advice: str = "") -> None:
+        self.problems = problems
+        lines = [*problems, advice] if advice else [*problems]
+        if len(problems) > 1:
+            lines[: len(problems)] = [f"- {problem}" for problem in problems]
+            lines.insert(0, "The config cannot be used:")
+        super().__init__("\n".join(lines))
+
+
+class Foreign(str):
+    """A problem with a setting that threestudio knows and this workspace does not."""
+
+
+def part(table: Mapping[str, type]) -> dict[str, Any]:
+    """Metadata of a field whose class is looked up by the setting `<name>_type`.
+
+    Args:
+        table: Settings classes by name, or classes with such a class as `Config`.
+    """
+    return {"table": table}
+
+
+def attempt(problems: list[str], make: Callable[[], Any]) -> Any:
+    """What a function gives; where it is a `ConfigError`, its problems join others."""
+    try:
+        return make()
+    except ConfigError as error:
+        problems += error.problems
+
+
+def settings_class(kind: type) -> type:
+    """The settings class of an entry of a table."""
+    return kind if dataclasses.is_dataclass(kind) else typing.cast(Any, kind).Config
 
 
 def open_yaml(path: str | Path) -> DictConfig:
@@ -83,23 +124,33 @@ def to_mapping(config: DictConfig) -> dict[str, Any]:
     """Resolve interpolations.
 
     Raises:
-        ConfigError: A value is missing (`???`), or refers to one that is not there.
+        ConfigError: A value refers to one that is not there.
     """
-    # OmegaConf 2.4 renames the function that registers resolvers.
-    register = getattr(OmegaConf, "register_resolver", OmegaConf.register_new_resolver)
-    register("rmspace", lambda text, by: str(text).replace(" ", str(by)), replace=True)
-    register("mul", lambda a, b: a * b, replace=True)
-    register("div", lambda a, b: a / b, replace=True)
-    for key in sorted(OmegaConf.missing_keys(config)):
-        raise ConfigError(_missing(key))
     try:
         mapping = OmegaConf.to_container(config, resolve=True)
-    except OmegaConfBaseException as error:
+    except (OmegaConfBaseException, ArithmeticError, TypeError, ValueError) as error:
         raise ConfigError(
             f"The config cannot be resolved: {_first_line(error)}"
         ) from error
     assert isinstance(mapping, dict)
     return {str(key): value for key, value in mapping.items()}
+
+
+def missing(config: DictConfig) -> list[str]:
+    """A sentence for each value that is still to be written (`???`).
+
+    Something stands in its place afterwards, so that what refers to it can be resolved.
+
+    Raises:
+        ConfigError: A value refers to one that is not there.
+    """
+    try:
+        keys = sorted(OmegaConf.missing_keys(config))
+    except OmegaConfBaseException as error:  # a value refers to one that is not there
+        raise ConfigError(f"The config cannot be read: {_first_line(error)}") from error
+    for key in keys:
+        OmegaConf.update(config, key, "missing")
+    return [_missing(key) for key in keys]
 
 
 def read(kind: type[T], section: Any, where: str) -> T:
@@ -111,30 +162,40 @@ def read(kind: type[T], section: Any, where: str) -> T:
         where: The section's dotted name, for messages.
 
     Raises:
-        ConfigError: A key is unknown or missing, or a value cannot be used.
+        ConfigError: A key is unknown or missing, or a value cannot be used; says so of
+            all of them.
     """
     fields: dict[str, dataclasses.Field[Any]] = {
-        f.name: f for f in dataclasses.fields(typing.cast(Any, kind))
+        f.name: f
+        for f in dataclasses.fields(typing.cast(Any, kind))
+        if not f.metadata.get("internal")
     }
     if not isinstance(section, Mapping):
         raise ConfigError(
             f"`{where}` is {section!r}: write a section of `key: value`, or set one of "
             f"its keys, as `{where}.{next(iter(fields))}=…`."
         )
-    for key in section:
-        if key not in fields:
-            raise ConfigError(_unknown(_dotted(where, str(key)), str(key), fields))
+    problems = [
+        _unknown(_dotted(where, str(key)), str(key), fields)
+        for key in section
+        if key not in fields
+    ]
     hints = typing.get_type_hints(kind)
     values: dict[str, Any] = {}
     for name, entry in fields.items():
-        required = (
-            entry.default is dataclasses.MISSING
-            and entry.default_factory is dataclasses.MISSING
-        )
-        if name in section:
-            values[name] = _convert(section[name], hints[name], _dotted(where, name))
-        elif required:
-            raise ConfigError(_missing(_dotted(where, name)))
+        path = _dotted(where, name)
+        if "table" in entry.metadata:
+            make = functools.partial(_read_part, entry, fields, section, where)
+        elif name in section:
+            make = functools.partial(_convert, section[name], hints[name], path)
+        elif _is_required(entry):
+            problems.append(_missing(path))
+            continue
+        else:
+            continue
+        values[name] = attempt(problems, make)
+    if problems:
+        raise ConfigError(*problems)
     try:
         return kind(**values)
     except ConfigError:
@@ -144,6 +205,27 @@ def read(kind: type[T], section: Any, where: str) -> T:
         raise ConfigError(f"{prefix}{error}") from error
 
 
+def _read_part(
+    entry: dataclasses.Field[Any],
+    fields: Mapping[str, dataclasses.Field[Any]],
+    section: Mapping[str, Any],
+    where: str,
+) -> Any:
+    """A section whose class depends on its type."""
+    key = f"{entry.name}_type"
+    name = str(section.get(key, fields[key].default))
+    kind = choose(entry.metadata["table"], name, _dotted(where, key))
+    own = section.get(entry.name, {})
+    return read(settings_class(kind), own, _dotted(where, entry.name))
+
+
+def _is_required(entry: dataclasses.Field[Any]) -> bool:
+    return (
+        entry.default is dataclasses.MISSING
+        and entry.default_factory is dataclasses.MISSING
+    )
+
+
 def choose(table: Mapping[str, T], name: str, where: str) -> T:
     """An entry of a table of classes.
 
@@ -151,9 +233,8 @@ def choose(table: Mapping[str, T], name: str, where: str) -> T:
         ConfigError: There is none of that name.
     """
     if name not in table:
-        raise ConfigError(
-            f"`{where}` is `{name}`: write one of {', '.join(f'`{n}`' for n in table)}."
-        )
+        known = ", ".join(f"`{n}`" for n in table)
+        raise ConfigError(Foreign(f"`{where}` is `{name}`: write one of {known}."))
     return table[name]
 
 
@@ -192,7 +273,9 @@ def _convert(value: Any, hint: Any, where: str) -> Any:
         if value in arguments:
             return value
         raise _wrong(where, value, hint)
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+    if hint is float and isinstance(value, int | float) and type(value) is not bool:
+        if not math.isfinite(value):
+            raise ConfigError(f"`{where}` is `{value}`: write a finite number.")
         return float(value)
     if hint is str and isinstance(value, int | float) and not isinstance(value, bool):
         return str(value)

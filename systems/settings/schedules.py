@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
 from typing import Any, TypeAlias
 
@@ -10,12 +11,36 @@ Schedule: TypeAlias = Any
 """A number, or ``[start, v0, v1, end]``; see `value_at`."""
 
 
-def check_schedule(name: str, value: Schedule) -> None:
-    """Refuse what `value_at` could not read.
+def check_schedule(
+    name: str, value: Schedule, least: float = -math.inf, most: float = math.inf
+) -> None:
+    """Refuse what `value_at` could not read, and values out of bounds.
 
     Raises:
-        ValueError: Names the setting and the form of a schedule.
+        ValueError: Names the setting and the form of a schedule, or its bounds.
     """
+    _check_form(name, value)
+    if not all(least <= number <= most for number in values_of(value)):
+        bounds = f"from {least:g} to {most:g}" if most < math.inf else f"{least:g} up"
+        raise ValueError(f"`{name}` is {value}: its values go {bounds}.")
+
+
+def check_order(low: str, a: Schedule, high: str, b: Schedule) -> None:
+    """Refuse a schedule that is above another at some step.
+
+    Raises:
+        ValueError: Names both, and the step.
+    """
+    for step in sorted({0, *_steps_of(a), *_steps_of(b)}):  # linear in between
+        least, most = value_at(a, step), value_at(b, step)
+        if least > most:
+            raise ValueError(
+                f"`{low}` is {least:g} at step {step}, above `{high}`, {most:g}: write "
+                f"at most `{high}`."
+            )
+
+
+def _check_form(name: str, value: Schedule) -> None:
     if _is_number(value):
         return
     if isinstance(value, Sequence) and all(map(_is_number, value)):
@@ -30,7 +55,7 @@ def check_schedule(name: str, value: Schedule) -> None:
     )
 
 
-def value_at(schedule: Schedule, step: int) -> float:
+def value_at(schedule: Schedule, step: float) -> float:
     """The value of a schedule at a step: constant before its start and after its end.
 
     Args:
@@ -51,11 +76,24 @@ def value_at(schedule: Schedule, step: int) -> float:
     return float(values[-1])
 
 
+def values_of(schedule: Schedule) -> list[float]:
+    """The values that a schedule is given by; all others lie between them."""
+    return [schedule] if _is_number(schedule) else _pieces(schedule)[1]
+
+
 def _pieces(schedule: Sequence[float]) -> tuple[list[float], list[float]]:
     """The steps where a schedule bends, and its values there."""
     entries = [0, *schedule] if len(schedule) == 3 else list(schedule)
     return [*entries[:1], *entries[3::2]], [*entries[1:2], *entries[2::2]]
 
 
+def _steps_of(schedule: Schedule) -> list[float]:
+    return [] if _is_number(schedule) else _pieces(schedule)[0]
+
+
 def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    return (
+        isinstance(value, int | float)
+        and not isinstance(value, bool)
+        and math.isfinite(value)
+    )

@@ -9,14 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import trimesh
 
 import dreampropeller as dp
 from dreampropeller import checkpoint
 from systems import make_system, quality
 from systems.dreamfusion import DreamFusion
 from systems.images import save_film
-from systems.scene.isosurface import EmptySurface, extract_mesh, save_mesh
 from systems.settings.reader import ConfigError
 from systems.toybox.truth import truth
 from tests.helpers import tree_equal
@@ -61,7 +59,7 @@ def test_two_ranks_equal_the_sequential_run(sequential: dp.Solution[Any]) -> Non
     trajectory = small().trajectory()
     y, _ = trajectory.init()
     drift = trajectory.make_drift(torch.device("cpu"))
-    for answer in dp.launch(solve_exactly, 5, num_workers=2):
+    for answer in dp.launch_workers(solve_exactly, 5, num_workers=2):
         assert tree_equal(answer["value"], sequential.value)
         for step, (gradient, aux) in answer["drifts"].items():
             own, own_aux = drift(step, y)
@@ -171,47 +169,6 @@ def test_another_optimizer_takes_the_arguments_that_are_left() -> None:
         small(*settings)
 
 
-def test_mesh_of_a_ball_is_round_closed_and_outside_out(tmp_path: Path) -> None:
-    mesh = extract_mesh(
-        lambda points: 10 * (1 - points.norm(dim=-1)),
-        lambda points: torch.tensor([1.0, 0.5, 0.0]).expand(len(points), 3),
-        radius=1.0,
-        resolution=48,
-        threshold=4.0,
-    )
-    assert np.allclose(np.linalg.norm(mesh.vertices, axis=1), 0.6, atol=0.01)
-    assert mesh.is_watertight
-    assert mesh.volume == pytest.approx(4 / 3 * math.pi * 0.6**3, rel=0.02)
-    assert mesh.vertices.mean(0) == pytest.approx(np.zeros(3), abs=1e-3)
-    for path in save_mesh(mesh, tmp_path):
-        again: Any = trimesh.load(path, force="mesh")
-        assert len(again.faces) == len(mesh.faces)
-        colours = again.visual.vertex_colors
-        assert (colours[:, :3] == [255, 128, 0]).all()
-
-
-def test_mesh_stands_upright_in_both_files(tmp_path: Path) -> None:
-    """A cone-like body, wider below: z is up in the obj, y in the glb."""
-    mesh = extract_mesh(
-        lambda p: 5 - 8 * p[:, :2].norm(dim=-1) - 4 * p[:, 2].clamp(min=-0.5).abs(),
-        lambda points: torch.ones(len(points), 3),
-        radius=1.0,
-        resolution=32,
-        threshold=1.0,
-    )
-    mesh.apply_translation([0.0, 0.0, 2.0])
-    paths = save_mesh(mesh, tmp_path)
-    for path, axis in zip(paths, (1, 2), strict=True):
-        again: Any = trimesh.load(path, force="mesh")
-        assert again.bounds[0][axis] > 0.5
-
-
-def test_empty_surface_gives_advice() -> None:
-    system = small("system.geometry.isosurface_threshold=1000000")
-    with pytest.raises(EmptySurface, match=r"isosurface_threshold=.*more steps"):
-        system.mesh(system.trajectory().init()[0])
-
-
 # imageio's reader leaves its pipes to the garbage collector.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_film_can_be_read_back(tmp_path: Path) -> None:
@@ -271,7 +228,7 @@ def test_checkpoint_of_another_config_is_refused(tmp_path: Path) -> None:
 
 
 def test_five_lines_of_a_notebook() -> None:
-    system = make_system(TOYBOX, *SMALL, "system.geometry.isosurface_threshold=2")
+    system = make_system(TOYBOX, *SMALL)
     solution = dp.solve(system.trajectory(), system.solver())
     mesh = system.mesh(solution.value)
     frames = list(system.turntable(solution.value, 4))

@@ -7,9 +7,13 @@ from typing import Any
 import pytest
 
 import dreampropeller as dp
+from systems import build
+from systems.sampling import SamplerConfig
+from systems.scene.backgrounds import EnvironmentConfig, SolidConfig
+from systems.scene.materials import PointLightConfig
 from systems.settings.checks import at_least, check_range
 from systems.settings.config import Config, load
-from systems.settings.reader import ConfigError
+from systems.settings.reader import ConfigError, read
 from systems.settings.schedules import check_schedule, value_at
 
 
@@ -160,3 +164,87 @@ def test_acceleration_by_name() -> None:
 def test_solver_settings_that_cannot_be_used(settings: list[str], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         config(*settings)
+
+
+GUIDANCE = "system.guidance."
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        (f"{GUIDANCE}max_step_percent=7", "its values go from 0 to 1"),
+        (f"{GUIDANCE}min_step_percent=-0.1", "its values go from 0 to 1"),
+        (f"{GUIDANCE}max_step_percent=[0,0.9,2.0,100]", "its values go from 0 to 1"),
+        (
+            f"{GUIDANCE}max_step_percent=0.1",
+            "`min_step_percent` is 0.2 at step 0, above `max_step_percent`, 0.1",
+        ),
+        (
+            f"{GUIDANCE}min_step_percent=[0,0.2,0.9,100]",
+            "`min_step_percent` is 0.9 at step 100, above `max_step_percent`, 0.74",
+        ),
+        (f"{GUIDANCE}grad_clip=-1", "its values go 0 up"),
+        (f"{GUIDANCE}guidance_scale=-3", "`guidance_scale` is -3.0: write 0 or more"),
+        (f"{GUIDANCE}guidance_scale=.nan", "is `nan`: write a finite number"),
+        ("data.eval_camera_distance=.inf", "is `inf`: write a finite number"),
+        ("data.eval_fovy_deg=0", "write a number from 1 to 170"),
+        ("data.camera_distance_range=[1,.inf]", "write a finite number"),
+        ("system.loss.lambda_sds=.nan", "`lambda_sds` is nan: write a number, or"),
+        ("system.loss.lambda_opaque=-1", "its values go 0 up"),
+        ("system.background.range=[0.5,1.5]", "`[low, high]` with 0 ≤ low ≤ high ≤ 1"),
+        ("system.renderer.occupancy.decay=1.1", "write a number from 0 to 1"),
+        ("system.optimizer.args.lr=.inf", "`args.lr` is `inf`: write finite numbers"),
+        ("system.optimizer.args.lr=.nan", "`args.lr` is `nan`: write finite numbers"),
+        ("system.optimizer.args.lr=nan", "`args.lr` is `nan`: write a learning rate"),
+        ("system.optimizer.args.lr=-1", "`args.lr` is `-1`: write a learning rate"),
+        ("system.optimizer.args.betas=[0.9,.nan]", "write finite numbers"),
+        (
+            "system.optimizer.params.geometry=0.1",
+            "`params.geometry` is `0.1`: write a section",
+        ),
+        (
+            "system.optimizer.params.geometry.lr=fast",
+            "`params.geometry.lr` is `fast`: write a learning rate",
+        ),
+        ("system.prompt_processor.overhead_threshold=91", "from 0 to 90"),
+        ("system.prompt_processor.back_threshold=200", "from 0 to 180"),
+    ],
+)
+def test_numbers_that_make_no_sense(setting: str, message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        build(config(setting))
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("section", "kind", "settings", "message"),
+    [
+        ("material", PointLightConfig, {"diffuse_prob": 2}, "from 0 to 1"),
+        (
+            "material",
+            PointLightConfig,
+            {"ambient_light_color": [0, 0, 2]},
+            "write channels from 0 to 1",
+        ),
+        ("background", SolidConfig, {"color": [0, -1, 0]}, "channels from 0 to 1"),
+        ("background", EnvironmentConfig, {"random_aug_prob": 1.5}, "from 0 to 1"),
+        ("background", EnvironmentConfig, {"n_neurons": 0}, "write 1 or more"),
+        ("sampler", SamplerConfig, {"eta": 2.0}, "from 0 to 1"),
+    ],
+)
+def test_shares_and_colors_stay_in_bounds(
+    section: str, kind: type, settings: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=f"In `{section}`: .*{message}"):
+        read(kind, settings, section)
+    assert read(kind, {}, section) == kind()
+
+
+def test_everything_that_is_wrong_is_said_at_once() -> None:
+    wrong = ("data.width=wide", "data.depth=3", "system.geometry.radius=-1")
+    with pytest.raises(ConfigError) as caught:
+        build(config(*wrong, "system.guidance.scale=3"))
+    assert len(caught.value.problems) == 5  # the renderer has the same radius
+    assert str(caught.value).splitlines()[1:] == [
+        f"- {problem}" for problem in caught.value.problems
+    ]

@@ -35,7 +35,8 @@ class FieldConfig:
         density_blob_std: Width d of the blob.
         normal_type: "finite_difference", or "analytic" (by differentiation).
         finite_difference_normal_eps: Distance of the differences.
-        isosurface_threshold: Density at the surface of the exported mesh.
+        isosurface_threshold: Density at the surface of the exported mesh; "auto"
+            chooses it by the object's silhouettes.
         isosurface_resolution: Grid points a side for the exported mesh.
     """
 
@@ -47,14 +48,21 @@ class FieldConfig:
     density_blob_std: float = 0.5
     normal_type: str = "finite_difference"
     finite_difference_normal_eps: float = 0.01
-    isosurface_threshold: float = 25.0
+    isosurface_threshold: float | str = "auto"
     isosurface_resolution: int = 128
 
     def __post_init__(self) -> None:
         at_least("radius", self.radius, 1e-3)
         at_least("n_feature_dims", self.n_feature_dims, 3)
         at_least("density_blob_std", self.density_blob_std, 1e-6)
+        at_least(
+            "finite_difference_normal_eps", self.finite_difference_normal_eps, 1e-9
+        )
         at_least("isosurface_resolution", self.isosurface_resolution, 8)
+        if isinstance(self.isosurface_threshold, str):
+            one_of(
+                "isosurface_threshold", self.isosurface_threshold, ("auto", "a number")
+            )
         one_of("density_activation", self.density_activation, list(ACTIVATIONS))
         one_of("normal_type", self.normal_type, ("finite_difference", "analytic"))
         if isinstance(self.density_bias, str):

@@ -64,6 +64,7 @@ class HashGridConfig:
         ):
             at_least(name, getattr(self, name), 1)
         at_least("per_level_scale", self.per_level_scale, 1)
+        at_least("start_step", self.start_step, 0)
 
     def active_levels(self, step: int | None) -> int:
         """How many levels a step sees; None asks for all."""

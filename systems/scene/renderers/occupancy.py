@@ -7,7 +7,7 @@ $$o \leftarrow \max(\gamma\,o,\ \sigma(x)\,\delta)$$
 
 at a random point x of the cell, with the step size δ of the renderer. It is evolving
 state: a buffer, changed while a drift is evaluated, and so part of the trajectory's
-state (Eq. 11 of `docs/method.md`). Cells that were never looked at hold −1 and count
+state (Eq. 19 of `docs/method.md`). Cells that were never looked at hold −1 and count
 as occupied.
 """
 
@@ -21,7 +21,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from dreampropeller import StepRandom
-from systems.settings.checks import at_least
+from systems.settings.checks import at_least, between
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,10 @@ class OccupancyConfig:
 
     def __post_init__(self) -> None:
         at_least("resolution", self.resolution, 2)
+        between("decay", self.decay, 0, 1)
+        at_least("threshold", self.threshold, 0)
         at_least("update_every", self.update_every, 1)
+        at_least("warmup_steps", self.warmup_steps, 0)
 
 
 class Occupancy(nn.Module):

@@ -1,0 +1,110 @@
+r"""A mesh as files: `mesh.glb` for viewers and engines, `mesh.obj` for everything else.
+
+The colours of glTF are linear light (glTF 2.0, section 3.9.2), those of a screen sRGB
+(IEC 61966-2-1):
+
+$$c_{lin} = \begin{cases} c / 12.92 & c \le 0.04045 \\
+  ((c + 0.055) / 1.055)^{2.4} & \text{otherwise} \end{cases}$$
+
+A glTF mesh without a material is full metal, so one is written: rough, not metallic.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from systems.files import written
+
+if TYPE_CHECKING:
+    import trimesh
+
+MATERIAL = {
+    "name": "matte",
+    "pbrMetallicRoughness": {
+        "baseColorFactor": [1.0, 1.0, 1.0, 1.0],
+        "metallicFactor": 0.0,
+        "roughnessFactor": 1.0,
+    },
+}
+_UPRIGHT = np.array([[1, 0, 0, 0], [0, 0, 1, 0], [0, -1, 0, 0], [0, 0, 0, 1]], float)
+"""From z up to y up: (x, y, z) becomes (x, z, −y)."""
+
+
+def save_mesh(mesh: trimesh.Trimesh, folder: Path) -> list[Path]:
+    """Write a mesh with sRGB vertex colours as ``mesh.glb`` and ``mesh.obj``.
+
+    The glb stands upright in viewers (y up), its colours are linear; the obj keeps the
+    scene's axes (z up) and sRGB colours, as its readers expect.
+
+    Raises:
+        OSError: A file cannot be written; the message names it.
+    """
+    paths = [folder / "mesh.glb", folder / "mesh.obj"]
+    with written(paths[0]) as part:
+        part.write_bytes(to_glb(mesh))
+    with written(paths[1]) as part:
+        part.write_text(str(mesh.export(file_type="obj")), encoding="utf-8")
+    return paths
+
+
+def to_glb(mesh: trimesh.Trimesh) -> bytes:
+    """A mesh with sRGB vertex colours as binary glTF."""
+    import trimesh
+    from trimesh.exchange.gltf import export_glb
+
+    look: Any = mesh.visual
+    colours = np.asarray(look.vertex_colors)[:, :3] / 255
+    upright = trimesh.Trimesh(
+        mesh.vertices,
+        mesh.faces,
+        vertex_attributes={"_COLOR": to_linear(colours).astype(np.float32)},
+        process=False,
+    )
+    upright.apply_transform(_UPRIGHT)
+
+    def finish(tree: dict[str, Any]) -> None:
+        tree["materials"] = [MATERIAL]
+        for entry in tree["meshes"]:
+            for primitive in entry["primitives"]:
+                # trimesh writes colours of its own as 8 bits, too coarse for linear
+                # light; attributes of the user's keep their precision.
+                attributes = primitive["attributes"]
+                attributes["COLOR_0"] = attributes.pop("_COLOR")
+                primitive["material"] = 0
+
+    return export_glb(
+        trimesh.Scene(upright), include_normals=True, tree_postprocessor=finish
+    )
+
+
+def to_linear(srgb: np.ndarray) -> np.ndarray:
+    """Display colours from 0 to 1 as linear light."""
+    return np.where(srgb <= 0.04045, srgb / 12.92, ((srgb + 0.055) / 1.055) ** 2.4)
+
+
+def to_srgb(linear: np.ndarray) -> np.ndarray:
+    """Linear light from 0 to 1 as display colours; the inverse of `to_linear`."""
+    low = linear <= 0.0031308
+    return np.where(low, linear * 12.92, 1.055 * linear ** (1 / 2.4) - 0.055)
+
+
+def load_glb(path: Path) -> trimesh.Trimesh:
+    """Read a ``mesh.glb`` back as `save_mesh` was given it: z up, sRGB colours.
+
+    trimesh keeps the colours of a mesh that has a material apart from its look.
+    """
+    import trimesh
+
+    scene: Any = trimesh.load(path, process=False)
+    (mesh,) = scene.geometry.values()
+    linear = np.asarray(mesh.visual.vertex_attributes["color"])[:, :3]
+    again = trimesh.Trimesh(
+        mesh.vertices,
+        mesh.faces,
+        vertex_colors=(to_srgb(linear) * 255).round().astype(np.uint8),
+        process=False,
+    )
+    return again.apply_transform(_UPRIGHT.T)

@@ -1,0 +1,357 @@
+"""Configs of threestudio, read as they are.
+
+A file of threestudio has settings that this workspace lacks. Some do not change the
+object that is made (a progress bar, a logger) and are accepted; some ask for what is
+done here anyway (`accumulate_grad_batches: 1`) and are accepted too; the others are
+listed, all at once, by `systems.build`. Names and defaults are those of threestudio at
+its last commit (https://github.com/threestudio-project/threestudio, December 2024).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import PurePath
+from typing import Any
+
+from omegaconf import ListConfig, OmegaConf
+
+from systems.settings.reader import Foreign
+from systems.settings.schedules import values_of
+
+ANY: tuple[Any, ...] = ()
+"""In `SETTINGS`: whatever the value, the object is the same."""
+_NO: tuple[Any, ...] = (None, False, 0)
+
+SETTINGS: Mapping[str, Mapping[str, tuple[Any, ...]]] = {
+    "": {
+        "description": ANY,
+        "use_timestamp": ANY,
+        "timestamp": ANY,
+        "exp_dir": ANY,
+        "trial_name": ANY,
+        "trial_dir": ANY,
+        "n_gpus": (1,),
+    },
+    "trainer": {  # arguments of Lightning's `Trainer`
+        "accelerator": ANY,
+        "barebones": ANY,
+        "benchmark": ANY,
+        "callbacks": ANY,
+        "check_val_every_n_epoch": ANY,
+        "default_root_dir": ANY,
+        "detect_anomaly": ANY,
+        "deterministic": ANY,
+        "enable_checkpointing": ANY,
+        "enable_model_summary": ANY,
+        "enable_progress_bar": ANY,
+        "inference_mode": ANY,
+        "limit_predict_batches": ANY,
+        "limit_test_batches": ANY,
+        "limit_val_batches": ANY,
+        "logger": ANY,
+        "max_epochs": ANY,  # the one epoch is endless
+        "min_epochs": ANY,
+        "min_steps": ANY,
+        "num_sanity_val_steps": ANY,
+        "profiler": ANY,
+        "reload_dataloaders_every_n_epochs": ANY,
+        "strategy": ANY,
+        "sync_batchnorm": ANY,
+        "use_distributed_sampler": ANY,
+        "accumulate_grad_batches": (1,),
+        "devices": (None, "auto", 1, "1"),
+        "fast_dev_run": _NO,
+        "gradient_clip_algorithm": ANY,
+        "gradient_clip_val": _NO,
+        "limit_train_batches": (None, 1.0),
+        "max_time": (None,),
+        "num_nodes": (1,),
+        "overfit_batches": _NO,
+        "plugins": (None, []),
+    },
+    "checkpoint": {  # arguments of Lightning's `ModelCheckpoint`
+        "auto_insert_metric_name": ANY,
+        "dirpath": ANY,
+        "enable_version_counter": ANY,
+        "every_n_epochs": ANY,
+        "filename": ANY,
+        "mode": ANY,
+        "monitor": ANY,
+        "save_last": ANY,
+        "save_on_train_epoch_end": ANY,
+        "save_top_k": ANY,
+        "save_weights_only": ANY,
+        "train_time_interval": ANY,
+        "verbose": ANY,
+    },
+    "data": {
+        "eval_batch_size": ANY,
+        "n_val_views": ANY,
+        "progressive_until": (0,),
+        "rays_d_normalize": (True,),
+        "resolution_milestones": ([],),
+    },
+    "system": {
+        "cleanup_after_test_step": ANY,
+        "cleanup_after_validation_step": ANY,
+        "exporter": ANY,
+        "exporter_type": ANY,
+        "loggers": ANY,
+        "weights_ignore_modules": ANY,
+        "geometry_convert_from": (None,),
+        "geometry_convert_inherit_texture": ANY,
+        "geometry_convert_override": ANY,
+        "scheduler": (None,),
+        "weights": (None,),
+    },
+    "system.geometry": {
+        "anneal_density_blob_std_config": (None,),
+        "isosurface": ANY,
+        "isosurface_chunk": ANY,
+        "isosurface_coarse_to_fine": ANY,
+        "isosurface_deformable_grid": ANY,
+        "isosurface_method": ANY,
+        "isosurface_outlier_n_faces_threshold": ANY,
+        "isosurface_remove_outliers": ANY,
+        "n_input_dims": (3,),
+    },
+    "system.geometry.pos_encoding_config": {
+        "include_xyz": _NO,
+        "interpolation": ("Linear",),
+    },
+    "system.geometry.mlp_network_config": {
+        "activation": ("ReLU",),
+        "otype": ("VanillaMLP",),
+        "output_activation": (None, "none"),
+    },
+    "system.material": {
+        "input_feature_dims": (None,),
+        "mlp_network_config": (None,),
+        "n_output_dims": (3,),
+        "requires_normal": ANY,
+        "soft_shading": _NO,
+    },
+    "system.background": {
+        "dir_encoding_config": ({"otype": "SphericalHarmonics", "degree": 3},),
+        "n_output_dims": (3,),
+    },
+    "system.background.mlp_network_config": {
+        "activation": ("ReLU",),
+        "otype": ("VanillaMLP",),
+        "output_activation": (None, "none"),
+    },
+    "system.renderer": {
+        "estimator": ("occgrid",),
+        "far_plane": (1e10,),
+        "near_plane": (0.0,),
+        "num_samples_per_ray_importance": ANY,  # of other estimators, as the next
+        "num_samples_per_ray_proposal": ANY,
+        "prop_optimizer_config": ANY,
+        "prop_scheduler_config": ANY,
+        "proposal_network_config": ANY,
+        "prune_alpha_threshold": ANY,  # leaves samples out that nobody sees
+        "return_comp_normal": ANY,
+        "return_normal_perturb": ANY,
+    },
+    "system.prompt_processor": {
+        "perp_neg_f_fs": ANY,  # without effect unless `use_perp_neg`, as the next
+        "perp_neg_f_fsb": ANY,
+        "perp_neg_f_sb": ANY,
+        "perp_neg_f_sf": ANY,
+        "pretrained_model_name_or_path_prompt_debiasing": ANY,
+        "prompt_back": (None,),
+        "prompt_debiasing_mask_ids": ANY,
+        "prompt_front": (None,),
+        "prompt_overhead": (None,),
+        "prompt_side": (None,),
+        "spawn": ANY,
+        "use_cache": ANY,
+        "use_perp_neg": _NO,
+        "use_prompt_debiasing": _NO,
+        "view_dependent_prompt_front": _NO,
+    },
+    "system.guidance": {
+        "enable_attention_slicing": ANY,
+        "enable_channels_last_format": ANY,
+        "enable_sequential_cpu_offload": ANY,
+        "max_items_eval": ANY,
+        "sqrt_anneal": _NO,
+        "token_merging": _NO,
+        "token_merging_params": ANY,
+        "trainer_max_steps": ANY,  # of `sqrt_anneal`
+        "use_img_loss": _NO,
+        "use_sjc": _NO,
+        "var_red": ANY,  # of `use_sjc`
+    },
+    "system.loss": {  # a weight of nought, at every step, asks for nothing
+        "lambda_sds_img": _NO,
+        "lambda_z_variance": _NO,
+        "lambda_normal_consistency": _NO,
+        "lambda_laplacian_smoothness": _NO,
+        "lambda_normal_smooth": _NO,
+        "lambda_3d_normal_smooth": _NO,
+        "lambda_eikonal": _NO,
+        "lambda_rgb": _NO,
+        "lambda_mask": _NO,
+        "lambda_depth": _NO,
+        "lambda_depth_rel": _NO,
+        "lambda_normal": _NO,
+        "lambda_vsd": _NO,
+        "lambda_lora": _NO,
+        "lambda_sd": _NO,
+        "lambda_sd_img": _NO,
+        "lambda_3d_sd": _NO,
+    },
+}
+"""Settings of threestudio that we lack, by section: the values that are accepted."""
+
+VALUES: Mapping[str, Callable[[Any], bool]] = {
+    "data.batch_size": lambda value: isinstance(value, list),
+    "data.height": lambda value: isinstance(value, list),
+    "data.width": lambda value: isinstance(value, list),
+    "system.geometry.normal_type": lambda value: (
+        value in (None, "pred", "finite_difference_laplacian")
+    ),
+}
+"""Settings that we have, and what threestudio lets them be and we do not."""
+
+DATA_TYPES = ("random-camera-datamodule",)
+
+
+@dataclass(frozen=True)
+class Translation:
+    """A config in our settings.
+
+    Attributes:
+        settings: What is ours of it.
+        ignored: Dotted names that were left out and change nothing.
+        unsupported: What changes the object and cannot be done, a sentence each.
+    """
+
+    settings: dict[str, Any]
+    ignored: tuple[str, ...]
+    unsupported: tuple[str, ...]
+
+
+def translate(settings: Mapping[str, Any]) -> Translation:
+    """Take threestudio's own settings out of a config whose values are resolved."""
+    ignored: list[str] = []
+    unsupported: list[str] = []
+    kept = _section(settings, "", ignored, unsupported)
+    kind = kept.get("data_type", DATA_TYPES[0])
+    if kind not in DATA_TYPES:
+        unsupported = [p for p in unsupported if not p.startswith("`data.")]
+        unsupported.append(_refusal("data_type", kind, f"write `{DATA_TYPES[0]}`"))
+        kept |= {"data_type": DATA_TYPES[0], "data": {}}
+    _rename(kept)
+    return Translation(kept, tuple(ignored), tuple(unsupported))
+
+
+def _section(
+    section: Mapping[str, Any], where: str, ignored: list[str], unsupported: list[str]
+) -> dict[str, Any]:
+    """What is ours of a section; the rest goes into the lists."""
+    table = SETTINGS.get(where, {})
+    kept: dict[str, Any] = {}
+    for key, value in section.items():
+        name = f"{where}.{key}" if where else key
+        if name in VALUES and VALUES[name](value):
+            unsupported.append(_refusal(name, value))
+        elif key not in table:
+            kept[key] = (
+                _section(value, name, ignored, unsupported)
+                if isinstance(value, dict)
+                else value
+            )
+        elif table[key] is ANY:
+            ignored.append(name)
+        elif not _asks_for_nothing(value, table[key]):
+            unsupported.append(_refusal(name, value))
+        else:
+            ignored.append(name)
+    return kept
+
+
+def _asks_for_nothing(value: Any, harmless: tuple[Any, ...]) -> bool:
+    if value in harmless:
+        return True
+    return harmless is _NO and isinstance(value, list) and not any(values_of(value))
+
+
+def _refusal(name: str, value: Any, advice: str = "not supported here") -> Foreign:
+    return Foreign(f"`{name}` is `{value}`: {advice}.")
+
+
+def _rename(settings: dict[str, Any]) -> None:
+    """Settings that have another name or place here, in place."""
+    checkpoint, trainer = settings.get("checkpoint"), settings.get("trainer")
+    if isinstance(checkpoint, dict) and checkpoint.get("every_n_train_steps") == 0:
+        steps = trainer.get("max_steps") if isinstance(trainer, dict) else None
+        del checkpoint["every_n_train_steps"]  # none before the end
+        if isinstance(steps, int):
+            checkpoint["every_n_train_steps"] = steps
+    system = settings.get("system")
+    if not isinstance(system, dict):
+        return
+    guidance, prompts = system.get("guidance"), system.get("prompt_processor")
+    if isinstance(guidance, dict) and "view_dependent_prompting" in guidance:
+        chosen = guidance.pop("view_dependent_prompting")
+        if isinstance(prompts, dict):
+            prompts.setdefault("view_dependent", chosen)
+    background = system.get("background")
+    if isinstance(background, dict):
+        network = background.get("mlp_network_config")
+        if isinstance(network, dict):
+            del background["mlp_network_config"]
+            background |= network
+
+
+@contextmanager
+def resolvers() -> Iterator[None]:
+    """The OmegaConf resolvers of threestudio, for a while.
+
+    Those that are registered already stay: threestudio registers its own when it is
+    imported, and may not find ours.
+    """
+    # OmegaConf 2.4 renames the function that registers resolvers.
+    register = getattr(OmegaConf, "register_resolver", OmegaConf.register_new_resolver)
+    ours = {n: f for n, f in _RESOLVERS.items() if not OmegaConf.has_resolver(n)}
+    for name, function in ours.items():
+        register(name, function)
+    try:
+        yield
+    finally:
+        for name in ours:
+            OmegaConf.clear_resolver(name)
+
+
+def _plain(value: Any) -> Any:
+    return (
+        OmegaConf.to_container(value, resolve=True)
+        if isinstance(value, ListConfig)
+        else value
+    )
+
+
+def _largest(value: Any) -> float:
+    return max(values_of(_plain(value)))
+
+
+_RESOLVERS: Mapping[str, Callable[..., Any]] = {
+    "add": lambda a, b: a + b,
+    "sub": lambda a, b: a - b,
+    "mul": lambda a, b: a * b,
+    "div": lambda a, b: a / b,
+    "idiv": lambda a, b: a // b,
+    "not": lambda a: not a,
+    "gt0": lambda a: a > 0,
+    "cmaxgt0": lambda a: _largest(a) > 0,
+    "cmaxgt0orcmaxgt0": lambda a, b: _largest(a) > 0 or _largest(b) > 0,
+    "tuple2": lambda a: [float(a), float(a)],
+    "basename": lambda path: PurePath(str(path)).name,
+    "rmspace": lambda text, by: str(text).replace(" ", str(by)),
+    "calc_exp_lr_decay_rate": lambda factor, n: math.pow(factor, 1 / n),
+}
