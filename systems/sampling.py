@@ -180,7 +180,7 @@ class Sampling(Problem):
         calibration, solver = None, self.solver()
         if self.settings.sampler.batched and isinstance(solver, dp.PicardSolver):
             calibration = self._calibration(pipeline)
-            print(dp.choose(solver, calibration, self.device).reason)
+            print(dp.choose_solver(solver, calibration, self.device).reason)
 
         def watch(state: dp.SolverState[Any], iteration: dp.Iteration) -> None:
             self._strip(state, iteration)

@@ -159,7 +159,7 @@ class Recorder(recorder.Recorder):
         system, given = trajectory.module, dict(self._cfg.trainer)
         trainer = self._lightning.Trainer(
             **{**given, "enable_progress_bar": False},
-            accelerator=trajectory.device.type,
+            accelerator=trajectory.host.device.type,
             devices=1,
             logger=False,
             enable_checkpointing=False,
@@ -172,6 +172,6 @@ class Recorder(recorder.Recorder):
         loop.automatic_optimization.optim_progress.optimizer.step.total.completed = step
         loop.manual_optimization.optim_step_progress.total.completed = step
         getattr(trainer, stage)(
-            system, datamodule=trajectory.shim.datamodule, verbose=False
+            system, datamodule=trajectory.host.shim.datamodule, verbose=False
         )
-        trajectory.attach()
+        trajectory.host.attach()
