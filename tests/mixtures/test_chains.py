@@ -149,10 +149,9 @@ def test_known_clusters_are_found_from_one_and_from_thirty(
 
 
 def test_exact_finds_few_clusters_too() -> None:
-    x, truth = gaussians(1500, 2, 4)
-    for start in (1, 8):
-        found = DPMixture(method="exact", n_sweeps=20, init_components=start).fit(x)
-        assert nmi(truth, found.labels_) > 0.98
+    x, truth = gaussians(1000, 2, 4)
+    found = DPMixture(method="exact", n_sweeps=15).fit(x)
+    assert nmi(truth, found.labels_) > 0.98
 
 
 @pytest.mark.parametrize("method", METHODS)
