@@ -8,8 +8,8 @@ $$H = \frac{p(z')}{p(z)} \frac{f(X_l) f(X_r)}{f(X)}, \qquad \text{for the Dirich
   process}\ \ \alpha\, \frac{\Gamma(n_l) \Gamma(n_r)}{\Gamma(n)} \frac{f(X_l)
   f(X_r)}{f(X)};$$
 
-two clusters propose to merge with $1/H$ of the split that would undo it: they become the
-sub-clusters of the merged one. The published code multiplies this with the probability
+two clusters propose to merge with $1/H$ of the split that would undo it: they become
+the sub-clusters of the merged one. The published code multiplies this with the probability
 that a *random* division finds the two clusters,
 
 $$\frac{\Gamma(\alpha)}{\Gamma(\alpha + n)}
