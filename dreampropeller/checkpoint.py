@@ -28,7 +28,7 @@ from dreampropeller.solution import SolverState, Stats
 from dreampropeller.tree import decode, encode, record_name
 
 FORMAT = 3
-LOCK = "lock"
+LOCK = ".lock"
 """Name of the file that a writing process holds."""
 _LOCKS: dict[Path, TextIO] = {}
 _NAME = re.compile(r"step-(\d+)\.safetensors")

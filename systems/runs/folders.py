@@ -39,9 +39,11 @@ def open_folder(config: Config) -> Path:
     """Make a run's folder and describe the run in it; a resumed run keeps its own.
 
     Raises:
+        CheckpointError: Another process runs there.
         ConfigError: It cannot be written.
     """
     folder = _make(config) if config.resume is None else folder_of(config.resume)
+    checkpoint.lock(folder)
     write_setup(folder, config)
     print(f"Writing to {folder}")
     return folder
