@@ -41,6 +41,7 @@ from diffusers.schedulers.scheduling_dpmsolver_multistep import (
 from torch import Tensor
 
 import dreampropeller as dp
+from benchmarks import runs
 from dreampropeller.adapters.diffusers import sample
 from systems.toybox import classifier
 from systems.toybox import pipeline as toybox
@@ -255,7 +256,7 @@ def work(log: Path, todo: Iterable[Job], hours: float) -> None:
             print(f"Time is over, {len(rest) - number} jobs are left.")
             return
         assert bench is not None
-        found = bench.run(job)
+        found = {**bench.run(job), "machine": runs.machine()}
         with open(log, "a", encoding="utf-8") as file:
             file.write(json.dumps(found) + "\n")
 
@@ -378,7 +379,7 @@ def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--log", type=Path, default=Path("outputs/sampling.jsonl"))
-    parser.add_argument("--plot", type=Path, default=Path("docs/sampling.png"))
+    parser.add_argument("--plot", type=Path, default=Path("outputs/sampling.png"))
     parser.add_argument("--parts", nargs="*", help="published multistep grid prompts")
     parser.add_argument("--hours", type=float, default=2.0)
     arguments = parser.parse_args()
@@ -390,6 +391,8 @@ def main() -> None:
         print(f"{part}\n\n{table(entries, part)}\n")
     print(f"grid: iterations / error\n\n{crossed(entries)}\n")
     print(agreement(entries))
+    print(f"Runs were made on {runs.machines(entries)}.")
+    arguments.plot.parent.mkdir(parents=True, exist_ok=True)
     plot(entries, arguments.plot)
 
 

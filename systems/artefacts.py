@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,6 +40,7 @@ def write(
         else:
             measured = quality.against_truth(system, y, wanted)
             report["quality"] = measured.figures()
+            report["notes"] = _notes(system, measured)
             both = torch.cat([measured.pictures, measured.wanted])
             save_picture(
                 both.repeat_interleave(4, -1).repeat_interleave(4, -2),
@@ -53,6 +55,22 @@ def write(
         except EmptySurface as error:
             report["mesh"] = f"none: {error}"
     return report
+
+
+def _notes(system: System, measured: quality.Quality) -> list[str]:
+    """What the figures alone do not say."""
+    notes = []
+    if system.config.quality.clip is not None:
+        notes.append(
+            "`quality.clip` was not used: the ground truth of this prompt is known."
+        )
+    blank = float((measured.wanted - quality.GREY).square().mean())
+    if measured.psnr < -10 * math.log10(max(blank, 1e-12)):
+        notes.append(
+            "Collapsed, or not there yet: an empty image is nearer to the ground "
+            "truth. Take more steps or a smaller learning rate."
+        )
+    return notes
 
 
 def summary(report: dict[str, Any]) -> list[str]:

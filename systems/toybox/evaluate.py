@@ -2,7 +2,8 @@
 
 `python -m systems.toybox.evaluate` samples 200 prompts (25 DDIM steps, guidance scale
 3), a fifth of them with pairs the prior has never seen, lets the classifier judge them,
-and writes figures, a confusion table and pictures into `docs/toybox/`.
+and writes figures, a confusion table and pictures into `outputs/toybox/evaluation/`;
+`--to docs/toybox` puts them where they are published.
 """
 
 from __future__ import annotations
@@ -83,9 +84,9 @@ def score(asked: Sequence[Prompt], seen: Judgement) -> dict[str, object]:
         for i, p in zip(seen.colours.tolist(), asked, strict=True)
     ]
 
-    def share(right: Sequence[bool], chosen: Sequence[bool]) -> float:
+    def share(right: Sequence[bool], chosen: Sequence[bool]) -> float | None:
         kept = [r for r, c in zip(right, chosen, strict=True) if c]
-        return round(sum(kept) / len(kept), 4) if kept else float("nan")
+        return round(sum(kept) / len(kept), 4) if kept else None  # JSON has no NaN
 
     groups = {
         "trained pairs": [p.trained for p in asked],
@@ -187,7 +188,7 @@ def main() -> None:
     parser.add_argument("--weights", type=Path, default=WEIGHTS)
     parser.add_argument("--classifier", type=Path, default=classifier.FILE)
     parser.add_argument("--log", type=Path, help="loss.jsonl of the training run")
-    parser.add_argument("--to", type=Path, default=Path("docs/toybox"))
+    parser.add_argument("--to", type=Path, default=Path("outputs/toybox/evaluation"))
     parser.add_argument("--count", type=int, default=NUM_PROMPTS)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
@@ -209,7 +210,7 @@ def main() -> None:
         "package megabytes": round(sum(f.stat().st_size for f in files) / 1e6, 2),
     }
     arguments.to.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(report, indent=2, ensure_ascii=False) + "\n"
+    text = json.dumps(report, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     (arguments.to / "evaluation.json").write_text(text, encoding="utf-8")
     (arguments.to / "confusion.md").write_text(confusion_table(asked, seen), "utf-8")
     save_sheet(beside_truth(prior), arguments.to / "samples.png", columns=16, scale=2)

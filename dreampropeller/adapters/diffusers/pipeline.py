@@ -308,7 +308,7 @@ class _Loop:
             )
             bar: Any = self.bar
             if bar is not None and bar.total == trajectory.num_steps:
-                bar.update(-1)  # the pipeline counts the one step it sees
+                bar.n -= 1  # the pipeline counts the one step it sees
                 made = self.run(trajectory, bar.update)
             else:
                 made = self.run(trajectory, lambda _: None)
