@@ -29,7 +29,7 @@ from dreampropeller import (
     PicardSolver,
     SlidingWindow,
     State,
-    launch,
+    launch_workers,
     solve,
 )
 from dreampropeller.trajectory import Drift
@@ -52,11 +52,9 @@ class Sleeping(OptimizationTrajectory):
         self.gradients = {name: torch.randn(shape) for name, shape in TABLES.items()}
         self.seconds = seconds
 
-    def make_drift(
-        self, device: torch.device, shard: tuple[int, int] = (0, 1)
-    ) -> Drift:
+    def make_drift(self, device: torch.device) -> Drift:
         """Sleep, then hand out a copy of the same gradients."""
-        del device, shard
+        del device
 
         def drift(step: int, y: State) -> tuple[State, dict[str, float]]:
             del step, y
@@ -174,7 +172,7 @@ def main() -> None:
         distributed,
     )
     if distributed:
-        rows = launch(measure, *settings, num_workers=arguments.num_workers)[0]
+        rows = launch_workers(measure, *settings, num_workers=arguments.num_workers)[0]
     else:
         rows = measure(*settings)
     step = optimizer_step(7)

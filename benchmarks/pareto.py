@@ -1,13 +1,13 @@
-"""Quality against iterations: which threshold, predictor and window to take.
+"""Quality against iterations, over thresholds, predictors and windows.
 
 `python -m benchmarks.pareto` solves a prompt with every threshold, predictor and
-window in two regimes, beside the plain loop, the exact solve and the rivals (a k-th
-of the steps, k times the views, each at the best of five learning rates). A regime
-is `name:steps:rate`: *tuned* is what `benchmarks.tune` found, *threestudio* takes
-more and smaller steps, at the rate of threestudio's DreamFusion config. It writes a
-table and a plot; interrupted, it goes on where it was. `--count` only says how many
-runs and gradients it would take, `--logged` shows what has been run. The commands
-behind a published log are in `commands.txt` beside it.
+window in two regimes, beside the sequential run, the exact solve and the rivals (a k-th
+of the steps, k times the views, each at the best of five learning rates). A regime is
+`name:steps:learning rate`: *tuned* is the result of `benchmarks.tune`, *threestudio*
+takes more and smaller steps, at the learning rate of threestudio's DreamFusion config.
+It writes a table and a plot. An interrupted benchmark resumes from its log; `--count`
+only prints the number of runs and steps, `--logged` shows what has been run. The
+commands behind a published log are in `commands.txt` beside it.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ REGIMES = ("tuned:400:0.08", "threestudio:1000:0.01")
 WINDOWS = (4, 8, 16, 32)
 PREDICTORS = ("repeat_last", "momentum", "auto")
 THRESHOLDS = (
-    "paper:median",
-    "paper:mean",
+    "ema:median",
+    "ema:mean",
     "fixed:1e-4",
     "relative:1",
     "drift:0.2",
@@ -51,8 +51,8 @@ def threshold(spec: str) -> list[str]:
 def _threshold(spec: str) -> list[str]:
     kind, _, value = spec.partition(":")
     name = "solver.threshold.name="
-    if kind == "paper":
-        return [f"{name}paper", f"solver.threshold.adaptivity={value}"]
+    if kind == "ema":
+        return [f"{name}ema", f"solver.threshold.adaptivity={value}"]
     if kind == "drift":
         value, _, warmup = value.partition(":")
         cautious = [f"solver.threshold.warmup={warmup}"] if warmup else []
@@ -63,7 +63,7 @@ def _threshold(spec: str) -> list[str]:
     if spec == EXACT:
         return [f"{name}fixed", "solver.threshold.value=0"]
     raise SystemExit(
-        f"`{spec}` is no threshold: write `paper:median`, `paper:mean`, `fixed:VALUE`, "
+        f"`{spec}` is no threshold: write `ema:median`, `ema:mean`, `fixed:VALUE`, "
         "`relative:VALUE`, `drift:VALUE`, `drift:VALUE:WARMUP`, any of these followed "
         "by `+secant`, or `exact`."
     )

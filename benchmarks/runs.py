@@ -1,8 +1,7 @@
 """Runs for the tables: solve a job, measure it, and never solve it twice.
 
 A job is a config with settings. Its entry in the log holds the job, the quality of the
-result, what it cost, and how long it took; an interrupted benchmark goes on where it
-was.
+result, its cost and its time; an interrupted benchmark resumes from the log.
 """
 
 from __future__ import annotations
@@ -26,6 +25,8 @@ from systems.settings.config import load
 from systems.toybox.captions import SCORED, caption
 
 Job = Mapping[str, Any]
+OLD_NAME = ("solver.threshold.name=paper", "solver.threshold.name=ema")
+"""What a setting is called in logs of before, and now."""
 ROOT = Path(__file__).parent.parent
 TRACKED = (ROOT / "benchmarks", ROOT / "docs")
 """Folders of published files: nothing is written over there unless it is named."""
@@ -207,7 +208,8 @@ def _read(log: Path) -> dict[str, dict[str, Any]]:
     if not log.exists():
         return {}
     known = {}
-    for line in log.read_text().splitlines():
+    text = log.read_text().replace(*OLD_NAME)
+    for line in text.splitlines():
         try:
             entry = json.loads(line)
         except ValueError:  # also of an empty line

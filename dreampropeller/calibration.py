@@ -25,7 +25,7 @@ from dreampropeller.dispatch.batched import BatchedDispatcher
 from dreampropeller.picard import PicardSolver
 from dreampropeller.solver import Sequential, Solver, solve
 from dreampropeller.trajectory import Trajectory
-from dreampropeller.tree import tensors
+from dreampropeller.tree import device_of
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ def calibrate(
     if iterations < 1:
         raise ValueError(f"`iterations` is {iterations}: measure 1 or more.")
     y, _ = trajectory.init()
-    device = next((t.device for t in tensors(y)), torch.device("cpu"))
+    device = device_of(y)
     return Calibration(
         device=_name(device),
         threads=torch.get_num_threads(),
@@ -105,7 +105,7 @@ def calibrate(
     )
 
 
-def choose(
+def choose_solver(
     solver: PicardSolver,
     calibration: Calibration | None,
     device: torch.device | None = None,

@@ -13,7 +13,6 @@ import os
 import re
 import warnings
 import zlib
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +21,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from dreampropeller.solution import Stats
-from dreampropeller.solver import SolverState
-from dreampropeller.tree import decode, encode
+from dreampropeller.component import Memory
+from dreampropeller.solution import SolverState, Stats
+from dreampropeller.tree import decode, encode, record_name
 
-FORMAT = 1
+FORMAT = 2
 _NAME = re.compile(r"step-(\d+)\.safetensors")
 
 
@@ -34,13 +33,22 @@ class CheckpointError(RuntimeError):
     """A checkpoint could not be written or read; the message says what to do."""
 
 
-def save(folder: str | Path, state: SolverState[Any], keep: int = 2) -> Path:
+def save(
+    folder: str | Path, state: SolverState[Any], keep: int = 2, lean: bool = False
+) -> Path:
     """Write a checkpoint and remove older ones.
+
+    A run that resumes from a full checkpoint equals the uninterrupted run bit for bit.
+    A lean one holds state, carry and what was learnt, without guesses, held drifts and
+    past iterations: three times the parameters with Adam, up to six with the default
+    predictors and accelerations. The run resumes with the first iteration's small
+    stride, so its strides differ; at threshold 0 its result does not.
 
     Args:
         folder: Where checkpoints of this run are kept; it is made if need be.
         state: What to write.
         keep: How many to keep. Two or more, so that there is one to fall back to.
+        lean: Leave out the fields that are marked so (`component.FULL`).
 
     Returns:
         The file, ``step-<step>.safetensors``.
@@ -52,8 +60,9 @@ def save(folder: str | Path, state: SolverState[Any], keep: int = 2) -> Path:
         raise ValueError(f"`keep` is {keep}: keep at least 1 checkpoint.")
     folder = Path(folder)
     path = folder / f"step-{state.step:08d}.safetensors"
-    content = {field: getattr(state, field) for field in _FIELDS}
-    structure, leaves = encode({**content, "stats": asdict(state.stats)})
+    structure, leaves = encode(
+        state, lambda field: not lean or field.metadata.get("lean", True)
+    )
     # Safetensors refuses tensors that share memory, and strides it cannot describe.
     arrays = {
         str(index): leaf.detach().to("cpu", copy=True).contiguous()
@@ -119,12 +128,6 @@ def load(
     )
 
 
-_FIELDS = (
-    *("step", "y", "carry", "guesses"),
-    *("threshold", "window", "predictor", "acceleration"),
-)
-
-
 def _read(path: Path, device: torch.device | str | None) -> SolverState[Any]:
     try:
         with safe_open(path, framework="pt") as file:
@@ -139,7 +142,8 @@ def _read(path: Path, device: torch.device | str | None) -> SolverState[Any]:
     if header["format"] != FORMAT:
         raise CheckpointError(
             f"The checkpoint `{path}` has format {header['format']}, and this version "
-            f"reads {FORMAT}. Continue with the version that wrote it."
+            f"reads {FORMAT}. Resume with the version that wrote it, or start a new "
+            "run."
         )
     for key, checksum in header["checksums"].items():
         if key not in arrays or _checksum(arrays[key]) != checksum:
@@ -148,8 +152,17 @@ def _read(path: Path, device: torch.device | str | None) -> SolverState[Any]:
         arrays[str(index)] if kind == "cpu" else arrays[str(index)].to(device or kind)
         for index, kind in enumerate(header["devices"])
     ]
-    content = decode(header["structure"], leaves)
-    return SolverState(**{**content, "stats": Stats(**content["stats"])})
+    kinds = (SolverState, Stats, *Memory.kinds())
+    try:
+        return decode(
+            header["structure"], leaves, {record_name(kind): kind for kind in kinds}
+        )
+    except (KeyError, TypeError) as error:
+        raise CheckpointError(
+            f"The checkpoint `{path}` holds a memory that is not known here ({error}): "
+            "import the module that defines it, in the version that wrote it, before "
+            "loading."
+        ) from error
 
 
 def _checksum(array: Tensor) -> int:

@@ -9,23 +9,49 @@ guess, same step, same random numbers, and the two drifts give a secant.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
 from itertools import chain
 from statistics import median
 
 import torch
 
 from dreampropeller.checks import is_number, is_whole
-from dreampropeller.threshold import Observation, Threshold
-from dreampropeller.tree import Nest, State, moving, norms
+from dreampropeller.component import FULL, Memory
+from dreampropeller.rollout import Evaluation, Rollout
+from dreampropeller.threshold import Threshold
+from dreampropeller.tree import State, moving, norms
 
 ROUNDING = 64
 """Relative changes of a drift below so many units in the last place say nothing."""
 
 
 @dataclass(frozen=True)
-class DriftThreshold(Threshold):
+class DriftMemory(Memory):
+    """Memory of a `DriftThreshold`.
+
+    Attributes:
+        held: Drifts of the steps that will be evaluated again, each with the distance
+            of the next guess from the one it belongs to.
+        moved: Displacement over the window before, by tensor.
+        own: Secants κ of the steps that were evaluated twice, by step.
+        secants: Those of the last iterations that measured any.
+        age: Iterations since the last measurement.
+        measured: The median error found in this iteration; None: nothing was measured.
+        step: The anchor's step.
+    """
+
+    held: dict[int, tuple[State, float]] = field(default_factory=dict, metadata=FULL)
+    moved: dict[str, float] = field(default_factory=dict)
+    own: dict[int, float] = field(default_factory=dict)
+    secants: list[list[float]] = field(default_factory=list)
+    age: int = 0
+    measured: float | None = None
+    step: int = 0
+
+
+@dataclass(frozen=True)
+class DriftThreshold(Threshold[DriftMemory]):
     r"""Accept a guess while its drift is off by at most a share of itself (Eq. 12).
 
     With $g, g'$ the drifts of one step at two guesses that are $d$ apart (the root of
@@ -85,7 +111,7 @@ class DriftThreshold(Threshold):
     def __post_init__(self) -> None:
         if not (is_number(self.value) and 0 <= self.value < math.inf):
             raise ValueError(
-                f"`threshold.value` is {self.value!r}: write the share of itself that "
+                f"`value` is {self.value!r}: write the share of itself that "
                 "a drift may be off by, such as 0.2 (0 reproduces the sequential run)."
             )
         for name, number, least in (
@@ -95,134 +121,125 @@ class DriftThreshold(Threshold):
         ):
             if not is_whole(number) or number < least:
                 raise ValueError(
-                    f"`threshold.{name}` is {number!r}: write a whole number, "
-                    f"{least} or more."
+                    f"`{name}` is {number!r}: write a whole number, {least} or more."
                 )
 
     @property
-    def exact(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+    def exact(self) -> bool:
         """Whether the tolerance is zero."""
         return self.value == 0
 
-    def init(self) -> Nest:
-        """No secant yet."""
-        return {
-            "held": {},
-            "moved": {},
-            "own": {},
-            "secants": [],
-            "age": 0,
-            "measured": None,
-            "step": 0,
-        }
+    @property
+    def measures_guesses(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Whether secants are measured, which a tolerance of zero does without."""
+        return not self.exact
 
-    def learn(
-        self,
-        memory: Nest,
-        steps: Sequence[int],
-        guesses: Sequence[State],
-        drifts: Sequence[State],
-    ) -> Nest:
+    def init(self) -> DriftMemory:
+        """No secant yet."""
+        return DriftMemory()
+
+    def before(self, memory: DriftMemory, evaluation: Evaluation) -> DriftMemory:
         """Measure the secants of the slots that were evaluated before."""
-        own = {step: k for step, k in memory["own"].items() if step >= steps[0]}
-        memory = {**memory, "own": own, "step": steps[0]}
-        if self.exact or not memory["held"]:
-            age = memory["age"] + 1
-            return {**memory, "age": age, "measured": None}
+        first = evaluation.steps[0]
+        own = {step: k for step, k in memory.own.items() if step >= first}
+        memory = replace(memory, own=own, step=first, measured=None)
+        if self.exact or not memory.held:
+            return replace(memory, age=memory.age + 1)
+        secants: list[float] = []
+        errors: list[float] = []
+        for step, error, distance, noise in self._measurements(memory, evaluation):
+            errors.append(error)
+            if 0 < error < noise and (memory.secants or secants):
+                continue
+            own[step] = error / distance
+            secants.append(own[step])
+        found = [*memory.secants, *([secants] if secants else [])]
+        return replace(
+            memory,
+            held={},
+            secants=found[-self.memory :],
+            age=0 if errors else memory.age + 1,
+            measured=median(errors) if errors else None,
+        )
+
+    def _measurements(
+        self, memory: DriftMemory, evaluation: Evaluation
+    ) -> Iterator[tuple[int, float, float, float]]:
+        """Steps evaluated twice: step, error, distance of the guesses, rounding."""
+        guesses, drifts = evaluation.guesses[:-1], evaluation.drifts
         parts = [_moving(y, drift) for y, drift in zip(guesses, drifts, strict=True)]
         sizes = [norms(part) for part in parts]
         middle = {
             name: median(size[name] for size in sizes if name in size)
             for name in set().union(*sizes)
         }
-        secants: list[float] = []
-        errors: list[float] = []
-        for step, part, size in zip(steps, parts, sizes, strict=True):
-            if step not in memory["held"]:
+        for step, part, size in zip(evaluation.steps, parts, sizes, strict=True):
+            if step not in memory.held:
                 continue
-            before, distance = memory["held"][step]
+            before, distance = memory.held[step]
             if not 0 < distance < math.inf or before.keys() != part.keys():
                 continue
             change = norms({name: value - before[name] for name, value in part.items()})
             unit = {name: max(size[name], middle[name]) for name in part}
-            error = _relative(change, unit, memory["moved"])
-            if not math.isfinite(error):
-                continue
-            errors.append(error)
-            if 0 < error < _rounding(part) and (memory["secants"] or secants):
-                continue
-            own[step] = error / distance
-            secants.append(own[step])
-        return {
-            **memory,
-            "held": {},
-            "secants": [*memory["secants"], *([secants] if secants else [])][
-                -self.memory :
-            ],
-            "age": 0 if errors else memory["age"] + 1,
-            "measured": median(errors) if errors else None,
-        }
+            error = _relative(change, unit, memory.moved)
+            if math.isfinite(error):
+                yield step, error, distance, _rounding(part)
 
-    def bound(self, memory: Nest) -> float:
+    def bound(self, memory: DriftMemory) -> float:
         """The tolerance: δ, a quarter of it while the run warms up."""
-        return self.value / 4 if memory["step"] < self.warmup else self.value
+        return self.value / 4 if memory.step < self.warmup else self.value
 
-    def error(self, memory: Nest, step: int, distance: float) -> float:
+    def error(self, memory: DriftMemory, step: int, distance: float) -> float:
         """The estimated relative error of the drift at a guess."""
         if self.exact:
             return distance
         if distance < 0:
             return math.nan
-        return self._slope(memory, step) * math.sqrt(distance)
+        return _slope(memory, step) * math.sqrt(distance)
 
-    def limit(self, memory: Nest, length: int, remaining: int) -> int:
+    def most(self, memory: DriftMemory, length: int, remaining: int) -> int:
         """One step while there is no secant; a slot less when one is due."""
         if self.exact:
             return length
-        if not memory["secants"]:
+        if not memory.secants:
             return 1
         # At a jump or the end no slot is left to be evaluated again.
         every = max(2, math.ceil(self.hold_every / length))
-        due = memory["age"] >= every - 1 and length < remaining
+        due = memory.age >= every - 1 and length < remaining
         return max(1, length - 1) if due else length
 
-    def adapt(self, memory: Nest, observation: Observation) -> Nest:
+    def after(self, memory: DriftMemory, rollout: Rollout) -> DriftMemory:
         """Keep the drifts of the slots that will be evaluated again."""
         if self.exact:
             return memory
-        seen = observation
         held = {
             # Its next guess is the new state, at this distance from the old one.
-            seen.steps[slot]: (
-                _moving(seen.guesses[slot], seen.drifts[slot]),
-                math.sqrt(seen.distances[slot - 1]),
+            rollout.steps[slot]: (
+                _moving(rollout.guesses[slot], rollout.used[slot]),
+                math.sqrt(rollout.distances[slot - 1]),
             )
-            for slot in range(seen.stride, len(seen.drifts))
-            if seen.distances[slot - 1] >= 0
+            for slot in rollout.repeated
+            if rollout.distances[slot - 1] >= 0
         }
-        first, last = seen.states[0], seen.states[-1]
-        path = {n: last[n] - first[n] for n in moving(first, seen.drifts[-1])}
-        return {**memory, "held": held, "moved": norms(path)}
+        first, last = rollout.states[0], rollout.states[-1]
+        path = {n: last[n] - first[n] for n in moving(first, rollout.used[-1])}
+        return replace(memory, held=held, moved=norms(path))
 
-    def jumped(self, memory: Nest) -> Nest:
-        """Secants of another structure are forgotten."""
-        del memory
-        return self.init()
-
-    def diagnostics(self, memory: Nest) -> dict[str, float]:
+    def diagnostics(self, memory: DriftMemory) -> dict[str, float]:
         """The secant of a step without its own, and the error measured last."""
-        if self.exact or not memory["secants"]:
+        if self.exact or not memory.secants:
             return {}
-        found = {"secant": self._slope(memory, -1)}
-        if memory["measured"] is not None:
-            found["measured_drift_error"] = memory["measured"]
+        found = {"secant": _slope(memory, -1)}
+        if memory.measured is not None:
+            found["measured_drift_error"] = memory.measured
         return found
 
-    def _slope(self, memory: Nest, step: int) -> float:
-        if step in memory["own"]:
-            return memory["own"][step]
-        known = sorted(chain.from_iterable(memory["secants"]))
-        return known[3 * len(known) // 4] if known else math.inf
+
+def _slope(memory: DriftMemory, step: int) -> float:
+    if step in memory.own:
+        return memory.own[step]
+    known = sorted(chain.from_iterable(memory.secants))
+    return known[3 * len(known) // 4] if known else math.inf
 
 
 def _moving(y: State, drift: State) -> State:

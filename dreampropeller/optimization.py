@@ -21,7 +21,12 @@ from torch import Tensor, nn
 
 from dreampropeller.buffers import buffer_drift, updated_buffers
 from dreampropeller.guard import Guard
-from dreampropeller.optimizers import OptimizerFactory, Optimizers, SchedulerFactory
+from dreampropeller.optimizers import (
+    OptimizerFactory,
+    Optimizers,
+    SchedulerFactory,
+    dense,
+)
 from dreampropeller.precision import Precision
 from dreampropeller.rng import StepRandom
 from dreampropeller.trajectory import Drift, Trajectory
@@ -162,15 +167,8 @@ class OptimizationTrajectory(Trajectory[Nest]):
         y |= self._precision.init()
         return y, copy_nest(self._initial_carry)
 
-    def make_drift(
-        self, device: torch.device, shard: tuple[int, int] = (0, 1)
-    ) -> Drift:
+    def make_drift(self, device: torch.device) -> Drift:
         """The gradient of the loss, and what its evaluation did to the buffers."""
-        if shard != (0, 1):
-            raise ValueError(
-                f"`shard={shard}`: a loss gives no access to its views, so a step "
-                "cannot be split. Split the window instead: one step per worker."
-            )
         if self._module is not None:
             self._module.to(device)
         return self._drift
@@ -211,12 +209,7 @@ class OptimizationTrajectory(Trajectory[Nest]):
         for name, gradient in zip(leaves, gradients, strict=True):
             if gradient is None or Precision.overflowed(found):
                 continue  # absent, not zero: a zero would make AdamW decay it
-            if gradient.is_sparse:
-                raise ValueError(
-                    f"The gradient of `{name}` is sparse; build the embedding with "
-                    "`sparse=False`."
-                )
-            drift[name] = gradient
+            drift[name] = dense(name, gradient)
         return drift, {
             key: float(torch.as_tensor(v).detach()) for key, v in aux.items()
         }

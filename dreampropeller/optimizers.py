@@ -8,7 +8,7 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
@@ -150,6 +150,20 @@ class Optimizers:
         ):
             if scheduler is not None:
                 scheduler.load_state_dict(copy_nest(memory))
+
+
+def dense(name: str, gradient: Tensor) -> Tensor:
+    """A gradient, unless it is sparse.
+
+    Raises:
+        ValueError: It is; optimizers and distances here read every entry.
+    """
+    if gradient.is_sparse:
+        raise ValueError(
+            f"The gradient of `{name}` is sparse; build the embedding with "
+            "`sparse=False`."
+        )
+    return gradient
 
 
 def _make_schedulers(

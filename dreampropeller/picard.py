@@ -20,20 +20,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dreampropeller.acceleration.anderson import Anderson
-from dreampropeller.acceleration.secant import Secant
+from dreampropeller.acceleration.base import Acceleration
+from dreampropeller.component import Component
 from dreampropeller.dispatch.base import Dispatcher
 from dreampropeller.drift_threshold import DriftThreshold
 from dreampropeller.predictor import Predictor, as_predictor
-from dreampropeller.solution import Iteration, Stats
-from dreampropeller.solver import (
-    NonFinite,
-    Solver,
-    SolverState,
-    check_non_finite,
-    raise_or_skip,
-)
-from dreampropeller.threshold import Observation, Threshold
+from dreampropeller.rollout import Evaluation, Rollout
+from dreampropeller.solution import Iteration, SolverState, Stats
+from dreampropeller.solver import NonFinite, Solver, check_non_finite, raise_or_skip
+from dreampropeller.threshold import Threshold
+from dreampropeller.timer import Timer
 from dreampropeller.trajectory import Parents, Trajectory, next_jump
 from dreampropeller.tree import Nest, State, all_finite, copy_nest, mean_square
 from dreampropeller.tree import share_differing as exact_error
@@ -60,83 +56,75 @@ class PicardSolver(Solver):
         non_finite: What to do with a drift that is not finite at the anchor: "raise",
             or "skip" to leave the state as it is and go on (the step counts). At a
             guess it only cuts the window: a bad guess is no error.
-        acceleration: Learn from past iterations: `Secant` corrects drifts to the states
-            they are used at; `Anderson` corrects the guesses that did not pass, for
-            smooth deterministic drifts; None: the published iteration.
+        acceleration: An `Acceleration`, which learns from past iterations: `Secant`
+            corrects drifts to the states they are used at; `Anderson` corrects the
+            guesses that did not pass, for smooth deterministic drifts; None: the
+            published iteration.
     """
 
-    window: Window
-    threshold: Threshold = field(default_factory=DriftThreshold)
-    predictor: str | Predictor = "repeat_last"
+    window: Window[Any]
+    threshold: Threshold[Any] = field(default_factory=DriftThreshold)
+    predictor: str | Predictor[Any] = "repeat_last"
     norm: Callable[[State, State], Tensor] = mean_square
     non_finite: NonFinite = "raise"
-    acceleration: Secant | Anderson | None = None
+    acceleration: Acceleration[Any] | None = None
 
     def __post_init__(self) -> None:
         for name, value, kind, example in (
             ("window", self.window, Window, "SlidingWindow(8)"),
             ("threshold", self.threshold, Threshold, "DriftThreshold(0.2)"),
+            ("acceleration", self.acceleration, Acceleration | None, "Secant()"),
         ):
             if not isinstance(value, kind):
                 raise TypeError(
                     f"`{name}` is {value!r}: write `PicardSolver({name}={example})`."
                 )
-        if not isinstance(self.acceleration, Secant | Anderson | None):
-            raise TypeError(
-                f"`acceleration` is {self.acceleration!r}: write "
-                "`PicardSolver(acceleration=Secant())`, `Anderson()`, or None for none."
-            )
-        learns = isinstance(self.threshold, DriftThreshold) and not self.threshold.exact
-        if self._anderson is not None and learns:
+        moves = self.acceleration is not None and self.acceleration.moves_guesses
+        if moves and self.threshold.measures_guesses:
+            threshold, acceleration = map(type, (self.threshold, self.acceleration))
             raise ValueError(
-                "`DriftThreshold` measures a drift again at the rolled-out state, in "
-                "whose place `Anderson` puts another: write `acceleration=Secant()`, "
-                "or `threshold=FixedThreshold(1e-6)` (`solver.threshold.name=fixed "
-                "solver.threshold.value=1e-6`), or leave the acceleration out."
+                f"`{threshold.__name__}` measures a drift again at the rolled-out "
+                f"state, in whose place `{acceleration.__name__}` puts another: write "
+                "`acceleration=Secant()`, or `threshold=FixedThreshold(1e-6)`, or "
+                "leave the acceleration out."
             )
         as_predictor(self.predictor)
         check_non_finite(self.non_finite)
 
     @property
-    def _secant(self) -> Secant | None:
-        return self.acceleration if isinstance(self.acceleration, Secant) else None
-
-    @property
-    def _anderson(self) -> Anderson | None:
-        return self.acceleration if isinstance(self.acceleration, Anderson) else None
+    def components(self) -> dict[str, Component[Any]]:
+        """What keeps a memory, by its name in `SolverState`."""
+        return {
+            "threshold": self.threshold,
+            "window": self.window,
+            "predictor": as_predictor(self.predictor),
+            "acceleration": self.acceleration or Acceleration(),
+        }
 
     def init(self, y: State, carry: Any) -> SolverState[Any]:
         """The anchor at step 0, without guesses."""
-        return replace(
-            super().init(y, carry),
-            threshold=self.threshold.init(),
-            window=self.window.init(),
-            predictor=as_predictor(self.predictor).init(),
-            acceleration=self.acceleration and self.acceleration.init(),
-        )
+        memories = {name: one.init() for name, one in self.components.items()}
+        return replace(super().init(y, carry), **memories)
 
     def adopt(self, state: SolverState[Any]) -> SolverState[Any]:
-        """Start the memories that another kind of solver did not keep, or kept else."""
-        fresh = self.init(state.y, state.carry)
-        missing = {
-            name: getattr(fresh, name)
-            for name in ("threshold", "window", "predictor", "acceleration")
-            if not _same_kind(getattr(state, name), getattr(fresh, name))
+        """Initialise memories that are missing or were left by another component."""
+        fresh = {name: one.init() for name, one in self.components.items()}
+        other = {
+            name: memory
+            for name, memory in fresh.items()
+            if type(getattr(state, name)) is not type(memory)
         }
-        return replace(state, **missing)
+        return replace(state, **other)
 
     def jumped(
         self, state: SolverState[Any], parents: Parents | None
     ) -> SolverState[Any]:
-        """Drop the guesses; the predictor's memory follows the rows."""
-        predictor = as_predictor(self.predictor)
-        memory = predictor.remap(state.predictor, state.y, parents)
-        return replace(
-            super().jumped(state, parents),
-            predictor=memory,
-            threshold=self.threshold.jumped(state.threshold),
-            acceleration=self.acceleration and self.acceleration.init(),
-        )
+        """Drop the guesses; memories follow the rows as far as they can."""
+        memories = {
+            name: one.jumped(getattr(state, name), state.y, parents)
+            for name, one in self.components.items()
+        }
+        return replace(super().jumped(state, parents), **memories)
 
     def iterate(
         self,
@@ -146,189 +134,179 @@ class PicardSolver(Solver):
     ) -> tuple[SolverState[Any], Iteration]:
         """Evaluate, roll out, accept, predict."""
         timer = dispatcher.timer
-        limit = next_jump(trajectory, state.step)
-        length = self.window.length(state.window, limit - state.step)
-        guesses = _fill([state.y, *state.guesses], length + 1)
-        steps = range(state.step, state.step + length)
+        evaluation = self._evaluate(trajectory, dispatcher, state)
+        state = self._learn("before", state, evaluation, timer)
+        bound = self.threshold.bound(state.threshold)
 
-        evaluated = dispatcher.evaluate(steps, guesses[:-1])
-        drifts: list[State | None] = [drift for drift, _ in evaluated]
-        with timer.phase("finite"):
-            usable = self._usable(state.step, drifts)
-        finite = [drift or {} for drift in drifts[:usable]]
-        with timer.phase("threshold"):
-            learnt = self.threshold.learn(
-                state.threshold, steps[:usable], guesses[:usable], finite
-            )
-        most = self.threshold.limit(learnt, usable, limit - state.step)
-        history, slopes = state.acceleration, {}
-        if self._secant is not None:
-            with timer.phase("accelerate"):
-                history = self._secant.learn(
-                    history, steps[:usable], guesses[:usable], finite
-                )
-                slopes = self._secant.slopes(history)
-        with timer.phase("rollout"), torch.no_grad():
-            rollout = self._roll_out(
-                trajectory, state, guesses, drifts[:usable], slopes, learnt, most, timer
-            )
+        rollout, carries = self._roll_out(trajectory, timer, state, evaluation, bound)
 
-        bound = self.threshold.bound(learnt)
-        proposed = self.window.stride([error <= bound for error in rollout.errors])
-        predictor = as_predictor(self.predictor)
+        stride = self._accept(dispatcher, state, rollout, bound)
+        rollout = replace(rollout, stride=stride)
+        carry = carries.at(trajectory, rollout)
+        state = self._learn("after", state, rollout, timer)
+
         with timer.phase("predict"):
-            memory = predictor.judge(state.predictor, state.step, rollout.states)
-        stride, choice = dispatcher.agree(
-            [min(proposed, most), predictor.choice(memory)]
+            state = self._predict(trajectory, dispatcher, state, rollout, carries.last)
+        stats = Stats(
+            state.stats.num_evaluations + rollout.length,
+            [*state.stats.strides, stride],
         )
-        window = self.window.adapt(state.window, length, stride)
-        carry, end_carry = rollout.carry_at(trajectory, state, stride)
-        ahead = rollout.states[stride + 1 :]
-        if self._anderson is not None:
-            with timer.phase("accelerate"):
-                ahead, history = self._accelerated(
-                    self._anderson,
-                    trajectory,
-                    dispatcher,
-                    state,
-                    guesses,
-                    rollout,
-                    stride,
-                )
-        accepted = [drift for drift in rollout.drifts[:stride] if drift is not None]
-        with timer.phase("predict"):
-            memory = predictor.settle(predictor.observe(memory, accepted), choice)
-            step = state.step + stride
-            wanted = self.window.length(window, limit - step) if step < limit else 0
-            guessed, memory = predictor.extend(
-                trajectory,
-                state.step + usable,
-                ahead[-1] if ahead else rollout.states[-1],
-                end_carry,
-                memory,
-                max(0, wanted - len(ahead)),
-            )
-            ahead = [*ahead, *guessed]
-        observation = Observation(
-            steps=steps[:usable],
-            guesses=guesses[: usable + 1],
-            states=rollout.states,
-            drifts=[drift or {} for drift in rollout.drifts],
-            errors=rollout.errors,
-            distances=rollout.distances,
-            stride=stride,
-        )
-        with timer.phase("threshold"):
-            adapted = self.threshold.adapt(learnt, observation)
-        if self._secant is not None:
-            history = self._secant.hold(history, replace(observation, drifts=finite))
-        after = SolverState(
-            step=step,
+        after = replace(
+            state,
+            step=state.step + stride,
             y=rollout.states[stride],
             carry=carry,
-            guesses=ahead,
-            threshold=adapted,
-            window=window,
-            predictor=memory,
-            acceleration=history,
-            stats=Stats(
-                state.stats.num_evaluations + length, [*state.stats.strides, stride]
-            ),
+            stats=stats,
         )
         return after, Iteration(
             begin=state.step,
-            window=length,
+            window=rollout.length,
             stride=stride,
             errors=tuple(rollout.errors),
             threshold=bound,
-            aux=tuple(aux for _, aux in evaluated[:stride]),
+            aux=tuple(rollout.aux[:stride]),
             seconds=timer.lap(),
-            diagnostics={
-                **self.threshold.diagnostics(learnt),
-                **predictor.diagnostics(memory),
-            },
+            diagnostics=self._diagnostics(after),
         )
 
-    def _usable(self, step: int, drifts: list[State | None]) -> int:
-        """Slots before the first bad guess; a skipped anchor's drift becomes None."""
-        finite = all_finite([drift or {} for drift in drifts])
+    def _evaluate(
+        self,
+        trajectory: Trajectory[Any],
+        dispatcher: Dispatcher,
+        state: SolverState[Any],
+    ) -> Evaluation:
+        """Act 1: the drifts of a window of guesses, up to the first bad one."""
+        remaining = next_jump(trajectory, state.step) - state.step
+        length = self.window.length(state.window, remaining)
+        guesses = _fill([state.y, *state.guesses], length + 1)
+        steps = range(state.step, state.step + length)
+        found = dispatcher.evaluate(steps, guesses[:-1])
+        drifts = [drift for drift, _ in found]
+        with dispatcher.timer.phase("finite"):
+            finite = all_finite(drifts)
         if not finite[0]:
-            raise_or_skip(self.non_finite, step, drifts[0] or {})
-            drifts[0] = None
-        return 1 + next(
-            (i for i, ok in enumerate(finite[1:]) if not ok), len(drifts) - 1
+            raise_or_skip(self.non_finite, state.step, drifts[0])
+            drifts[0] = {}
+        usable = next((i for i in range(1, length) if not finite[i]), length)
+        return Evaluation(
+            steps=steps[:usable],
+            guesses=guesses[: usable + 1],
+            drifts=drifts[:usable],
+            aux=[aux for _, aux in found[:usable]],
+            length=length,
+            remaining=remaining,
+            skips=not finite[0],
         )
+
+    def _learn(
+        self, verb: str, state: SolverState[Any], seen: Evaluation, timer: Timer
+    ) -> SolverState[Any]:
+        """Show an iteration to every component, `before` or `after` its rollout."""
+        memories: dict[str, Any] = {}
+        for name, component in self.components.items():
+            with timer.phase(name):
+                memories[name] = getattr(component, verb)(getattr(state, name), seen)
+        return replace(state, **memories)
 
     def _roll_out(
         self,
         trajectory: Trajectory[Any],
+        timer: Timer,
         state: SolverState[Any],
-        guesses: Sequence[State],
-        drifts: Sequence[State | None],
-        slopes: State,
-        learnt: Nest,
-        most: int,
-        timer: Any,
-    ) -> _Rollout:
-        bound = self.threshold.bound(learnt)
-        y, carry = state.y, copy_nest(state.carry)
-        rollout = _Rollout(states=[y], drifts=[], carry=carry)
-        for slot, drift in enumerate(drifts):
-            step = state.step + slot
-            if self._anderson is not None and self._anderson.order is not None:
-                rollout.carries.append(copy_nest(carry))
-            # An exact guess needs no correction; adding zero would turn −0 into 0.
-            if drift and self._secant is not None and any(rollout.distances[-1:]):
-                drift = self._secant.correct(slopes, drift, y, guesses[slot])
-            rollout.drifts.append(drift)
-            if drift is not None:
-                with timer.phase("update"):
+        seen: Evaluation,
+        bound: float,
+    ) -> tuple[Rollout, _Carries]:
+        """Act 2: update from the anchor on, and compare with the guesses."""
+        most = self.threshold.most(state.threshold, len(seen.steps), seen.remaining)
+        with timer.phase("rollout"):
+            y, carry = state.y, copy_nest(state.carry)
+        states, used = [y], []
+        distances: list[float] = []
+        errors: list[float] = []
+        carries = _Carries(start=state.carry)
+        for slot, (step, drift) in enumerate(zip(seen.steps, seen.drifts, strict=True)):
+            if self.acceleration is not None:
+                with timer.phase("acceleration"):
+                    if self.acceleration.needs_carries:
+                        carries.all.append(copy_nest(carry))
+                    # An exact guess needs no correction; adding zero makes 0 of −0.
+                    if drift and any(distances[-1:]):
+                        drift = self.acceleration.correct(
+                            state.acceleration, drift, y, seen.guesses[slot]
+                        )
+            used.append(drift)
+            with timer.phase("update"), torch.no_grad():
+                if seen.updates(slot):
                     y, carry = trajectory.update(step, y, carry, drift)
+            states.append(y)
             with timer.phase("norm"):
-                distance = self._distance(y, guesses[slot + 1], trajectory, step + 1)
-                error = self.threshold.error(learnt, step + 1, distance)
-            rollout.states.append(y)
-            rollout.distances.append(distance)
-            rollout.errors.append(error)
-            ends = not error <= bound or slot + 1 == most
-            if rollout.kept is None and ends and slot + 1 < len(drifts):
-                # The likely stride: the rollout past it must not touch this carry.
-                rollout.kept = slot + 1, copy_nest(carry)
-        rollout.carry = carry
-        return rollout
+                guess = seen.guesses[slot + 1]
+                distance = self._distance(y, guess, trajectory, step + 1)
+                error = self.threshold.error(state.threshold, step + 1, distance)
+            distances.append(distance)
+            errors.append(error)
+            last = slot + 1 == len(seen.steps)
+            if not last and (not error <= bound or slot + 1 == most):
+                with timer.phase("rollout"):
+                    carries.keep(slot + 1, carry)
+        carries.last = carry
+        return seen.rolled_out(states, used, errors, distances, carries.all), carries
 
-    def _accelerated(
+    def _accept(
         self,
-        anderson: Anderson,
+        dispatcher: Dispatcher,
+        state: SolverState[Any],
+        rollout: Rollout,
+        bound: float,
+    ) -> int:
+        """Act 3: the stride, as rank 0 decides it."""
+        passed = [error <= bound for error in rollout.errors]
+        proposed = self.window.stride(state.window, passed)
+        length, remaining = len(rollout.steps), rollout.remaining
+        most = self.threshold.most(state.threshold, length, remaining)
+        return dispatcher.agree([min(proposed, most)])[0]
+
+    def _predict(
+        self,
         trajectory: Trajectory[Any],
         dispatcher: Dispatcher,
         state: SolverState[Any],
-        guesses: Sequence[State],
-        rollout: _Rollout,
-        stride: int,
-    ) -> tuple[list[State], Nest]:
-        """The next guesses after a stride, and the history after this iteration."""
-        ahead = rollout.states[stride + 1 :]
-        if not ahead:
-            return ahead, anderson.init()
-        states = anderson.proposals(
+        rollout: Rollout,
+        last: Nest,
+    ) -> SolverState[Any]:
+        """Act 4: guesses of the next window, and the memories after them."""
+        predictor = as_predictor(self.predictor)
+        acceleration = self.acceleration or Acceleration()
+        proposal = acceleration.propose(state.acceleration, trajectory, rollout)
+        # Devices of different makes may decide differently: rank 0 does.
+        trusted, choice = dispatcher.agree(
+            [proposal.trusted, predictor.choice(state.predictor)]
+        )
+        ahead = proposal.guesses(trusted)
+        remaining = rollout.remaining - rollout.stride
+        wanted = self.window.length(state.window, remaining) if remaining else 0
+        guessed, memory = predictor.extend(
             trajectory,
-            state.step,
-            guesses,
-            rollout.drifts,
-            rollout.carries,
-            rollout.states,
+            state.step + len(rollout.steps),
+            ahead[-1] if ahead else rollout.states[-1],
+            last,
+            predictor.settle(state.predictor, choice),
+            max(0, wanted - len(ahead)),
         )
-        corrected = anderson.correct(
-            state.acceleration,
-            state.step + stride,
-            guesses[stride : len(states)],
-            states[stride:],
+        return replace(
+            state,
+            guesses=[*ahead, *guessed],
+            predictor=memory,
+            acceleration=proposal.memory,
         )
-        # Devices of different makes may trust different corrections.
-        (trusted,) = dispatcher.agree([corrected.trusted])
-        plain = states[stride + 1 + trusted :]
-        return [*corrected.guesses[:trusted], *plain], corrected.history
+
+    def _diagnostics(self, state: SolverState[Any]) -> dict[str, float]:
+        """What the components estimate, by name."""
+        return {
+            key: value
+            for name, component in self.components.items()
+            for key, value in component.diagnostics(getattr(state, name)).items()
+        }
 
     def _distance(
         self, new: State, old: State, trajectory: Trajectory[Any], step: int
@@ -341,45 +319,42 @@ class PicardSolver(Solver):
 
 
 @dataclass
-class _Rollout:
-    """States, errors and carries rolled out from an anchor."""
+class _Carries:
+    """The carry where the solve may go on: at the start, a likely stride, the end.
 
-    states: list[State]
-    drifts: list[State | None]  # as they were used
-    carry: Nest
-    distances: list[float] = field(default_factory=list)
-    errors: list[float] = field(default_factory=list)
-    kept: tuple[int, Nest] | None = None
-    carries: list[Nest] = field(default_factory=list)
+    And, where the acceleration asks for it, before each update.
+    """
 
-    def carry_at(
-        self, trajectory: Trajectory[Any], state: SolverState[Any], stride: int
-    ) -> tuple[Nest, Nest]:
-        """The carry at the stride, and the one at the end of the rollout."""
-        if stride == len(self.drifts):
-            return self.carry, self.carry
-        if self.kept is not None and self.kept[0] == stride:
-            return self.kept[1], self.carry
+    start: Nest
+    likely: tuple[int, Nest] | None = None
+    last: Nest = None
+    all: list[Nest] = field(default_factory=list)
+
+    def keep(self, stride: int, carry: Nest) -> None:
+        """Keep the carry at the first failure, which the rollout past it consumes."""
+        if self.likely is None:
+            self.likely = stride, copy_nest(carry)
+
+    def at(self, trajectory: Trajectory[Any], rollout: Rollout) -> Nest:
+        """The carry at the stride."""
+        if rollout.stride == 0:
+            return self.start
+        if rollout.stride == len(rollout.steps):
+            return self.last
+        if self.likely is not None and self.likely[0] == rollout.stride:
+            return self.likely[1]
         # A stride other than the first failure's (decided by rank 0, or by another kind
         # of window): repeat the rollout, which is deterministic, as far as the stride.
-        carry = copy_nest(state.carry)
+        carry = copy_nest(self.start)
         with torch.no_grad():
-            for slot, drift in enumerate(self.drifts[:stride]):
-                if drift is not None:
-                    _, carry = trajectory.update(
-                        state.step + slot, self.states[slot], carry, drift
-                    )
-        return carry, self.carry
+            for slot in range(rollout.stride):
+                if rollout.updates(slot):
+                    step, y = rollout.steps[slot], rollout.states[slot]
+                    _, carry = trajectory.update(step, y, carry, rollout.used[slot])
+        return carry
 
 
 def _fill(guesses: Sequence[State], count: int) -> list[State]:
     """The first `count` guesses; what is missing repeats the last one."""
     filled = list(guesses[:count])
     return filled + [filled[-1]] * (count - len(filled))
-
-
-def _same_kind(kept: Nest, fresh: Nest) -> bool:
-    """Whether a memory was left by the same kind of component."""
-    if isinstance(fresh, dict):
-        return isinstance(kept, dict) and kept.keys() == fresh.keys()
-    return type(kept) is type(fresh)

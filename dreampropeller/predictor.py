@@ -4,55 +4,33 @@ from __future__ import annotations
 
 import abc
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 
 from dreampropeller.checks import is_number, is_whole
+from dreampropeller.component import FULL, Component, M, Memory
+from dreampropeller.rollout import Rollout
 from dreampropeller.trajectory import Parents, Trajectory
-from dreampropeller.tree import Nest, State, copy_nest, mean_square
+from dreampropeller.tree import Nest, State, copy_nest, mean_square, take_rows
 
 SIXTEENTHS = 16
-"""Steps in which `Auto` tells its share, which ranks have to agree on."""
+"""Resolution of the fitted fraction; an integer, so that ranks agree on it exactly."""
 
 
-class Predictor(abc.ABC):
+class Predictor(Component[M], abc.ABC):
     """Guesses the states that follow a rolled-out one."""
 
-    def init(self) -> Nest:
-        """The predictor's memory at the start of a solve; default: none."""
-        return None
-
-    def observe(self, memory: Nest, drifts: Sequence[State]) -> Nest:
-        """The memory after an iteration accepted these drifts, in step order."""
-        del drifts
-        return memory
-
-    def judge(self, memory: Nest, step: int, states: Sequence[State]) -> Nest:
-        """The memory once states from `step` on have been rolled out."""
-        del step, states
-        return memory
-
-    def choice(self, memory: Nest) -> int:
+    def choice(self, memory: M) -> int:
         """A decision that all ranks have to share; default: there is none."""
         del memory
         return 0
 
-    def settle(self, memory: Nest, choice: int) -> Nest:
+    def settle(self, memory: M, choice: int) -> M:
         """The memory with the shared decision, which is rank 0's."""
         del choice
-        return memory
-
-    def diagnostics(self, memory: Nest) -> dict[str, float]:
-        """What the predictor believes, by name, to log; default: nothing."""
-        del memory
-        return {}
-
-    def remap(self, memory: Nest, y: State, parents: Parents | None) -> Nest:
-        """The memory after a jump to `y`, whose rows come from `parents`."""
-        del y, parents
         return memory
 
     @abc.abstractmethod
@@ -62,9 +40,9 @@ class Predictor(abc.ABC):
         step: int,
         y: State,
         carry: Nest,
-        memory: Nest,
+        memory: M,
         count: int,
-    ) -> tuple[list[State], Nest]:
+    ) -> tuple[list[State], M]:
         """Guess the states at steps `step + 1` … `step + count` from the one at `step`.
 
         `carry` belongs to the caller and must stay as it is.
@@ -74,7 +52,7 @@ class Predictor(abc.ABC):
         """
 
 
-class RepeatLast(Predictor):
+class RepeatLast(Predictor[None]):
     """The published guess: nothing moves."""
 
     def extend(
@@ -83,16 +61,29 @@ class RepeatLast(Predictor):
         step: int,
         y: State,
         carry: Nest,
-        memory: Nest,
+        memory: None,
         count: int,
-    ) -> tuple[list[State], Nest]:
+    ) -> tuple[list[State], None]:
         """The same state `count` times."""
         del trajectory, step, carry
         return [y] * count, memory
 
 
 @dataclass(frozen=True)
-class Momentum(Predictor):
+class MomentumMemory(Memory):
+    """Memory of a `Momentum`.
+
+    Attributes:
+        mean: Sums of the decayed drifts, by name.
+        weight: Their weights, which add up to less than 1 at the start.
+    """
+
+    mean: State = field(default_factory=dict)
+    weight: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Momentum(Predictor[MomentumMemory]):
     r"""Roll the update on with the running mean of the accepted drifts (Eq. 9).
 
     $\bar g \leftarrow \beta \bar g + (1 - \beta) g$, corrected for its start at zero as
@@ -109,20 +100,19 @@ class Momentum(Predictor):
     def __post_init__(self) -> None:
         if not (is_number(self.decay) and 0 <= self.decay < 1):
             raise ValueError(
-                f"`predictor.decay` is {self.decay!r}: write a number from 0 (the last "
+                f"`decay` is {self.decay!r}: write a number from 0 (the last "
                 "drift alone) to below 1; 0.9 is usual."
             )
 
-    def init(self) -> Nest:
+    def init(self) -> MomentumMemory:
         """No drift seen yet."""
-        return {"mean": {}, "weight": {}}
+        return MomentumMemory()
 
-    def observe(self, memory: Nest, drifts: Sequence[State]) -> Nest:
-        """Average the drifts in."""
-        mean: State = dict(memory["mean"])
-        weight: dict[str, float] = dict(memory["weight"])
+    def after(self, memory: MomentumMemory, rollout: Rollout) -> MomentumMemory:
+        """Average the drifts of the accepted steps in."""
+        mean, weight = dict(memory.mean), dict(memory.weight)
         owned: set[str] = set()
-        for drift in drifts:
+        for drift in rollout.used[: rollout.stride]:
             for name, value in drift.items():
                 if not value.is_floating_point() or f"{name}/changed" in drift:
                     continue
@@ -135,20 +125,24 @@ class Momentum(Predictor):
                     owned.add(name)
                 mean[name].lerp_(value, 1 - self.decay)
                 weight[name] += (1 - weight[name]) * (1 - self.decay)
-        return {"mean": mean, "weight": weight}
+        return MomentumMemory(mean, weight)
 
-    def remap(self, memory: Nest, y: State, parents: Parents | None) -> Nest:
+    def jumped(
+        self, memory: MomentumMemory, y: State, parents: Parents | None
+    ) -> MomentumMemory:
         """Follow the rows; new ones start without a direction."""
-        mean: State = {}
-        for name, value in memory["mean"].items():
-            if parents is not None and name in parents:
-                rows = parents[name].to(value.device)
-                moved = value[rows.clamp(min=0)]
-                moved[rows < 0] = 0
-                value = moved
-            if name in y and y[name].shape == value.shape:
-                mean[name] = value
-        return {"mean": mean, "weight": {n: memory["weight"][n] for n in mean}}
+        moved = {
+            name: take_rows(value, parents[name])
+            if parents is not None and name in parents
+            else value
+            for name, value in memory.mean.items()
+        }
+        mean = {
+            name: value
+            for name, value in moved.items()
+            if name in y and y[name].shape == value.shape
+        }
+        return MomentumMemory(mean, {name: memory.weight[name] for name in mean})
 
     def extend(
         self,
@@ -156,13 +150,13 @@ class Momentum(Predictor):
         step: int,
         y: State,
         carry: Nest,
-        memory: Nest,
+        memory: MomentumMemory,
         count: int,
-    ) -> tuple[list[State], Nest]:
+    ) -> tuple[list[State], MomentumMemory]:
         """Roll out with the mean drift; repeat the state while there is none."""
         drift = {
-            name: mean / memory["weight"][name]
-            for name, mean in memory["mean"].items()
+            name: mean / memory.weight[name]
+            for name, mean in memory.mean.items()
             if name in y and y[name].shape == mean.shape
         }
         if not drift or count == 0:
@@ -177,8 +171,44 @@ class Momentum(Predictor):
 
 
 @dataclass(frozen=True)
-class Auto(Predictor):
-    r"""As far along the way of `Momentum` as has proved right of late (ours, Eq. 13).
+class Probe(Memory):
+    """What both guesses of a step were, to compare them with the state rolled out.
+
+    Attributes:
+        step: The step.
+        momentum: The guess of `Momentum`.
+        repeat_last: The state that `RepeatLast` would repeat.
+    """
+
+    step: int
+    momentum: State
+    repeat_last: State
+
+
+@dataclass(frozen=True)
+class FittedMemory(Memory):
+    """Memory of a `FittedMomentum`.
+
+    Attributes:
+        momentum: The running mean of the drifts.
+        fraction: The fraction α, running.
+        used: The fraction in use, in sixteenths: rank 0's.
+        age: Iterations since momentum was last tried.
+        probe: Guesses that will be compared; None: there are none.
+        residuals: Root-mean-square errors found in this iteration, by name.
+    """
+
+    momentum: MomentumMemory = field(default_factory=MomentumMemory)
+    fraction: float = 1.0
+    used: int = SIXTEENTHS
+    age: int = 0
+    probe: Probe | None = field(default=None, metadata=FULL)
+    residuals: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class FittedMomentum(Predictor[FittedMemory]):
+    r"""Extrapolate along momentum, by a fraction fitted to recent iterations (Eq. 13).
 
     $\hat y_j = y + \alpha\,(\hat y^{\text{momentum}}_j - y)$ lies between `RepeatLast`
     ($\alpha = 0$) and `Momentum` ($\alpha = 1$). When the middle one of the new slots
@@ -198,77 +228,78 @@ class Auto(Predictor):
     probe_every: int = 4
 
     def __post_init__(self) -> None:
-        self._momentum()
+        Momentum(self.decay)  # refuses another decay
         if not is_whole(self.probe_every) or self.probe_every < 1:
             raise ValueError(
-                f"`predictor.probe_every` is {self.probe_every!r}: write a whole "
+                f"`probe_every` is {self.probe_every!r}: write a whole "
                 "number, 1 or more."
             )
 
+    @property
     def _momentum(self) -> Momentum:
         return Momentum(self.decay)
 
-    def init(self) -> Nest:
+    def init(self) -> FittedMemory:
         """No residual yet."""
-        return {
-            "momentum": self._momentum().init(),
-            "share": 1.0,
-            "used": SIXTEENTHS,
-            "age": 0,
-            "probe": {},
-            "residuals": {},
-        }
+        return FittedMemory()
 
-    def observe(self, memory: Nest, drifts: Sequence[State]) -> Nest:
-        """Average the drifts in."""
-        momentum = self._momentum().observe(memory["momentum"], drifts)
-        return {**memory, "momentum": momentum}
+    def after(self, memory: FittedMemory, rollout: Rollout) -> FittedMemory:
+        """Fit the fraction where a guessed step was rolled out; average the drifts."""
+        fraction, residuals = self._fitted(memory, rollout)
+        return replace(
+            memory,
+            momentum=self._momentum.after(memory.momentum, rollout),
+            fraction=fraction,
+            residuals=residuals,
+            probe=None,
+        )
 
-    def judge(self, memory: Nest, step: int, states: Sequence[State]) -> Nest:
-        """Compare the residuals where the guessed step was rolled out."""
-        memory = {**memory, "residuals": {}}
-        if not memory["probe"]:
-            return memory
-        slot = memory["probe"]["step"] - step
-        after = {**memory, "probe": {}}
+    def _fitted(
+        self, memory: FittedMemory, rollout: Rollout
+    ) -> tuple[float, dict[str, float]]:
+        """The fraction, and the residuals of both guesses, by name."""
+        probe, states = memory.probe, rollout.states
+        if probe is None:
+            return memory.fraction, {}
+        slot = probe.step - rollout.steps[0]
         if not 0 < slot < len(states):
-            return after  # the window was cut
-        momentum, repeat = memory["probe"]["momentum"], memory["probe"]["repeat_last"]
-        residual = float(mean_square(states[slot], momentum))
-        repeated = float(mean_square(states[slot], repeat))
-        way = float(mean_square(momentum, repeat))
-        after["residuals"] = {
+            return memory.fraction, {}  # the window was cut
+        residual = float(mean_square(states[slot], probe.momentum))
+        repeated = float(mean_square(states[slot], probe.repeat_last))
+        whole = float(mean_square(probe.momentum, probe.repeat_last))
+        residuals = {
             "residual_momentum": math.sqrt(residual),
             "residual_repeat_last": math.sqrt(repeated),
         }
-        if way == 0:
-            return after
-        # ⟨a, b⟩ / ‖b‖² for the ways a to the state and b to the guess.
-        best = (repeated + way - residual) / (2 * way)
-        # A guess that is not finite is no way to go.
+        if whole == 0:
+            return memory.fraction, residuals
+        # ⟨a, b⟩ / ‖b‖² for the displacements a to the state and b to the guess.
+        best = (repeated + whole - residual) / (2 * whole)
+        # Ignore guesses that are not finite.
         best = min(max(best, 0.0), 1.0) if math.isfinite(best) else 0.0
-        after["share"] = 0.7 * memory["share"] + 0.3 * best
-        return after
+        return 0.7 * memory.fraction + 0.3 * best, residuals
 
-    def choice(self, memory: Nest) -> int:
-        """The share α in sixteenths."""
-        return round(SIXTEENTHS * memory["share"])
+    def choice(self, memory: FittedMemory) -> int:
+        """The fraction α in sixteenths."""
+        return round(SIXTEENTHS * memory.fraction)
 
-    def settle(self, memory: Nest, choice: int) -> Nest:
+    def settle(self, memory: FittedMemory, choice: int) -> FittedMemory:
         """Do what rank 0 decided."""
-        return {**memory, "used": choice}
+        return replace(memory, used=choice)
 
-    def diagnostics(self, memory: Nest) -> dict[str, float]:
-        """The share of momentum's way that is guessed.
+    def diagnostics(self, memory: FittedMemory) -> dict[str, float]:
+        """The fraction of momentum's displacement that is guessed.
 
         In iterations that measured them, the roots of both residuals too.
         """
-        return {"momentum_share": memory["used"] / SIXTEENTHS, **memory["residuals"]}
+        return {"momentum_share": memory.used / SIXTEENTHS, **memory.residuals}
 
-    def remap(self, memory: Nest, y: State, parents: Parents | None) -> Nest:
+    def jumped(
+        self, memory: FittedMemory, y: State, parents: Parents | None
+    ) -> FittedMemory:
         """The mean drift follows the rows; guesses of the old structure go."""
-        momentum = self._momentum().remap(memory["momentum"], y, parents)
-        return {**memory, "momentum": momentum, "probe": {}}
+        momentum = self._momentum.jumped(memory.momentum, y, parents)
+        return replace(memory, momentum=momentum, probe=None)
 
     def extend(
         self,
@@ -276,50 +307,46 @@ class Auto(Predictor):
         step: int,
         y: State,
         carry: Nest,
-        memory: Nest,
+        memory: FittedMemory,
         count: int,
-    ) -> tuple[list[State], Nest]:
+    ) -> tuple[list[State], FittedMemory]:
         """Guess, and remember what momentum said of the middle slot."""
         if count == 0:
             return [], memory
-        if not memory["used"] and memory["age"] + 1 < self.probe_every:
-            return [y] * count, {**memory, "age": memory["age"] + 1}
-        guesses, _ = self._momentum().extend(
-            trajectory, step, y, carry, memory["momentum"], count
+        if not memory.used and memory.age + 1 < self.probe_every:
+            return [y] * count, replace(memory, age=memory.age + 1)
+        guesses, _ = self._momentum.extend(
+            trajectory, step, y, carry, memory.momentum, count
         )
         middle = (count + 1) // 2
-        probe = {
-            "step": step + middle,
-            "momentum": guesses[middle - 1],
-            "repeat_last": y,
-        }
-        share = memory["used"] / SIXTEENTHS
-        between = [_between(y, guess, share) for guess in guesses]
-        return between, {**memory, "age": 0, "probe": probe}
+        probe = Probe(step + middle, guesses[middle - 1], y)
+        fraction = memory.used / SIXTEENTHS
+        between = [_between(y, guess, fraction) for guess in guesses]
+        return between, replace(memory, age=0, probe=probe)
 
 
-def _between(start: State, end: State, share: float) -> State:
-    """A share of the way from one state to another; what is not a number has ended."""
-    if share == 0:
+def _between(start: State, end: State, fraction: float) -> State:
+    """Interpolate two states; non-floating entries are taken from `end`."""
+    if fraction == 0:
         return start
-    if share == 1:
+    if fraction == 1:
         return end
     return {
-        name: torch.lerp(start[name], value, share)
+        name: torch.lerp(start[name], value, fraction)
         if value.is_floating_point() and start[name].shape == value.shape
         else value
         for name, value in end.items()
     }
 
 
-PREDICTORS: Mapping[str, type[Predictor]] = {
+PREDICTORS: Mapping[str, type[Predictor[Any]]] = {
     "repeat_last": RepeatLast,
     "momentum": Momentum,
-    "auto": Auto,
+    "auto": FittedMomentum,
 }
 
 
-def as_predictor(predictor: str | Predictor) -> Predictor:
+def as_predictor(predictor: str | Predictor[Any]) -> Predictor[Any]:
     """The predictor of a name.
 
     Raises:

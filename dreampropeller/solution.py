@@ -1,15 +1,13 @@
-"""What a solve gives back: the value, how it ended, and what it cost."""
+"""What a solve carries along and gives back: its state, how it ended, what it cost."""
 
 from __future__ import annotations
 
 import enum
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
+from dreampropeller.component import FULL, LEAN
 from dreampropeller.tree import Aux, State
-
-if TYPE_CHECKING:
-    from dreampropeller.solver import SolverState
 
 C = TypeVar("C")
 
@@ -46,6 +44,35 @@ class Stats:
     def num_iterations(self) -> int:
         """Number of iterations: the sequential depth of the solve."""
         return len(self.strides)
+
+
+@dataclass
+class SolverState(Generic[C]):
+    """Everything a solve needs to go on; see `dreampropeller.checkpoint`.
+
+    A checkpoint holds every field, a lean one those marked `LEAN`.
+
+    Attributes:
+        step: The anchor's step.
+        y: The anchor: exact up to the errors accepted so far.
+        carry: The carry at the anchor.
+        guesses: Guesses of the states at `step + 1`, `step + 2`, …
+        threshold: The threshold's memory.
+        window: The window's memory.
+        predictor: The predictor's memory.
+        acceleration: The acceleration's memory.
+        stats: The cost so far.
+    """
+
+    step: int = field(metadata=LEAN)
+    y: State = field(metadata=LEAN)
+    carry: C = field(metadata=LEAN)
+    guesses: list[State] = field(default_factory=list, metadata=FULL)
+    threshold: Any = field(default=None, metadata=LEAN)
+    window: Any = field(default=None, metadata=LEAN)
+    predictor: Any = field(default=None, metadata=LEAN)
+    acceleration: Any = field(default=None, metadata=LEAN)
+    stats: Stats = field(default_factory=Stats, metadata=LEAN)
 
 
 @dataclass(frozen=True)

@@ -3,9 +3,9 @@ r"""The only loop: iterate a solver until the anchor reaches the last step."""
 from __future__ import annotations
 
 import abc
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
-from typing import Any, Generic, Literal, TypeVar
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal, TypeVar
 
 import torch
 
@@ -15,41 +15,19 @@ from dreampropeller.solution import (
     NotConverged,
     Result,
     Solution,
+    SolverState,
     Stats,
 )
 from dreampropeller.trajectory import Parents, Trajectory, next_jump
-from dreampropeller.tree import Nest, State, all_finite, copy_nest
+from dreampropeller.tree import State, all_finite, copy_nest
 
 C = TypeVar("C")
 
 NonFinite = Literal["raise", "skip"]
 
 
-@dataclass
-class SolverState(Generic[C]):
-    """Everything a solve needs to go on; see `dreampropeller.checkpoint`.
-
-    Attributes:
-        step: The anchor's step.
-        y: The anchor: exact up to the errors accepted so far.
-        carry: The carry at the anchor.
-        guesses: Guesses of the states at `step + 1`, `step + 2`, …
-        threshold: The threshold's memory.
-        window: The window's memory.
-        predictor: The predictor's memory.
-        acceleration: The acceleration's memory.
-        stats: The cost so far.
-    """
-
-    step: int
-    y: State
-    carry: C
-    guesses: list[State] = field(default_factory=list)
-    threshold: Nest = None
-    window: Nest = None
-    predictor: Nest = None
-    acceleration: Nest = None
-    stats: Stats = field(default_factory=Stats)
+Listener = Callable[[SolverState[Any], Iteration], Any]
+"""Called after each iteration; only `True` stops the solve."""
 
 
 class NonFiniteDrift(ArithmeticError):
@@ -70,14 +48,14 @@ class Solver(abc.ABC):
         dispatcher: Dispatcher,
         state: SolverState[Any],
     ) -> tuple[SolverState[Any], Iteration]:
-        """Move the anchor by at least one step, and not past the next jump.
+        """Move the anchor on, and not past the next jump.
 
         Raises:
             NonFiniteDrift: The drift at the anchor is not finite.
         """
 
     def adopt(self, state: SolverState[Any]) -> SolverState[Any]:
-        """A state to continue from, perhaps left by another kind of solver."""
+        """A state to continue from, perhaps left by a different solver."""
         return state
 
     def jumped(
@@ -146,13 +124,13 @@ def solve(
     state: SolverState[C] | None = None,
     max_iterations: int | None = None,
     throw: bool = True,
-    on_iteration: Callable[[SolverState[Any], Iteration], bool | None] | None = None,
+    on_iteration: Listener | Sequence[Listener] | None = None,
 ) -> Solution[C]:
     """Solve a trajectory.
 
     Args:
         trajectory: What to solve.
-        solver: How: `PicardSolver`, or `Sequential` for the plain loop.
+        solver: How: `PicardSolver`, or `Sequential` for one step after the other.
         dispatcher: Where drifts are evaluated: a factory called with the trajectory (a
             `Dispatcher` class, or a `functools.partial` of one). It is opened and
             closed here.
@@ -161,10 +139,11 @@ def solve(
         max_iterations: Stop after so many iterations of this call.
         throw: Raise when the last step was not reached; else look at
             `solution.result`.
-        on_iteration: Called after each iteration with the solver's state, to look at
-            or to save but not to keep (its carry is consumed by the next iteration),
-            and with what happened. Returning True stops the solve; on several ranks
-            the answer of rank 0 counts.
+        on_iteration: Called after each iteration, one function or several, with the
+            solver's state, to look at or to save but not to keep (its carry is
+            consumed by the next iteration), and with what happened. A function that
+            returns `True` stops the solve, any other value is ignored; on several
+            ranks the answer of rank 0 counts.
 
     Returns:
         The solution.
@@ -174,6 +153,7 @@ def solve(
             reached is in its `solution`.
         WorkerError: A rank failed (distributed dispatchers only).
     """
+    listeners = [on_iteration] if callable(on_iteration) else on_iteration or ()
     detail = ""
     with dispatcher(trajectory) as workers:
         if state is None:
@@ -189,16 +169,17 @@ def solve(
             if max_iterations is not None and iterations >= max_iterations:
                 result = Result.MAX_ITERATIONS
                 break
-            limit = next_jump(trajectory, state.step)
+            jump = next_jump(trajectory, state.step)
             try:
                 state, iteration = solver.iterate(trajectory, workers, state)
             except NonFiniteDrift as error:
                 result, detail = Result.NON_FINITE, f" {error}"
                 break
             iterations += 1
-            if state.step == limit < trajectory.num_steps:
+            if state.step == jump < trajectory.num_steps:
                 state = _jump(trajectory, solver, workers, state)
-            stop = on_iteration is not None and bool(on_iteration(state, iteration))
+            answers = [listener(state, iteration) for listener in listeners]
+            stop = any(answer is True for answer in answers)
             if workers.agree([stop])[0] and state.step < trajectory.num_steps:
                 result = Result.STOPPED
                 break

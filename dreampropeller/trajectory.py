@@ -58,16 +58,35 @@ class Trajectory(abc.ABC, Generic[C]):
         """The state and carry at step 0: the same values at every call, own tensors."""
 
     @abc.abstractmethod
-    def make_drift(
-        self, device: torch.device, shard: tuple[int, int] = (0, 1)
-    ) -> Drift:
+    def make_drift(self, device: torch.device) -> Drift:
         """Build the drift; called once per worker.
 
         Args:
             device: Where the states to be evaluated live.
-            shard: ``(i, n)`` asks for the i-th of n slices of a step's views, whose
-                contributions add up to the drift. Refuse n > 1 where it is unsupported.
         """
+
+    def make_shard(self, device: torch.device, index: int, count: int) -> Drift:
+        """Build one of several drifts whose sum is the drift; default: refused.
+
+        A step's random numbers are drawn for all its views and then sliced. What is
+        not a sum over views (buffers, terms that see no view) is reported by shard 0
+        alone.
+
+        Args:
+            device: Where the states to be evaluated live.
+            index: Which slice of the step's views, from 0 to `count` − 1.
+            count: The number of slices.
+
+        Raises:
+            ValueError: The trajectory's steps cannot be split.
+        """
+        if count == 1:
+            return self.make_drift(device)
+        raise ValueError(
+            f"`{type(self).__name__}` cannot split a step into {count} shards (this "
+            f"would be shard {index}): it gives no access to the step's views. Split "
+            "the window instead, one step per worker, or write its `make_shard`."
+        )
 
     @abc.abstractmethod
     def update(self, step: int, y: State, carry: C, drift: State) -> tuple[State, C]:
@@ -90,11 +109,6 @@ class Trajectory(abc.ABC, Generic[C]):
         """
         del step
         return y, carry, None
-
-    def metric(self, carry: C) -> State | None:
-        """A preconditioner of distances between states, by name; default: none."""
-        del carry
-        return None
 
     def error_scale(self, step: int) -> float:
         """The unit of the error of the state at a step; default 1."""

@@ -13,7 +13,8 @@ $$\mathrm{mean\_square}(a, b) = \tfrac1n \sum_j (a_j - b_j)^2, \qquad
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import Field, fields, is_dataclass
 from typing import Any, TypeAlias
 
 import torch
@@ -80,21 +81,29 @@ def _copy(nest: Nest, path: str, memo: dict[int, Tensor]) -> Nest:
     )
 
 
-def encode(nest: Nest) -> tuple[Any, list[Tensor]]:
+def encode(
+    nest: Any, keep: Callable[[Field[Any]], bool] | None = None
+) -> tuple[Any, list[Tensor]]:
     """Split a nest into JSON and its distinct tensors; `decode` is the inverse.
+
+    Args:
+        nest: What to split.
+        keep: Which fields of dataclasses are written; None: there are no dataclasses.
 
     Returns:
         A value `json.dumps` accepts, in which tensors are indices, and the tensors.
+        Tensors that show the same memory in the same way are one.
     """
     found: list[Tensor] = []
-    index: dict[int, int] = {}
+    index: dict[Any, int] = {}
 
-    def visit(node: Nest) -> Any:
+    def visit(node: Any) -> Any:
         if isinstance(node, Tensor):
-            if id(node) not in index:
-                index[id(node)] = len(found)
+            key = _memory(node)
+            if key not in index:
+                index[key] = len(found)
                 found.append(node)
-            return {"tensor": index[id(node)]}
+            return {"tensor": index[key]}
         if isinstance(node, float):
             return {"float": node.hex()}  # exact, and JSON has no infinity
         if isinstance(node, _SCALARS):
@@ -103,6 +112,9 @@ def encode(nest: Nest) -> tuple[Any, list[Tensor]]:
             return {"dict": [[key, visit(child)] for key, child in node.items()]}
         if type(node) in (list, tuple):
             return {type(node).__name__: [visit(child) for child in node]}
+        if keep is not None and is_dataclass(node) and not isinstance(node, type):
+            kept = {f.name: getattr(node, f.name) for f in fields(node) if keep(f)}
+            return {"record": [record_name(type(node)), visit(kept)]}
         raise TypeError(
             f"A `{type(node).__name__}` cannot be stored. A nest holds `dict`, `list`, "
             "`tuple`, tensors, numbers, strings, booleans and None."
@@ -111,8 +123,32 @@ def encode(nest: Nest) -> tuple[Any, list[Tensor]]:
     return visit(nest), found
 
 
-def decode(value: Any, found: Sequence[Tensor]) -> Nest:
-    """Rebuild the nest that `encode` split."""
+def _memory(tensor: Tensor) -> Any:
+    """What two tensors have in common that show the same memory in the same way."""
+    if tensor.numel() == 0:
+        return id(tensor)
+    shown = tensor.dtype, tensor.shape, tensor.stride()
+    return tensor.device, tensor.data_ptr(), *shown
+
+
+def record_name(kind: type) -> str:
+    """How a dataclass is known in what `encode` writes."""
+    return f"{kind.__module__}.{kind.__qualname__}"
+
+
+def decode(
+    value: Any, found: Sequence[Tensor], records: Mapping[str, type] | None = None
+) -> Any:
+    """Rebuild what `encode` split; fields that were not kept take their defaults.
+
+    Args:
+        value: The JSON.
+        found: The tensors.
+        records: Dataclasses by `record_name`.
+
+    Raises:
+        KeyError: A record's class is not among them.
+    """
     if not isinstance(value, dict):
         return value
     ((kind, content),) = value.items()
@@ -121,9 +157,38 @@ def decode(value: Any, found: Sequence[Tensor]) -> Nest:
     if kind == "float":
         return float.fromhex(content)
     if kind == "dict":
-        return {key: decode(child, found) for key, child in content}
-    children = [decode(child, found) for child in content]
+        return {key: decode(child, found, records) for key, child in content}
+    if kind == "record":
+        name, kept = content
+        return (records or {})[name](**decode(kept, found, records))
+    children = [decode(child, found, records) for child in content]
     return tuple(children) if kind == "tuple" else children
+
+
+def device_of(nest: Nest) -> torch.device:
+    """The device of a nest's first tensor; the CPU where there is none."""
+    return next((tensor.device for tensor in tensors(nest)), torch.device("cpu"))
+
+
+def take_rows(value: Tensor, parents: Tensor) -> Tensor:
+    """The rows of a tensor after a jump; new rows are zero.
+
+    Args:
+        value: Before the jump, shape ``(old rows, ...)``.
+        parents: The old row of each new one, −1 for a new one, shape ``(rows,)``.
+
+    Returns:
+        A tensor of its own, shape ``(rows, ...)``.
+    """
+    parents = parents.to(value.device)
+    taken = value[parents.clamp(min=0)]
+    taken[parents < 0] = 0
+    return taken
+
+
+def widened(value: Tensor) -> Tensor:
+    """Half precision as single: squares overflow or underflow, differences cancel."""
+    return value.float() if value.dtype.itemsize < 4 else value
 
 
 def mean_square(new: State, old: State) -> Float[Tensor, " "]:
@@ -147,8 +212,7 @@ def mean_square(new: State, old: State) -> Float[Tensor, " "]:
             count += a.numel()
             continue
         count += a.numel()
-        if a.dtype.itemsize < 4:  # squares of half-precision numbers overflow
-            a, b = a.float(), b.float()
+        a, b = widened(a), widened(b)
         if a.device.type != "cpu":
             on_gpu[0].append(a)
             on_gpu[1].append(b)
@@ -187,9 +251,7 @@ def norms(state: State) -> dict[str, float]:
     for name, value in state.items():
         if not value.is_floating_point():
             continue
-        value = value.reshape(-1)
-        if value.dtype.itemsize < 4:  # squares of half-precision numbers overflow
-            value = value.float()
+        value = widened(value).reshape(-1)
         # A sum of too many single-precision squares loses digits.
         parts = value.split(_CHUNK)
         names += [name] * len(parts)

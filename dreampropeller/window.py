@@ -7,39 +7,39 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from dreampropeller.checks import is_whole
-from dreampropeller.tree import Nest
+from dreampropeller.component import Component, M, Memory
+from dreampropeller.rollout import Rollout
+from dreampropeller.trajectory import Parents
+from dreampropeller.tree import State
 
 
-class Window(abc.ABC):
+class Window(Component[M], abc.ABC):
     """How far ahead an iteration looks; it moves on by the accepted steps (Eq. 5)."""
 
-    def init(self) -> Nest:
-        """The window's memory at the start of a solve; default: none."""
-        return None
-
     @abc.abstractmethod
-    def length(self, memory: Nest, remaining: int) -> int:
+    def length(self, memory: M, remaining: int) -> int:
         """Steps to try, with `remaining` steps before the next jump or the end."""
 
-    def stride(self, passed: Sequence[bool]) -> int:
-        """Steps to accept: the position of the first failure plus one.
+    def stride(self, memory: M, passed: Sequence[bool]) -> int:
+        """Steps to accept; default: up to and including the first failure.
+
+        At least 1, unless the window is to be iterated again as a whole: with 0 the
+        anchor stays, and all new states are guesses of the next iteration. A window
+        that returns 0 must return more after finitely many iterations.
 
         Args:
+            memory: The memory after `before`.
             passed: Whether each slot's error passed, shape ``(window,)``, not empty.
         """
+        del memory
         for slot, ok in enumerate(passed):
             if not ok:
                 return slot + 1  # the anchor's own drift is exact: never stall
         return len(passed)
 
-    def adapt(self, memory: Nest, length: int, stride: int) -> Nest:
-        """The memory after `stride` of `length` steps were accepted."""
-        del length, stride
-        return memory
-
 
 @dataclass(frozen=True)
-class SlidingWindow(Window):
+class SlidingWindow(Window[None]):
     """A window of fixed size that moves on by the accepted steps (Eq. 5).
 
     The stride is the position of the first failure plus one: the state behind the
@@ -58,19 +58,30 @@ class SlidingWindow(Window):
     def __post_init__(self) -> None:
         if not is_whole(self.size) or self.size < 1:
             raise ValueError(
-                f"`window.size` is {self.size!r}: write a whole number, at least 1, as "
+                f"`size` is {self.size!r}: write a whole number, at least 1, as "
                 "`SlidingWindow(8)`. `Sequential()` is the plain loop, and "
                 "`AdaptiveWindow(8, 32)` follows the strides."
             )
 
-    def length(self, memory: Nest, remaining: int) -> int:
+    def length(self, memory: None, remaining: int) -> int:
         """The size, cut by what remains."""
         del memory
         return min(self.size, remaining)
 
 
 @dataclass(frozen=True)
-class AdaptiveWindow(Window):
+class AdaptiveMemory(Memory):
+    """Memory of an `AdaptiveWindow`.
+
+    Attributes:
+        mean_stride: The running mean of strides, in steps.
+    """
+
+    mean_stride: float
+
+
+@dataclass(frozen=True)
+class AdaptiveWindow(Window[AdaptiveMemory]):
     r"""A window that follows the strides between two sizes (ours, Eq. 14).
 
     After an iteration with stride $s$, the mean stride
@@ -97,39 +108,46 @@ class AdaptiveWindow(Window):
             number = getattr(self, name)
             if not is_whole(number) or number < 1:
                 raise ValueError(
-                    f"`window.{name}` is {number!r}: write a whole number, at least 1, "
+                    f"`{name}` is {number!r}: write a whole number, at least 1, "
                     "as `AdaptiveWindow(8, 32, 8)`."
                 )
         if self.largest < self.smallest:
             raise ValueError(
-                f"`window.largest` is {self.largest}, less than the smallest size "
+                f"`largest` is {self.largest}, less than the smallest size "
                 f"{self.smallest}: write at least that."
             )
-        calm = min(self.smallest, self.largest / 2)  # the memory when all passes
+        calm = AdaptiveMemory(min(self.smallest, self.largest / 2))  # when all passes
         if self.size(calm) == self.smallest < self.largest:
             raise ValueError(
-                f"`window.multiple` is {self.multiple}, too coarse for sizes from "
+                f"`multiple` is {self.multiple}, too coarse for sizes from "
                 f"{self.smallest} to {self.largest}: the window would never grow. "
                 "Write a smaller one (1 always grows), or a larger `largest`."
             )
 
-    def init(self) -> Nest:
+    def init(self) -> AdaptiveMemory:
         """A mean stride that gives the smallest size."""
-        return self.smallest / 2
+        return AdaptiveMemory(self.smallest / 2)
 
-    def size(self, memory: Nest) -> int:
+    def size(self, memory: AdaptiveMemory) -> int:
         """The size that the mean stride asks for."""
-        wanted = round(2 * memory / self.multiple) * self.multiple
+        wanted = round(2 * memory.mean_stride / self.multiple) * self.multiple
         return min(max(wanted, self.smallest), self.largest)
 
-    def length(self, memory: Nest, remaining: int) -> int:
+    def length(self, memory: AdaptiveMemory, remaining: int) -> int:
         """The size, cut by what remains."""
         return min(self.size(memory), remaining)
 
-    def adapt(self, memory: Nest, length: int, stride: int) -> Nest:
-        """Follow the stride, unless the window was cut."""
-        if length < self.size(memory):
+    def after(self, memory: AdaptiveMemory, rollout: Rollout) -> AdaptiveMemory:
+        """Follow the stride, unless the window was cut by a jump or the end."""
+        if rollout.length < self.size(memory):
             return memory
         # Within the bounds, so that a long calm does not delay the next turn.
-        mean = (memory + stride) / 2
-        return min(max(mean, self.smallest / 2), self.largest / 2)
+        mean = (memory.mean_stride + rollout.stride) / 2
+        return AdaptiveMemory(min(max(mean, self.smallest / 2), self.largest / 2))
+
+    def jumped(
+        self, memory: AdaptiveMemory, y: State, parents: Parents | None
+    ) -> AdaptiveMemory:
+        """The mean stride goes on."""
+        del y, parents
+        return memory

@@ -19,6 +19,7 @@ OTHERWISE = (
 )
 PROBLEMS = {
     "dreamfusion-system": "systems.dreamfusion.DreamFusion",
+    "dreamgaussian-system": "systems.dreamgaussian.DreamGaussian",
     "diffusion-sampling": "systems.sampling.Sampling",
 }
 """Problems by the names configs use. Imported when asked for: they are heavy."""

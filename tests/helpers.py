@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, is_dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from dreampropeller import OptimizationTrajectory, StepRandom, Trajectory
+from dreampropeller import (
+    Evaluation,
+    OptimizationTrajectory,
+    Rollout,
+    StepRandom,
+    Trajectory,
+)
 from dreampropeller.trajectory import Drift, Parents
-from dreampropeller.tree import Nest, State
+from dreampropeller.tree import Nest, State, take_rows
 
 RANDOM = StepRandom(3)
 STEPS = 12
@@ -29,6 +35,8 @@ def tree_equal(a: Nest, b: Nest) -> bool:
         )
     if type(a) is not type(b):
         return False
+    if is_dataclass(a):
+        return tree_equal(vars(a), vars(b))
     if isinstance(a, dict):
         return a.keys() == b.keys() and all(tree_equal(a[k], b[k]) for k in a)
     if isinstance(a, (list, tuple)):
@@ -218,8 +226,8 @@ class GrowingPoints(OptimizationTrajectory):
         moments = carry["optimizers"][0]["state"].get("points", {})
         for name in ("exp_avg", "exp_avg_sq"):
             if name in moments:
-                moments[name] = split(moments[name], parents, 0.0)
-        grown = split(y["points"], parents, None)
+                moments[name] = take_rows(moments[name], parents)
+        grown = split(y["points"], parents)
         return {**y, "points": grown}, carry, {"points": parents}
 
 
@@ -231,13 +239,25 @@ def rows_to_keep(step: int, points: Tensor) -> Tensor:
     return torch.cat([kept, kept.new_tensor([-1])])
 
 
-def split(rows: Tensor, parents: Tensor, fill: float | None) -> Tensor:
-    grown = rows.detach()[parents.clamp(min=0)].clone()
-    if fill is not None:
-        grown[parents < 0] = fill
-    else:
-        grown[parents < 0] = 0.5 * rows.detach().mean()
+def split(rows: Tensor, parents: Tensor) -> Tensor:
+    grown = take_rows(rows.detach(), parents)
+    grown[parents < 0] = 0.5 * rows.detach().mean()
     return grown
+
+
+def rolled_out(
+    steps: Sequence[int],
+    guesses: Sequence[State],
+    drifts: Sequence[State],
+    stride: int = 1,
+    states: Sequence[State] = (),
+    errors: Sequence[float] = (),
+    length: int | None = None,
+) -> Rollout:
+    """An iteration as a component sees it; drifts are used as they were evaluated."""
+    size = len(steps) if length is None else length
+    evaluation = Evaluation(steps, guesses, drifts, length=size)
+    return evaluation.rolled_out(states, drifts, errors, errors, stride=stride)
 
 
 def make_growing(device: str = "cpu") -> GrowingPoints:
@@ -257,9 +277,9 @@ def loop_growing() -> list[State]:
     for step in range(STEPS):
         if step in JUMPS:
             parents = rows_to_keep(step, points)
-            points = split(points, parents, None)
+            points = split(points, parents)
             m, v, count = moments
-            moments = (split(m, parents, 0.0), split(v, parents, 0.0), count)
+            moments = (take_rows(m, parents), take_rows(v, parents), count)
         states.append({"points": points.clone()})
         leaf = points.clone().requires_grad_(True)
         points_loss(step, {"points": leaf}).backward()
@@ -286,9 +306,7 @@ class OrnsteinUhlenbeck(Trajectory[list[int]]):
     def init(self) -> tuple[State, list[int]]:
         return {"x": torch.ones(3, dtype=torch.float64)}, [0]
 
-    def make_drift(
-        self, device: torch.device, shard: tuple[int, int] = (0, 1)
-    ) -> Drift:
+    def make_drift(self, device: torch.device) -> Drift:
         return lambda step, y: ({"x": -(y["x"] ** 3) + math.sin(step)}, {"t": step / 1})
 
     def update(

@@ -89,10 +89,8 @@ class Failing(OrnsteinUhlenbeck):
             y["x"] += int(os.environ["RANK"])
         return y, carry
 
-    def make_drift(
-        self, device: torch.device, shard: tuple[int, int] = (0, 1)
-    ) -> Drift:
-        healthy = super().make_drift(device, shard)
+    def make_drift(self, device: torch.device) -> Drift:
+        healthy = super().make_drift(device)
 
         def drift(step: int, y: State) -> tuple[State, dict[str, float]]:
             if step == 11:

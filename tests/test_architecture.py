@@ -15,6 +15,8 @@ import pytest
 ROOT = Path(__file__).parent.parent
 LIBRARIES = {"torch", "numpy", "omegaconf", "jaxtyping", "safetensors", "tqdm", "rich"}
 """What the package may import at the top of a file; heavier ones inside functions."""
+SCIENCE = {"scipy", "sklearn", "joblib", "threadpoolctl"}
+"""What the extra `mixtures` brings."""
 
 LAYERS = {
     "states": "dreampropeller/{tree,rng,timer,checks,buffers,guard}.py",
@@ -116,6 +118,7 @@ def test_the_package_imports_itself_and_listed_libraries(path: Path) -> None:
     for name in imports(path):
         top = name.partition(".")[0]
         allowed = top in LIBRARIES or top in sys.stdlib_module_names
+        allowed |= top in SCIENCE and "mixtures" in path.parts
         assert allowed or name in MODULES, name
 
 
@@ -128,7 +131,7 @@ def test_files_and_functions_of_the_package_are_short(path: Path) -> None:
             body = node.body[ast.get_docstring(node) is not None :]
             last = body[-1].end_lineno or 0 if body else 0
             length = last - body[0].lineno + 1 if body else 0
-            most = 103 if node.name == "iterate" else 45
+            most = 40 if node.name == "iterate" else 45
             assert length <= most, f"`{node.name}` has {length} lines"
 
 

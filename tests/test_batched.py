@@ -23,8 +23,8 @@ class Elementwise(OrnsteinUhlenbeck):
     def __init__(self) -> None:
         self.calls: list[list[int]] = []
 
-    def make_drift(self, device: torch.device, shard: tuple[int, int] = (0, 1)) -> Any:
-        plain = super().make_drift(device, shard)
+    def make_drift(self, device: torch.device) -> Any:
+        plain = super().make_drift(device)
         calls = self.calls
 
         class Batched:
@@ -62,8 +62,8 @@ def test_a_drift_without_a_batch_is_refused_with_a_reason() -> None:
 
 def test_a_batch_of_the_wrong_length_is_refused() -> None:
     class Short(Elementwise):
-        def make_drift(self, device: torch.device, shard: Any = (0, 1)) -> Any:
-            drift = super().make_drift(device, shard)
+        def make_drift(self, device: torch.device) -> Any:
+            drift = super().make_drift(device)
             drift.batch = lambda steps, ys: []
             return drift
 
@@ -77,7 +77,7 @@ def test_the_plain_loop_unless_a_record_shows_a_gain(tmp_path: Path) -> None:
     fast = replace(found, batched=found.sequential / 2)
     fast.save(tmp_path / "fast.json")
     assert dp.Calibration.load(tmp_path / "fast.json") == fast
-    chosen = dp.choose(SOLVER, fast)
+    chosen = dp.choose_solver(SOLVER, fast)
     assert chosen.solver is SOLVER
     assert chosen.dispatcher is dp.BatchedDispatcher
     assert "2.00x" in chosen.reason
@@ -87,7 +87,7 @@ def test_the_plain_loop_unless_a_record_shows_a_gain(tmp_path: Path) -> None:
         (replace(fast, window=8), "of window 8, and 4"),
         (replace(fast, device="abacus"), "is of abacus"),
     ):
-        chosen = dp.choose(SOLVER, record)
+        chosen = dp.choose_solver(SOLVER, record)
         assert chosen.solver == dp.Sequential()
         assert reason in chosen.reason
         trajectory = Elementwise()

@@ -8,22 +8,27 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import MISSING, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
 
 from dreampropeller import (
     CheckpointError,
+    DriftThreshold,
     EMAThreshold,
+    Memory,
+    OptimizationTrajectory,
     PicardSolver,
+    Secant,
     SlidingWindow,
+    SolverState,
     checkpoint,
     solve,
 )
 from dreampropeller.solution import Stats
-from dreampropeller.solver import SolverState
 from tests.helpers import TOYS, tree_equal
 
 SOLVER = PicardSolver(SlidingWindow(5), EMAThreshold(1e-6, 0.9, "median"), "momentum")
@@ -138,8 +143,61 @@ def test_another_format_is_refused(
 ) -> None:
     path = checkpoint.save(tmp_path, small(1))
     monkeypatch.setattr(checkpoint, "FORMAT", 99)
-    with pytest.raises(CheckpointError, match="format 1, and this version reads 99"):
+    with pytest.raises(CheckpointError, match="format 2, and this version reads 99"):
         checkpoint.load(path)
+
+
+def test_every_field_of_the_state_says_which_checkpoints_hold_it() -> None:
+    lean = {f.name: f.metadata["lean"] for f in fields(SolverState)}
+    assert [name for name, kept in lean.items() if not kept] == ["guesses"]
+    for kind in Memory.kinds():
+        for one in fields(cast(Any, kind)):
+            dropped = not one.metadata.get("lean", True)
+            has_default = (one.default, one.default_factory) != (MISSING, MISSING)
+            assert has_default or not dropped, (kind, one.name)
+
+
+@pytest.mark.parametrize(
+    ("options", "most"),
+    [({}, 4), ({"predictor": "auto", "acceleration": Secant()}, 7)],
+)
+def test_a_lean_checkpoint_is_small_and_goes_on(
+    options: dict[str, Any], most: int, tmp_path: Path
+) -> None:
+    def make() -> OptimizationTrajectory:
+        return OptimizationTrajectory(
+            lambda step, y: ((y["x"] - step / 9) ** 2).sum(),
+            {"x": torch.zeros(9000)},
+            lambda params: torch.optim.Adam(params.values(), lr=0.3),
+            40,
+        )
+
+    def size(lean: bool) -> float:
+        path = checkpoint.save(tmp_path / str(lean), half.state, lean=lean)
+        return path.stat().st_size / 36000
+
+    solver = PicardSolver(SlidingWindow(8), DriftThreshold(0.1), **options)
+    half = solve(make(), solver, max_iterations=3, throw=False)
+    assert size(lean=True) <= most + 0.2 < size(lean=False)
+    state = checkpoint.load(tmp_path / "True")
+    assert tree_equal(state.y, half.state.y)
+    assert tree_equal(state.carry, half.state.carry)
+    assert state.threshold.secants == half.state.threshold.secants
+    assert not state.guesses
+    exact = PicardSolver(SlidingWindow(8), DriftThreshold(0), **options)
+    ends = [solve(make(), exact, state=one).value for one in (state, half.state)]
+    assert tree_equal(*ends)
+    assert solve(make(), solver, state=state).state.step == 40
+
+
+def test_views_of_the_same_memory_are_stored_once(tmp_path: Path) -> None:
+    x = torch.arange(50000.0)
+    state = SolverState(0, {"x": x}, [x.detach(), x.view(-1)], guesses=[{"x": x[:]}])
+    path = checkpoint.save(tmp_path, state)
+    assert path.stat().st_size < 1.1 * 4 * x.numel()
+    loaded = checkpoint.load(path)
+    assert loaded.carry[0] is loaded.carry[1] is loaded.guesses[0]["x"]
+    assert torch.equal(loaded.y["x"], x)
 
 
 def test_failed_write_keeps_the_earlier_ones(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from dreampropeller import (
     PicardSolver,
     SlidingWindow,
     WorkerError,
-    launch,
+    launch_workers,
     solve,
 )
 from dreampropeller.dispatch import wire
@@ -31,7 +31,7 @@ from tests.helpers import TOYS, OrnsteinUhlenbeck, tree_equal
 
 @pytest.mark.parametrize("num_workers", [2, 3])
 def test_every_rank_of_every_solve_equals_the_plain_loop(num_workers: int) -> None:
-    answers = launch(ranks.solve_all, num_workers=num_workers)
+    answers = launch_workers(ranks.solve_all, num_workers=num_workers)
     for answer in answers:
         assert tree_equal(answer["sequential"], TOYS["sde"].loop()[-1])
         # Only rank 0 asked to stop, and all did.
@@ -70,7 +70,7 @@ def test_failure_is_heard_on_every_rank() -> None:
         "different-start": r"rank 1 has another state",
         "different-window": r"rank 1 has another window",
     }
-    first, second = launch(ranks.hear_failures, list(expected), num_workers=2)
+    first, second = launch_workers(ranks.hear_failures, list(expected), num_workers=2)
     for on_0, on_1, message in zip(first, second, expected.values(), strict=True):
         assert re.search(f"(?s)WorkerError.*{message}", on_0), on_0
         # The rank that failed in its own update raises what it was.
@@ -87,14 +87,14 @@ def test_failure_is_heard_on_every_rank() -> None:
 def test_lost_rank_is_noticed_and_nobody_is_left_behind(how: str, message: str) -> None:
     start = time.monotonic()
     with pytest.raises(WorkerError, match=message):
-        launch(ranks.solve_failing, how, num_workers=2)
+        launch_workers(ranks.solve_failing, how, num_workers=2)
     assert time.monotonic() - start < 50
     assert not _children()
 
 
 def test_one_worker_is_enough() -> None:
     """The published code waits for ever with one device."""
-    assert launch(ranks.stop_on_rank_zero, num_workers=1)[0] >= 9
+    assert launch_workers(ranks.stop_on_rank_zero, num_workers=1)[0] >= 9
 
 
 def test_torchrun_starts_the_same_program(tmp_path: Path) -> None:
@@ -127,7 +127,7 @@ def test_ranks_end_when_their_launcher_is_killed(tmp_path: Path) -> None:
         "from tests.ranks import wait_for_the_end\n"
         "from dreampropeller import launch\n"
         "if __name__ == '__main__':\n"
-        "    launch(wait_for_the_end, sys.argv[1], num_workers=2)\n"
+        "    launch_workers(wait_for_the_end, sys.argv[1], num_workers=2)\n"
     )
     script = tmp_path / "main.py"
     script.write_text(code)
@@ -188,7 +188,7 @@ def main():
 
 
 GUARD
-dp.launch(main, num_workers=2)
+dp.launch_workers(main, num_workers=2)
 """
 
 

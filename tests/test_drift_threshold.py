@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,11 @@ import torch
 
 from dreampropeller import (
     DriftThreshold,
+    Evaluation,
     FixedThreshold,
     Iteration,
     PicardSolver,
+    Rollout,
     SlidingWindow,
     SolverState,
     State,
@@ -21,9 +24,8 @@ from dreampropeller import (
     checkpoint,
     solve,
 )
-from dreampropeller.threshold import Observation
 from dreampropeller.trajectory import Drift
-from tests.helpers import STEPS, TOYS, noise, tree_equal
+from tests.helpers import STEPS, TOYS, noise, rolled_out, tree_equal
 
 
 class Descent(Trajectory[None]):
@@ -37,9 +39,7 @@ class Descent(Trajectory[None]):
     def init(self) -> tuple[State, None]:
         return {"x": torch.ones(4, dtype=torch.float64)}, None
 
-    def make_drift(
-        self, device: torch.device, shard: tuple[int, int] = (0, 1)
-    ) -> Drift:
+    def make_drift(self, device: torch.device) -> Drift:
         def drift(step: int, y: State) -> tuple[State, dict[str, float]]:
             return {"x": self.curvature * y["x"] + 0.3 * noise(step, 4)}, {}
 
@@ -53,30 +53,29 @@ class Descent(Trajectory[None]):
 
 def observe(
     steps: list[int], drifts: list[float], distances: list[float], stride: int
-) -> Observation:
+) -> Rollout:
     values = [{"x": torch.tensor([value])} for value in drifts]
-    return Observation(
-        steps, [*values, values[-1]], values, values, distances, distances, stride
-    )
+    guesses = [*values, values[-1]]
+    return rolled_out(steps, guesses, values, stride, values, distances)
 
 
 def learn(
     threshold: DriftThreshold, memory: Any, steps: list[int], drifts: list[float]
 ) -> Any:
     values = [{"x": torch.tensor([value])} for value in drifts]
-    return threshold.learn(memory, steps, values, values)
+    return threshold.before(memory, Evaluation(steps, [*values, values[-1]], values))
 
 
 def test_secants_worked_by_hand() -> None:
     threshold = DriftThreshold(0.5)
     memory = learn(threshold, threshold.init(), [0, 1, 2], [2.0, 4.0, 1.0])
-    assert threshold.limit(memory, 3, 9) == 1  # nothing is known
+    assert threshold.most(memory, 3, 9) == 1  # nothing is known
     # Slots 1 and 2 are held back; their next guesses are 0.1 and 0.5 away.
-    memory = threshold.adapt(
+    memory = threshold.after(
         memory, observe([0, 1, 2], [2.0, 4.0, 1.0], [0.01, 0.25, 4.0], stride=1)
     )
     memory = learn(threshold, memory, [1, 2, 3], [5.0, 2.0, 3.0])
-    assert threshold.limit(memory, 3, 9) == 3
+    assert threshold.most(memory, 3, 9) == 3
     # Step 1: |5 - 4| / 5 / 0.1 = 2. Step 2: |2 - 1| / median(5, 2, 3) / 0.5 = 2/3.
     assert threshold.error(memory, 1, 0.04) == pytest.approx(2 * 0.2)
     assert threshold.error(memory, 2, 0.04) == pytest.approx(2 / 3 * 0.2)
@@ -96,30 +95,31 @@ def test_tensors_count_by_the_way_they_moved() -> None:
     threshold = DriftThreshold(0.5)
     steps, drifts = [0, 1], [state(100.0, 1.0), state(100.0, 1.0)]
     states = [state(0.0, 0.0), state(0.1, 1.0), state(0.3, 4.0)]
-    seen = Observation(steps, states, states, drifts, [1.0, 1.0], [0.25, 1.0], 1)
-    memory = threshold.adapt(threshold.init(), seen)
-    memory = threshold.learn(memory, [1], states[1:2], [state(300.0, 1.25)])
+    seen = rolled_out(steps, states, drifts, 1, states, [0.25, 1.0])
+    again = Evaluation([1], states[1:], [state(300.0, 1.25)])
+    memory = threshold.after(threshold.init(), seen)
+    memory = threshold.before(memory, again)
     # Off by 2/3 and by 1/5; ways of 0.3 and 4; the new guess is 0.5 away.
     ways = math.hypot(0.3, 4.0)
     expected = math.hypot(0.3 / ways * 2 / 3, 4 / ways / 5)
-    assert memory["measured"] == pytest.approx(expected)
+    assert memory.measured == pytest.approx(expected)
     assert threshold.error(memory, 1, 0.25) == pytest.approx(expected)
     # Nothing is known of what a drift moves: Euclidean.
-    memory = {**threshold.adapt(threshold.init(), seen), "moved": {}}
-    memory = threshold.learn(memory, [1], states[1:2], [state(300.0, 1.25)])
+    memory = replace(threshold.after(threshold.init(), seen), moved={})
+    memory = threshold.before(memory, again)
     expected = math.hypot(200, 0.25) / math.hypot(300, 1.25)
-    assert memory["measured"] == pytest.approx(expected)
+    assert memory.measured == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_bad_numbers_fail_and_teach_nothing(bad: float) -> None:
     threshold = DriftThreshold(0.5)
-    memory = threshold.adapt(
+    memory = threshold.after(
         threshold.init(), observe([0, 1, 2], [2.0, 4.0, 1.0], [0.01, bad, 1.0], 1)
     )
     memory = learn(threshold, memory, [1, 2], [5.0, 2.0])
-    assert all(math.isfinite(k) for part in memory["secants"] for k in part)
-    assert memory["secants"] == [[pytest.approx(2)]]
+    assert all(math.isfinite(k) for part in memory.secants for k in part)
+    assert memory.secants == [[pytest.approx(2)]]
     error = threshold.error(memory, 1, bad)
     assert not error <= threshold.bound(memory)
 
@@ -138,9 +138,7 @@ def test_drifts_of_accepted_steps_are_off_by_the_tolerance_at_most(
         return trajectory.make_drift(torch.device("cpu"))(step, y)[0]
 
     class Spy(Descent):
-        def make_drift(
-            self, device: torch.device, shard: tuple[int, int] = (0, 1)
-        ) -> Drift:
+        def make_drift(self, device: torch.device) -> Drift:
             inner = trajectory.make_drift(torch.device("cpu"))
 
             def drift(step: int, y: State) -> tuple[State, dict[str, float]]:
@@ -184,9 +182,7 @@ def test_stride_does_not_depend_on_the_scale_of_the_problem() -> None:
         def init(self) -> tuple[State, None]:
             return {"x": torch.full((4,), 1024.0, dtype=torch.float64)}, None
 
-        def make_drift(
-            self, device: torch.device, shard: tuple[int, int] = (0, 1)
-        ) -> Drift:
+        def make_drift(self, device: torch.device) -> Drift:
             inner = super().make_drift(torch.device("cpu"))
             return lambda step, y: (
                 {"x": 16 * inner(step, {"x": y["x"] / 1024})[0]["x"]},
@@ -227,11 +223,11 @@ def test_constant_drift_needs_no_second_look() -> None:
 
 def test_rounding_is_no_evidence() -> None:
     threshold = DriftThreshold(0.1)
-    memory = {**threshold.init(), "secants": [[2.0]]}
+    memory = replace(threshold.init(), secants=[[2.0]])
     seen = observe([0, 1], [1.0, 1.0], [1e-16, 1.0], stride=1)
-    memory = learn(threshold, threshold.adapt(memory, seen), [1, 2], [1 + 2e-7, 1.0])
-    assert memory["secants"] == [[2.0]]
-    assert memory["age"] == 0
+    memory = learn(threshold, threshold.after(memory, seen), [1, 2], [1 + 2e-7, 1.0])
+    assert memory.secants == [[2.0]]
+    assert memory.age == 0
 
 
 def test_only_the_secants_of_the_last_measurements_count() -> None:
@@ -239,7 +235,7 @@ def test_only_the_secants_of_the_last_measurements_count() -> None:
     memory = threshold.init()
     for drift in (9.0, 3.0, 3.0):
         seen = observe([0, 1], [1.0, 1.0], [0.25, 1.0], stride=1)
-        memory = learn(threshold, threshold.adapt(memory, seen), [1, 2], [drift, drift])
+        memory = learn(threshold, threshold.after(memory, seen), [1, 2], [drift, drift])
     # |3 - 1| / 3 / 0.5; the 9 / 9 / 0.5 of before is forgotten.
     assert threshold.error(memory, 9, 1.0) == pytest.approx(4 / 3)
     # An iteration that measured nothing pushes nothing out.
@@ -311,7 +307,7 @@ def test_what_is_remembered_at_a_jump_is_forgotten() -> None:
     )
     assert {5, 9} <= memories.keys()
     assert memories[5] == memories[9] == solver.threshold.init()
-    assert memories[1]["held"]
+    assert memories[1].held
 
 
 def test_relative_threshold_counts_optimizer_steps() -> None:

@@ -15,7 +15,7 @@ from dreampropeller import (
     PicardSolver,
     Sequential,
     SlidingWindow,
-    launch,
+    launch_workers,
     solve,
 )
 from dreampropeller.precision import LOSS_SCALE
@@ -60,5 +60,5 @@ def test_ranks_on_gpus_equal_one_process(num_workers: int, name: str) -> None:
     """Over NCCL where each rank has a GPU, over gloo where they share one."""
     toy = make_growing("cuda") if name == "growing" else None
     alone = solve(toy or ranks.network_trajectory("32-true"), Sequential()).value
-    for answer in launch(ranks.solve_on_gpu, name, num_workers=num_workers):
+    for answer in launch_workers(ranks.solve_on_gpu, name, num_workers=num_workers):
         assert tree_equal(answer, {key: tensor.cpu() for key, tensor in alone.items()})

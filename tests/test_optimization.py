@@ -266,10 +266,8 @@ def _quadratic(factory: Callable[[Any], Any], **options: Any) -> OptimizationTra
             "`num_steps` is 0",
         ),
         (
-            lambda: _quadratic(OPTIMIZERS["SGD"]).make_drift(
-                torch.device("cpu"), (0, 2)
-            ),
-            "cannot be split",
+            lambda: _quadratic(OPTIMIZERS["SGD"]).make_shard(torch.device("cpu"), 0, 2),
+            "cannot split a step into 2 shards",
         ),
         (
             lambda: OptimizationTrajectory.from_module(

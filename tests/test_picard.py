@@ -167,6 +167,27 @@ def test_callback_can_stop_the_solve() -> None:
     assert 5 <= solution.state.step < STEPS
 
 
+def test_only_true_stops_and_every_listener_is_asked() -> None:
+    """A function that returns something else, such as a path, does not stop a solve."""
+    heard: list[str] = []
+
+    def log(state: SolverState[Any], _: Iteration) -> str:
+        heard.append(f"step {state.step}")
+        return heard[-1]
+
+    def stop(state: SolverState[Any], _: Iteration) -> bool:
+        heard.append("stop?")
+        return state.step >= 5
+
+    solver = PicardSolver(SlidingWindow(4), EXACT)
+    assert solve(make_quadratic(), solver, on_iteration=log).state.step == STEPS
+    heard.clear()
+    solution = solve(make_quadratic(), solver, on_iteration=[stop, log])
+    assert solution.result is Result.STOPPED
+    assert len(heard) == 2 * solution.stats.num_iterations
+    assert heard[-1] == f"step {solution.state.step}"
+
+
 class Poisoned(OrnsteinUhlenbeck):
     """Not finite at one step, at every state or only far from the solution."""
 
@@ -174,10 +195,8 @@ class Poisoned(OrnsteinUhlenbeck):
         self.step, self.only_guesses = step, only_guesses
         self.exact = TOYS["sde"].loop()[step]["x"]
 
-    def make_drift(
-        self, device: torch.device, shard: tuple[int, int] = (0, 1)
-    ) -> Drift:
-        healthy = super().make_drift(device, shard)
+    def make_drift(self, device: torch.device) -> Drift:
+        healthy = super().make_drift(device)
 
         def drift(step: int, y: State) -> tuple[State, dict[str, float]]:
             value, aux = healthy(step, y)

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
 from dreampropeller import (
-    Auto,
     DriftThreshold,
+    FittedMomentum,
     Iteration,
     Momentum,
     OptimizationTrajectory,
@@ -19,7 +20,8 @@ from dreampropeller import (
     State,
     solve,
 )
-from tests.helpers import noise
+from dreampropeller.predictor import Probe
+from tests.helpers import noise, rolled_out
 
 STEPS = 80
 
@@ -77,19 +79,21 @@ def state(value: float) -> State:
     ],
 )
 def test_shares_worked_by_hand(momentum: float, best: float) -> None:
-    auto = Auto()
-    probe = {"step": 7, "momentum": state(momentum), "repeat_last": state(2.0)}
-    memory = {**auto.init(), "share": 0.5, "probe": probe}
-    judged = auto.judge(memory, 5, [state(0.0), state(0.0), state(1.0)])
-    assert judged["share"] == pytest.approx(0.7 * 0.5 + 0.3 * best)
-    assert auto.choice(judged) == round(16 * judged["share"])
-    assert judged["probe"] == {}
+    auto = FittedMomentum()
+    probe = Probe(7, state(momentum), state(2.0))
+    memory = replace(auto.init(), fraction=0.5, probe=probe)
+    seen = [state(0.0), state(0.0), state(1.0)]
+    judged = auto.after(memory, rolled_out([5, 6], [], [], states=seen))
+    assert judged.fraction == pytest.approx(0.7 * 0.5 + 0.3 * best)
+    assert auto.choice(judged) == round(16 * judged.fraction)
+    assert judged.probe is None
     told = auto.diagnostics(judged)
     assert told["residual_momentum"] == pytest.approx(abs(momentum - 1), nan_ok=True)
     assert told["residual_repeat_last"] == 1.0
     for begin, count in ((7, 3), (6, 1), (2, 4)):  # not among the new states
-        other = auto.judge(memory, begin, [state(0.0)] * count)
-        assert other["share"] == 0.5
+        seen = [state(0.0)] * count
+        other = auto.after(memory, rolled_out([begin], [], [], states=seen))
+        assert other.fraction == 0.5
         assert "residual_momentum" not in auto.diagnostics(other)
 
 
@@ -98,16 +102,17 @@ def test_guesses_lie_between_repeating_and_momentum(choice: int) -> None:
     trajectory = make(0.1)
     y, carry = trajectory.init()
     y = {**y, "count": torch.tensor(3)}
-    auto = Auto()
-    memory = auto.observe(auto.init(), [{"x": torch.ones(16, dtype=torch.float64)}])
-    far, _ = Momentum().extend(trajectory, 0, y, carry, memory["momentum"], 5)
-    guesses, after = auto.extend(
-        trajectory, 0, y, carry, {**memory, "used": choice, "age": 3}, 5
-    )
+    auto = FittedMomentum()
+    ones: State = {"x": torch.ones(16, dtype=torch.float64)}
+    memory = auto.after(auto.init(), rolled_out([0], [], [ones]))
+    far, _ = Momentum().extend(trajectory, 0, y, carry, memory.momentum, 5)
+    memory = replace(memory, used=choice, age=3)
+    guesses, after = auto.extend(trajectory, 0, y, carry, memory, 5)
     for guess, end in zip(guesses, far, strict=True):
         expected = y["x"] + choice / 16 * (end["x"] - y["x"])
         assert torch.allclose(guess["x"], expected)
         assert choice < 16 or torch.equal(guess["x"], end["x"])
         assert guess["count"] == 3
-    assert after["probe"]["step"] == 3
-    assert torch.equal(after["probe"]["momentum"]["x"], far[2]["x"])
+    assert after.probe is not None
+    assert after.probe.step == 3
+    assert torch.equal(after.probe.momentum["x"], far[2]["x"])

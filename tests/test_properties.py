@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 
 from dreampropeller import (
     AdaptiveWindow,
-    Auto,
     DriftThreshold,
     EMAThreshold,
+    FittedMomentum,
     FixedThreshold,
     Momentum,
     PicardSolver,
@@ -45,9 +45,7 @@ class Random(Trajectory[dict[str, Any]]):
         x = torch.randn(3, generator=self.random.generator(0, "start")).double()
         return {"x": x, "n": torch.tensor(0)}, {"m": torch.zeros(3).double(), "t": [0]}
 
-    def make_drift(
-        self, device: torch.device, shard: tuple[int, int] = (0, 1)
-    ) -> Drift:
+    def make_drift(self, device: torch.device) -> Drift:
         def drift(step: int, y: State) -> tuple[State, dict[str, float]]:
             x = y["x"]
             # A function of the state alone, which the true trajectory seldom meets.
@@ -90,7 +88,7 @@ windows = st.one_of(
     st.builds(AdaptiveWindow, st.integers(1, 4), st.integers(8, 24), st.integers(1, 2)),
 )
 predictors = st.sampled_from(
-    ["repeat_last", "momentum", Momentum(0.0), "auto", Auto(0.5, 1)]
+    ["repeat_last", "momentum", Momentum(0.0), "auto", FittedMomentum(0.5, 1)]
 )
 thresholds = st.one_of(
     st.builds(FixedThreshold, st.floats(0, 1), st.booleans()),

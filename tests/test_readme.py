@@ -161,6 +161,7 @@ def read_settings(words: list[str]) -> None:
     from systems.settings.config import load
 
     arguments, overrides = launch.make_parser().parse_known_args(words)
+    overrides = [*(arguments.compare or []), *overrides]  # `nargs="*"` takes them
     assert all("=" in setting for setting in overrides), overrides
     if "<" in str(arguments.config) or any("<" in word for word in overrides):
         return  # a place that only the reader knows

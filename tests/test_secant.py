@@ -10,6 +10,7 @@ import torch
 
 from dreampropeller import (
     DriftThreshold,
+    Evaluation,
     FixedThreshold,
     OptimizationTrajectory,
     PicardSolver,
@@ -22,8 +23,7 @@ from dreampropeller import (
     solve,
 )
 from dreampropeller.solution import Iteration
-from dreampropeller.threshold import Observation
-from tests.helpers import JUMPS, TOYS, make_quadratic, noise, tree_equal
+from tests.helpers import JUMPS, TOYS, make_quadratic, noise, rolled_out, tree_equal
 
 EXACT = FixedThreshold(0)
 CURVATURE = torch.linspace(0.5, 2.0, 6, dtype=torch.float64)
@@ -90,7 +90,7 @@ def test_resumed_equals_uninterrupted(
     whole = solve(TOYS[name].make(), solver)
     half = solve(TOYS[name].make(), solver, max_iterations=2, throw=False)
     memory = half.state.acceleration
-    assert memory["held"] or memory["products"] or half.state.step in JUMPS
+    assert memory.held or memory.products or half.state.step in JUMPS
     checkpoint.save(tmp_path, half.state)
     resumed = solve(TOYS[name].make(), solver, state=checkpoint.load(tmp_path))
     assert tree_equal(resumed.value, whole.value)
@@ -115,7 +115,7 @@ def test_a_jump_forgets_the_slopes() -> None:
         del iteration
         if state.step in JUMPS:
             assert state.acceleration == Secant().init()
-        learnt += bool(state.acceleration["products"])
+        learnt += bool(state.acceleration.products)
 
     solver = PicardSolver(
         SlidingWindow(12), FixedThreshold(1e-12), acceleration=Secant()
@@ -128,10 +128,10 @@ def seen_twice(
     secant: Secant, old: State, new: State, drifts: tuple[State, State]
 ) -> Any:
     """The memory after one step was evaluated at two guesses."""
-    observation = Observation([3, 4], [old, old, old], [], [drifts[0]] * 2, [], (), 1)
-    held = secant.hold(secant.init(), observation)
-    assert held["held"].keys() == {4}
-    return secant.learn(held, [4], [new], [drifts[1]])
+    first = rolled_out([3, 4], [old, old, old], [drifts[0]] * 2)
+    held = secant.after(secant.init(), first)
+    assert held.held.keys() == {4}
+    return secant.before(held, Evaluation([4], [new, new], [drifts[1]]))
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
@@ -144,8 +144,8 @@ def test_slopes_of_a_diagonal_map_worked_by_hand(dtype: torch.dtype) -> None:
     memory = seen_twice(secant, old, new, drifts)
     # Σ ΔgΔy = a, Σ Δy² = 1, so p = 1/2: a / 1.5.
     expected = torch.tensor([4 / 3, 2 / 3, 0.0])
-    assert torch.allclose(secant.slopes(memory)["x"].float(), expected)
-    corrected = secant.correct(secant.slopes(memory), drifts[0], new, old)["x"]
+    assert torch.allclose(memory.slopes["x"].float(), expected)
+    corrected = secant.correct(memory, drifts[0], new, old)["x"]
     assert corrected.dtype == dtype
     assert torch.allclose(corrected.float(), expected, atol=1e-3)
 
@@ -154,11 +154,11 @@ def test_buffers_and_what_did_not_move_are_left_alone() -> None:
     old = {"x": torch.zeros(2), "grid": torch.zeros(2)}
     drift = {"x": -torch.zeros(2), "grid": torch.ones(2), "grid/changed": old["x"] == 0}
     secant = Secant()
-    slopes = secant.slopes(seen_twice(secant, old, old, (drift, drift)))
-    assert slopes.keys() == {"x"}
-    assert not slopes["x"].any()
+    memory = seen_twice(secant, old, old, (drift, drift))
+    assert memory.slopes.keys() == {"x"}
+    assert not memory.slopes["x"].any()
     moved = {"x": torch.ones(2), "grid": torch.ones(2)}
-    assert secant.correct(slopes, drift, moved, old)["grid"] is drift["grid"]
+    assert secant.correct(memory, drift, moved, old)["grid"] is drift["grid"]
 
 
 def test_old_slopes_fade() -> None:
@@ -166,9 +166,8 @@ def test_old_slopes_fade() -> None:
     zero, one = {"x": torch.zeros(1)}, {"x": torch.ones(1)}
     memory = seen_twice(secant, zero, one, (zero, {"x": torch.full((1,), 4.0)}))
     # One entry, so p = 1: 4 / (1 + 1).
-    assert float(secant.slopes(memory)["x"]) == pytest.approx(2.0)
-    observation = Observation([5, 6], [zero] * 3, [], [zero] * 2, [], (), 1)
-    memory = secant.hold(memory, observation)
-    memory = secant.learn(memory, [6], [one], [one])
+    assert float(memory.slopes["x"]) == pytest.approx(2.0)
+    memory = secant.after(memory, rolled_out([5, 6], [zero] * 3, [zero] * 2))
+    memory = secant.before(memory, Evaluation([6], [one, one], [one]))
     # Products 1 + 4 / 2 over squares 1 + 1 / 2, and as much again.
-    assert float(secant.slopes(memory)["x"]) == pytest.approx(1.0)
+    assert float(memory.slopes["x"]) == pytest.approx(1.0)

@@ -12,11 +12,11 @@ from dreampropeller import (
     EMAThreshold,
     FixedThreshold,
     PicardSolver,
+    Rollout,
     SlidingWindow,
     solve,
 )
-from dreampropeller.threshold import Observation
-from tests.helpers import TOYS
+from tests.helpers import TOYS, rolled_out
 
 
 @pytest.mark.parametrize(
@@ -31,7 +31,7 @@ from tests.helpers import TOYS
     ],
 )
 def test_stride_is_the_first_failure_plus_one(passed: list[bool], stride: int) -> None:
-    assert SlidingWindow(len(passed)).stride(passed) == stride
+    assert SlidingWindow(len(passed)).stride(None, passed) == stride
 
 
 @pytest.mark.parametrize(("remaining", "length"), [(1, 1), (6, 6), (7, 7), (90, 7)])
@@ -39,24 +39,30 @@ def test_window_is_cut_by_what_remains(remaining: int, length: int) -> None:
     assert SlidingWindow(7).length(None, remaining) == length
 
 
+def tried(length: int, stride: int) -> Rollout:
+    return rolled_out([], [], [], stride, length=length)
+
+
 def test_adaptive_window_follows_the_strides() -> None:
     window = AdaptiveWindow(4, 32, multiple=4)
     memory, sizes = window.init(), []
     for _ in range(12):  # everything passes
         sizes.append(window.length(memory, 1000))
-        memory = window.adapt(memory, sizes[-1], sizes[-1])
+        memory = window.after(memory, tried(sizes[-1], sizes[-1]))
     # Mean strides 2, 3, 5.5, 8.75 … make round(2 s̄ / 4) 4.
     assert sizes[:4] == [4, 8, 12, 16]
     assert sizes[-1] == 32
     for _ in range(20):  # a quarter passes: down to the bound
         size = window.length(memory, 1000)
-        memory = window.adapt(memory, size, max(1, size // 4))
+        memory = window.after(memory, tried(size, max(1, size // 4)))
     assert window.length(memory, 1000) == 4
     for _ in range(30):  # six pass whatever the size: twice as many are tried
-        memory = window.adapt(memory, window.length(memory, 1000), 6)
+        memory = window.after(memory, tried(window.length(memory, 1000), 6))
     assert window.length(memory, 1000) == 12
     assert window.length(memory, 3) == 3
-    assert window.adapt(memory, 3, 1) == memory  # cut by the end: teaches nothing
+    assert (
+        window.after(memory, tried(3, 1)) == memory
+    )  # cut by the end: teaches nothing
 
 
 def test_adaptive_window_with_equal_bounds_is_a_sliding_one() -> None:
@@ -67,8 +73,8 @@ def test_adaptive_window_with_equal_bounds_is_a_sliding_one() -> None:
     assert strides[0].stats == strides[1].stats
 
 
-def observed(errors: list[float]) -> Observation:
-    return Observation([], [], [], [], errors)
+def observed(errors: list[float]) -> Rollout:
+    return rolled_out([], [], [], errors=errors)
 
 
 @pytest.mark.parametrize(
@@ -87,13 +93,13 @@ def test_published_rule_follows_the_window(
     adaptivity: Any, errors: list[float], after: float
 ) -> None:
     threshold = EMAThreshold(10.0, 0.9, adaptivity)
-    memory = threshold.adapt(threshold.init(), observed(errors))
+    memory = threshold.after(threshold.init(), observed(errors))
     assert threshold.bound(memory) == pytest.approx(after)
 
 
 def test_fixed_threshold_never_adapts() -> None:
     threshold = FixedThreshold(2.5)
-    memory = threshold.adapt(threshold.init(), observed([9.0]))
+    memory = threshold.after(threshold.init(), observed([9.0]))
     assert threshold.bound(memory) == 2.5
     assert not threshold.exact
     assert FixedThreshold(0).exact
@@ -117,7 +123,7 @@ def grown(window: AdaptiveWindow) -> int:
     memory = window.init()
     for _ in range(60):
         size = window.length(memory, 1000)
-        memory = window.adapt(memory, size, size)
+        memory = window.after(memory, tried(size, size))
     return window.length(memory, 1000)
 
 

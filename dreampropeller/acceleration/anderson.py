@@ -22,35 +22,49 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from jaxtyping import Float64
 from torch import Tensor
 
+from dreampropeller.acceleration.base import Acceleration, Proposal
 from dreampropeller.checks import is_number, is_whole
+from dreampropeller.component import FULL, Memory
+from dreampropeller.rollout import Rollout
 from dreampropeller.trajectory import Trajectory
-from dreampropeller.tree import Nest, State, norm
+from dreampropeller.tree import State, norm, widened
 
 
 @dataclass(frozen=True)
-class Corrected:
-    """What an iteration's guesses become.
+class Record(Memory):
+    """What is kept of one iteration.
 
     Attributes:
-        guesses: The next guesses, first those that may be trusted, shape ``(ahead,)``.
-        trusted: How many of them; from there on take the plain ones.
-        history: The memory after this iteration.
+        step: The step of the first state.
+        residuals: $r_j$ over the floating entries, shape ``(states,)``.
+        states: $G_j$, likewise.
     """
 
-    guesses: list[State]
-    trusted: int
-    history: Nest
+    step: int
+    residuals: list[State]
+    states: list[State]
 
 
 @dataclass(frozen=True)
-class Anderson:
+class AndersonMemory(Memory):
+    """Memory of an `Anderson`.
+
+    Attributes:
+        records: Past iterations, the newest first, at most `memory`.
+    """
+
+    records: list[Record] = field(default_factory=list, metadata=FULL)
+
+
+@dataclass(frozen=True)
+class Anderson(Acceleration[AndersonMemory]):
     r"""Correct the next guesses by the residuals of past iterations (Eqs. 15 to 17).
 
     Only guesses change: the anchor is rolled out as ever, and what passes is decided by
@@ -81,100 +95,113 @@ class Anderson:
         for name, number in (("memory", self.memory), ("order", order)):
             if not is_whole(number) or number < 1:
                 raise ValueError(
-                    f"`acceleration.{name}` is {number!r}: write a whole number, 1 "
+                    f"`{name}` is {number!r}: write a whole number, 1 "
                     "or more, as `Anderson(memory=2)`, or `acceleration=None` for none."
                 )
         for name, share in (("ridge", self.ridge), ("limit", self.limit)):
             if not (is_number(share) and 0 < share < math.inf):
-                raise ValueError(
-                    f"`acceleration.{name}` is {share!r}: write a number above 0."
-                )
+                raise ValueError(f"`{name}` is {share!r}: write a number above 0.")
 
-    def init(self) -> Nest:
+    moves_guesses = True
+
+    @property
+    def needs_carries(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Whether new states are rolled out from guesses."""
+        return self.order is not None
+
+    def init(self) -> AndersonMemory:
         """No iteration yet."""
-        return []
+        return AndersonMemory()
 
-    def proposals(
-        self,
-        trajectory: Trajectory[Any],
-        step: int,
-        guesses: Sequence[State],
-        drifts: Sequence[State | None],
-        carries: Sequence[Nest],
-        rolled: Sequence[State],
-    ) -> list[State]:
+    def propose(
+        self, memory: AndersonMemory, trajectory: Trajectory[Any], rollout: Rollout
+    ) -> Proposal[AndersonMemory]:
+        """Correct the guesses of the states that are still to be solved."""
+        if not rollout.ahead:
+            return Proposal([], [], 0, self.init())
+        states = self.new_states(trajectory, rollout)
+        first = rollout.stride or _first_moved(rollout)
+        found = self.corrected(
+            memory,
+            rollout.steps[0] + first,
+            rollout.guesses[first : len(states)],
+            states[first:],
+        )
+        exact = states[rollout.stride + 1 : first + 1]
+        return Proposal(
+            [*exact, *found.plain],
+            [*exact, *found.corrected],
+            len(exact) + found.trusted,
+            found.memory,
+        )
+
+    def new_states(self, trajectory: Trajectory[Any], rollout: Rollout) -> list[State]:
         """The new states $G$, each rolled out over `order` updates.
 
         Args:
             trajectory: Whose update it is.
-            step: The anchor's step.
-            guesses: The states the drifts belong to, shape ``(window,)``.
-            drifts: None where an update is left out, shape ``(window,)``.
-            carries: The carry before each update, which is consumed, shape
-                ``(window,)``; empty without an order.
-            rolled: The anchor and what is rolled out from it, shape ``(window + 1,)``.
+            rollout: The iteration; its carries are consumed.
         """
         if self.order is None:
-            return list(rolled)
-        made = list(rolled[: self.order + 1])
+            return list(rollout.states)
+        made = list(rollout.states[: self.order + 1])
         with torch.no_grad():
-            for begin in range(1, len(drifts) - self.order + 1):
-                y, carry = guesses[begin], carries[begin]
+            for begin in range(1, len(rollout.used) - self.order + 1):
+                y, carry = rollout.guesses[begin], rollout.carries[begin]
                 for slot in range(begin, begin + self.order):
-                    drift = drifts[slot]
-                    if drift is not None:
-                        y, carry = trajectory.update(step + slot, y, carry, drift)
+                    step, drift = rollout.steps[slot], rollout.used[slot]
+                    y, carry = trajectory.update(step, y, carry, drift)
                 made.append(y)
         return made
 
-    def correct(
+    def corrected(
         self,
-        history: Nest,
+        memory: AndersonMemory,
         step: int,
         guesses: Sequence[State],
         states: Sequence[State],
-    ) -> Corrected:
-        """The next guesses of the states that are still to be solved.
+    ) -> Proposal[AndersonMemory]:
+        """The next guesses of states (Eqs. 15 to 17).
 
         Args:
-            history: What was kept of past iterations, the newest first.
+            memory: Past iterations.
             step: The step of the first state: the new anchor's, where the first guess
                 failed. Its residual counts; it is not corrected.
             guesses: The states as guessed, shape ``(ahead + 1,)``.
-            states: The same as `proposals` made them, shape ``(ahead + 1,)``.
+            states: The same as `new_states` made them, shape ``(ahead + 1,)``.
         """
         residuals = [
             _difference(state, guess)
             for state, guess in zip(states, guesses, strict=True)
         ]
-        kept = [_floating(state) for state in states]
-        now = {"step": step, "residuals": residuals, "states": kept}
-        records = [now, *history[: self.memory]]
+        now = Record(step, residuals, [_floating(state) for state in states])
+        records = [now, *memory.records[: self.memory]]
         ahead: list[State] = []
         trusted = len(states) - 1
         matrix = torch.zeros(self.memory, self.memory, dtype=torch.float64)
         right = torch.zeros(self.memory, dtype=torch.float64)
-        for place, state in enumerate(states):
-            seen = _seen(records, step + place)
+        for index, state in enumerate(states):
+            seen = _seen(records, step + index)
             columns = [_difference(a, b) for (a, _), (b, _) in itertools.pairwise(seen)]
             count = len(columns)  # it never grows along the window: late slots are new
             matrix[:count, :count] += _products(columns, columns)
-            right[:count] += _products(columns, [residuals[place]])[:, 0]
-            if place == 0:
+            right[:count] += _products(columns, [residuals[index]])[:, 0]
+            if index == 0:
                 continue
             weights = self._solved(matrix[:count, :count], right[:count])
             moves = [_difference(a, b) for (_, a), (_, b) in itertools.pairwise(seen)]
             correction = _combined(moves, weights)
-            longest = self.limit * norm(residuals[place])
+            longest = self.limit * norm(residuals[index])
             # A NaN is not within bounds either.
             if correction and not norm(correction) <= longest:
-                trusted = min(trusted, place - 1)
+                trusted = min(trusted, index - 1)
             moved = {
-                name: (_wide(state[name]) - move).to(state[name].dtype)
+                name: (widened(state[name]) - move).to(state[name].dtype)
                 for name, move in correction.items()
             }
             ahead.append({**state, **moved})
-        return Corrected(ahead, trusted, records[: self.memory])
+        after = AndersonMemory(records[: self.memory])
+        return Proposal(states[1:], ahead, trusted, after)
 
     def _solved(
         self,
@@ -189,17 +216,23 @@ class Anderson:
         return torch.linalg.solve(matrix + self.ridge * mean * identity, right).tolist()
 
 
-def _seen(records: Sequence[Nest], step: int) -> list[tuple[State, State]]:
+def _first_moved(rollout: Rollout) -> int:
+    """The first state that is not its guess: exact, as all drifts before it are."""
+    moved = (slot + 1 for slot, far in enumerate(rollout.distances) if far != 0)
+    return next(moved, len(rollout.steps))
+
+
+def _seen(records: Sequence[Record], step: int) -> list[tuple[State, State]]:
     """Residual and new state of a step, by iteration, the newest first.
 
     It ends where the step was not in the window: what is older is of another guess.
     """
     found: list[tuple[State, State]] = []
     for record in records:
-        place = step - record["step"]
-        if not 0 <= place < len(record["states"]):
+        index = step - record.step
+        if not 0 <= index < len(record.states):
             break
-        found.append((record["residuals"][place], record["states"][place]))
+        found.append((record.residuals[index], record.states[index]))
     return found
 
 
@@ -209,11 +242,7 @@ def _floating(state: State) -> State:
 
 def _difference(new: State, old: State) -> State:
     """Over the floating entries; half precision is widened before it cancels."""
-    return {name: _wide(new[name]) - _wide(old[name]) for name in _floating(new)}
-
-
-def _wide(value: Tensor) -> Tensor:
-    return value.float() if value.dtype.itemsize < 4 else value
+    return {name: widened(new[name]) - widened(old[name]) for name in _floating(new)}
 
 
 def _products(

@@ -16,19 +16,37 @@ this takes the pull into account.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+from dreampropeller.acceleration.base import Acceleration
 from dreampropeller.checks import is_number
-from dreampropeller.threshold import Observation
-from dreampropeller.tree import Nest, State, moving
+from dreampropeller.component import FULL, Memory
+from dreampropeller.rollout import Evaluation, Rollout
+from dreampropeller.tree import State, moving, widened
 
 
 @dataclass(frozen=True)
-class Secant:
+class SecantMemory(Memory):
+    r"""Memory of a `Secant`.
+
+    Attributes:
+        held: Guess and drift of the steps that will be evaluated again.
+        products: $\sum_a \Delta g_a \Delta y_a$, decayed, by name.
+        squares: $\sum_a \Delta y_a^2$, decayed, by name.
+        slopes: The diagonal $\Lambda$, from `before` to `after`.
+    """
+
+    held: dict[int, tuple[State, State]] = field(default_factory=dict, metadata=FULL)
+    products: State = field(default_factory=dict)
+    squares: State = field(default_factory=dict)
+    slopes: State = field(default_factory=dict, metadata=FULL)
+
+
+@dataclass(frozen=True)
+class Secant(Acceleration[SecantMemory]):
     r"""Correct the drifts of guesses by the slopes seen between iterations (Eq. 18).
 
     A slot that was not accepted is evaluated again, so slopes cost no evaluation. A
@@ -48,87 +66,72 @@ class Secant:
     def __post_init__(self) -> None:
         if not (is_number(self.decay) and 0 <= self.decay < 1):
             raise ValueError(
-                f"`acceleration.decay` is {self.decay!r}: write a number from 0 to "
-                "below 1, as 0.7."
+                f"`decay` is {self.decay!r}: write a number from 0 to below 1, as 0.7."
             )
         if not (is_number(self.shrinkage) and 0 < self.shrinkage < math.inf):
             raise ValueError(
-                f"`acceleration.shrinkage` is {self.shrinkage!r}: write a number above "
-                "0, as 1."
+                f"`shrinkage` is {self.shrinkage!r}: write a number above 0, as 1."
             )
 
-    def init(self) -> Nest:
+    def init(self) -> SecantMemory:
         """No slope yet: drifts stay as they are."""
-        return {"held": {}, "products": {}, "squares": {}}
+        return SecantMemory()
 
-    def learn(
-        self,
-        memory: Nest,
-        steps: Sequence[int],
-        guesses: Sequence[State],
-        drifts: Sequence[State],
-    ) -> Nest:
-        """The memory after the drifts of steps evaluated before are known again."""
+    def before(self, memory: SecantMemory, evaluation: Evaluation) -> SecantMemory:
+        """Learn slopes from the steps that were evaluated before."""
         products, squares = {}, {}
-        for step, guess, drift in zip(steps, guesses, drifts, strict=True):
-            if step not in memory["held"]:
+        for step, guess, drift in zip(
+            evaluation.steps, evaluation.guesses[:-1], evaluation.drifts, strict=True
+        ):
+            if step not in memory.held:
                 continue
-            old_guess, old_drift = memory["held"][step]
+            old_guess, old_drift = memory.held[step]
             for name in moving(guess, drift).keys() & old_drift.keys():
-                change = _wide(drift[name]) - _wide(old_drift[name])
-                move = _wide(guess[name]) - _wide(old_guess[name])
+                change = widened(drift[name]) - widened(old_drift[name])
+                move = widened(guess[name]) - widened(old_guess[name])
                 _add(products, name, change * move)
                 _add(squares, name, move.square())
-        for name in memory["products"]:
-            if squares:
-                _add(products, name, self.decay * memory["products"][name])
-                _add(squares, name, self.decay * memory["squares"][name])
-        kept = {k: memory[k] for k in ("products", "squares")}
-        new = {"products": products, "squares": squares} if squares else kept
-        return {"held": {}, **new}
+        if not squares:
+            products, squares = memory.products, memory.squares
+        else:
+            for name in memory.products:
+                _add(products, name, self.decay * memory.products[name])
+                _add(squares, name, self.decay * memory.squares[name])
+        return SecantMemory({}, products, squares, self.slopes(products, squares))
 
-    def slopes(self, memory: Nest) -> State:
+    def slopes(self, products: State, squares: State) -> State:
         r"""The diagonal $\Lambda$; an entry for each tensor that has been measured."""
         found = {}
-        for name, products in memory["products"].items():
-            squares = memory["squares"][name]
-            slope = products / (squares + self.shrinkage * squares.mean())
+        for name, product in products.items():
+            square = squares[name]
+            slope = product / (square + self.shrinkage * square.mean())
             found[name] = slope.nan_to_num(0, 0, 0).clamp(min=0)
         return found
 
-    def correct(self, slopes: State, drift: State, y: State, guess: State) -> State:
-        """The drift of a guess, corrected to a state."""
+    def correct(
+        self, memory: SecantMemory, drift: State, y: State, guess: State
+    ) -> State:
+        """Add the slopes times the state's distance from the guess (Eq. 18)."""
         moved = {
             name: torch.addcmul(
-                _wide(drift[name]), slope, _wide(y[name]) - _wide(guess[name])
+                widened(drift[name]), slope, widened(y[name]) - widened(guess[name])
             ).to(drift[name].dtype)
-            for name, slope in slopes.items()
+            for name, slope in memory.slopes.items()
             if name in drift
         }
         return {**drift, **moved}
 
-    def hold(self, memory: Nest, observation: Observation) -> Nest:
-        """Keep what will be evaluated again.
-
-        Args:
-            memory: The memory after `learn`.
-            observation: The iteration, with the drifts as they were evaluated.
-        """
-        seen = observation
+    def after(self, memory: SecantMemory, rollout: Rollout) -> SecantMemory:
+        """Keep what will be evaluated again, the drifts as they were evaluated."""
         held = {
-            seen.steps[slot]: (guess, moving(guess, drift))
-            for slot, (guess, drift) in enumerate(
-                zip(seen.guesses[:-1], seen.drifts, strict=True)
+            rollout.steps[slot]: (
+                rollout.guesses[slot],
+                moving(rollout.guesses[slot], rollout.drifts[slot]),
             )
-            if slot >= seen.stride
+            for slot in rollout.repeated
         }
-        return {**memory, "held": held}
+        return SecantMemory(held, memory.products, memory.squares)
 
 
 def _add(sums: State, name: str, value: Tensor) -> None:
     sums[name] = sums[name] + value if name in sums else value
-
-
-def _wide(value: Tensor) -> Tensor:
-    """Squares of half-precision numbers underflow."""
-    return value.float() if value.dtype.itemsize < 4 else value

@@ -7,11 +7,9 @@ from collections.abc import Sequence
 from types import TracebackType
 from typing import Any
 
-import torch
-
 from dreampropeller.timer import Timer
 from dreampropeller.trajectory import Drift, Trajectory
-from dreampropeller.tree import Aux, Nest, State, tensors
+from dreampropeller.tree import Aux, Nest, State, device_of
 
 
 class WorkerError(RuntimeError):
@@ -72,7 +70,7 @@ class Dispatcher(abc.ABC):
     def drift(self, y: State) -> Drift:
         """This worker's drift, built at its first use on the device of the state."""
         if self._drift is None:
-            device = next((t.device for t in tensors(y)), torch.device("cpu"))
+            device = device_of(y)
             self._drift = self.trajectory.make_drift(device)
         return self._drift
 

@@ -28,7 +28,7 @@ from torch import Tensor
 from dreampropeller.dispatch import process_group, wire
 from dreampropeller.dispatch.base import Dispatcher, WorkerError
 from dreampropeller.trajectory import Trajectory
-from dreampropeller.tree import Aux, Nest, State, decode, encode, tensors
+from dreampropeller.tree import Aux, Nest, State, decode, device_of, encode
 
 
 class _Meeting(enum.IntEnum):
@@ -152,7 +152,7 @@ class DistributedDispatcher(Dispatcher):
             results = [self._evaluate_one(steps[slot], ys[slot]) for slot in mine]
         with self.timer.phase("communication"):
             self._compare_anchors(steps[0], ys[0])
-            device = next((t.device for t in tensors(ys[0])), torch.device("cpu"))
+            device = device_of(ys[0])
             return self._gather(results, steps, device)
 
     def agree(self, numbers: Sequence[int]) -> list[int]:
@@ -168,7 +168,7 @@ class DistributedDispatcher(Dispatcher):
         places = [(str(t.device.type), str(t.dtype), list(t.shape)) for t in leaves]
         (message, *_) = self._gather_text(json.dumps([structure, places]))
         structure, places = json.loads(message)
-        device = next((t.device for t in leaves), torch.device("cpu"))
+        device = device_of(leaves)
         received: list[Tensor] = []
         for index, (kind, dtype, shape) in enumerate(places):
             if self.rank == 0:

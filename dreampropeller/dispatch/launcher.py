@@ -26,7 +26,7 @@ _STARTED_WHILE_IMPORTED = 87
 """Exit code of a process that reads its script and finds a call of `launch` in it."""
 
 
-def launch(function: Callable[..., R], *args: Any, num_workers: int) -> list[R]:
+def launch_workers(function: Callable[..., R], *args: Any, num_workers: int) -> list[R]:
     """Call a function in `num_workers` new processes, as `torchrun` would start them.
 
     Args:

@@ -22,9 +22,10 @@ from tqdm import tqdm
 
 import dreampropeller as dp
 from dreampropeller import checkpoint
+from systems.files import named
 from systems.images import save_picture
 from systems.problem import Problem
-from systems.runs import folders, history, results
+from systems.runs import folders, history, results, viewer
 from systems.runs.stopping import Stop
 
 STOP = "stop"
@@ -177,7 +178,8 @@ class FolderRecorder(Recorder):
             yield
         finally:
             self._bar.close()
-            self._metrics.close()
+            with named(self.folder / "metrics.jsonl"):  # it writes what is left
+                self._metrics.close()
             self._board.close()
 
     def __call__(self, state: dp.SolverState[Any], iteration: dp.Iteration) -> bool:
@@ -190,7 +192,9 @@ class FolderRecorder(Recorder):
 
     def record(self, state: dp.SolverState[Any], iteration: dp.Iteration) -> None:
         """Metrics of each iteration; previews and checkpoints when they are due."""
-        self._write_metrics(state, iteration)
+        assert self.folder is not None
+        with named(self.folder / "metrics.jsonl"):
+            self._write_metrics(state, iteration)
         strides = state.stats.strides
         self._bar.update(iteration.stride)
         self._bar.set_postfix_str(
@@ -227,6 +231,7 @@ class FolderRecorder(Recorder):
         }
         found = results.collapses(history.lines(self.folder), solution.value)
         report["notes"] = [*made.get("notes", []), *found]
+        viewer.add(self.folder, report, self.problem.title)
         folders.write_json(self.folder / "report.json", report)
         print(results.summary(self.folder, self.problem, report))
 

@@ -6,7 +6,6 @@ import math
 import shlex
 import statistics
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ import dreampropeller as dp
 from systems.problem import Problem
 from systems.runs import folders, history
 from systems.settings.config import Config
+from systems.settings.reader import to_section
 
 GROWTH = 100.0
 """How much larger than at first a loss may be at the end."""
@@ -52,7 +52,7 @@ def report_of(
         "gpu_memory": (  # bytes, on the first device
             torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None
         ),
-        "solver": asdict(config.solver),
+        "solver": to_section(config.solver),
         "environment": folders.environment(),
     }
 

@@ -70,7 +70,9 @@ def start(
     def launch() -> None:
         try:
             outcome.extend(
-                dp.launch(_quietly, function, *arguments, num_workers=num_workers)
+                dp.launch_workers(
+                    _quietly, function, *arguments, num_workers=num_workers
+                )
             )
         except BaseException as error:  # handed to the main thread
             outcome.append(error)

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from omegaconf import OmegaConf
 
 import dreampropeller as dp
-from dreampropeller.adapters.threestudio import ThreestudioTrajectory, make_trajectory
+from dreampropeller.adapters.threestudio import ThreestudioTrajectory
 from dreampropeller.dispatch import process_group
 from systems.runs import workers
 from systems.runs.recorder import STOP
@@ -92,7 +92,9 @@ def work(
         datamodule = find(cfg.data_type)(cfg.data)
         system = find(cfg.system_type)(cfg.system, resumed=False)
         system.set_save_dir(os.path.join(cfg.trial_dir, "save"))
-        return make_trajectory(system, datamodule, cfg, verify=ours.threestudio.verify)
+        return ThreestudioTrajectory(
+            system, datamodule, cfg, verify=ours.threestudio.verify
+        )
 
     # Rank 0 first: it fills the cache of prompt embeddings that the others read. (Where
     # threestudio meets at a barrier of its own while loading them, the two pair up.)

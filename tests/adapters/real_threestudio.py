@@ -31,7 +31,7 @@ from dreampropeller import (
     SlidingWindow,
     solve,
 )
-from dreampropeller.adapters.threestudio import make_trajectory
+from dreampropeller.adapters.threestudio import ThreestudioTrajectory
 from tests.adapters.recording import Replay
 
 _CAMERAS = [
@@ -147,7 +147,7 @@ def compare(case: str, scratch: str) -> dict[str, Any]:
     )
     trainer.fit(system, datamodule=datamodule)
 
-    replayed = make_trajectory(
+    replayed = ThreestudioTrajectory(
         *build(case, scratch), random=recording, batches=recording.batch
     )
     equal: list[bool] = []
@@ -169,7 +169,7 @@ def compare(case: str, scratch: str) -> dict[str, Any]:
 
     solve(replayed, Sequential(), on_iteration=look)
 
-    trajectory = make_trajectory(*build(case, scratch), verify=True)
+    trajectory = ThreestudioTrajectory(*build(case, scratch), verify=True)
     start = time.perf_counter()
     sequential = solve(trajectory, Sequential())
     seconds = time.perf_counter() - start
@@ -202,7 +202,7 @@ def compare(case: str, scratch: str) -> dict[str, Any]:
         "changed_buffers": [
             n
             for n, t in sequential.value.items()
-            if n not in trajectory._parameters and not torch.equal(begun[n], t)
+            if n not in trajectory.host.parameters and not torch.equal(begun[n], t)
         ],
         "threshold_zero_equal": all(
             t.shape == sequential.value[n].shape and torch.equal(t, sequential.value[n])

@@ -15,7 +15,7 @@ from dreampropeller import (
     PicardSolver,
     Sequential,
     SlidingWindow,
-    launch,
+    launch_workers,
     solve,
 )
 from dreampropeller.adapters.lightning import LightningTrajectory
@@ -141,14 +141,14 @@ def on_a_rank() -> Any:
 def test_two_ranks_are_one() -> None:
     solver = PicardSolver(SlidingWindow(5), FixedThreshold(1e-4), "momentum")
     inline = solve(make(), solver).value
-    for value in launch(on_a_rank, num_workers=2):
+    for value in launch_workers(on_a_rank, num_workers=2):
         assert tree_equal(value, inline)
 
 
 def test_shuffled_data_is_keyed_by_the_step() -> None:
     def seen(order: list[int]) -> dict[int, Tensor]:
         trajectory = LightningTrajectory(Regression(), data(True), NUM_STEPS)
-        return {step: trajectory.batch(step)[0] for step in order}
+        return {step: trajectory.host.batch(step)[0] for step in order}
 
     forward, backward = seen([*range(14)]), seen([*reversed(range(14))])
     assert all(torch.equal(forward[step], backward[step]) for step in range(14))
@@ -185,9 +185,9 @@ def test_half_precision_scales_its_loss_as_torch_does() -> None:
     configured = Half.configure_optimizers(module)
     optimizer, schedule = configured["optimizer"], configured["lr_scheduler"]
     for step in range(12):
-        steps.shim.global_step = step
+        steps.host.shim.global_step = step
         with Seeds(1).random.scope(step):
-            batch = steps.batch(step)
+            batch = steps.host.batch(step)
             module.on_train_batch_start(batch, step % 7)
             with torch.autocast("cpu", dtype=torch.float16):
                 loss = module.training_step(batch, step % 7)
@@ -316,4 +316,4 @@ def test_bad_arguments_are_refused() -> None:
     with pytest.raises(ValueError, match="write `norm` or `value`"):
         make(gradient_clip_algorithm="l1")
     with pytest.raises(ValueError, match="one step per worker"):
-        make().make_drift(torch.device("cpu"), (0, 2))
+        make().make_shard(torch.device("cpu"), 0, 2)

@@ -16,15 +16,13 @@ from dreampropeller import (
     PicardSolver,
     Sequential,
     SlidingWindow,
-    launch,
+    launch_workers,
     solve,
 )
 from dreampropeller.adapters.lightning import NotReproducible
 from dreampropeller.adapters.threestudio import (
-    GrowingTrajectory,
     ThreestudioTrajectory,
     accelerate,
-    make_trajectory,
 )
 from dreampropeller.checkpoint import load, save
 from tests.adapters import standin
@@ -69,7 +67,7 @@ def test_sequential_is_the_systems_own_run(name: str) -> None:
     if name == "growing-like":
         assert len(solution.value["geometry._xyz"]) > 2 * len(begun["geometry._xyz"])
         lost = NUM_STEPS - int(ours["state"]["geometry._xyz"]["step"])
-        assert lost == sum(map(trajectory._jumps, range(NUM_STEPS))), "lost updates"  # pyright: ignore
+        assert lost == sum(map(trajectory.host.jumps, range(NUM_STEPS))), "lost updates"  # pyright: ignore
     else:
         grid = "renderer.estimator.binaries"
         assert not torch.equal(begun[grid], solution.value[grid]), "a grid update"
@@ -131,7 +129,7 @@ def on_a_rank() -> Any:
 
 def test_two_ranks_are_one() -> None:
     inline = [solve(make(name), LOOSE) for name in SYSTEMS]
-    for found in launch(on_a_rank, num_workers=2):
+    for found in launch_workers(on_a_rank, num_workers=2):
         for (value, carry), expected in zip(found, inline, strict=True):
             assert tree_equal(value, expected.value)
             assert tree_equal(carry, expected.carry)
@@ -149,7 +147,7 @@ def test_each_accepted_step_is_counted_once() -> None:
 
     def statistics(solver: Any) -> Any:
         parts = build("growing-like", **changes)
-        trajectory = make_trajectory(*parts, num_steps=NUM_STEPS)
+        trajectory = ThreestudioTrajectory(*parts, num_steps=NUM_STEPS)
         return solve(trajectory, solver).carry["statistics"]
 
     loose = PicardSolver(SlidingWindow(5), FixedThreshold(1e9), "momentum")
@@ -246,7 +244,7 @@ def refused(
     if change is not None:
         change(system)
     with pytest.raises(ValueError, match=message):
-        make_trajectory(system, datamodule, config, num_steps=steps)
+        ThreestudioTrajectory(system, datamodule, config, num_steps=steps)
 
 
 def test_refusals_say_why_and_what_to_do() -> None:
@@ -304,7 +302,7 @@ def test_growth_that_the_config_does_not_name_is_refused(
     kind: Any, message: str
 ) -> None:
     _, datamodule = build("growing-like")
-    trajectory = GrowingTrajectory(
+    trajectory = ThreestudioTrajectory(
         kind(SYSTEMS["growing-like"]), datamodule, num_steps=5
     )
     with pytest.raises(ValueError, match=message):
@@ -313,10 +311,10 @@ def test_growth_that_the_config_does_not_name_is_refused(
 
 def test_settings_come_from_the_config() -> None:
     config = {"trainer": {"max_steps": 7, "precision": "bf16-mixed"}, "seed": 3}
-    trajectory = make_trajectory(*build("dreamfusion-like"), config)
+    trajectory = ThreestudioTrajectory(*build("dreamfusion-like"), config)
     assert trajectory.num_steps == 7
-    assert not trajectory._precision.scales
-    other = make_trajectory(*build("dreamfusion-like"), {**config, "seed": 4})
+    assert not trajectory.host.precision.scales
+    other = ThreestudioTrajectory(*build("dreamfusion-like"), {**config, "seed": 4})
     y, _ = trajectory.init()
-    (g, _), (h, _) = trajectory._drift(5, y), other._drift(5, y)
+    (g, _), (h, _) = trajectory.host.evaluate(5, y), other.host.evaluate(5, y)
     assert not tree_equal(g, h), "another seed, other cameras"

@@ -6,7 +6,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 
-from dreampropeller.adapters.threestudio import ThreestudioTrajectory, make_trajectory
+from dreampropeller.adapters.threestudio import ThreestudioTrajectory
 from tests.adapters import standin
 from tests.adapters.recording import Replay
 
@@ -74,7 +74,7 @@ def build(name: str, **changes: Any) -> tuple[Any, Any]:
 
 
 def make(name: str, **options: Any) -> ThreestudioTrajectory:
-    return make_trajectory(*build(name), num_steps=NUM_STEPS, **options)
+    return ThreestudioTrajectory(*build(name), num_steps=NUM_STEPS, **options)
 
 
 class Recording(Replay, pl.Callback):

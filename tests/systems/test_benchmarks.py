@@ -17,7 +17,16 @@ import pytest
 import torch
 
 import dreampropeller as dp
-from benchmarks import pareto, runs, sampling, sensitivity, speedup, tune, wallclock
+from benchmarks import (
+    pareto,
+    runs,
+    sampling,
+    sensitivity,
+    side_by_side,
+    speedup,
+    tune,
+    wallclock,
+)
 from systems import build
 from systems.settings.config import load
 from tests.systems.scenes import SMALL, TOYBOX
@@ -53,6 +62,21 @@ def test_the_gpu_command_fills_its_file(tmp_path: Path) -> None:
     assert "not run" in done.stdout
 
 
+def test_the_figure_of_the_readme_is_drawn(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small = [s for s in SMALL if "prompt" not in s and "max_steps" not in s]
+    settings = ("--set", *small, "trainer.max_steps=4")
+    monkeypatch.setattr(sys, "argv", ["", "--to", str(tmp_path), *settings])
+    side_by_side.main()
+    found = json.loads((tmp_path / "runs.json").read_text())
+    plain, fast = found["sequential"], found["accelerated"]
+    assert plain["iterations"] == plain["evaluations"] == 4 > fast["iterations"]
+    assert list(plain["psnr"]) == ["1", "2", "3", "4"]
+    assert fast["psnr"]["1"] == plain["psnr"]["1"]  # the first step is exact
+    assert (tmp_path / "figure.png").stat().st_size > 10_000
+
+
 def test_tuning_picks_the_fewest_steps_near_the_plateau() -> None:
     found = {(25, 0.1): 20.0, (50, 0.1): 22.6, (50, 0.2): 21.0, (100, 0.1): 23.0}
     entries = [
@@ -70,7 +94,10 @@ def test_tuning_picks_the_fewest_steps_near_the_plateau() -> None:
 RESULTS = Path("benchmarks/results")
 
 
-@pytest.mark.parametrize("folder", sorted(RESULTS.iterdir()), ids=lambda p: p.name)
+COMMANDS = sorted(path.parent for path in RESULTS.glob("*/commands.txt"))
+
+
+@pytest.mark.parametrize("folder", COMMANDS, ids=lambda path: path.name)
 def test_published_logs_are_what_their_commands_give(folder: Path) -> None:
     """Run by run: none is missing, and none comes from elsewhere."""
     found: set[str] = set()
@@ -273,7 +300,7 @@ def test_the_frontier_is_computed_drawn_and_resumed(tmp_path: Path) -> None:
     count = command("pareto", *arguments, "--count")
     assert count.stdout.startswith("14 runs of 126 steps")
     wrong = command("pareto", *arguments, "--thresholds", "drifty")
-    assert "`drifty` is no threshold: write `paper:median`" in wrong.stderr
+    assert "`drifty` is no threshold: write `ema:median`" in wrong.stderr
 
 
 def test_sensitivity_counts_from_the_plain_loop_of_each_case(tmp_path: Path) -> None:

@@ -253,8 +253,8 @@ def test_a_model_seen_in_order_has_a_pure_drift(sd: Any) -> None:
     drift(0, y)
     assert tree_equal(drift(2, y)[0], first)
     assert tree_equal(y, found.init()[0])
-    with pytest.raises(ValueError, match="cannot be split into 2 shards"):
-        found.make_drift(torch.device("cpu"), (0, 2))
+    with pytest.raises(ValueError, match="cannot split a step into 2 shards"):
+        found.make_shard(torch.device("cpu"), 0, 2)
 
 
 @pytest.mark.parametrize("guidance_scale", [1.0, 5.0])

@@ -59,7 +59,7 @@ def test_two_ranks_equal_the_sequential_run(sequential: dp.Solution[Any]) -> Non
     trajectory = small().trajectory()
     y, _ = trajectory.init()
     drift = trajectory.make_drift(torch.device("cpu"))
-    for answer in dp.launch(solve_exactly, 5, num_workers=2):
+    for answer in dp.launch_workers(solve_exactly, 5, num_workers=2):
         assert tree_equal(answer["value"], sequential.value)
         for step, (gradient, aux) in answer["drifts"].items():
             own, own_aux = drift(step, y)

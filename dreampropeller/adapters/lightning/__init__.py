@@ -1,6 +1,7 @@
 """Any `LightningModule` with automatic optimisation, as a trajectory."""
 
-from dreampropeller.adapters.lightning.trajectory import Keyed as Keyed
+from dreampropeller.adapters.lightning.host import Host as Host
+from dreampropeller.adapters.lightning.host import Keyed as Keyed
 from dreampropeller.adapters.lightning.trajectory import (
     LightningTrajectory as LightningTrajectory,
 )

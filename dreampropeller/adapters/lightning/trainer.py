@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -88,7 +89,24 @@ class KeyedLoader:
         return collate([dataset[index] for index in chosen])
 
 
-def batches(data: Any, seed: int) -> tuple[Callable[[int], Any], Any, Any, int | None]:
+@dataclass(frozen=True)
+class Batches:
+    """Batches as a function of the step.
+
+    Attributes:
+        of_step: Gives the batch of a step.
+        loader: The loader they come from, where there is one.
+        datamodule: The data module, where there is one.
+        epoch_length: The number of batches in an epoch; None: endless.
+    """
+
+    of_step: Callable[[int], Any]
+    loader: Any = None
+    datamodule: Any = None
+    epoch_length: int | None = None
+
+
+def batches(data: Any, seed: int) -> Batches:
     """Make batches a function of the step.
 
     Args:
@@ -96,22 +114,18 @@ def batches(data: Any, seed: int) -> tuple[Callable[[int], Any], Any, Any, int |
             `prepare_data` and `setup("fit")` have been called.
         seed: The seed of the run.
 
-    Returns:
-        The function, the loader and the data module where there is one, and the number
-        of batches in an epoch (None: endless).
-
     Raises:
         TypeError: It is none of these.
         ValueError: The data set is iterable.
     """
     if isinstance(data, DataLoader):
         keyed = KeyedLoader(data, seed)
-        return keyed, data, None, keyed.length
+        return Batches(keyed, data, None, keyed.length)
     if hasattr(data, "train_dataloader"):
         keyed = KeyedLoader(data.train_dataloader(), seed)
-        return keyed, keyed.loader, data, keyed.length
+        return Batches(keyed, keyed.loader, data, keyed.length)
     if callable(data):
-        return data, None, None, None
+        return Batches(data)
     raise TypeError(
         f"`data` is a `{type(data).__name__}`: pass a `DataLoader`, a "
         "`LightningDataModule`, or a function `step -> batch`."

@@ -45,7 +45,7 @@ def verify(trajectory: LightningTrajectory) -> None:
             continue
         fresh = _probe(trajectory, step, y)
         _probe(trajectory, step - 1, y)
-        left = trajectory.attributes.changed()
+        left = trajectory.host.attributes.changed()
         following = _probe(trajectory, step, y, restore=False)
         _compare(
             fresh,
@@ -63,17 +63,17 @@ def _probe(
 ) -> dict[str, Any]:
     """What an evaluation gave, by name: tensors, and a hash for each random stream."""
     batches: list[Any] = []
-    original = trajectory.batch
+    original = trajectory.host.batch
 
     def recording(step: int) -> Any:
         batches.append(original(step))
         return batches[-1]
 
-    trajectory.batch = recording
+    trajectory.host.batch = recording
     try:
         drift, streams = trajectory.probe(step, y, _streams, restore)
     finally:
-        trajectory.batch = original
+        trajectory.host.batch = original
     found: dict[str, Any] = dict(streams)  # causes before their effects
     for batch in batches:
         named = batch if isinstance(batch, dict) else dict(enumerate(tensors(batch)))

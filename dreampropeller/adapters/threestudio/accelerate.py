@@ -13,15 +13,13 @@ prepare such a run is in `docs/threestudio.md`.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
-from dreampropeller.acceleration.anderson import Anderson
-from dreampropeller.acceleration.secant import Secant
-from dreampropeller.adapters.lightning.trajectory import Keyed
-from dreampropeller.adapters.threestudio.growing import GrowingTrajectory, grows
+from dreampropeller.acceleration.base import Acceleration
+from dreampropeller.adapters.lightning.host import Keyed
 from dreampropeller.adapters.threestudio.trajectory import (
     ThreestudioTrajectory,
 )
@@ -30,26 +28,11 @@ from dreampropeller.dispatch.distributed import DistributedDispatcher
 from dreampropeller.drift_threshold import DriftThreshold
 from dreampropeller.picard import PicardSolver
 from dreampropeller.predictor import Predictor
-from dreampropeller.solution import Solution
-from dreampropeller.solver import SolverState, solve
+from dreampropeller.solution import Solution, SolverState
+from dreampropeller.solver import Listener, solve
 from dreampropeller.threshold import Threshold
 from dreampropeller.trajectory import Trajectory
 from dreampropeller.window import SlidingWindow
-
-
-def make_trajectory(
-    system: Any, datamodule: Any, config: Any = None, **options: Any
-) -> ThreestudioTrajectory:
-    """The trajectory that fits a system: fixed or growing.
-
-    Args:
-        system: See `ThreestudioTrajectory`.
-        datamodule: See `ThreestudioTrajectory`.
-        config: See `ThreestudioTrajectory`.
-        **options: Further arguments of `ThreestudioTrajectory`.
-    """
-    kind = GrowingTrajectory if grows(system) else ThreestudioTrajectory
-    return kind(system, datamodule, config, **options)
 
 
 def accelerate(
@@ -58,13 +41,13 @@ def accelerate(
     *,
     num_steps: int,
     window: int = 8,
-    threshold: Threshold | None = None,
-    predictor: str | Predictor = "repeat_last",
-    acceleration: Secant | Anderson | None = None,
+    threshold: Threshold[Any] | None = None,
+    predictor: str | Predictor[Any] = "repeat_last",
+    acceleration: Acceleration[Any] | None = None,
     config: Any = None,
     state: SolverState[Any] | None = None,
     verify: bool = True,
-    on_iteration: Callable[[Any, Any], bool | None] | None = None,
+    on_iteration: Listener | Sequence[Listener] | None = None,
     random: Keyed | None = None,
 ) -> Solution[Any]:
     """Train a system; it holds the result afterwards.
@@ -87,7 +70,7 @@ def accelerate(
         on_iteration: See `solve`.
         random: Keys the random streams in place of the seed.
     """
-    trajectory = make_trajectory(
+    trajectory = ThreestudioTrajectory(
         system, datamodule, config, num_steps=num_steps, verify=verify, random=random
     )
     solver = PicardSolver(

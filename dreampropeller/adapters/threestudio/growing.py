@@ -19,6 +19,7 @@ Reference: threestudio-3dgs at 8c2ab7b, https://github.com/DSaurus/threestudio-3
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -26,7 +27,12 @@ from torch import Tensor
 
 from dreampropeller.adapters.lightning import optimizers as configured
 from dreampropeller.adapters.lightning import trainer
-from dreampropeller.adapters.threestudio.trajectory import ThreestudioTrajectory
+from dreampropeller.adapters.lightning.host import Host
+from dreampropeller.adapters.threestudio.system import (
+    check_system,
+    is_updated,
+    system_batches,
+)
 from dreampropeller.buffers import updated_buffers
 from dreampropeller.trajectory import Parents
 from dreampropeller.tree import Aux, Nest, State, copy_nest
@@ -44,34 +50,46 @@ def grows(system: Any) -> bool:
     )
 
 
-class GrowingTrajectory(ThreestudioTrajectory):
+class GrowingHost(Host):
     """A system with one optimizer step per training step, and growth as jumps.
 
-    Arguments as for `ThreestudioTrajectory`. With several views in a batch the
-    statistics are summed in another order than upstream's, so they agree to rounding;
-    with one view bit for bit.
+    With several views in a batch the statistics are summed in another order than
+    upstream's, so they agree to rounding; with one view bit for bit.
 
-    Raises:
-        ValueError: The system is not such a one, or changed its structure at a step
-            its config does not name.
+    Args:
+        batches: Gives the batch of a step instead of the data module.
     """
 
-    _SKIP = (*ThreestudioTrajectory._SKIP, "optimizer", "optimize_list")
+    skip = (*Host.skip, "optimizer", "optimize_list")
 
-    def _refuse(self, module: Any) -> None:
+    def __init__(self, batches: Callable[[int], Any] | None = None) -> None:
+        self._given = batches
+
+    def refuse(self, module: Any) -> None:
+        """Refuse systems that do not grow, or remember earlier steps."""
         if not grows(module):
             raise ValueError(
                 f"`{type(module).__name__}` is no system of growing Gaussians; use "
-                "`ThreestudioTrajectory`."
+                "`SystemHost`."
             )
+        check_system(module)
         automatic = module.automatic_optimization
         module.automatic_optimization = True  # what the general check is not about
         try:
-            super()._refuse(module)
+            super().refuse(module)
         finally:
             module.automatic_optimization = automatic
 
-    def _configure(self) -> None:
+    def find_batches(self, data: Any, seed: int) -> trainer.Batches:
+        """Cameras of a step."""
+        return system_batches(data, seed, self._given)
+
+    def follows(self, value: object) -> bool:
+        """Objects that are updated by step without being modules."""
+        return is_updated(value)
+
+    def configure(self) -> list[torch.optim.Optimizer]:
+        """Take over the optimizer that the system steps itself."""
         found, _ = configured.read(self.module.configure_optimizers())
         if len(found) != 1 or found[0] is not self.module.geometry.optimizer:
             raise ValueError(
@@ -79,42 +97,47 @@ class GrowingTrajectory(ThreestudioTrajectory):
                 "hand; only systems with the one optimizer of their Gaussians can be "
                 "evaluated ahead of time. Run it with threestudio itself."
             )
-        if self._precision.scales:
+        if self.precision.scales:
             raise ValueError(
                 "`trainer.precision: 16-mixed` scales the loss, and this system takes "
                 "its gradients itself, unscaled. Write `trainer.precision=32-true` or "
                 "`bf16-mixed`."
             )
-        self._owned = {id(found[0])}
         self._read_parameters()
         private = [configured.view(found[0])]
         private[0].state = type(found[0].state)(dict, found[0].state)
         schedules = [configured.Schedule()]
         self._schedules = schedules
-        self._optimizers = configured.lend(self._parameters, private, schedules)
-        self._seen_optimizers = self.shim.optimizers = found
+        self.optimizers = configured.lend(self.parameters, private, schedules)
+        self.shim.optimizers = found
         self._proxy = _Optimizer()
         self.module.optimizers = lambda *_, **__: self._proxy
         self.module.manual_backward = lambda loss, *a, **k: loss.backward(*a, **k)
+        return found
 
     def _read_parameters(self) -> None:
-        self._parameters = configured.names(
+        self.parameters = configured.names(
             self.module, [self.module.geometry.optimizer]
         )
 
-    def init(self) -> tuple[State, Nest]:
+    def initial(self) -> tuple[State, Nest]:
         """Parameters, buffers and moments, and statistics that count nothing yet."""
-        y, carry = super().init()
+        y, carry = super().initial()
         return y, {**carry, "statistics": self._zeros(y["geometry._xyz"])}
 
     def next_jump(self, step: int) -> int:
         """The next step at which the config prunes or densifies."""
         return next(
-            (one for one in range(step + 1, self.num_steps) if self._jumps(one)),
-            self.num_steps,
+            (
+                one
+                for one in range(step + 1, self.settings.num_steps)
+                if self.jumps(one)
+            ),
+            self.settings.num_steps,
         )
 
-    def _jumps(self, step: int) -> bool:
+    def jumps(self, step: int) -> bool:
+        """Whether the config prunes or densifies at a step."""
         cfg = self.module.geometry.cfg
         rules = (
             (cfg.prune_from_iter, cfg.prune_until_iter, cfg.prune_interval),
@@ -127,22 +150,22 @@ class GrowingTrajectory(ThreestudioTrajectory):
     ) -> tuple[State, Nest, Parents | None]:
         """Run the system's whole step, structure and all."""
         optimizer = self.module.geometry.optimizer
-        self._enter(step, y)
+        self.enter(step, y)
         self._set_statistics(copy_nest(carry["statistics"]))
         memory = copy_nest(carry["optimizers"][0])
         optimizer.state.clear()
         for name, state in memory["state"].items():
-            optimizer.state[self._parameters[name]] = state
+            optimizer.state[self.parameters[name]] = state
         for group, values in zip(optimizer.param_groups, memory["groups"], strict=True):
             group.update(values)
         self._proxy.real = optimizer
-        with self._random.scope(step):
+        with self.random.scope(step):
             try:
-                self._run(step)
+                self._step(step)
             finally:
                 self._proxy.real = None
         self._read_parameters()
-        after = self._state()
+        after = self.state()
         groups = [
             {key: value for key, value in group.items() if key in values}
             for group, values in zip(
@@ -151,7 +174,7 @@ class GrowingTrajectory(ThreestudioTrajectory):
         ]
         state = {
             name: optimizer.state[parameter]
-            for name, parameter in self._parameters.items()
+            for name, parameter in self.parameters.items()
             if parameter in optimizer.state
         }
         carry = {
@@ -161,7 +184,7 @@ class GrowingTrajectory(ThreestudioTrajectory):
         }
         optimizer.state.clear()
         moved = {n: t for n, t in after.items() if t.shape != y[n].shape}
-        grown = moved or {n: after[n] for n in self._parameters}
+        grown = moved or {n: after[n] for n in self.parameters}
         # The system does not say where its rows came from: all start anew.
         parents = {
             n: torch.full((len(t),), -1, dtype=torch.int64, device=t.device)
@@ -174,7 +197,7 @@ class GrowingTrajectory(ThreestudioTrajectory):
         self, step: int, y: State, carry: Nest, drift: State
     ) -> tuple[State, Nest]:
         """Adam at the learning rates of the step, statistics, buffers."""
-        if self._jumps(step):
+        if self.jumps(step):
             return y, carry
         statistics = dict(carry["statistics"])
         if _LR in drift:
@@ -187,27 +210,28 @@ class GrowingTrajectory(ThreestudioTrajectory):
                 statistics[name] = torch.maximum(
                     statistics[name], drift[f"statistics/{name}"]
                 )
-        gradients = {n: drift[n] for n in self._parameters if n in drift}
-        params, carry = self._optimizers.step(y, carry, gradients)
+        gradients = {n: drift[n] for n in self.parameters if n in drift}
+        params, carry = self.optimizers.step(y, carry, gradients)
         carry = {**carry, "statistics": statistics}
         return {**y, **params, **updated_buffers(y, drift)}, carry
 
     def load(self, y: State) -> None:
         """Write a state into the module, whatever its number of rows."""
-        for name, parameter in self._parameters.items():
+        for name, parameter in self.parameters.items():
             if parameter.shape != y[name].shape:
                 parameter.grad = None
                 parameter.data = y[name].clone()
         super().load(y)
         self._set_statistics(self._zeros(y["geometry._xyz"]))
 
-    def _evaluate(self, step: int, y: State) -> tuple[State, Aux]:
-        if self._jumps(step):
+    def run(self, step: int, y: State) -> tuple[State, Aux]:
+        """Gradients and statistics of one step on the module as it stands."""
+        if self.jumps(step):
             return {}, {}
-        before = dict(self._parameters)
-        aux = self._run(step)
+        before = dict(self.parameters)
+        aux = self._step(step)
         self._read_parameters()
-        if any(before[name] is not p for name, p in self._parameters.items()):
+        if any(before[name] is not p for name, p in self.parameters.items()):
             raise ValueError(
                 f"Step {step} changed the number of Gaussians, though the config's "
                 "intervals do not name it: more than `geometry.max_num` = "
@@ -215,15 +239,15 @@ class GrowingTrajectory(ThreestudioTrajectory):
                 "`densify_grad_threshold` so that fewer are made."
             )
         groups = self.module.geometry.optimizer.param_groups
-        drift = self._proxy.gradients(self._parameters)
+        drift = self._proxy.gradients(self.parameters)
         rates = [group["lr"] for group in groups]  # set by the forward, from the step
         drift[_LR] = torch.tensor(rates, dtype=torch.float64, device=self.device)
         statistics = self._statistics()
         drift |= {f"statistics/{name}": t.clone() for name, t in statistics.items()}
-        drift |= self._buffer_drift(y)
+        drift |= self.buffer_drift(y)
         return drift, aux
 
-    def _run(self, step: int) -> Aux:
+    def _step(self, step: int) -> Aux:
         """The system's own step; the optimizer it finds decides what comes of it."""
         module, proxy = self.module, self._proxy
         proxy.start(self.shim, self.module.geometry.optimizer)
@@ -233,7 +257,7 @@ class GrowingTrajectory(ThreestudioTrajectory):
         )
         with torch.enable_grad():
             trainer.call(module.on_train_batch_start, batch, step)
-            with self._precision.autocast():
+            with self.precision.autocast():
                 output = trainer.call(module.training_step, batch, step)
         if proxy.num_steps != 1:
             raise ValueError(

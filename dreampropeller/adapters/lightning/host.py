@@ -1,0 +1,309 @@
+r"""A live module that is evaluated in place, one state at a time.
+
+The module stays one live object: a state is written into its own tensors before an
+evaluation, and what the evaluation did to the buffers is read back (Eq. 11 of
+`docs/method.md`). Nothing is cloned or pickled. Its plain attributes are put back
+before each evaluation, so steps may come in any order.
+
+Another kind of module is another host: `refuse`, `find_batches`, `follows`,
+`configure`, `run`, `update`, `next_jump` and `jump` say what it does differently.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import nn
+
+from dreampropeller.adapters.lightning import optimizers as configured
+from dreampropeller.adapters.lightning import refusals, trainer
+from dreampropeller.adapters.lightning.attributes import Attributes
+from dreampropeller.buffers import buffer_drift, updated_buffers
+from dreampropeller.dispatch.process_group import local_device
+from dreampropeller.guard import Guard
+from dreampropeller.optimizers import dense
+from dreampropeller.precision import Precision
+from dreampropeller.rng import StepRandom
+from dreampropeller.trajectory import Parents
+from dreampropeller.tree import Aux, Nest, State, copy_nest
+
+
+@runtime_checkable
+class Keyed(Protocol):
+    """Makes the global random streams a function of the step; see `StepRandom`."""
+
+    def scope(self, step: int) -> contextlib.AbstractContextManager[None]:
+        """Key the streams inside the block and restore them after it."""
+        ...
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a module is trained; arguments as for `LightningTrajectory`."""
+
+    num_steps: int
+    seed: int = 0
+    precision: str | int = "32-true"
+    gradient_clip_val: float | None = None
+    gradient_clip_algorithm: str = "norm"
+    device: torch.device | str | None = None
+    random: Keyed | None = None
+
+    def __post_init__(self) -> None:
+        if self.num_steps < 1:
+            raise ValueError(f"`num_steps` is {self.num_steps}: write at least 1.")
+        if self.gradient_clip_algorithm not in ("norm", "value"):
+            raise ValueError(
+                f"`gradient_clip_algorithm` is {self.gradient_clip_algorithm!r}: write "
+                "`norm` or `value`."
+            )
+
+
+class Host:
+    """A `LightningModule` with automatic optimisation.
+
+    Attributes:
+        module: The module.
+        device: Where it lives.
+        shim: What stands in for its trainer.
+        batch: The batch of a step.
+        parameters: What its optimizers train, by name.
+        attributes: Its plain attributes, as they were when it was opened.
+        random: Keys the global random streams.
+        skip: Names of attributes that are left alone.
+    """
+
+    skip: tuple[str, ...] = ("_trainer", "cfg", "hparams", "_hparams")
+
+    # --- what a kind of module may do differently ---------------------------------
+
+    def refuse(self, module: Any) -> None:
+        """Refuse what cannot be evaluated ahead of time."""
+        refusals.check_module(module)
+
+    def find_batches(self, data: Any, seed: int) -> trainer.Batches:
+        """Where batches come from."""
+        return trainer.batches(data, seed)
+
+    def follows(self, value: object) -> bool:
+        """Whether an object that is no module or data set has attributes of a step."""
+        del value
+        return False
+
+    def configure(self) -> list[torch.optim.Optimizer]:
+        """Take over the module's optimizers; returns them as the module made them."""
+        made, schedules = configured.read(self.module.configure_optimizers())
+        if len(made) > 1:
+            raise ValueError(
+                f"`configure_optimizers` returned {len(made)} optimizers, which "
+                "Lightning accepts only with manual optimisation; put their parameters "
+                "into the groups of one."
+            )
+        self._schedules = schedules
+        self.shim.optimizers = [configured.view(one) for one in made]
+        self.parameters = configured.names(self.module, made)
+        self.optimizers = configured.lend(self.parameters, made, schedules)
+        return made
+
+    def next_jump(self, step: int) -> int:
+        """The next step that changes the structure; default: none."""
+        del step
+        return self.settings.num_steps
+
+    def jump(
+        self, step: int, y: State, carry: Nest
+    ) -> tuple[State, Nest, Parents | None]:
+        """Change the structure; default: nothing changes."""
+        del step
+        return y, carry, None
+
+    def update(
+        self, step: int, y: State, carry: Nest, drift: State
+    ) -> tuple[State, Nest]:
+        """Step the optimizer and the schedulers that are due; write the buffers."""
+        gradients = {n: drift[n] for n in self.parameters if n in drift}
+        due = [one.due(step, self.epoch_length) for one in self._schedules]
+        skip = Precision.overflowed(drift)
+        params, carry = self.optimizers.step(y, carry, gradients, due, skip)
+        extra = self.precision.update(y, drift)
+        return {**y, **params, **updated_buffers(y, drift), **extra}, carry
+
+    def run(self, step: int, y: State) -> tuple[State, Aux]:
+        """One step on the module as it stands."""
+        module, (optimizer,) = self.module, self.shim.optimizers
+        parameters = {**dict(module.named_parameters()), **self.parameters}
+        guard = Guard(parameters, self.parameters)
+        self._logged = {}
+        batch = trainer.transfer(
+            self.batch(step), module, self.shim.datamodule, self.device
+        )
+        index = step if self.epoch_length is None else step % self.epoch_length
+        with torch.enable_grad():
+            if trainer.call(module.on_train_batch_start, batch, index) == -1:
+                raise ValueError(
+                    f"`on_train_batch_start` ended the epoch at step {step} by "
+                    "returning -1; leave the batch out of the data instead."
+                )
+            with self.precision.autocast():
+                output = trainer.call(module.training_step, batch, index)
+            loss = output["loss"] if isinstance(output, dict) else output
+            module.on_before_zero_grad(optimizer)
+            self._zero_grad()
+            found: State = {}
+            if loss is not None:  # None skips the step, as in Lightning
+                scaled = self.precision.scale(loss, y)
+                module.on_before_backward(scaled)
+                module.backward(scaled)
+                module.on_after_backward()
+                own = [p.grad for p in self.parameters.values()]
+                found = self.precision.unscale(own, y)
+                module.on_before_optimizer_step(optimizer)
+                self._clip_gradients()
+        drift = {**self._gradients(Precision.overflowed(found)), **found}
+        self.shim.global_step = step + 1
+        outputs = trainer.detached(output, loss)
+        module.on_train_batch_end(outputs, batch, index)
+        guard.check()
+        drift.update(self.buffer_drift(y))
+        aux = dict(self._logged) if loss is None else {**self._logged, "loss": loss}
+        return drift, trainer.numbers(aux)
+
+    # --- its life -----------------------------------------------------------------
+
+    def open(self, module: Any, data: Any, settings: Settings) -> None:
+        """Set everything up in Lightning's order, up to the first step."""
+        self.refuse(module)
+        self.module, self.settings = module, settings
+        device = settings.device
+        self.device = local_device() if device is None else torch.device(device)
+        self.random: Keyed = settings.random or StepRandom(settings.seed)
+        self.precision = Precision(str(settings.precision), self.device)
+        self._logged: dict[str, Any] = {}
+        if hasattr(data, "train_dataloader"):
+            data.prepare_data()
+            data.setup("fit")
+        found = self.find_batches(data, settings.seed)
+        self.batch, self.epoch_length = found.of_step, found.epoch_length
+        self.shim = trainer.Shim(settings.num_steps, found.datamodule, found.loader)
+        self.attach()
+        # Shadowed on the instance: the real ones ask the trainer's loop for its state.
+        module.log, module.log_dict = self._log, self._log_dict
+        if found.datamodule is None:
+            module.prepare_data()
+        module.setup("fit")
+        if hasattr(module, "configure_model"):
+            module.configure_model()
+        self.attach()  # what `configure_model` added, too
+        owned = {id(one) for one in self.configure()}
+        module.on_fit_start()
+        module.on_train_start()
+        module.zero_grad(set_to_none=True)
+        module.train()
+        roots: dict[str, object] = {"": module}
+        if found.loader is not None:
+            roots["dataset"] = found.loader.dataset
+        self.attributes = Attributes(roots, follow=self.follows, skip=self.skip)
+        refusals.check_optimizers(self.attributes, owned)
+
+    def initial(self) -> tuple[State, Nest]:
+        """Parameters, buffers, and the memory of fresh optimizers; own tensors."""
+        carry = copy_nest(self.optimizers.export())
+        return {**self.state(), **self.precision.init()}, carry
+
+    def evaluate(self, step: int, y: State) -> tuple[State, Aux]:
+        """The drift of a step, from the module as it was when it was opened."""
+        self.enter(step, y)
+        with self.random.scope(step):  # for the module's own draws alone
+            return self.run(step, y)
+
+    def attach(self) -> None:
+        """Take the module back, after a trainer had it for validation."""
+        for one in self.module.modules():
+            if hasattr(one, "_trainer"):
+                one._trainer = self.shim
+        self.module.to(self.device)
+
+    def enter(self, step: int, y: State, restore: bool = True) -> None:
+        """Make the module what it is at the start of a step."""
+        if restore:
+            self.attributes.restore()
+        self.load(y)
+        self.shim.global_step = step
+        if self.epoch_length is not None:
+            self.shim.current_epoch = step // self.epoch_length
+
+    def load(self, y: State) -> None:
+        """Write a state into the module's own tensors."""
+        with torch.no_grad():
+            for name, parameter in self.parameters.items():
+                parameter.copy_(y[name])
+            for name, owner, key in self._buffers():
+                old, new = owner._buffers[key], y[name]
+                if old is None or old.shape != new.shape or not old.is_contiguous():
+                    owner._buffers[key] = new.clone()
+                else:
+                    old.copy_(new)
+
+    def state(self) -> State:
+        """The module's parameters and buffers; own tensors."""
+        tensors = {name: p.detach() for name, p in self.parameters.items()}
+        tensors |= {name: owner._buffers[key] for name, owner, key in self._buffers()}
+        return {name: tensor.detach().clone() for name, tensor in tensors.items()}
+
+    def _buffers(self) -> Iterator[tuple[str, Any, str]]:
+        for name, _ in self.module.named_buffers():
+            path, _, key = name.rpartition(".")
+            yield name, self.module.get_submodule(path), key
+
+    def buffer_drift(self, y: State) -> State:
+        """What the evaluation at a state did to the module's buffers (Eq. 11)."""
+        after = {name: owner._buffers[key] for name, owner, key in self._buffers()}
+        born = sorted(after.keys() - y.keys())
+        if born:
+            raise ValueError(
+                f"The step registered buffer `{born[0]}`; register it when the module "
+                "is built, so that it is part of the state."
+            )
+        after = {name: tensor.detach() for name, tensor in after.items()}
+        changed = buffer_drift({name: y[name] for name in after}, after)
+        # The module goes on writing into its buffers; the drift must not follow.
+        return {
+            name: value.clone() if after.get(name) is value else value
+            for name, value in changed.items()
+        }
+
+    def _gradients(self, overflow: bool) -> State:
+        drift: State = {}
+        for name, parameter in self.parameters.items():
+            gradient, parameter.grad = parameter.grad, None
+            if gradient is None or overflow:
+                continue  # absent, not zero: a zero would make AdamW decay it
+            drift[name] = dense(name, gradient).detach()
+        self._zero_grad()
+        return drift
+
+    def _zero_grad(self) -> None:
+        self.module.zero_grad(set_to_none=True)
+        for parameter in self.parameters.values():  # not all need be registered
+            parameter.grad = None
+
+    def _clip_gradients(self) -> None:
+        value = self.settings.gradient_clip_val
+        if not value:
+            return
+        clip = nn.utils.clip_grad_norm_
+        if self.settings.gradient_clip_algorithm == "value":
+            clip = nn.utils.clip_grad_value_
+        clip(list(self.parameters.values()), value)
+
+    def _log(self, name: str, value: Any, *args: Any, **options: Any) -> None:
+        del args, options
+        self._logged[name] = value
+
+    def _log_dict(self, values: Any, *args: Any, **options: Any) -> None:
+        del args, options
+        self._logged.update(values)

@@ -1,0 +1,121 @@
+r"""A threestudio system as a host: its data, and what it may not remember.
+
+What differs from any other LightningModule is the data (cameras are drawn while a batch
+is collated, from a data set whose resolution follows the step) and objects that are
+updated by step without being modules.
+
+A batch belongs to its step: the data set is set to step t, then the cameras of t are
+drawn. Lightning fetches one batch ahead, so there a resolution milestone takes effect
+two steps later and the cameras are others; the distribution is the same.
+
+Reference: threestudio at 28d9d80, https://github.com/threestudio-project/threestudio.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+from torch.utils.data import IterableDataset
+
+from dreampropeller.adapters.lightning import trainer
+from dreampropeller.adapters.lightning.host import Host
+
+_HISTORY = ("edit_frames", "per_editing_step")
+"""Attributes of systems whose data remembers earlier renderings."""
+
+
+def check_system(module: Any) -> None:
+    """Refuse a system whose steps depend on more than their number.
+
+    Raises:
+        TypeError: It is no threestudio system.
+        ValueError: It remembers earlier steps.
+    """
+    kind = type(module).__name__
+    if not hasattr(module, "do_update_step"):
+        raise TypeError(
+            f"`{kind}` is no threestudio system (it has no `do_update_step`). For "
+            "another LightningModule use `LightningTrajectory`."
+        )
+    for name in _HISTORY:
+        if hasattr(module, name):
+            raise ValueError(
+                f"`{kind}` edits its own training images along the way "
+                f"(`{name}`), so a step depends on all steps before. Run it with "
+                "threestudio itself."
+            )
+    renderer = getattr(module, "renderer", None)
+    if hasattr(renderer, "prop_optim"):
+        raise ValueError(
+            "`system.renderer.estimator: proposal` trains its network with an "
+            "optimizer of its own, by a count of past calls. Write `estimator: "
+            "occgrid` or `estimator: importance`."
+        )
+
+
+def system_batches(
+    data: Any, seed: int, given: Callable[[int], Any] | None
+) -> trainer.Batches:
+    """Batches of a threestudio data module, whose cameras are drawn while collating.
+
+    Args:
+        data: The data module.
+        seed: The seed of the run.
+        given: Gives the batch of a step instead.
+    """
+    loader = data.train_dataloader()
+    draw = functools.partial(_collated_batch, loader)
+    if given is not None:
+        draw = given
+    elif not isinstance(loader.dataset, IterableDataset):
+        draw = functools.partial(_keyed_batch, trainer.KeyedLoader(loader, seed))
+    return trainer.Batches(draw, loader, data)
+
+
+def _collated_batch(loader: Any, step: int) -> Any:
+    """The cameras of a step: threestudio draws them while collating."""
+    _update_dataset(loader.dataset, step)
+    item = next(iter(loader.dataset))
+    size = loader.batch_size
+    return loader.collate_fn(item if size is None else [item] * size)
+
+
+def _keyed_batch(keyed: trainer.KeyedLoader, step: int) -> Any:
+    _update_dataset(keyed.loader.dataset, step)
+    return keyed(step)
+
+
+def _update_dataset(dataset: Any, step: int) -> None:
+    if hasattr(dataset, "do_update_step"):
+        dataset.do_update_step(0, step)
+
+
+def is_updated(value: object) -> bool:
+    """Whether threestudio updates an object by step."""
+    return hasattr(type(value), "do_update_step")
+
+
+class SystemHost(Host):
+    """A threestudio system with automatic optimisation.
+
+    Args:
+        batches: Gives the batch of a step instead of the data module.
+    """
+
+    def __init__(self, batches: Callable[[int], Any] | None = None) -> None:
+        self._given = batches
+
+    def refuse(self, module: Any) -> None:
+        """Refuse systems that remember earlier steps, too."""
+        check_system(module)
+        super().refuse(module)
+
+    def find_batches(self, data: Any, seed: int) -> trainer.Batches:
+        """Cameras of a step."""
+        return system_batches(data, seed, self._given)
+
+    def follows(self, value: object) -> bool:
+        """Objects that are updated by step without being modules."""
+        return is_updated(value)

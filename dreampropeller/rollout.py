@@ -1,0 +1,100 @@
+r"""What one Picard iteration saw: the record that its acts hand on.
+
+An iteration evaluates drifts at guesses (`Evaluation`), rolls the recurrence out with
+them and accepts a stride (`Rollout`). Slot $i$ stands for step $t + i$ of the anchor's
+step $t$.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from dreampropeller.tree import Aux, Nest, State
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The drifts of a window of guesses.
+
+    Attributes:
+        steps: The steps whose drifts can be used, shape ``(window,)``: all that were
+            evaluated, up to the first guess whose drift is not finite.
+        guesses: The anchor and the guesses the drifts were evaluated at, then the last,
+            which is only compared, shape ``(window + 1,)``.
+        drifts: The drifts as evaluated, finite, shape ``(window,)``.
+        aux: What they logged, shape ``(window,)``.
+        length: Steps evaluated, those behind a bad guess included.
+        remaining: Steps before the next jump or the end.
+        skips: Whether the anchor's drift was not finite: it is empty here, and its
+            update is left out.
+    """
+
+    steps: Sequence[int]
+    guesses: Sequence[State]
+    drifts: Sequence[State]
+    aux: Sequence[Aux] = ()
+    length: int = 0
+    remaining: int = 0
+    skips: bool = False
+
+    def updates(self, slot: int) -> bool:
+        """Whether a slot's update is made."""
+        return slot > 0 or not self.skips
+
+    def rolled_out(
+        self,
+        states: Sequence[State],
+        used: Sequence[State],
+        errors: Sequence[float],
+        distances: Sequence[float],
+        carries: Sequence[Nest] = (),
+        stride: int = 0,
+    ) -> Rollout:
+        """The same with what was rolled out; see `Rollout`."""
+        return Rollout(
+            **vars(self),
+            states=states,
+            used=used,
+            errors=errors,
+            distances=distances,
+            carries=carries,
+            stride=stride,
+        )
+
+
+@dataclass(frozen=True)
+class Rollout(Evaluation):
+    """A window rolled out from the anchor, and how many of its steps were accepted.
+
+    Attributes:
+        states: The anchor and the states rolled out from it, shape ``(window + 1,)``.
+        used: The drifts as they were used, which an acceleration may have corrected,
+            shape ``(window,)``.
+        errors: Errors of `states[1:]` against `guesses[1:]`, as the threshold measures
+            them, shape ``(window,)``.
+        distances: The same in the solver's norm, shape ``(window,)``.
+        carries: The carry before each update, shape ``(window,)``; empty unless the
+            acceleration asks for them. Consumed by whoever uses one.
+        stride: The steps accepted.
+    """
+
+    states: Sequence[State] = ()
+    used: Sequence[State] = ()
+    errors: Sequence[float] = ()
+    distances: Sequence[float] = ()
+    carries: Sequence[Nest] = ()
+    stride: int = 0
+
+    @property
+    def ahead(self) -> list[State]:
+        """The states rolled out past the new anchor."""
+        return list(self.states[self.stride + 1 :])
+
+    @property
+    def repeated(self) -> range:
+        """Slots whose step is evaluated again at another guess: those not accepted.
+
+        The anchor's slot is not among them: its guess is exact.
+        """
+        return range(max(1, self.stride), len(self.steps))
