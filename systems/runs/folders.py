@@ -28,7 +28,7 @@ from dreampropeller import checkpoint, identity
 from dreampropeller.precision import LOSS_SCALE, Precision
 from systems.files import named, written
 from systems.problem import Problem
-from systems.settings.config import Config
+from systems.settings.config import Config, load
 from systems.settings.reader import ConfigError, to_section
 
 CHECKPOINTS = "ckpts"
@@ -82,6 +82,21 @@ def folder_of(resume: str) -> Path:
         )
     folder = path.parent if path.is_file() else path
     return folder.parent if folder.name == CHECKPOINTS else folder
+
+
+def load_config(path: Path | None, overrides: Sequence[str]) -> Config:
+    """The config of a command line: of a file, or of the run that `resume=…` names.
+
+    What a file leaves open (`???`) and the run knows is taken from the run.
+
+    Raises:
+        ConfigError: There is none, or a setting cannot be used.
+    """
+    if path is None:
+        return load(config_of(overrides), overrides)
+    resumes = any(override.startswith("resume=") for override in overrides)
+    known = config_of(overrides) if resumes else None
+    return load(path, overrides, known if known and known.exists() else None)
 
 
 def config_of(overrides: Sequence[str]) -> Path:
