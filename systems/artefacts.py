@@ -48,7 +48,9 @@ def write(
     elif not mesh:
         del report["mesh"]  # it was only wanted for the preview
     if mesh:
-        report |= system.export(folder, y)
+        attempt(report, "export", lambda: system.export(folder, y))
+        if isinstance(report["export"], dict):
+            report |= report.pop("export")
     if film:
         attempt(report, "turntable", lambda: _turntable(folder, system, y))
         attempt(report, "preview", lambda: _preview(folder, system, y, surface))
