@@ -38,6 +38,12 @@ def write(
     report: dict[str, Any] = {}
     wanted = quality.truth_of(system)
     surface = attempt(report, "mesh", lambda: system.mesh(y))
+    if not mesh:
+        report.pop("mesh", None)  # it was only wanted for the preview
+    else:
+        exported = attempt(report, "export", lambda: system.export(folder, y))
+        if exported is not None:
+            report |= report.pop("export")
     if mesh and surface is not None:
         attempt(report, "mesh", lambda: [p.name for p in save_mesh(surface, folder)])
         attempt(
@@ -45,12 +51,6 @@ def write(
             "mesh_quality",
             lambda: quality.measure_mesh(surface, wanted).figures(),
         )
-    elif not mesh:
-        del report["mesh"]  # it was only wanted for the preview
-    if mesh:
-        attempt(report, "export", lambda: system.export(folder, y))
-        if isinstance(report["export"], dict):
-            report |= report.pop("export")
     if film:
         attempt(report, "turntable", lambda: _turntable(folder, system, y))
         attempt(report, "preview", lambda: _preview(folder, system, y, surface))
