@@ -42,7 +42,9 @@ def write(
     if not mesh:
         report.pop("mesh", None)  # it was only wanted for the preview
     else:
-        report |= system.export(folder, y)
+        exported = attempt(report, "export", lambda: system.export(folder, y))
+        if exported is not None:
+            report |= report.pop("export")
     if mesh and surface is not None:
         attempt(report, "mesh", lambda: [p.name for p in save_mesh(surface, folder)])
         attempt(
