@@ -77,7 +77,7 @@ def compare(n: int, dim: int, num: int, components: tuple[int, ...]) -> list[dic
     )
     print(rows[-1], flush=True)
     for k in components:
-        rival = BayesianGaussianMixture(k, random_state=0)
+        rival = BayesianGaussianMixture(n_components=k, random_state=0)
         rival, seconds = timed(rival, x)
         labels = rival.predict(x)
         rows.append(

@@ -178,14 +178,15 @@ class BlockWindow(Window[BlockMemory]):
 
     Args:
         boundaries: Where blocks end, in steps, ascending: as
-            `DiffusionTrajectory.boundaries`. Beyond the last one is one more block.
+            `DiffusionTrajectory.boundaries`; beyond the last one is one more block. Or
+            the length of equal blocks.
         depth: Iterations of a block, K.
 
     References:
         Chen et al. 2024, arXiv 2405.15986, Algorithms 1 and 2.
     """
 
-    boundaries: Sequence[int]
+    boundaries: Sequence[int] | int
     depth: int
 
     def __post_init__(self) -> None:
@@ -193,11 +194,14 @@ class BlockWindow(Window[BlockMemory]):
             raise ValueError(
                 f"`depth` is {self.depth!r}: write a whole number, at least 1."
             )
-        ends = [0, *self.boundaries]
-        if any(b <= a for a, b in itertools.pairwise(ends)):
+        if isinstance(self.boundaries, int):
+            ends = [0] if self.boundaries < 1 else [0, self.boundaries]
+        else:
+            ends = [0, *self.boundaries]
+        if len(ends) == 1 or any(b <= a for a, b in itertools.pairwise(ends)):
             raise ValueError(
-                f"`boundaries` are {list(self.boundaries)!r}: write ascending steps "
-                "above 0, as [20, 40, 60]."
+                f"`boundaries` are {self.boundaries!r}: write ascending steps above 0, "
+                "as [20, 40, 60], or the length of all blocks, as 20."
             )
 
     def init(self) -> BlockMemory:
@@ -206,6 +210,8 @@ class BlockWindow(Window[BlockMemory]):
 
     def length(self, memory: BlockMemory, remaining: int) -> int:
         """The steps to the end of the block, cut by what remains."""
+        if isinstance(self.boundaries, int):
+            return min(self.boundaries - memory.step % self.boundaries, remaining)
         at = bisect.bisect_right(self.boundaries, memory.step)
         if at == len(self.boundaries):
             return remaining

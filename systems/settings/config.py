@@ -185,7 +185,10 @@ class SolverConfig:
     """`solver`: how the steps are solved.
 
     Args:
-        name: "picard", or "sequential" for the plain loop.
+        name: "picard", or "sequential" for the plain loop. With `--sample` also
+            "piadm-ode" (with DDIM) and "piadm-sde" (with DDPM): blocks of
+            `window.size` steps, each iterated `depth` times.
+        depth: Iterations of a block of PIADM.
         window: How many steps are tried.
         threshold: What counts as converged.
         predictor: First guess of a new step: "momentum", "repeat_last", or "auto", as
@@ -195,6 +198,7 @@ class SolverConfig:
     """
 
     name: str = "picard"
+    depth: int = 4
     window: WindowConfig = field(default_factory=WindowConfig)
     threshold: ThresholdConfig = field(default_factory=ThresholdConfig)
     predictor: str = "momentum"
@@ -202,7 +206,8 @@ class SolverConfig:
     acceleration: AccelerationConfig = field(default_factory=AccelerationConfig)
 
     def __post_init__(self) -> None:
-        one_of("name", self.name, ("picard", "sequential"))
+        one_of("name", self.name, ("picard", "sequential", "piadm-ode", "piadm-sde"))
+        at_least("depth", self.depth, 1)
         one_of("predictor", self.predictor, ("momentum", "repeat_last", "auto"))
         one_of("non_finite", self.non_finite, ("raise", "skip"))
         if self.window.size == "auto":
@@ -221,6 +226,11 @@ class SolverConfig:
         non_finite: Any = self.non_finite
         if self.name == "sequential":
             return dp.Sequential(non_finite=non_finite)
+        if self.name.startswith("piadm"):
+            size: Any = self.window.size
+            return dp.PicardSolver(
+                dp.BlockWindow(size, self.depth), dp.FixedThreshold(0)
+            )
         return dp.PicardSolver(
             self.window.build(),
             self.threshold.build(),
