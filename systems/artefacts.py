@@ -48,7 +48,8 @@ def write(
     elif not mesh:
         del report["mesh"]  # it was only wanted for the preview
     if mesh:
-        report |= system.export(folder, y)
+        for name, make in system.exports(folder, y).items():
+            attempt(report, name, make)
     if film:
         attempt(report, "turntable", lambda: _turntable(folder, system, y))
         attempt(report, "preview", lambda: _preview(folder, system, y, surface))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -103,11 +103,11 @@ class System(Problem):
         """Write turntable, quality and mesh; see `systems.artefacts`."""
         return artefacts.write(folder, self, y)
 
-    def export(self, folder: Path, y: dp.State) -> dict[str, Any]:
-        """Write what a state is made of, beside its mesh; default: nothing.
+    def exports(self, folder: Path, y: dp.State) -> dict[str, Callable[[], Any]]:
+        """What a state is written as besides its mesh, by name; default: nothing.
 
         Returns:
-            Its part of the report.
+            Functions that write a file and return what the report says of it.
         """
         del folder, y
         return {}

@@ -29,7 +29,7 @@ from systems.guidance.prompts import PromptConfig
 from systems.guidance.table import GUIDANCES
 from systems.optimizer import OptimizerConfig
 from systems.scene.cameras import Views
-from systems.scene.gaussians import ply
+from systems.scene.gaussians import ply, viewer
 from systems.scene.gaussians.density import Density
 from systems.scene.gaussians.growth import GrowthConfig
 from systems.scene.gaussians.scene import (
@@ -265,10 +265,16 @@ class DreamGaussian(Distillation):
         )
         return simplified(surface, settings.max_faces)
 
-    def export(self, folder: Path, y: dp.State) -> dict[str, Any]:
-        """Write the splats as ``splats.ply``, in the layout of 3DGS."""
-        ply.save(folder / "splats.ply", of_state(y))
-        return {"splats": "splats.ply", "num_splats": len(y[SPLATS + "means"])}
+    def exports(self, folder: Path, y: dp.State) -> dict[str, Callable[[], Any]]:
+        """The splats, in the layout of 3DGS and as a page; see `System.exports`."""
+        splats = of_state(y)
+
+        def files() -> list[str]:
+            ply.save(folder / "splats.ply", splats)
+            viewer.write(folder / "splats.html", splats, self.title)
+            return ["splats.ply", "splats.html"]
+
+        return {"splats": files, "num_splats": lambda: len(splats["means"])}
 
 
 class _Loss(nn.Module):
