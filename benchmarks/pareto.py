@@ -27,8 +27,8 @@ REGIMES = ("tuned:400:0.08", "threestudio:1000:0.01")
 WINDOWS = (4, 8, 16, 32)
 PREDICTORS = ("repeat_last", "momentum", "auto")
 THRESHOLDS = (
-    "paper:median",
-    "paper:mean",
+    "ema:median",
+    "ema:mean",
     "fixed:1e-4",
     "relative:1",
     "drift:0.2",
@@ -51,8 +51,8 @@ def threshold(spec: str) -> list[str]:
 def _threshold(spec: str) -> list[str]:
     kind, _, value = spec.partition(":")
     name = "solver.threshold.name="
-    if kind == "paper":
-        return [f"{name}paper", f"solver.threshold.adaptivity={value}"]
+    if kind == "ema":
+        return [f"{name}ema", f"solver.threshold.adaptivity={value}"]
     if kind == "drift":
         value, _, warmup = value.partition(":")
         cautious = [f"solver.threshold.warmup={warmup}"] if warmup else []
@@ -63,7 +63,7 @@ def _threshold(spec: str) -> list[str]:
     if spec == EXACT:
         return [f"{name}fixed", "solver.threshold.value=0"]
     raise SystemExit(
-        f"`{spec}` is no threshold: write `paper:median`, `paper:mean`, `fixed:VALUE`, "
+        f"`{spec}` is no threshold: write `ema:median`, `ema:mean`, `fixed:VALUE`, "
         "`relative:VALUE`, `drift:VALUE`, `drift:VALUE:WARMUP`, any of these followed "
         "by `+secant`, or `exact`."
     )

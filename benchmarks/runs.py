@@ -23,6 +23,8 @@ from systems.settings.config import load
 from systems.toybox.captions import SCORED, caption
 
 Job = Mapping[str, Any]
+OLD_NAME = ("solver.threshold.name=paper", "solver.threshold.name=ema")
+"""What a setting is called in logs of before, and now."""
 
 
 def prompt_of(name: str) -> str:
@@ -145,7 +147,8 @@ def _read(log: Path) -> dict[str, dict[str, Any]]:
     if not log.exists():
         return {}
     known = {}
-    for line in log.read_text().splitlines():
+    text = log.read_text().replace(*OLD_NAME)
+    for line in text.splitlines():
         try:
             entry = json.loads(line)
         except ValueError:  # also of an empty line

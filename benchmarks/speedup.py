@@ -3,7 +3,7 @@
 `python -m benchmarks.speedup` runs the default config over 6 prompts and 2 seeds:
 
 - the sequential run;
-- the config's own threshold, the published one (median and mean) and a fixed one at
+- the config's own threshold, `ema` (median and mean) and a fixed one at
   windows 4, 8 and 16 (the config's at 32 too);
 - sequential runs of a k-th of the steps, with the same views or k times as many, each
   at the best of five learning rates.
@@ -39,14 +39,14 @@ RIVAL = 8
 """The k of the rivals."""
 RATES = (0.5, 1.0, 2.0, 4.0, 8.0)
 FIXED = 1e-4
-PAPER = ("solver.threshold.name=paper", "solver.threshold.value=1e-5")
-PUBLISHED = ("solver.predictor=momentum", "solver.acceleration.name=none")
+EMA = ("solver.threshold.name=ema", "solver.threshold.value=1e-5")
+PLAIN_PICARD = ("solver.predictor=momentum", "solver.acceleration.name=none")
 THRESHOLDS = {
     DEFAULT: (),
-    "published, median": (*PUBLISHED, *PAPER, "solver.threshold.adaptivity=median"),
-    "published, mean": (*PUBLISHED, *PAPER, "solver.threshold.adaptivity=mean"),
+    "ema, median": (*PLAIN_PICARD, *EMA, "solver.threshold.adaptivity=median"),
+    "ema, mean": (*PLAIN_PICARD, *EMA, "solver.threshold.adaptivity=mean"),
     f"fixed, {FIXED:g}": (
-        *PUBLISHED,
+        *PLAIN_PICARD,
         "solver.threshold.name=fixed",
         f"solver.threshold.value={FIXED}",
     ),
@@ -246,7 +246,7 @@ def main() -> None:
     parser.add_argument("--config", default=CONFIG)
     parser.add_argument("--objects", nargs="+", default=list(OBJECTS))
     parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS))
-    parser.add_argument("--rows", nargs="+", help="of the table: `published, mean`…")
+    parser.add_argument("--rows", nargs="+", help="of the table: `ema, mean`…")
     parser.add_argument("--windows", type=int, nargs="+", default=[*WINDOWS, WIDE])
     parser.add_argument("--workers", type=int, default=2, help="processes of 1 thread")
     parser.add_argument("--set", nargs="*", default=[], help="further settings")

@@ -38,6 +38,11 @@ def write(
     report: dict[str, Any] = {}
     wanted = quality.truth_of(system)
     surface = attempt(report, "mesh", lambda: system.mesh(y))
+    if not mesh:
+        report.pop("mesh", None)  # it was only wanted for the preview
+    else:
+        for name, make in system.exports(folder, y).items():
+            attempt(report, name, make)
     if mesh and surface is not None:
         attempt(report, "mesh", lambda: [p.name for p in save_mesh(surface, folder)])
         attempt(
@@ -45,11 +50,6 @@ def write(
             "mesh_quality",
             lambda: quality.measure_mesh(surface, wanted).figures(),
         )
-    elif not mesh:
-        del report["mesh"]  # it was only wanted for the preview
-    if mesh:
-        for name, make in system.exports(folder, y).items():
-            attempt(report, name, make)
     if film:
         attempt(report, "turntable", lambda: _turntable(folder, system, y))
         attempt(report, "preview", lambda: _preview(folder, system, y, surface))

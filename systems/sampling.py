@@ -158,7 +158,7 @@ class Sampling(Problem):
         solver = self.config.solver.build()
         if not isinstance(solver, dp.PicardSolver):
             return solver
-        held = solver.predictor == "momentum"
+        held = solver.predictor == dp.Momentum()
         predictor = dp.Momentum(0.0) if held else solver.predictor
         return replace(solver, predictor=predictor, norm=worst_picture)
 
@@ -222,11 +222,17 @@ class Sampling(Problem):
             "generator": torch.Generator().manual_seed(self.config.seed),
             "output_type": "np",
             "form": sampler.form,
-            "window": self.config.solver.window.size,
+            "window": self._window(),
         }
         if sampler.guidance_rescale is not None:
             arguments["guidance_rescale"] = sampler.guidance_rescale
         return arguments
+
+    def _window(self) -> int:
+        """Steps tried at once, at the start."""
+        window = self.config.solver.window
+        assert isinstance(window, dp.Window), "`load` resolves `auto`"
+        return window.length(window.init(), self.num_steps)
 
     def _calibration(self, pipeline: Any) -> dp.Calibration:
         """The record beside the runs; measured and written if there is none."""

@@ -188,7 +188,7 @@ def main():
 
 
 GUARD
-dp.launch(main, num_workers=2)
+dp.launch_workers(main, num_workers=2)
 """
 
 

@@ -12,7 +12,7 @@ import math
 import shlex
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from systems.runs.report import figures, page
 from systems.runs.report.runs import Run, open_run, quality_over_time, system_of
 from systems.runs.run import execute
 from systems.settings.config import Config, is_rank, load
-from systems.settings.reader import ConfigError
+from systems.settings.reader import ConfigError, to_section
 
 POINTS = 10
 """Checkpoints of a run at which quality is measured."""
@@ -256,7 +256,7 @@ def _report(folder: Path, runs: dict[str, Run], rivals: list[dict[str, Any]]) ->
 def _differences(a: Config, b: Config) -> list[str]:
     """Settings besides solver and dispatch in which two runs differ."""
     out = ("solver", "dispatch", "checkpoint", "resume", "tag", "exp_root_dir", "name")
-    pairs = zip(_flat(asdict(a)), _flat(asdict(b)), strict=False)
+    pairs = zip(_flat(to_section(a)), _flat(to_section(b)), strict=False)
     return [
         f"they differ in `{key}`: {one} and {other}"
         for (key, one), (_, other) in pairs

@@ -15,7 +15,6 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
 from datetime import datetime
 from importlib import metadata
 from pathlib import Path
@@ -30,7 +29,7 @@ from dreampropeller.precision import LOSS_SCALE, Precision
 from systems.files import named, written
 from systems.problem import Problem
 from systems.settings.config import Config
-from systems.settings.reader import ConfigError
+from systems.settings.reader import ConfigError, to_section
 
 CHECKPOINTS = "ckpts"
 CONFIG = "config.yaml"
@@ -152,9 +151,7 @@ def environment() -> dict[str, Any]:
 
 def write_setup(folder: Path, config: Config) -> None:
     """Write `config.yaml`, `command.txt` and `environment.json`."""
-    settings = {
-        k: v for k, v in asdict(config).items() if k not in ("resume", "problems")
-    }
+    settings = {k: v for k, v in to_section(config).items() if k != "resume"}
     text = yaml.safe_dump(_plain(settings), sort_keys=False, allow_unicode=True)
     with written(folder / CONFIG) as part:
         part.write_text(text, encoding="utf-8")
@@ -168,6 +165,14 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
     """Write a JSON file in one go: a reader never sees half of it."""
     with written(path) as part:
         part.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def report(folder: Path) -> dict[str, Any]:
+    """A run's `report.json`; empty before its end."""
+    try:
+        return json.loads((folder / "report.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
 
 
 def _plain(value: Any) -> Any:

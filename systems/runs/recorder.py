@@ -25,7 +25,7 @@ from dreampropeller import checkpoint
 from systems.files import named
 from systems.images import save_picture
 from systems.problem import Problem
-from systems.runs import folders, history, results
+from systems.runs import folders, history, results, viewer
 from systems.runs.stopping import Stop
 
 STOP = "stop"
@@ -224,6 +224,7 @@ class FolderRecorder(Recorder):
             **made,
             **results.report_of(self.folder, self.config, solution),
         }
+        viewer.add(self.folder, report, self.problem.title)
         folders.write_json(self.folder / "report.json", report)
         print(results.summary(self.folder, self.problem, report))
 

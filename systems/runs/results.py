@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ import dreampropeller as dp
 from systems.problem import Problem
 from systems.runs import folders, history
 from systems.settings.config import Config
+from systems.settings.reader import to_section
 
 SECONDS = ("seconds", "solving_seconds", "device_seconds", "seconds_by_phase")
 """The part of a report that is null where the run's metrics were lost."""
@@ -46,7 +46,7 @@ def report_of(
         "gpu_memory": (  # bytes, on the first device
             torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None
         ),
-        "solver": asdict(config.solver),
+        "solver": to_section(config.solver),
         "environment": folders.environment(),
     }
 

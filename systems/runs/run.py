@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from systems import artefacts, build, build_problem, problem_type
-from systems.runs import folders, results, workers
+from systems.runs import folders, results, viewer, workers
 from systems.runs.recorder import FolderRecorder
 from systems.settings.config import Config, is_rank
 from systems.settings.reader import ConfigError
@@ -68,5 +68,6 @@ def look(config: Config, film: bool) -> int:
     state = folders.load_state(config.resume, system)
     folder = folders.folder_of(config.resume)
     made = artefacts.write(folder, system, state.y, film=film, mesh=not film)
+    viewer.add(folder, {**folders.report(folder), **made}, system.title)
     print(results.summary(folder, system, {**made, "steps": state.step}))
     return 1 if artefacts.failures(made) else 0

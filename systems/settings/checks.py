@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 
 def at_least(name: str, value: float, least: float) -> None:
@@ -48,7 +48,7 @@ def check_color(name: str, value: Sequence[float]) -> None:
         raise ValueError(f"`{name}` is {list(value)}: write channels from 0 to 1.")
 
 
-def one_of(name: str, value: str, allowed: Sequence[str]) -> None:
+def one_of(name: str, value: str, allowed: Collection[str]) -> None:
     """Refuse a word that is not in the list.
 
     Raises:

@@ -11,208 +11,96 @@ import functools
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path, PurePath
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from omegaconf import DictConfig, OmegaConf
 
 import dreampropeller as dp
 from dreampropeller.precision import Precision
+from dreampropeller.predictor import PREDICTORS
 from systems.settings.checks import at_least, one_of
 from systems.settings.reader import (
     ConfigError,
     apply,
     missing,
+    named,
     open_yaml,
     read,
+    section_name,
     to_mapping,
 )
 from systems.settings.upstream import DATA_TYPES, resolvers, translate
 
 
 @dataclass(frozen=True)
-class WindowConfig:
-    """`solver.window`.
+class AutoWindow:
+    """`solver.window.name=auto`: one step for each worker, up to four where they pay.
 
-    Args:
-        size: Steps tried at once; "auto" takes one for each worker, and up to four when
-            the strides pay for them. `load` puts the numbers in its place, so that our
-            own runs go on with the window they began with.
-        max_size: The window follows the strides between `size` and this; null keeps it
-            at `size`.
-        multiple: Of what the sizes in between are multiples.
+    `load` puts an `AdaptiveWindow` instead, so that a run that resumes keeps the window
+    it began with.
     """
 
-    size: int | Literal["auto"] = 8
-    max_size: int | None = None
-    multiple: int = 1
-
-    def __post_init__(self) -> None:
-        if self.size == "auto":
-            if self.max_size is not None or self.multiple != 1:
-                raise ValueError(
-                    "`size` is `auto`, which sets `max_size` and `multiple` itself: "
-                    "leave them out, or write a number for `size`."
-                )
-            return
-        if self.size < 1:
-            raise ValueError(
-                f"`size` is {self.size}: a window holds at least 1 step. Write "
-                "`solver.window.size=8`, or `solver.name=sequential` for the plain "
-                "loop."
-            )
-        if self.max_size is None and self.multiple != 1:
-            raise ValueError(
-                f"`multiple` is {self.multiple}, without effect on a window of one "
-                "size: write `max_size` too, or leave it out."
-            )
-        if self.max_size is not None and self.max_size < self.size:
-            raise ValueError(
-                f"`max_size` is {self.max_size}, less than `size`, {self.size}: write "
-                "at least that, or null to keep the size."
-            )
-        self.build()
-
-    def resolved(self, num_workers: int) -> WindowConfig:
-        """The same with numbers for "auto"."""
-        if self.size != "auto":
-            return self
-        return WindowConfig(num_workers, 4 * num_workers, num_workers)
-
-    def build(self) -> dp.Window:
-        """The core's window."""
-        assert isinstance(self.size, int), "`load` resolves `auto`"
-        if self.max_size is None:
-            return dp.SlidingWindow(self.size)
-        return dp.AdaptiveWindow(self.size, self.max_size, self.multiple)
+    def resolved(self, num_workers: int) -> dp.AdaptiveWindow:
+        """The window for so many workers."""
+        return dp.AdaptiveWindow(num_workers, 4 * num_workers, num_workers)
 
 
-@dataclass(frozen=True)
-class ThresholdConfig:
-    """`solver.threshold`: what error of a step counts as converged.
-
-    Args:
-        name: "drift" bounds the relative error of the drift, "paper" is the published
-            rule, "fixed" a fixed error.
-        value: With "drift", the share of itself that a drift may be off by (default
-            0.2). With "paper", the first threshold (default 5e-6), and with "fixed"
-            the only one, a mean square over all entries; no default. With "drift" and
-            "fixed", 0 is the sequential run bit for bit (on CPU).
-        warmup: With "drift": steps at the start judged by a quarter of `value`.
-        relative: With "fixed": `value` counts squared updates of the optimizer.
-        ema_decay: Of the published rule.
-        adaptivity: Of the published rule: "median" or "mean" error of a window.
-    """
-
-    name: str = "drift"
-    value: float | None = None
-    warmup: int = 0
-    relative: bool = False
-    ema_decay: float = 0.9
-    adaptivity: str = "median"
-
-    def __post_init__(self) -> None:
-        one_of("name", self.name, ("drift", "paper", "fixed"))
-        if self.name == "fixed" and self.value is None:
-            raise ValueError(
-                "`value` is missing: write `value=0` for the sequential run bit for "
-                "bit, a mean squared error, or `name=drift`, which needs none."
-            )
-        if self.relative and self.name != "fixed":
-            raise ValueError(
-                f"`relative` has no effect on `{self.name}`: write `name=fixed`, or "
-                "leave it out."
-            )
-        if self.warmup and self.name != "drift":
-            raise ValueError(
-                f"`warmup` has no effect on `{self.name}`: write `name=drift`, or "
-                "leave it out."
-            )
-        one_of("adaptivity", self.adaptivity, ("median", "mean"))
-        self.build()
-
-    def build(self) -> dp.Threshold:
-        """The core's threshold."""
-        if self.name == "drift":
-            value = dp.DriftThreshold.value if self.value is None else self.value
-            return dp.DriftThreshold(value, warmup=self.warmup)
-        if self.name == "fixed":
-            assert self.value is not None
-            return dp.FixedThreshold(self.value, self.relative)
-        adaptivity: Any = self.adaptivity
-        return dp.EMAThreshold(
-            5e-6 if self.value is None else self.value, self.ema_decay, adaptivity
-        )
-
-
-@dataclass(frozen=True)
-class AccelerationConfig:
-    """`solver.acceleration`: what is learnt from past iterations.
-
-    Args:
-        name: "none"; "secant", drifts corrected to the states they are used at; or
-            "anderson", guesses corrected, for smooth deterministic gradients or
-            samplers.
-        memory: Of Anderson: past iterations used.
-        order: Of Anderson: updates from a guess to the state it is compared with; null:
-            from the last accepted step.
-    """
-
-    name: str = "none"
-    memory: int = 2
-    order: int | None = None
-
-    def __post_init__(self) -> None:
-        one_of("name", self.name, ("none", "secant", "anderson"))
-        if self.name != "anderson" and (self.memory, self.order) != (2, None):
-            raise ValueError(
-                f"`memory` and `order` have no effect on `{self.name}`: write "
-                "`name=anderson`, or leave them out."
-            )
-        self.build()
-
-    def build(self) -> dp.Secant | dp.Anderson | None:
-        """The core's acceleration."""
-        if self.name == "anderson":
-            return dp.Anderson(self.memory, self.order)
-        return dp.Secant() if self.name == "secant" else None
+WINDOWS = {
+    "sliding": dp.SlidingWindow,
+    "adaptive": dp.AdaptiveWindow,
+    "auto": AutoWindow,
+}
+THRESHOLDS = {
+    "drift": dp.DriftThreshold,
+    "ema": dp.EMAThreshold,
+    "fixed": dp.FixedThreshold,
+}
+ACCELERATIONS = {"none": type(None), "secant": dp.Secant, "anderson": dp.Anderson}
 
 
 @dataclass(frozen=True)
 class SolverConfig:
     """`solver`: how the steps are solved.
 
+    A section holds a `name` and the arguments of the core's class of that name.
+
     Args:
-        name: "picard", or "sequential" for the plain loop.
-        window: How many steps are tried.
-        threshold: What counts as converged.
-        predictor: First guess of a new step: "momentum", "repeat_last", or "auto", as
-            much of momentum's way as has proved right of late.
+        name: "picard", or "sequential" for one step after the other.
+        window: How many steps are tried: "sliding", "adaptive" or "auto".
+        threshold: What error counts as converged: "drift", "ema" or "fixed".
+        predictor: First guess of a new step: "momentum", "repeat_last", or "auto",
+            along the momentum direction by a fraction fitted to recent iterations.
         non_finite: "raise", or "skip" steps whose gradient is not finite.
-        acceleration: How drifts or guesses are corrected.
+        acceleration: What is learnt from past iterations: "none", "secant" or
+            "anderson".
     """
 
     name: str = "picard"
-    window: WindowConfig = field(default_factory=WindowConfig)
-    threshold: ThresholdConfig = field(default_factory=ThresholdConfig)
-    predictor: str = "momentum"
+    window: dp.Window[Any] | AutoWindow = field(
+        default=dp.SlidingWindow(8), metadata=named(WINDOWS)
+    )
+    threshold: dp.Threshold[Any] = field(
+        default=dp.DriftThreshold(), metadata=named(THRESHOLDS)
+    )
+    predictor: dp.Predictor[Any] = field(
+        default=dp.Momentum(), metadata=named(PREDICTORS)
+    )
     non_finite: str = "raise"
-    acceleration: AccelerationConfig = field(default_factory=AccelerationConfig)
+    acceleration: dp.Acceleration[Any] | None = field(
+        default=None, metadata=named(ACCELERATIONS)
+    )
 
     def __post_init__(self) -> None:
         one_of("name", self.name, ("picard", "sequential"))
-        one_of("predictor", self.predictor, ("momentum", "repeat_last", "auto"))
         one_of("non_finite", self.non_finite, ("raise", "skip"))
-        if self.window.size == "auto":
-            self.resolved(1)
-        else:
-            self.build()  # what does not go together is refused here
+        self.resolved(1).build()  # what does not go together is refused here
 
     def resolved(self, num_workers: int) -> SolverConfig:
-        """The same with numbers for "auto"."""
-        if self.window.size != "auto":
+        """The same with a window of numbers for "auto"."""
+        if not isinstance(self.window, AutoWindow):
             return self
         return replace(self, window=self.window.resolved(num_workers))
 
@@ -221,12 +109,13 @@ class SolverConfig:
         non_finite: Any = self.non_finite
         if self.name == "sequential":
             return dp.Sequential(non_finite=non_finite)
+        assert isinstance(self.window, dp.Window), "`load` resolves `auto`"
         return dp.PicardSolver(
-            self.window.build(),
-            self.threshold.build(),
+            self.window,
+            self.threshold,
             predictor=self.predictor,
             non_finite=non_finite,
-            acceleration=self.acceleration.build(),
+            acceleration=self.acceleration,
         )
 
 
@@ -408,21 +297,38 @@ def _tell(ignored: tuple[str, ...]) -> None:
 
 
 def override(config: DictConfig, overrides: Sequence[str]) -> None:
-    """Change settings of a file; numbers of its threshold are not those of another.
+    """Change settings of a file; a new `name` drops the fields of the old one.
 
     Raises:
         ConfigError: An override is no `key=value`.
     """
+    sections = {
+        f"solver.{entry.name}": section_name(entry, entry.default)
+        for entry in fields(SolverConfig)
+        if "names" in entry.metadata
+    }
+    for key in sections:
+        written = _written(config, key)
+        if isinstance(written, str):
+            OmegaConf.update(config, key, {"name": written}, merge=False)
     after = copy.deepcopy(config)
     apply(after, overrides)
-    if _threshold_of(config) != _threshold_of(after):
-        OmegaConf.update(config, "solver.threshold", {}, merge=False)
+    for key, default in sections.items():
+        if _name(_written(config, key), default) != _name(
+            _written(after, key), default
+        ):
+            OmegaConf.update(config, key, {}, merge=False)
     apply(config, overrides)
 
 
-def _threshold_of(config: DictConfig) -> Any:
-    mapping = OmegaConf.to_container(config)  # not resolved
-    solver = mapping.get("solver") if isinstance(mapping, dict) else None
-    section = solver.get("threshold") if isinstance(solver, dict) else None
-    name = section.get("name") if isinstance(section, dict) else None
-    return name or ThresholdConfig.name
+def _written(config: DictConfig, key: str) -> Any:
+    """A section as it is written, not resolved; None where there is none."""
+    node: Any = OmegaConf.to_container(config)
+    for part in key.split("."):
+        node = node.get(part) if isinstance(node, dict) else None
+    return node
+
+
+def _name(section: Any, default: str) -> str:
+    written = section.get("name") if isinstance(section, dict) else section
+    return str(written or default)

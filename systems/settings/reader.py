@@ -53,6 +53,37 @@ def part(table: Mapping[str, type]) -> dict[str, Any]:
     return {"table": table}
 
 
+def named(table: Mapping[str, type]) -> dict[str, Any]:
+    """Metadata of a field whose section holds a `name` and the arguments of its class.
+
+    Args:
+        table: Classes by name; one that is no dataclass takes no arguments.
+    """
+    return {"names": table}
+
+
+def section_name(entry: dataclasses.Field[Any], value: Any) -> str:
+    """The name of a value in the table of a `named` field."""
+    table: Mapping[str, type] = entry.metadata["names"]
+    return next(name for name, kind in table.items() if type(value) is kind)
+
+
+def to_section(value: Any) -> Any:
+    """The mapping that `read` makes these settings of."""
+    if not dataclasses.is_dataclass(value) or isinstance(value, type):
+        return value
+    section: dict[str, Any] = {}
+    for entry in dataclasses.fields(value):
+        if entry.metadata.get("internal"):
+            continue
+        own = getattr(value, entry.name)
+        section[entry.name] = to_section(own)
+        if "names" in entry.metadata:
+            name = {"name": section_name(entry, own)}
+            section[entry.name] = {**name, **(section[entry.name] or {})}
+    return section
+
+
 def attempt(problems: list[str], make: Callable[[], Any]) -> Any:
     """What a function gives; where it is a `ConfigError`, its problems join others."""
     try:
@@ -186,6 +217,8 @@ def read(kind: type[T], section: Any, where: str) -> T:
         path = _dotted(where, name)
         if "table" in entry.metadata:
             make = functools.partial(_read_part, entry, fields, section, where)
+        elif "names" in entry.metadata:
+            make = functools.partial(_read_named, entry, section.get(name, {}), path)
         elif name in section:
             make = functools.partial(_convert, section[name], hints[name], path)
         elif _is_required(entry):
@@ -217,6 +250,37 @@ def _read_part(
     kind = choose(entry.metadata["table"], name, _dotted(where, key))
     own = section.get(entry.name, {})
     return read(settings_class(kind), own, _dotted(where, entry.name))
+
+
+def _read_named(entry: dataclasses.Field[Any], section: Any, where: str) -> Any:
+    """A section whose class depends on its name; a text is a name alone."""
+    if section is None or isinstance(section, str):
+        section = {"name": section or "none"}
+    if not isinstance(section, Mapping):
+        raise ConfigError(
+            f"`{where}` is {section!r}: write its name, as `{where}.name=…`."
+        )
+    table: Mapping[str, type] = entry.metadata["names"]
+    arguments = dict(section)
+    name = str(arguments.pop("name", section_name(entry, entry.default)))
+    kind = choose(table, name, _dotted(where, "name"))
+    known = _arguments(kind)
+    for key in arguments.keys() - known:
+        others = [n for n, other in table.items() if key in _arguments(other)]
+        if others:
+            raise ConfigError(
+                f"`{where}.{key}` has no effect on `{name}`: write "
+                f"`{where}.name={others[0]}`, or leave it out."
+            )
+        raise ConfigError(_unknown(_dotted(where, key), key, known))
+    return read(kind, arguments, where) if known else kind()
+
+
+def _arguments(kind: type) -> dict[str, Any]:
+    """The fields of a dataclass by name; none where it is none."""
+    if not dataclasses.is_dataclass(kind):
+        return {}
+    return {entry.name: entry for entry in dataclasses.fields(kind)}
 
 
 def _is_required(entry: dataclasses.Field[Any]) -> bool:

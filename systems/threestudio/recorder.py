@@ -6,7 +6,6 @@ import importlib
 import json
 import shutil
 import sys
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from dreampropeller import checkpoint
 from dreampropeller.adapters.threestudio import ThreestudioTrajectory
 from systems.runs import recorder
 from systems.runs.recorder import STOP
-from systems.settings.reader import ConfigError
+from systems.settings.reader import ConfigError, to_section
 from systems.threestudio.config import BackendConfig
 
 _STATES = "dreampropeller"
@@ -138,7 +137,7 @@ class Recorder(recorder.Recorder):
         }
         settings = {
             "workers": self._workers,
-            "solver": asdict(self._ours.solver),
+            "solver": to_section(self._ours.solver),
         }
         text = json.dumps({**report, **settings}, indent=2) + "\n"
         (self._folder / "report.json").write_text(text)

@@ -208,7 +208,7 @@ def test_the_frontier_is_computed_drawn_and_resumed(tmp_path: Path) -> None:
     count = command("pareto", *arguments, "--count")
     assert count.stdout.startswith("14 runs of 126 steps")
     wrong = command("pareto", *arguments, "--thresholds", "drifty")
-    assert "`drifty` is no threshold: write `paper:median`" in wrong.stderr
+    assert "`drifty` is no threshold: write `ema:median`" in wrong.stderr
 
 
 def test_sensitivity_counts_from_the_plain_loop_of_each_case(tmp_path: Path) -> None:

@@ -98,6 +98,7 @@ def test_a_run_leaves_everything_behind(finished: Path) -> None:
         *FILES,
         "mesh.glb",
         "mesh.obj",
+        "viewer.html",
     }
     report = json.loads((finished / "report.json").read_text())
     assert report["steps"] == 12
@@ -347,7 +348,7 @@ def test_preview_shows_the_mesh_below_the_volume(finished: Path) -> None:
         (["trainer.precision=64"], "write one of `32-true`"),
         (["data.elevation_range=[10]"], "write [a number, a number]"),
         (["data.elevation_range=[80,-10]"], "`[low, high]`"),
-        (["solver.window.size=-1"], "Write `solver.window.size=8`"),
+        (["solver.window.size=-1"], "In `solver.window`: `size` is -1: write"),
         (["solver.window.size=1.5"], "write a whole number"),
         (["solver.name=picardy"], "write picard or sequential"),
         (["solver.threshold.value=-1"], "threshold"),

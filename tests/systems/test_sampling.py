@@ -111,7 +111,7 @@ def test_the_strip_shows_what_was_asked_and_accepted() -> None:
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["solver.window.size=0"], "a window holds at least 1 step"),
+        (["solver.window.size=0"], "`size` is 0: write a whole number, at least 1"),
         (["system.sampler.num_inference_steps=0"], "is 0: write 1 or more"),
         (["system.sampler.scheduler=euler"], "write ddim or ddpm or dpm++"),
         (["system.sampler.shape=round"], "There is no setting `system.sampler.shape`"),

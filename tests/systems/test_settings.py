@@ -12,8 +12,8 @@ from systems.sampling import SamplerConfig
 from systems.scene.backgrounds import EnvironmentConfig, SolidConfig
 from systems.scene.materials import PointLightConfig
 from systems.settings.checks import at_least, check_range
-from systems.settings.config import Config, load
-from systems.settings.reader import ConfigError, read
+from systems.settings.config import Config, SolverConfig, load
+from systems.settings.reader import ConfigError, read, to_section
 from systems.settings.schedules import check_schedule, value_at
 
 
@@ -69,12 +69,17 @@ def solver(*overrides: str) -> dp.PicardSolver:
 def test_window_auto_is_resolved_from_the_workers_once(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    auto = "solver.window.size=auto"
+    auto = "solver.window.name=auto"
     resolved = config(auto, "dispatch.num_workers=3").solver
-    assert (resolved.window.size, resolved.window.max_size) == (3, 12)
-    assert resolved.build() == solver(  # what is written down says the same
-        "solver.window.size=3", "solver.window.max_size=12", "solver.window.multiple=3"
-    )
+    assert resolved.window == dp.AdaptiveWindow(3, 12, 3)
+    section = to_section(resolved)  # what is recorded says the same
+    assert section["window"] == {
+        "name": "adaptive",
+        "smallest": 3,
+        "largest": 12,
+        "multiple": 3,
+    }
+    assert read(SolverConfig, section, "solver") == resolved
     assert solver(auto).window == dp.AdaptiveWindow(1, 4, 1)
     monkeypatch.setenv("WORLD_SIZE", "2")  # torchrun
     monkeypatch.setenv("RANK", "0")
@@ -84,14 +89,25 @@ def test_window_auto_is_resolved_from_the_workers_once(
 def test_thresholds_by_name() -> None:
     name = "solver.threshold.name="
     assert solver().threshold == dp.DriftThreshold()
-    assert solver(f"{name}paper").threshold == dp.EMAThreshold(5e-6, 0.9, "median")
+    assert solver(f"{name}ema").threshold == dp.EMAThreshold(5e-6, 0.9, "median")
     zero = solver(f"{name}fixed", "solver.threshold.value=0").threshold
     assert zero == dp.FixedThreshold(0)
     warm = solver("solver.threshold.warmup=64").threshold
     assert warm == dp.DriftThreshold(warmup=64)
     relative = ("solver.threshold.value=2", "solver.threshold.relative=true")
     assert solver(f"{name}fixed", *relative).threshold == dp.FixedThreshold(2, True)
-    assert solver("solver.predictor=auto").predictor == "auto"
+    held = ("solver.threshold.hold_every=4", "solver.threshold.memory=2")
+    assert solver(*held).threshold == dp.DriftThreshold(hold_every=4, memory=2)
+
+
+def test_predictors_by_name_with_their_arguments() -> None:
+    assert solver("solver.predictor=auto").predictor == dp.FittedMomentum()
+    assert isinstance(solver("solver.predictor=repeat_last").predictor, dp.RepeatLast)
+    name = "solver.predictor.name=momentum"
+    assert solver(name).predictor == dp.Momentum()
+    assert solver(name, "solver.predictor.decay=0.5").predictor == dp.Momentum(0.5)
+    decay = solver("solver.predictor.decay=0.5").predictor  # the file's own, `auto`
+    assert decay == dp.FittedMomentum(0.5)
 
 
 def test_numbers_of_a_file_are_not_those_of_another_threshold() -> None:
@@ -99,20 +115,21 @@ def test_numbers_of_a_file_are_not_those_of_another_threshold() -> None:
     path, prompt = "configs/dreamfusion-sd.yaml", "system.prompt_processor.prompt=a cup"
 
     def threshold(*settings: str) -> dp.Threshold:
-        return load(path, [prompt, *settings]).solver.threshold.build()
+        return load(path, [prompt, *settings]).solver.threshold
 
     name = "solver.threshold.name="
     assert (
-        threshold() == threshold(f"{name}paper") == dp.EMAThreshold(3e-5, 0.9, "median")
+        threshold() == threshold(f"{name}ema") == dp.EMAThreshold(3e-5, 0.9, "median")
     )
     assert threshold(f"{name}drift") == dp.DriftThreshold()
-    with pytest.raises(ConfigError, match="`value` is missing"):
+    with pytest.raises(ConfigError, match=r"`solver\.threshold\.value` is missing"):
         threshold(f"{name}fixed")
-    assert threshold(f"{name} paper") == threshold(f'{name}"paper"') == threshold()
+    assert threshold(f"{name} ema") == threshold(f'{name}"ema"') == threshold()
     value = "solver.threshold.value=0.1"
     for settings in ((value, f"{name}drift"), (f"{name}drift", value)):
         assert threshold(*settings) == dp.DriftThreshold(0.1)
     assert threshold("solver.threshold={name: drift}") == dp.DriftThreshold()
+    assert threshold("solver.threshold=drift") == dp.DriftThreshold()
     assert threshold("solver.threshold[name]=drift") == dp.DriftThreshold()
 
 
@@ -124,39 +141,52 @@ def test_acceleration_by_name() -> None:
     assert solver(f"{name}anderson", *fixed).acceleration == dp.Anderson()
     more = ("solver.acceleration.memory=3", "solver.acceleration.order=4")
     assert solver(f"{name}anderson", *fixed, *more).acceleration == dp.Anderson(3, 4)
+    ridge = "solver.acceleration.ridge=0.1"
+    made = solver(f"{name}anderson", *fixed, ridge).acceleration
+    assert made == dp.Anderson(ridge=0.1)
+    assert solver("solver.acceleration.decay=0.5").acceleration == dp.Secant(0.5)
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        (["solver.threshold.name=fixed"], "`value` is missing: write `value=0`"),
+        (["solver.threshold.name=fixed"], "`solver.threshold.value` is missing"),
         (
-            ["solver.threshold.name=paper", "solver.threshold.warmup=64"],
-            "no effect on `paper`.*`name=drift`",
+            ["solver.threshold.name=ema", "solver.threshold.warmup=64"],
+            "no effect on `ema`: write `solver.threshold.name=drift`",
         ),
-        (["solver.threshold.relative=true"], "no effect on `drift`.*`name=fixed`"),
-        (["solver.window.size=soon"], "write a whole number or auto"),
-        (["solver.window.max_size=4"], "`max_size` is 4, less than `size`, 8"),
-        (["solver.window.multiple=4"], "without effect on a window of one size"),
-        (["solver.window.size=null"], "write a whole number or auto"),
-        (["solver.threshold=drift"], "as `solver.threshold.name=…`"),
         (
-            ["solver.window.size=auto", "solver.acceleration.name=anderson"],
+            ["solver.threshold.relative=true"],
+            "no effect on `drift`.*name=fixed`",
+        ),
+        (["solver.window.size=soon"], "`solver.window.size` is `soon`: write a whole"),
+        (["solver.window.largest=4"], "no effect on `sliding`.*name=adaptive`"),
+        (
+            ["solver.window={name: adaptive, smallest: 8, largest: 4}"],
+            "In `solver.window`: `largest` is 4, less than the smallest size 8",
+        ),
+        (["solver.window.size=null"], "`solver.window.size` is empty: write a whole"),
+        (["solver.threshold=7"], "as `solver.threshold.name=…`"),
+        (
+            ["solver.window.name=auto", "solver.acceleration.name=anderson"],
             r"write `acceleration=Secant",
         ),
-        (["solver.window.size=auto", "solver.window.max_size=4"], "leave them out"),
+        (["solver.window.name=auto", "solver.window.size=4"], "no effect on `auto`"),
         (
             ["solver.acceleration.name=newton"],
-            "`newton`: write none or secant or anderson",
+            "`newton`: write one of `none`, `secant`, `anderson`",
         ),
-        (["solver.acceleration.memory=3"], "no effect on `secant`.*`name=anderson`"),
+        (
+            ["solver.acceleration.memory=3"],
+            "no effect on `secant`.*name=anderson`",
+        ),
         (
             ["solver.acceleration.name=anderson"],
             r"write `acceleration=Secant\(\)`, or `threshold=Fixed",
         ),
         (
             ["solver.acceleration.name=anderson", "solver.acceleration.memory=0"],
-            "`acceleration.memory` is 0: write a whole number, 1",
+            "In `solver.acceleration`: `memory` is 0: write a whole number, 1",
         ),
         (["solver.acceleration.depth=3"], "no setting `solver.acceleration.depth`"),
     ],

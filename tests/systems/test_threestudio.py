@@ -34,34 +34,34 @@ def test_our_settings_are_taken_out_and_theirs_left(config: Path) -> None:
         config,
         [
             "backend=threestudio",
-            "solver.threshold.name=paper",
+            "solver.threshold.name=ema",
             "threestudio.verify=false",
             "system.loss.lambda_sds=0.1",
         ],
     )
-    assert ours.solver.window.size == 3
-    assert ours.solver.threshold.name == "paper"
+    assert ours.solver.window == dp.SlidingWindow(3)
+    assert ours.solver.threshold == dp.EMAThreshold()
     assert not ours.threestudio.verify
     assert set(theirs) == {"name", "system"}
     assert dotted == ["system.loss.lambda_sds=0.1"]
 
 
 def test_window_auto_is_resolved_from_the_workers(config: Path) -> None:
-    settings = ["solver.window.size=auto", "dispatch.num_workers=2"]
+    settings = ["solver.window.name=auto", "dispatch.num_workers=2"]
     ours, _, _ = split(config, settings)
-    assert ours.solver.window.build() == dp.AdaptiveWindow(2, 8, 2)
+    assert ours.solver.window == dp.AdaptiveWindow(2, 8, 2)
 
 
 def test_numbers_of_a_file_are_not_those_of_another_threshold(tmp_path: Path) -> None:
     path = tmp_path / "scene.yaml"
-    path.write_text("solver: {threshold: {name: paper, value: 3.e-5}}")
+    path.write_text("solver: {threshold: {name: ema, value: 3.e-5}}")
     for settings, expected in (
         ([], dp.EMAThreshold(3e-5, 0.9, "median")),
         (["solver.threshold.name=drift"], dp.DriftThreshold()),
         (["solver.threshold={name: drift}"], dp.DriftThreshold()),
     ):
         ours, _, _ = split(path, settings)
-        assert ours.solver.threshold.build() == expected
+        assert ours.solver.threshold == expected
 
 
 @pytest.mark.parametrize(

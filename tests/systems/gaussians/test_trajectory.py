@@ -105,7 +105,7 @@ def test_threshold_zero_is_sequential_through_growth(window: int) -> None:
 
 
 def test_two_ranks_are_one() -> None:
-    for answer in dp.launch(solve_on_ranks, 4, num_workers=2):
+    for answer in dp.launch_workers(solve_on_ranks, 4, num_workers=2):
         assert tree_equal(answer["value"], sequential().value)
         assert tree_equal(answer["carry"], sequential().carry)
 

@@ -1,0 +1,266 @@
+r"""The reverse diffusion as a trajectory: exponential integrators and a corrector.
+
+The forward process $dx_s = -\tfrac12 x_s\,ds + dw_s$ turns data into noise; its law at
+time $s$ has the score $S(s, x)$. Backward in time, with $s = T - t$,
+
+$$dy = [\tfrac12 y + S]\,dt + dw \quad\text{(SDE)}, \qquad
+  dy = [\tfrac12 y + \tfrac12 S]\,dt \quad\text{(ODE)}.$$
+
+With the score frozen over a step of length $e$ and the linear part integrated exactly,
+
+$$y \leftarrow e^{e/2} y + c\,(e^{e/2} - 1)\,S(s, y) + \sqrt{e^e - 1}\,\xi,$$
+
+$c = 2$ for the SDE, and $c = 1$ without noise for the ODE. The ODE may be corrected at
+fixed time by underdamped Langevin dynamics with friction $g$, $du = v\,dt$, $dv = (S -
+g v)\,dt + \sqrt{2g}\,db$; its step is, with $q = e^{-ge}$,
+
+$$v' = q v + \tfrac{1 - q}{g} S + B_v, \qquad
+  u' = u + \tfrac{1 - q}{g} v + \tfrac1g \bigl(e - \tfrac{1 - q}{g}\bigr) S + B_u.$$
+
+The score is the drift, everything else the update. `Sequential` is the sequential form,
+`SlidingWindow` the sliding one, and `BlockWindow` makes it PIADM: blocks of time of
+length O(1), each iterated a fixed number of times.
+
+References:
+    Chen, Ren, Ying and Rotskoff, NeurIPS 2024, arXiv 2405.15986.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+import torch
+from torch import Tensor
+
+from dreampropeller.checks import is_number, is_whole
+from dreampropeller.rng import StepRandom
+from dreampropeller.trajectory import Drift, Trajectory
+from dreampropeller.tree import Aux, State
+
+Score: TypeAlias = Callable[[float, Tensor], Tensor]
+"""The score $S(s, x)$ of the law at forward time s; the shape of x."""
+
+
+@dataclass(frozen=True)
+class Corrector:
+    r"""Underdamped Langevin dynamics at fixed time, after every block of the ODE.
+
+    Args:
+        time: Its total time, of order $1/\sqrt L$ for scores of Lipschitz constant L.
+        blocks: Blocks it is cut into; each begins with a fresh velocity.
+        steps: Small steps of a block.
+        friction: $g$.
+    """
+
+    time: float = 0.5
+    blocks: int = 1
+    steps: int = 16
+    friction: float = 2.0
+
+    def __post_init__(self) -> None:
+        for name in ("time", "friction"):
+            value = getattr(self, name)
+            if not (is_number(value) and 0 < value < math.inf):
+                raise ValueError(f"`{name}` is {value!r}: write a number above 0.")
+        for name in ("blocks", "steps"):
+            value = getattr(self, name)
+            if not is_whole(value) or value < 1:
+                raise ValueError(f"`{name}` is {value!r}: write at least 1.")
+
+
+@dataclass(frozen=True)
+class SmallStep:
+    """One step of the recurrence.
+
+    Attributes:
+        time: The forward time $s$ whose score is its drift.
+        length: $e$.
+        kind: "predictor" or "corrector".
+        first: Whether a corrector block begins here, with a fresh velocity.
+    """
+
+    time: float
+    length: float
+    kind: Literal["predictor", "corrector"] = "predictor"
+    first: bool = False
+
+
+@dataclass(frozen=True)
+class Grid:
+    r"""Blocks of small steps from $s = T$ to $s = \eta$.
+
+    Args:
+        horizon: $T$; the law there is taken for a standard normal.
+        step: The longest small step; in the last block a step is at most `step` times
+            the time left, for there the score changes on that scale.
+        block: The longest block $h$.
+        stop: $\eta$, where to stop early.
+    """
+
+    horizon: float
+    step: float
+    block: float = 1.0
+    stop: float = 1e-3
+
+    def __post_init__(self) -> None:
+        for name in ("horizon", "step", "block", "stop"):
+            value = getattr(self, name)
+            if not (is_number(value) and 0 < value < math.inf):
+                raise ValueError(f"`{name}` is {value!r}: write a number above 0.")
+        if self.stop >= self.horizon:
+            raise ValueError(
+                f"`stop` is {self.stop}: write a time before `horizon`, which is "
+                f"{self.horizon}."
+            )
+        if self.step > self.block:
+            raise ValueError(
+                f"`step` is {self.step}, longer than a block of {self.block}: write a "
+                "smaller one."
+            )
+
+    def blocks(self) -> list[list[SmallStep]]:
+        """The small steps of every block."""
+        span = self.horizon - self.stop
+        count = math.ceil(span / self.block - 1e-9)
+        ends = [self.horizon - span * n / count for n in range(count + 1)]
+        return [
+            self._block(ends[n], ends[n + 1], last=n + 1 == count) for n in range(count)
+        ]
+
+    def _block(self, begin: float, end: float, *, last: bool) -> list[SmallStep]:
+        if not last:
+            count = math.ceil((begin - end) / self.step - 1e-9)
+            e = (begin - end) / count
+            return [SmallStep(begin - e * m, e) for m in range(count)]
+        steps, s = [], begin
+        while s > end * (1 + 1e-9):
+            e = min(self.step * min(1.0, s), s - end)
+            steps.append(SmallStep(s, e))
+            s -= e
+        return steps
+
+
+class DiffusionTrajectory(Trajectory[State]):
+    """A reverse diffusion from standard normal noise (PIADM's recurrence).
+
+    Args:
+        score: The score; a pure function, called as ``score(s, x)``.
+        start: The noise, shape ``(samples, ...)``.
+        grid: Blocks and small steps.
+        kind: "sde" or "ode".
+        corrector: Corrects the ODE after every block; None: not at all.
+        seed: Of all noise after the start. The noise of a step is keyed by the step, so
+            it is the same in all Picard iterations.
+    """
+
+    def __init__(
+        self,
+        score: Score,
+        start: Tensor,
+        grid: Grid,
+        kind: Literal["sde", "ode"] = "sde",
+        corrector: Corrector | None = None,
+        seed: int = 0,
+    ) -> None:
+        if kind not in ("sde", "ode"):
+            raise ValueError(f"`kind` is {kind!r}: write 'sde' or 'ode'.")
+        if corrector is not None and kind == "sde":
+            raise ValueError(
+                "A corrector belongs to the ODE: write `kind='ode'`, or leave it out."
+            )
+        self.score, self.start, self.kind = score, start, kind
+        self.corrector = corrector
+        self.random = StepRandom(seed)
+        self.steps: list[SmallStep] = []
+        self.boundaries: list[int] = []  # where blocks end, in steps
+        for block in grid.blocks():
+            self._append(block)
+            if corrector is not None:
+                e = corrector.time / corrector.blocks / corrector.steps
+                time = block[-1].time - block[-1].length
+                small = [
+                    SmallStep(time, e, "corrector", first=m == 0)
+                    for m in range(corrector.steps)
+                ]
+                for _ in range(corrector.blocks):
+                    self._append(small)
+        self.num_steps = len(self.steps)
+
+    def _append(self, block: Sequence[SmallStep]) -> None:
+        self.steps += block
+        self.boundaries.append(len(self.steps))
+
+    def init(self) -> tuple[State, State]:
+        """The noise, and a velocity of the corrector."""
+        x = self.start.clone()
+        return {"x": x}, {} if self.corrector is None else {"v": torch.zeros_like(x)}
+
+    def make_drift(
+        self, device: torch.device, shard: tuple[int, int] = (0, 1)
+    ) -> Drift:
+        """The score at a step's time."""
+        del device
+        if shard[1] > 1:
+            raise ValueError(
+                "A score is not a sum over views: write `num_shards=1` for it."
+            )
+
+        def drift(step: int, y: State) -> tuple[State, Aux]:
+            with torch.no_grad():
+                return {"score": self.score(self.steps[step].time, y["x"])}, {}
+
+        return drift
+
+    def update(
+        self, step: int, y: State, carry: State, drift: State
+    ) -> tuple[State, State]:
+        """One exponential-integrator step."""
+        small, x, s = self.steps[step], y["x"], drift["score"]
+        if small.kind == "corrector":
+            return self._correct(step, small, x, carry["v"], s)
+        grow = math.expm1(small.length / 2)
+        x = x + grow * x + (2 * grow if self.kind == "sde" else grow) * s
+        if self.kind == "sde":
+            x = x + math.sqrt(math.expm1(small.length)) * self._noise(step, "xi")
+        return {"x": x}, carry
+
+    def _correct(
+        self, step: int, small: SmallStep, u: Tensor, v: Tensor, s: Tensor
+    ) -> tuple[State, State]:
+        assert self.corrector is not None
+        g, e = self.corrector.friction, small.length
+        if small.first:
+            v = self._noise(step, "velocity")
+        r = -math.expm1(-g * e) / g
+        var_u, var_v, both = langevin_covariance(g, e)
+        first, second = self._noise(step, "first"), self._noise(step, "second")
+        slope = both / math.sqrt(var_v)
+        noise_v = math.sqrt(var_v) * first
+        noise_u = slope * first + math.sqrt(max(var_u - slope**2, 0.0)) * second
+        after_u = u + r * v + (e - r) / g * s + noise_u
+        after_v = math.exp(-g * e) * v + r * s + noise_v
+        return {"x": after_u}, {"v": after_v}
+
+    def _noise(self, step: int, stream: str) -> Tensor:
+        x = self.start
+        source = self.random.generator(step, stream)
+        return torch.randn(x.shape, generator=source, dtype=x.dtype).to(x.device)
+
+
+def langevin_covariance(g: float, e: float) -> tuple[float, float, float]:
+    r"""Variances of $B_u$ and $B_v$ and their covariance, over a step of length $e$.
+
+    $\mathrm{Var} B_u = \tfrac2g [e - \tfrac{2(1-q)}{g} + \tfrac{1-q^2}{2g}]$,
+    $\mathrm{Var} B_v = 1 - q^2$, $\mathrm{Cov} = (1-q)^2 / g$; for small $ge$ the first
+    by its series, whose leading term is $\tfrac23 g e^3$.
+    """
+    z = g * e
+    one = -math.expm1(-z)
+    if z < 1e-2:
+        series = z**3 * (2 / 3 - z / 2 + 7 * z**2 / 30 - z**3 / 12)
+    else:
+        series = 2 * z - 4 * one - math.expm1(-2 * z)
+    return series / g**2, -math.expm1(-2 * z), one**2 / g

@@ -1,0 +1,197 @@
+"""What users write: priors of components, concentrations and data, checked."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from scipy import sparse
+
+from dreampropeller.mixtures.family import Family
+from dreampropeller.mixtures.gaussian import DiagonalGaussian, FullGaussian
+from dreampropeller.mixtures.multinomial import Multinomial
+from dreampropeller.mixtures.priors import Concentration
+
+
+@dataclass(frozen=True)
+class NIW:
+    r"""Gaussian components: $\Sigma \sim \mathrm{IW}(\nu, \Psi)$, $\mu \mid \Sigma \sim
+    N(m, \Sigma / \kappa)$.
+
+    Args:
+        mean: $m$, shape ``(dim,)``; by default the data's mean.
+        kappa: $\kappa$; the smaller, the farther apart clusters may lie.
+        nu: $\nu$, above ``dim - 1``; by default ``2 dim + 2``. For diagonal components
+            the degrees of freedom per dimension, above 0, by default 4.
+        psi: $\Psi$, shape ``(dim, dim)``, or ``(dim,)`` for diagonal components. By
+            default it is $\tau$ times the scale at which the expected covariance is
+            the data's, and $\tau$ in $[10^{-4}, 1]$ is sampled with the labels.
+        covariance: "full" or "diagonal".
+    """  # noqa: D205
+
+    mean: Any = None
+    kappa: float = 0.05
+    nu: float | None = None
+    psi: Any = None
+    covariance: str = "full"
+
+    def resolve(self, x: np.ndarray) -> Family:
+        """The family, with what was left open taken from the data."""
+        dim = x.shape[1]
+        if self.covariance not in ("full", "diagonal"):
+            raise ValueError(
+                f"`covariance` is {self.covariance!r}: write 'full' or 'diagonal'."
+            )
+        full = self.covariance == "full"
+        least = dim - 1 if full else 0
+        nu = self.nu if self.nu is not None else (2 * dim + 2 if full else 4.0)
+        if not (math.isfinite(nu) and nu > least):
+            raise ValueError(f"`nu` is {nu}: write a number above {least}.")
+        if not (math.isfinite(self.kappa) and self.kappa > 0):
+            raise ValueError(f"`kappa` is {self.kappa}: write a number above 0.")
+        mean = x.mean(0) if self.mean is None else np.asarray(self.mean, float)
+        if mean.shape != (dim,):
+            raise ValueError(f"`mean` has shape {mean.shape}: the data needs ({dim},).")
+        if self.psi is None:
+            psi = self._spread(x) * (nu - dim - 1 if full else nu - 2)
+        else:
+            psi = _matrix(self.psi, dim, full)
+        kind = FullGaussian if full else DiagonalGaussian
+        scale = 1.0 if self.psi is None else None
+        return kind(
+            torch.from_numpy(mean.copy()),
+            self.kappa,
+            nu,
+            torch.from_numpy(psi.copy()),
+            scale,
+        )
+
+    def _spread(self, x: np.ndarray) -> np.ndarray:
+        constant = np.flatnonzero(np.ptp(x, axis=0) <= 1e-12 * np.abs(x).max(0))
+        if len(constant):
+            raise ValueError(
+                f"Column {constant[0]} is constant, so no scale can be taken from it: "
+                "remove the column, or write `prior=NIW(psi=...)`."
+            )
+        if self.covariance == "diagonal":
+            return x.var(0)
+        covariance = np.atleast_2d(np.cov(x.T, bias=True))
+        values = np.linalg.eigvalsh(covariance / _outer_deviation(covariance))
+        if values[0] < 1e-10:
+            raise ValueError(
+                "Some columns are linear combinations of others (or there are fewer "
+                "points than columns): remove them, or write "
+                "`prior=NIW(covariance='diagonal')` or `NIW(psi=...)`."
+            )
+        return covariance
+
+
+def _outer_deviation(covariance: np.ndarray) -> np.ndarray:
+    deviation = np.sqrt(np.diag(covariance))
+    return np.outer(deviation, deviation)
+
+
+def _matrix(psi: Any, dim: int, full: bool) -> np.ndarray:
+    psi = np.asarray(psi, float)
+    shape = (dim, dim) if full else (dim,)
+    if psi.ndim == 0:
+        psi = psi * (np.eye(dim) if full else np.ones(dim))
+    if psi.shape != shape:
+        raise ValueError(f"`psi` has shape {psi.shape}: the data needs {shape}.")
+    least = np.linalg.eigvalsh(psi)[0] if full else psi.min()
+    if not (np.isfinite(psi).all() and least > 0):
+        raise ValueError(
+            f"`psi` has a smallest eigenvalue of {least:.3g}: write a symmetric matrix "
+            "whose eigenvalues are all above 0."
+        )
+    return psi
+
+
+@dataclass(frozen=True)
+class Dirichlet:
+    r"""Components over counts: $\theta \sim \mathrm{Dirichlet}(a)$.
+
+    Args:
+        a: One number for all columns or shape ``(dim,)``; the smaller, the fewer
+            columns a cluster uses.
+    """
+
+    a: Any = 1.0
+
+    def resolve(self, x: Any) -> Family:
+        """The family for data with as many columns."""
+        least = x.min() if x.shape[0] else 0
+        if least < 0:
+            raise ValueError(
+                f"Negative values in data: the smallest is {least:.3g}, and counts are "
+                "at least 0. For real-valued data write `prior=NIW()`."
+            )
+        a = np.asarray(self.a, float)
+        a = np.full(x.shape[1], float(a)) if a.ndim == 0 else a
+        if a.shape != (x.shape[1],):
+            raise ValueError(f"`a` has shape {a.shape}: needed is ({x.shape[1]},).")
+        if not (np.isfinite(a).all() and (a > 0).all()):
+            raise ValueError(f"`a` has the entry {a.min():.3g}: write numbers above 0.")
+        return Multinomial(torch.from_numpy(a.copy()))
+
+
+PRIORS = {
+    "full": NIW(),
+    "diagonal": NIW(covariance="diagonal"),
+    "multinomial": Dirichlet(),
+}
+"""Names for the priors with default settings."""
+
+
+def as_prior(prior: Any) -> NIW | Dirichlet:
+    """The prior that a name or None stands for."""
+    if prior is None:
+        return PRIORS["full"]
+    if isinstance(prior, str) and prior in PRIORS:
+        return PRIORS[prior]
+    if isinstance(prior, (NIW, Dirichlet)):
+        return prior
+    raise ValueError(
+        f"`prior` is {prior!r}: write `NIW(...)` for real-valued data, "
+        f"`Dirichlet(...)` for counts, or one of {', '.join(map(repr, PRIORS))}."
+    )
+
+
+def as_concentration(value: Any, name: str) -> Concentration:
+    """A number above 0, or shape and rate of a Gamma prior."""
+    pair = value if isinstance(value, (tuple, list)) else (value,)
+    good = len(pair) in (1, 2) and all(
+        isinstance(v, (int, float, np.number))
+        and not isinstance(v, bool)
+        and math.isfinite(v)
+        and v > 0
+        for v in pair
+    )
+    if not good:
+        raise ValueError(
+            f"`{name}` is {value!r}: write a number above 0, or (shape, rate) of a "
+            "Gamma prior to have it sampled, for example (1.0, 1.0)."
+        )
+    if len(pair) == 2:
+        return (float(pair[0]), float(pair[1]))
+    return float(pair[0])
+
+
+def at_least(value: Any, least: int, name: str) -> int:
+    """An integer setting, not below `least`."""
+    good = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+    if not good or value < least:
+        raise ValueError(
+            f"`{name}` is {value!r}: write an integer of at least {least}."
+        )
+    return int(value)
+
+
+def stack(groups: list[Any]) -> Any:
+    """The groups' rows, one below the other."""
+    if any(sparse.issparse(group) for group in groups):
+        return sparse.vstack([sparse.csr_matrix(g) for g in groups], format="csr")
+    return np.concatenate(groups)

@@ -1,0 +1,138 @@
+"""`DPMixture` and `HDPMixture` as estimators: scikit-learn's checks, bad input."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+from scipy import sparse, stats
+from sklearn.utils.estimator_checks import parametrize_with_checks
+
+from dreampropeller.mixtures import NIW, Dirichlet, DPMixture, HDPMixture
+
+CLASSIFIERS = "asks every estimator with `predict_proba` for its classifier tags"
+NORMAL = "its data is real-valued, and counts are not"
+REASONS = {
+    "check_estimator_sparse_array": CLASSIFIERS,
+    "check_estimator_sparse_matrix": CLASSIFIERS,
+    "check_clustering": NORMAL,
+}
+X = np.random.default_rng(0).normal(size=(60, 2)) + 9 * (np.arange(60) % 2)[:, None]
+COUNTS = np.random.default_rng(0).poisson(2.0, (20, 4))
+
+
+def expected(estimator: DPMixture) -> dict[str, str]:
+    return REASONS if estimator.prior == "multinomial" else {}
+
+
+@parametrize_with_checks(
+    [
+        DPMixture(n_sweeps=25, burn_in=4),
+        DPMixture(n_sweeps=8, burn_in=4, prior="multinomial"),
+    ],
+    expected_failed_checks=expected,
+)
+def test_scikit_learn(estimator: DPMixture, check: Callable[[DPMixture], None]) -> None:
+    check(estimator)
+
+
+BAD: dict[str, tuple[Callable[[], Any], str]] = {
+    "nan": (lambda: DPMixture().fit([[0.0, np.nan]] * 5), "contains NaN"),
+    "empty": (lambda: DPMixture().fit(np.empty((0, 2))), "0 sample"),
+    "one point": (lambda: DPMixture().fit([[1.0, 2.0]]), "1 sample"),
+    "constant": (
+        lambda: DPMixture().fit(np.c_[X, np.ones(60)]),
+        "Column 2 is constant.*remove the column, or write `prior=NIW",
+    ),
+    "collinear": (
+        lambda: DPMixture().fit(np.c_[X, X.sum(1)]),
+        "linear combinations.*covariance='diagonal'",
+    ),
+    "negative": (
+        lambda: DPMixture(prior="multinomial").fit(COUNTS - 3),
+        "Negative values in data.*write `prior=NIW",
+    ),
+    "negative sparse": (
+        lambda: DPMixture(prior="multinomial").fit(sparse.csr_matrix(COUNTS - 3)),
+        "Negative values",
+    ),
+    "alpha": (
+        lambda: DPMixture(-1.0).fit(X),
+        "`alpha` is -1.0: write a number",
+    ),
+    "alpha pair": (lambda: DPMixture((1.0, 0.0)).fit(X), "Gamma prior"),
+    "method": (lambda: DPMixture(method="gibbs").fit(X), "'subcluster'.*'exact'"),
+    "prior": (lambda: DPMixture(prior="niw").fit(X), "write `NIW"),
+    "psi": (
+        lambda: DPMixture(prior=NIW(psi=-np.eye(2))).fit(X),
+        "smallest eigenvalue of -1",
+    ),
+    "psi shape": (lambda: DPMixture(prior=NIW(psi=np.eye(3))).fit(X), r"\(2, 2\)"),
+    "nu": (lambda: DPMixture(prior=NIW(nu=1.0)).fit(X), "above 1"),
+    "a": (lambda: DPMixture(prior=Dirichlet(0.0)).fit(COUNTS), "numbers above 0"),
+    "sweeps": (lambda: DPMixture(n_sweeps=0).fit(X), "`n_sweeps` is 0"),
+    "patience": (lambda: DPMixture(patience=2).fit(X), "`patience` is 2"),
+    "jobs": (lambda: DPMixture(n_jobs="all").fit(X), "'ranks'"),
+    "no list": (lambda: HDPMixture().fit(X), "a list of arrays"),
+    "one point in all": (lambda: HDPMixture().fit([[[1.0, 2.0]]]), "at least 2"),
+    "columns": (lambda: HDPMixture().fit([X, X[:, :1]]), "the same number"),
+    "group": (lambda: HDPMixture(0.0).fit([X]), "`gamma` is 0.0"),
+}
+
+
+@pytest.mark.parametrize(("call", "sentence"), BAD.values(), ids=BAD)
+def test_bad_input_gets_a_sentence(call: Callable[[], Any], sentence: str) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        call()
+
+
+def test_a_prior_of_ones_own_takes_constant_columns() -> None:
+    x = np.c_[X, np.ones(60)]
+    model = DPMixture(prior=NIW(psi=0.1), n_sweeps=40).fit(x)
+    assert model.n_components_ == 2
+
+
+def test_density_integrates_to_one() -> None:
+    model = DPMixture(n_sweeps=40).fit(X[:, :1])
+    grid = np.linspace(-400, 400, 400_001)
+    mass = np.exp(model.score_samples(grid[:, None])).sum() * (grid[1] - grid[0])
+    assert mass == pytest.approx(1, abs=1e-3)
+
+
+def test_sampled_points_have_the_density_of_the_fit() -> None:
+    model = DPMixture(n_sweeps=40).fit(X)
+    drawn, labels = model.sample(2000)
+    assert set(labels) == {0, 1}
+    for k in range(2):
+        own, seen = drawn[labels == k], X[model.labels_ == k]
+        assert np.abs(own.mean(0) - seen.mean(0)).max() < 1
+        result: Any = stats.ks_2samp(own[:, 0], seen[:, 0])
+        assert result.pvalue > 1e-4
+
+
+def test_warm_start_continues_the_chain() -> None:
+    whole = DPMixture(method="exact", n_sweeps=30, n_proposals=2).fit(X)
+    part = DPMixture(method="exact", n_sweeps=18, n_proposals=2, warm_start=True).fit(X)
+    part.set_params(n_sweeps=12).fit(X)
+    np.testing.assert_array_equal(part.labels_, whole.labels_)
+    assert part.n_iter_ == 30
+
+
+def test_concentration_is_sampled_where_it_has_a_prior() -> None:
+    fixed = DPMixture(2.0, n_sweeps=30).fit(X).history_["concentration"]
+    drawn = DPMixture((2.0, 1.0), n_sweeps=30).fit(X).history_["concentration"]
+    assert set(fixed) == {2.0}
+    assert len(set(drawn)) == len(drawn)
+
+
+def test_the_package_does_not_load_scikit_learn() -> None:
+    code = (
+        "import sys, dreampropeller; "
+        "print([n for n in ('sklearn', 'scipy', 'joblib') if n in sys.modules])"
+    )
+    run = [sys.executable, "-c", code]
+    assert subprocess.check_output(run, text=True).strip() == "[]"
