@@ -16,6 +16,7 @@ from dreampropeller.precision import LOSS_SCALE
 from systems import artefacts
 from systems.problem import Problem
 from systems.scene.cameras import RandomCameras, Views
+from systems.scene.isosurface import Silhouettes
 from systems.settings.config import Config
 from systems.settings.reader import ConfigError, read
 
@@ -102,6 +103,17 @@ class System(Problem):
     def write(self, folder: Path, y: dp.State) -> dict[str, Any]:
         """Write turntable, quality and mesh; see `systems.artefacts`."""
         return artefacts.write(folder, self, y)
+
+    def silhouettes(self, y: dp.State) -> Silhouettes:
+        """Opacity of a state along the rays of a few views all around."""
+        views = self.cameras.around()
+        origins, directions = views.cameras.rays(views.height, views.width)
+        seen = [self.render(y, views.one(i))[1] for i in range(len(views.cameras))]
+        return Silhouettes(
+            origins.expand_as(directions).reshape(-1, 3),
+            directions.reshape(-1, 3),
+            torch.cat(seen).flatten(),
+        )
 
     def exports(self, folder: Path, y: dp.State) -> dict[str, Callable[[], Any]]:
         """What a state is written as besides its mesh, by name; default: nothing.

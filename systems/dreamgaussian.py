@@ -250,6 +250,7 @@ class DreamGaussian(Distillation):
     def mesh(self, y: dp.State) -> Any:
         """The surface of the splats' density, coloured by the splats around it."""
         settings = self.scene.geometry.config
+        threshold = settings.isosurface_threshold
         density = Density({n: v.cpu() for n, v in of_state(y).items()})
         low, high = density.box
         radius = float(torch.maximum(-low, high).amax().clamp(1e-3, 1e3))
@@ -258,7 +259,7 @@ class DreamGaussian(Distillation):
             lambda points: density(points)[1],
             radius,
             settings.isosurface_resolution,
-            settings.isosurface_threshold,
+            self.silhouettes(y) if threshold == "auto" else threshold,
         )
         return simplified(surface, settings.max_faces)
 
