@@ -259,7 +259,7 @@ class DreamGaussian(Distillation):
             lambda points: density(points)[1],
             radius,
             settings.isosurface_resolution,
-            self.silhouettes(y) if threshold == "auto" else threshold,
+            self.silhouettes(y) if isinstance(threshold, str) else threshold,
         )
         return simplified(surface, settings.max_faces)
 
