@@ -20,6 +20,7 @@ from dreampropeller.checks import is_number, is_whole
 from dreampropeller.component import FULL, Memory
 from dreampropeller.rollout import Evaluation, Rollout
 from dreampropeller.threshold import Threshold
+from dreampropeller.trajectory import Parents
 from dreampropeller.tree import State, moving, norms
 
 ROUNDING = 64
@@ -224,6 +225,15 @@ class DriftThreshold(Threshold[DriftMemory]):
         first, last = rollout.states[0], rollout.states[-1]
         path = {n: last[n] - first[n] for n in moving(first, rollout.used[-1])}
         return replace(memory, held=held, moved=norms(path))
+
+    def jumped(
+        self, memory: DriftMemory, y: State, parents: Parents | None
+    ) -> DriftMemory:
+        """Trust the secants of before, where it is known what the rows were."""
+        del y
+        if parents is None:
+            return self.init()
+        return replace(memory, held={}, own={}, measured=None)
 
     def diagnostics(self, memory: DriftMemory) -> dict[str, float]:
         """The secant of a step without its own, and the error measured last."""

@@ -42,9 +42,8 @@ def write(
     if not mesh:
         report.pop("mesh", None)  # it was only wanted for the preview
     else:
-        exported = attempt(report, "export", lambda: system.export(folder, y))
-        if exported is not None:
-            report |= report.pop("export")
+        for name, make in system.exports(folder, y).items():
+            attempt(report, name, make)
     if mesh and surface is not None:
         attempt(report, "mesh", lambda: [p.name for p in save_mesh(surface, folder)])
         attempt(

@@ -25,7 +25,8 @@ from dreampropeller.acceleration.base import Acceleration
 from dreampropeller.checks import is_number
 from dreampropeller.component import FULL, Memory
 from dreampropeller.rollout import Evaluation, Rollout
-from dreampropeller.tree import State, moving, widened
+from dreampropeller.trajectory import Parents
+from dreampropeller.tree import State, moving, take_rows, widened
 
 
 @dataclass(frozen=True)
@@ -131,6 +132,25 @@ class Secant(Acceleration[SecantMemory]):
             for slot in rollout.repeated
         }
         return SecantMemory(held, memory.products, memory.squares)
+
+    def jumped(
+        self, memory: SecantMemory, y: State, parents: Parents | None
+    ) -> SecantMemory:
+        """Follow the rows; new ones have no slope. Without a map none has."""
+        if parents is None:
+            return self.init()
+        products, squares = (
+            {
+                name: moved
+                for name, value in sums.items()
+                for moved in [
+                    take_rows(value, parents[name]) if name in parents else value
+                ]
+                if name in y and y[name].shape == moved.shape
+            }
+            for sums in (memory.products, memory.squares)
+        )
+        return SecantMemory({}, products, squares)
 
 
 def _add(sums: State, name: str, value: Tensor) -> None:
