@@ -1,10 +1,10 @@
-"""What could not be measured without a GPU: run the GPU configs briefly, fill a file.
+"""Measurements that need a GPU: short runs of the GPU configs.
 
-`python -m benchmarks.gpu` runs each config twice through `launch.py`, as the plain loop
-on one device and accelerated on all of them, and writes seconds, iterations, quality
-and memory of both to `benchmarks/results/gpu-<device>.json`, with a table on the
-terminal. A config that cannot run (a model that is not at hand) is written down with
-its reason. `pytest -m gpu` is the test that belongs to it.
+`python -m benchmarks.gpu` runs each config twice through `launch.py`, sequentially on
+one device and accelerated on all of them, and writes seconds, iterations, quality and
+memory of both to `benchmarks/results/gpu-<device>.json`, with a table on the terminal.
+A config that cannot run (its model is not available) is recorded with the reason. The
+corresponding tests are `pytest -m gpu`.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""The main job over sixteen fixed prompts, against their truth.
+"""The main job over sixteen fixed prompts, against their ground truth.
 
 `python -m benchmarks.main_job` runs the default config for each scored prompt, prints a
 table and writes a contact sheet: for each prompt eight views, and beside them the same
-views of the truth (`docs/main_job.md`).
+views of the ground truth (`docs/main_job.md`, `benchmarks/results/main_job.md`).
 """
 
 from __future__ import annotations

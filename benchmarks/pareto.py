@@ -1,12 +1,12 @@
-"""Quality against iterations: which threshold, predictor and window to take.
+"""Quality against iterations, over thresholds, predictors and windows.
 
 `python -m benchmarks.pareto` solves a prompt with every threshold, predictor and
-window in two regimes, beside the plain loop, the exact solve and the rivals (a k-th
-of the steps, k times the views, each at the best of five learning rates). A regime
-is `name:steps:rate`: *tuned* is what `benchmarks.tune` found, *threestudio* takes
-more and smaller steps, at the rate of threestudio's DreamFusion config. It writes a
-table and a plot; interrupted, it goes on where it was. `--count` only says how many
-runs and gradients it would take.
+window in two regimes, beside the sequential run, the exact solve and the rivals (a k-th
+of the steps, k times the views, each at the best of five learning rates). A regime is
+`name:steps:learning rate`: *tuned* is the result of `benchmarks.tune`, *threestudio*
+takes more and smaller steps, at the learning rate of threestudio's DreamFusion config.
+It writes a table and a plot. An interrupted benchmark resumes from its log; `--count`
+only prints the number of runs and steps.
 """
 
 from __future__ import annotations

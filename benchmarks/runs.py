@@ -1,8 +1,7 @@
 """Runs for the tables: solve a job, measure it, and never solve it twice.
 
 A job is a config with settings. Its entry in the log holds the job, the quality of the
-result, what it cost, and how long it took; an interrupted benchmark goes on where it
-was.
+result, its cost and its time; an interrupted benchmark resumes from the log.
 """
 
 from __future__ import annotations

@@ -7,11 +7,12 @@ Diffusion pipeline (one-block autoencoder, latents compared), with
   window and tolerance, all as batched calls;
 - DPM-Solver++, against its sequential run;
 - windows × tolerances × forms × {plain, Anderson acceleration};
-- 64 prompts, judged by the toybox classifier.
+- 64 prompts, classified by the toybox classifier.
 
-Every run is a line of the log; interrupted, it goes on where it was. Tables are
-printed, and the plot is written. Iterations and evaluations are exact; seconds are CPU
-seconds of one process with one thread, wall-clock on a machine that is idle otherwise.
+Every run is a line of the log, `runs.jsonl` in the folder `--to`; an interrupted
+benchmark resumes from it. Tables are printed, and the plot is written beside the log.
+Iterations and evaluations are exact; seconds are CPU seconds of one process with one
+thread, wall-clock on a machine that is otherwise idle.
 """
 
 from __future__ import annotations
@@ -377,20 +378,21 @@ def plot(entries: list[Job], path: Path) -> None:
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--log", type=Path, default=Path("outputs/sampling.jsonl"))
-    parser.add_argument("--plot", type=Path, default=Path("docs/sampling.png"))
+    parser.add_argument("--to", type=Path, default=Path("outputs/sampling"))
     parser.add_argument("--parts", nargs="*", help="published multistep grid prompts")
     parser.add_argument("--hours", type=float, default=2.0)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     wanted = [j for j in jobs() if not arguments.parts or j["part"] in arguments.parts]
-    work(arguments.log, wanted, arguments.hours)
-    entries = read(arguments.log)
+    log = arguments.to / "runs.jsonl"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    work(log, wanted, arguments.hours)
+    entries = read(log)
     for part in ("published", "multistep"):
         print(f"{part}\n\n{table(entries, part)}\n")
     print(f"grid: iterations / error\n\n{crossed(entries)}\n")
     print(agreement(entries))
-    plot(entries, arguments.plot)
+    plot(entries, arguments.to / "sampling.png")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""Is one number right for all systems? Loss of quality against the drift threshold.
+"""Sensitivity of quality and speed to the drift threshold, over several systems.
 
 `python -m benchmarks.sensitivity` solves a prompt at several thresholds δ over learning
-rates, numbers of views, optimizers and fields, beside the plain loop of each. It writes
-a table and a plot; interrupted, it goes on where it was, and with `--logged` it shows
-what has been run.
+rates, numbers of views, optimizers and fields, beside the sequential run of each. It
+writes a table and a plot. An interrupted benchmark resumes from its log; `--logged`
+shows what has been run.
 """
 
 from __future__ import annotations

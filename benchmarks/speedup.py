@@ -1,11 +1,15 @@
 """Speed-up and quality of the accelerated run, beside the rivals of the same budget.
 
-`python -m benchmarks.speedup` runs the default config over 6 prompts and 2 seeds: the
-plain loop; the config's own threshold, `ema` (median and mean) and a fixed
-one at windows 4, 8 and 16 (the config's at 32 too); and plain loops of a k-th of the
-steps, with the same views or k times as many, each at the best of five learning rates.
-It writes a table and a plot; interrupted, it goes on where it was, and with `--logged`
-it shows what has been run. Wall-clock is measured by `benchmarks.wallclock`.
+`python -m benchmarks.speedup` runs the default config over 6 prompts and 2 seeds:
+
+- the sequential run;
+- the config's own threshold, `ema` (median and mean) and a fixed one at
+  windows 4, 8 and 16 (the config's at 32 too);
+- sequential runs of a k-th of the steps, with the same views or k times as many, each
+  at the best of five learning rates.
+
+It writes a table and a plot. An interrupted benchmark resumes from its log; `--logged`
+shows what has been run. Wall-clock is measured by `benchmarks.wallclock`.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""How many steps, at which learning rate: the sequential run that speed-ups start from.
+"""Steps and learning rate of the sequential run that speed-ups are counted from.
 
 `python -m benchmarks.tune` solves a few prompts sequentially for every pair of step
-count and learning rate, and writes a table. The tuned step count is the least whose
-mean PSNR, at the best learning rate, is within 0.5 dB of the best found anywhere: what
-an accelerated run has to be compared with (`docs/main_job.md`). Interrupted, it goes on
-where it was.
+count and learning rate, and writes a table. The tuned step count is the smallest whose
+mean PSNR, at the best learning rate, is within 0.5 dB of the best of all cells: what an
+accelerated run is compared with (`benchmarks/results/main_job.md`). An interrupted
+benchmark resumes from its log.
 """
 
 from __future__ import annotations

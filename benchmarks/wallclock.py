@@ -1,10 +1,10 @@
-"""Wall-clock of one worker and of several, beside the plain loop.
+"""Wall-clock of one worker and of several, beside the sequential run.
 
-`python -m benchmarks.wallclock` runs `launch.py` for each way in turn, the whole round
-several times, so that a slow spell of the machine hits all of them; it writes medians,
-and the median of the ratios within a round. Run it on an idle machine. Where there is
-a GPU it is used, and shared by the workers beyond the number of GPUs; hide it with
-`CUDA_VISIBLE_DEVICES=` to measure the CPU.
+`python -m benchmarks.wallclock` runs `launch.py` for each variant in turn, and repeats
+the whole round several times, so that a slow period of the machine affects all of them.
+It writes medians, and the median of the ratios within a round. Run it on an idle
+machine. A GPU is used if there is one, and shared if there are more workers than GPUs;
+hide it with `CUDA_VISIBLE_DEVICES=` to measure the CPU.
 """
 
 from __future__ import annotations

@@ -19,6 +19,7 @@ OTHERWISE = (
 )
 PROBLEMS = {
     "dreamfusion-system": "systems.dreamfusion.DreamFusion",
+    "dreamgaussian-system": "systems.dreamgaussian.DreamGaussian",
     "diffusion-sampling": "systems.sampling.Sampling",
 }
 """Problems by the names configs use. Imported when asked for: they are heavy."""
@@ -63,9 +64,13 @@ def problem_type(config: Config) -> type[Problem]:
     Raises:
         ConfigError: There is no such class.
     """
-    from systems.settings.reader import choose
+    from systems.settings.reader import ConfigError, choose
 
-    path = choose(PROBLEMS, config.system_type, "system_type")
+    try:
+        path = choose(PROBLEMS, config.system_type, "system_type")
+    except ConfigError as error:
+        own = [p for p in config.problems if not p.startswith("`system.")]
+        raise _refusal([*error.problems, *own]) from error
     module, _, name = path.rpartition(".")
     return getattr(importlib.import_module(module), name)
 
@@ -78,11 +83,7 @@ def build_problem(config: Config) -> Problem:
     """
     from systems.settings.reader import ConfigError
 
-    try:
-        kind = problem_type(config)
-    except ConfigError as error:
-        own = [p for p in config.problems if not p.startswith("`system.")]
-        raise _refusal([*error.problems, *own]) from error
+    kind = problem_type(config)
     problems = [*config.problems, *_problems(kind.section_types, config)]
     if problems:
         raise _refusal(problems)

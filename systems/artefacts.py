@@ -1,7 +1,13 @@
-"""What a 3D object leaves behind: turntable, images beside the truth, quality, mesh."""
+"""What a 3D object leaves behind: turntable, preview, quality, mesh.
+
+Each is made by itself: one that fails does not cost the others, and the report has a
+line that says why.
+"""
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,49 +16,77 @@ from tqdm import tqdm
 
 import dreampropeller as dp
 from systems import quality
-from systems.images import save_film, save_picture
+from systems.images import check_ffmpeg, save_film, save_picture
 from systems.scene.isosurface import EmptySurface
 from systems.scene.mesh_files import save_mesh
+from systems.scene.zbuffer import render_mesh
+from systems.toybox.truth import Truth
 
 if TYPE_CHECKING:
     from systems.base import System
+
+FAILED, NONE = "failed: ", "none: "
+"""How the line of an artefact that is not there begins."""
+
+_log = logging.getLogger(__name__)
 
 
 def write(
     folder: Path, system: System, y: dp.State, film: bool = True, mesh: bool = True
 ) -> dict[str, Any]:
-    """Write turntable, mesh and quality of a state; returns what there is to report.
-
-    An empty surface is reported, not raised: the rest is still of use.
-    """
+    """Write turntable, mesh and quality of a state; returns what there is to report."""
     report: dict[str, Any] = {}
-    if film:
-        frames = system.turntable(y)
-        total = system.cameras.n_test_views
-        bar = tqdm(frames, total=total, desc="turntable", unit="frame", leave=False)
-        save_film(bar, folder / "turntable.mp4")
-        report["turntable"] = "turntable.mp4"
-        save_picture(system.preview(y), folder / "preview.png")
-        wanted = quality.truth_of(system)
-        if wanted is None:
-            report["quality"] = quality.by_clip(system, y)
-        else:
-            measured = quality.against_truth(system, y, wanted)
-            report["quality"] = measured.figures()
-            both = torch.cat([measured.pictures, measured.wanted])
-            save_picture(
-                both.repeat_interleave(4, -1).repeat_interleave(4, -2),
-                folder / "truth.png",
-                quality.NUM_VIEWS,
-            )
+    wanted = quality.truth_of(system)
+    surface = attempt(report, "mesh", lambda: system.mesh(y))
+    if mesh and surface is not None:
+        attempt(report, "mesh", lambda: [p.name for p in save_mesh(surface, folder)])
+        attempt(
+            report,
+            "mesh_quality",
+            lambda: quality.measure_mesh(surface, wanted).figures(),
+        )
+    elif not mesh:
+        del report["mesh"]  # it was only wanted for the preview
     if mesh:
-        try:
-            surface = system.mesh(y)
-            report["mesh"] = [path.name for path in save_mesh(surface, folder)]
-            report["faces"] = len(surface.faces)
-        except EmptySurface as error:
-            report["mesh"] = f"none: {error}"
+        report |= system.export(folder, y)
+    if film:
+        attempt(report, "turntable", lambda: _turntable(folder, system, y))
+        attempt(report, "preview", lambda: _preview(folder, system, y, surface))
+        _judge(report, folder, system, y, wanted)
     return report
+
+
+def attempt(report: dict[str, Any], name: str, make: Callable[[], Any]) -> Any:
+    """Make an artefact and report it; a failure is reported, not raised.
+
+    Args:
+        report: Gets under `name` what `make` returns, or a line that says why not.
+        name: Of the artefact.
+        make: Makes it.
+
+    Returns:
+        What `make` returned, or None.
+    """
+    try:
+        report[name] = make()
+    except EmptySurface as error:
+        report[name] = f"{NONE}{error}"
+    except Exception as error:
+        _log.debug("`%s` failed", name, exc_info=True)
+        known = isinstance(error, OSError | RuntimeError | ValueError) and str(error)
+        report[name] = FAILED + (str(error) if known else repr(error))
+    else:
+        return report[name]
+    return None
+
+
+def failures(report: dict[str, Any]) -> list[str]:
+    """The lines of artefacts that are not there."""
+    return [
+        f"{name.replace('_', ' ').capitalize()} {line}"
+        for name, line in report.items()
+        if isinstance(line, str) and line.startswith((FAILED, NONE))
+    ]
 
 
 def summary(report: dict[str, Any]) -> list[str]:
@@ -71,8 +105,65 @@ def summary(report: dict[str, Any]) -> list[str]:
             f"right colour in {found['right_colour']:.0%} and "
             f"right object in {found['right_object']:.0%} of the views."
         )
-    elif found:
+    elif found and not found.startswith(FAILED):
         lines.append(f"Quality {found}.")
-    if isinstance(report.get("mesh"), str):
-        lines.append(f"Mesh {report['mesh']}")
-    return lines
+    if isinstance(report.get("mesh_quality"), dict):
+        lines.append(_describe_mesh(report["mesh_quality"]))
+    return [*lines, *failures(report)]
+
+
+def _describe_mesh(found: dict[str, Any]) -> str:
+    count = found["bodies"]
+    parts = [f"{found['faces']} faces in {count} {'body' if count == 1 else 'bodies'}"]
+    if "iou_3d" in found:
+        parts.append(f"3D IoU {found['iou_3d']:.2f}")
+        parts.append(f"Chamfer distance {found['chamfer']:.3f} to the ground truth")
+    if not found["watertight"]:
+        parts.append("not closed")
+    return f"Mesh: {', '.join(parts)}."
+
+
+def _turntable(folder: Path, system: System, y: dp.State) -> str:
+    check_ffmpeg()
+    total = system.cameras.n_test_views
+    frames = system.turntable(y)
+    bar = tqdm(frames, total=total, desc="turntable", unit="frame", leave=False)
+    save_film(bar, folder / "turntable.mp4")
+    return "turntable.mp4"
+
+
+def _preview(folder: Path, system: System, y: dp.State, mesh: Any | None) -> str:
+    """The volume's views and, below them, those of the shaded mesh."""
+    rows = [system.preview(y)]
+    if mesh is not None:
+        views = system.cameras.turntable(len(rows[0]))
+        rows.append(render_mesh(mesh, views)[0])
+    save_picture(torch.cat(rows), folder / "preview.png", len(rows[0]))
+    return "preview.png"
+
+
+def _judge(
+    report: dict[str, Any],
+    folder: Path,
+    system: System,
+    y: dp.State,
+    wanted: Truth | None,
+) -> None:
+    """Report the figures of the object's images; write those above the ground truth."""
+    if wanted is None:
+        attempt(report, "quality", lambda: quality.by_clip(system, y))
+        return
+    measured = attempt(
+        report, "quality", lambda: quality.against_truth(system, y, wanted)
+    )
+    if measured is None:
+        return
+    report["quality"] = measured.figures()
+
+    def write() -> str:
+        both = torch.cat([measured.pictures, measured.wanted])
+        large = both.repeat_interleave(4, -1).repeat_interleave(4, -2)
+        save_picture(large, folder / "truth.png", quality.NUM_VIEWS)
+        return "truth.png"
+
+    attempt(report, "truth", write)

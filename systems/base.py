@@ -103,6 +103,15 @@ class System(Problem):
         """Write turntable, quality and mesh; see `systems.artefacts`."""
         return artefacts.write(folder, self, y)
 
+    def export(self, folder: Path, y: dp.State) -> dict[str, Any]:
+        """Write what a state is made of, beside its mesh; default: nothing.
+
+        Returns:
+            Its part of the report.
+        """
+        del folder, y
+        return {}
+
     def summary(self, report: dict[str, Any]) -> list[str]:
         """Quality and mesh, for the terminal."""
         return artefacts.summary(report)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -22,22 +23,40 @@ def written(path: Path) -> Iterator[Path]:
             the same ending.
 
     Raises:
-        OSError: It cannot be written; names the file, and what to do when the disk is
-            full.
+        OSError: As `named`.
     """
     part = path.with_name(f"part-{path.name}")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield part
-        os.replace(part, path)
-    except OSError as error:
-        advice = (
-            "Free some space there, or write to another folder: `exp_root_dir=…`."
-            if error.errno in _FULL
-            else "Write to another folder: `exp_root_dir=…`."
-        )
-        reason = error.strerror or str(error) or type(error).__name__
-        raise OSError(f"`{path}` cannot be written: {reason}. {advice}") from error
+        with named(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            yield part
+            os.replace(part, path)
     finally:
         with contextlib.suppress(OSError):
             part.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def named(path: Path) -> Iterator[None]:
+    """Say which file it was when writing fails.
+
+    Raises:
+        OSError: It cannot be written; names the file, and what to do when the disk is
+            full.
+    """
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or str(error).split("\n")[0] or type(error).__name__
+        advice = "Write to another folder: `exp_root_dir=…`."
+        if error.errno in _FULL or _is_full(path.parent):
+            advice = f"Free some space there. {advice}"
+        message = f"`{path}` cannot be written: {reason.rstrip('.')}. {advice}"
+        raise OSError(message) from error
+
+
+def _is_full(folder: Path) -> bool:
+    """Whether a disk is full; programs that write for us do not always say so."""
+    with contextlib.suppress(OSError):
+        return shutil.disk_usage(folder).free < 2**16
+    return False

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
+
+from systems.files import written
 
 FRAMES_PER_SECOND = 30
 
@@ -62,9 +64,33 @@ def to_bytes(picture: Float[Tensor, "3 height width"]) -> np.ndarray:
 
 def save_picture(pictures: Tensor, path: Path, columns: int = 4) -> None:
     """Write pictures as one sheet, in one go: a viewer never sees half a file."""
-    part = path.with_name(f"part-{path.name}")
-    save_sheet(pictures, part, columns)
-    os.replace(part, path)
+    with written(path) as part:
+        save_sheet(pictures, part, columns)
+
+
+class NoFFmpeg(RuntimeError):
+    """Videos cannot be written; the message says what to install."""
+
+
+def check_ffmpeg() -> None:
+    """Make sure that videos can be written, before their frames are rendered.
+
+    Raises:
+        NoFFmpeg: They cannot.
+    """
+    try:
+        import imageio_ffmpeg
+
+        program = imageio_ffmpeg.get_ffmpeg_exe()
+    except (ImportError, RuntimeError) as error:
+        program, reason = None, str(error).split("\n")[0].rstrip(".")
+    else:
+        reason = f"`{program}` is no program"
+    if program is None or shutil.which(program) is None:
+        raise NoFFmpeg(
+            f"videos need ffmpeg, and there is none: {reason}. Install it with `pip "
+            "install imageio-ffmpeg`, or name one in IMAGEIO_FFMPEG_EXE."
+        )
 
 
 def save_film(frames: Iterable[Float[Tensor, "3 height width"]], path: Path) -> None:
@@ -73,13 +99,19 @@ def save_film(frames: Iterable[Float[Tensor, "3 height width"]], path: Path) -> 
     Args:
         frames: From 0 to 1; even numbers of pixels each way.
         path: Ends in ``.mp4``.
+
+    Raises:
+        NoFFmpeg: There is nothing to encode it with.
+        OSError: It cannot be written.
     """
     import imageio.v2 as imageio
 
-    part = path.with_name(f"part-{path.name}")
-    with imageio.get_writer(
-        part, fps=FRAMES_PER_SECOND, codec="libx264", quality=8, macro_block_size=2
-    ) as film:
+    check_ffmpeg()
+    with (
+        written(path) as part,
+        imageio.get_writer(
+            part, fps=FRAMES_PER_SECOND, codec="libx264", quality=8, macro_block_size=2
+        ) as film,
+    ):
         for frame in frames:
             film.append_data(to_bytes(frame))  # pyright: ignore[reportAttributeAccessIssue]
-    os.replace(part, path)

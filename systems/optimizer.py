@@ -85,6 +85,8 @@ class OptimizerConfig:
             for name, module in scene.named_modules()
             if name and ("." not in name or any(True for _ in module.parameters()))
         ]
+        # A tensor of its own, too, where a part has tensors that are no parts.
+        parts += [name for name, _ in scene.named_parameters() if name not in parts]
         for name in self.params:
             if name not in parts:
                 raise ConfigError(
@@ -107,7 +109,7 @@ class OptimizerConfig:
         """The optimizer of parameters by name."""
         groups: dict[str, list[Tensor]] = {}
         for name, tensor in parameters.items():
-            fits = [part for part in self.params if name.startswith(f"{part}.")]
+            fits = [part for part in self.params if f"{name}.".startswith(f"{part}.")]
             groups.setdefault(max(fits, key=len, default=""), []).append(tensor)
         arguments: Any = {
             key: tuple(value) if isinstance(value, list) else value

@@ -155,16 +155,15 @@ def understood(words: list[str], monkeypatch: pytest.MonkeyPatch) -> bool:
 def read_settings(words: list[str]) -> None:
     """Read options and settings as `launch.py` does, up to building the system."""
     import launch
-    from systems import build
+    from systems import build_problem
     from systems.settings.config import load
 
     arguments, overrides = launch.make_parser().parse_known_args(words)
+    overrides = [*(arguments.compare or []), *overrides]  # `nargs="*"` takes them
     assert all("=" in setting for setting in overrides), overrides
     if "<" in str(arguments.config) or any("<" in word for word in overrides):
         return  # a place that only the reader knows
-    config = load(arguments.config, overrides)
-    if not arguments.sample:
-        build(config)
+    build_problem(load(arguments.config, overrides))
 
 
 class _Parsed(Exception):

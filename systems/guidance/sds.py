@@ -35,7 +35,8 @@ class GuidanceConfig:
     r"""Score distillation from a diffusers pipeline (`system.guidance` in a config).
 
     Args:
-        pretrained_model_name_or_path: "toybox", a hub model, or a local folder.
+        pretrained_model_name_or_path: "toybox" (the first embedded prior), "toybox2"
+            (the second, which is told the camera), a hub model, or a local folder.
         guidance_scale: Of classifier-free guidance, 1 for none.
         guidance_rescale: Pulls guided answers back in range, from 0 (off) to 1.
         weighting_strategy: w(t): "sds" is $1 - \bar\alpha_t$, "uniform" is 1,
@@ -169,6 +170,7 @@ class ScoreDistillation(Guidance):
                 self.words.without,
                 self.config.scale,
                 self.config.guidance_rescale,
+                self.prior.conditions(cameras),
             )
             gradient = self._weight(t) * (predicted - noise)
             if self.config.grad_clip is not None:

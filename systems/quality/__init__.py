@@ -1,5 +1,6 @@
 """How good an object is: against the ground truth, or by CLIP."""
 
+from systems.quality.mesh import MeshQuality, measure_mesh
 from systems.quality.truth import (
     GREY,
     NUM_VIEWS,
@@ -16,10 +17,12 @@ __all__ = [
     "GREY",
     "NUM_VIEWS",
     "SIZE",
+    "MeshQuality",
     "Quality",
     "against_truth",
     "by_clip",
     "fixed_views",
     "measure",
+    "measure_mesh",
     "truth_of",
 ]

@@ -26,6 +26,7 @@ import yaml
 import dreampropeller as dp
 from dreampropeller import checkpoint
 from dreampropeller.precision import LOSS_SCALE, Precision
+from systems.files import named, written
 from systems.problem import Problem
 from systems.settings.config import Config
 from systems.settings.reader import ConfigError, to_section
@@ -152,17 +153,18 @@ def write_setup(folder: Path, config: Config) -> None:
     """Write `config.yaml`, `command.txt` and `environment.json`."""
     settings = {k: v for k, v in to_section(config).items() if k != "resume"}
     text = yaml.safe_dump(_plain(settings), sort_keys=False, allow_unicode=True)
-    (folder / CONFIG).write_text(text, encoding="utf-8")
-    with open(folder / "command.txt", "a", encoding="utf-8") as file:
+    with written(folder / CONFIG) as part:
+        part.write_text(text, encoding="utf-8")
+    command = folder / "command.txt"
+    with named(command), open(command, "a", encoding="utf-8") as file:
         file.write(" ".join(["python", *map(shlex.quote, sys.argv)]) + "\n")
     write_json(folder / "environment.json", environment())
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """Write a JSON file in one go: a reader never sees half of it."""
-    part = path.with_name(f"part-{path.name}")
-    part.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    os.replace(part, path)
+    with written(path) as part:
+        part.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def _plain(value: Any) -> Any:

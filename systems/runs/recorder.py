@@ -22,9 +22,10 @@ from tqdm import tqdm
 
 import dreampropeller as dp
 from dreampropeller import checkpoint
+from systems.files import named
 from systems.images import save_picture
 from systems.problem import Problem
-from systems.runs import folders, results
+from systems.runs import folders, history, results
 from systems.runs.stopping import Stop
 
 STOP = "stop"
@@ -109,28 +110,41 @@ class FolderRecorder(Recorder):
     Args:
         problem: What is solved.
         folder: Where to write; None writes nothing (ranks other than 0).
-        begin: The step the run starts from.
+        state: What the run is resumed from; None: it starts.
 
     Attributes:
-        seconds: Time by phase of the solve.
         solving: Wall-clock seconds of the solve, without what the recorder itself
-            takes to write, save and render.
+            takes to write, save and render; of a resumed run, with those before.
     """
 
-    def __init__(self, problem: Problem, folder: Path | None, begin: int) -> None:
+    def __init__(
+        self,
+        problem: Problem,
+        folder: Path | None,
+        state: dp.SolverState[Any] | None = None,
+    ) -> None:
         super().__init__(None if folder is None else [folder / STOP])
         self.problem = problem
         self.folder = folder
         self.config = problem.config
-        self.seconds: dict[str, float] = {}
         self.started = time.perf_counter()
         self.solving = 0.0
         self._returned = self.started
-        self._begin = begin
-        self._saved_at = begin
+        self._begin = self._saved_at = state.step if state else 0
+        self._elapsed_before = 0.0
+        if folder is not None and state is not None:
+            self._take_over(folder, state.stats.num_iterations)
         self._metrics: TextIO | None = None
         self._board: Any = None
         self._bar: Any = None
+
+    def _take_over(self, folder: Path, num_iterations: int) -> None:
+        """Count on from the seconds of the iterations before."""
+        lines = history.lines(folder)
+        self._elapsed_before = history.elapsed(lines, num_iterations)
+        for entry in history.iterations(lines):
+            if entry["iteration"] == num_iterations:
+                self.solving = entry["solving"]
 
     @contextmanager
     def recording(self) -> Iterator[None]:
@@ -145,7 +159,7 @@ class FolderRecorder(Recorder):
             return
         from torch.utils.tensorboard import SummaryWriter
 
-        self._metrics = open(self.folder / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115
+        self._metrics = open(self.folder / history.FILE, "a", encoding="utf-8")  # noqa: SIM115
         self._board = SummaryWriter(str(self.folder / "tensorboard"))
         self._bar = tqdm(
             total=self.problem.num_steps,
@@ -159,14 +173,13 @@ class FolderRecorder(Recorder):
             yield
         finally:
             self._bar.close()
-            self._metrics.close()
+            with named(self.folder / "metrics.jsonl"):  # it writes what is left
+                self._metrics.close()
             self._board.close()
 
     def __call__(self, state: dp.SolverState[Any], iteration: dp.Iteration) -> bool:
         """Record an iteration, and keep the time that this takes apart."""
         self.solving += time.perf_counter() - self._returned
-        for phase, seconds in iteration.seconds.items():
-            self.seconds[phase] = self.seconds.get(phase, 0.0) + seconds
         try:
             return super().__call__(state, iteration)
         finally:
@@ -174,7 +187,9 @@ class FolderRecorder(Recorder):
 
     def record(self, state: dp.SolverState[Any], iteration: dp.Iteration) -> None:
         """Metrics of each iteration; previews and checkpoints when they are due."""
-        self._write_metrics(state, iteration)
+        assert self.folder is not None
+        with named(self.folder / "metrics.jsonl"):
+            self._write_metrics(state, iteration)
         strides = state.stats.strides
         self._bar.update(iteration.stride)
         self._bar.set_postfix_str(
@@ -201,23 +216,27 @@ class FolderRecorder(Recorder):
         assert self.folder is not None
         leaves = self.interrupted is signal.SIGTERM
         made = {} if leaves else self.problem.write(self.folder, solution.value)
+        end = {"end": solution.stats.num_iterations, "elapsed": self._elapsed()}
+        with open(self.folder / history.FILE, "a", encoding="utf-8") as file:
+            file.write(json.dumps(end) + "\n")
         report = {
             "title": self.problem.title,
             **made,
-            **results.report_of(self.config, solution),
-            "seconds": round(time.perf_counter() - self.started, 2),
-            "solving_seconds": round(self.solving, 3),
-            "seconds_by_phase": {k: round(v, 3) for k, v in self.seconds.items()},
+            **results.report_of(self.folder, self.config, solution),
         }
         folders.write_json(self.folder / "report.json", report)
         print(results.summary(self.folder, self.problem, report))
+
+    def _elapsed(self) -> float:
+        """Wall-clock seconds of the run, loading and writing included."""
+        since = time.perf_counter() - self.started
+        return round(self._elapsed_before + since, 3)
 
     def _write_metrics(
         self, state: dp.SolverState[Any], iteration: dp.Iteration
     ) -> None:
         assert self._metrics is not None
         every = self.config.trainer.log_every_n_steps
-        elapsed = round(time.perf_counter() - self.started, 3)
         for offset, aux in enumerate(iteration.aux):
             step = iteration.begin + offset
             if step % every:
@@ -235,8 +254,10 @@ class FolderRecorder(Recorder):
             "threshold": iteration.threshold,
             **{name: _number(v) for name, v in iteration.diagnostics.items()},
             "seconds": {k: round(v, 4) for k, v in iteration.seconds.items()},
-            "elapsed": elapsed,
+            "elapsed": self._elapsed(),
             "solving": round(self.solving, 4),
+            "evaluations": state.stats.num_evaluations,
+            "workers": self.config.dispatch.count,
         }
         self._metrics.write(json.dumps(entry) + "\n")
         self._metrics.flush()

@@ -9,22 +9,38 @@ import torch
 
 import dreampropeller as dp
 from systems.problem import Problem
-from systems.runs import folders
+from systems.runs import folders, history
 from systems.settings.config import Config
 from systems.settings.reader import to_section
 
+SECONDS = ("seconds", "solving_seconds", "device_seconds", "seconds_by_phase")
+"""The part of a report that is null where the run's metrics were lost."""
 
-def report_of(config: Config, solution: dp.Solution[Any]) -> dict[str, Any]:
-    """What was solved, how, and at what cost, as `report.json` has it."""
+
+def report_of(
+    folder: Path, config: Config, solution: dp.Solution[Any]
+) -> dict[str, Any]:
+    """What was solved, how, and at what cost, as `report.json` has it.
+
+    The counts are those of the solution, which a resumed run remembers; the seconds
+    are read from `metrics.jsonl`, which has those before it was resumed.
+    """
     stats = solution.stats
     steps = sum(stats.strides)
-    return {
-        "result": solution.result.value,
+    told = history.totals(history.lines(folder))
+    counted = {
         "steps": steps,
         "iterations": stats.num_iterations,
         "evaluations": stats.num_evaluations,
-        "strides": stats.strides,
+        "strides": list(stats.strides),
         "steps_per_iteration": round(steps / max(1, stats.num_iterations), 3),
+    }
+    complete = told["iterations"] == stats.num_iterations
+    seconds = {name: told[name] if complete else None for name in SECONDS}
+    return {
+        "result": solution.result.value,
+        **counted,
+        **seconds,
         "workers": config.dispatch.count,
         "threads": torch.get_num_threads(),
         "gpu_memory": (  # bytes, on the first device

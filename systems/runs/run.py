@@ -49,7 +49,7 @@ def work(config: Config, folder: Path | None = None, leads: bool = True) -> int:
     problem = build_problem(config)
     state = folders.start_of(problem)
     folder = folder or (folders.open_folder(config) if leads else None)
-    recorder = FolderRecorder(problem, folder, begin=state.step if state else 0)
+    recorder = FolderRecorder(problem, folder, state)
     return recorder.run(lambda told: problem.solve(dispatcher, state, told))
 
 
@@ -69,4 +69,4 @@ def look(config: Config, film: bool) -> int:
     folder = folders.folder_of(config.resume)
     made = artefacts.write(folder, system, state.y, film=film, mesh=not film)
     print(results.summary(folder, system, {**made, "steps": state.step}))
-    return 0 if film or isinstance(made["mesh"], list) else 1
+    return 1 if artefacts.failures(made) else 0

@@ -59,6 +59,17 @@ class RandomConfig:
 
 
 @dataclass(frozen=True)
+class BlackOrWhiteConfig:
+    """Black or white, drawn for each view (``black-or-white-background``).
+
+    Args:
+        black_prob: How often it is black; turntables are over white.
+    """
+
+    black_prob: float = 0.5
+
+
+@dataclass(frozen=True)
 class EnvironmentConfig:
     """A small network of the direction (``neural-environment-map-background``).
 
@@ -155,6 +166,27 @@ class Random(Background):
         return (low + (high - low) * drawn).to(directions).expand_as(directions)
 
 
+class BlackOrWhite(Background):
+    """Black or white behind each view of a step (DreamGaussian's)."""
+
+    Config = BlackOrWhiteConfig
+
+    def __init__(self, config: BlackOrWhiteConfig) -> None:
+        super().__init__()
+        self.config = config
+
+    def forward(
+        self, directions: Tensor, step: int | None, random: StepRandom
+    ) -> Float[Tensor, "views height width 3"]:
+        """See `Background.forward`."""
+        if step is None:
+            return torch.ones_like(directions)
+        generator = random.generator(step, "background")
+        drawn = torch.rand(len(directions), 1, 1, 1, generator=generator)
+        white = drawn >= self.config.black_prob
+        return white.to(directions).expand_as(directions)
+
+
 class Environment(Background):
     """A colour for each direction."""
 
@@ -189,5 +221,6 @@ def _augment(colours: Tensor, share: float, step: int, random: StepRandom) -> Te
 BACKGROUNDS: Mapping[str, type[Background]] = {
     "solid-color-background": Solid,
     "random-color-background": Random,
+    "black-or-white-background": BlackOrWhite,
     "neural-environment-map-background": Environment,
 }

@@ -46,7 +46,7 @@ def save_mesh(mesh: trimesh.Trimesh, folder: Path) -> list[Path]:
     with written(paths[0]) as part:
         part.write_bytes(to_glb(mesh))
     with written(paths[1]) as part:
-        mesh.export(part)
+        part.write_text(str(mesh.export(file_type="obj")), encoding="utf-8")
     return paths
 
 

@@ -12,7 +12,7 @@ import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import torch
@@ -247,6 +247,13 @@ class Config:
 
     def __post_init__(self) -> None:
         one_of("data_type", self.data_type, DATA_TYPES)
+        inside = PurePath(self.name)
+        if inside.is_absolute() or ".." in inside.parts:
+            raise ValueError(
+                f"`name` is `{self.name}`, which is no folder inside `exp_root_dir` "
+                f"(`{self.exp_root_dir}`): write a plain name, such as "
+                "`name=mushrooms`, and another place as `exp_root_dir=…`."
+            )
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:

@@ -212,7 +212,6 @@ VALUES: Mapping[str, Callable[[Any], bool]] = {
     "data.batch_size": lambda value: isinstance(value, list),
     "data.height": lambda value: isinstance(value, list),
     "data.width": lambda value: isinstance(value, list),
-    "system.geometry.isosurface_threshold": lambda value: value == "auto",
     "system.geometry.normal_type": lambda value: (
         value in (None, "pred", "finite_difference_laplacian")
     ),

@@ -1,19 +1,23 @@
-"""What the toybox is called: captions, vocabulary, scored and held-out pairs."""
+"""What the toybox is called: captions, vocabularies, scored and held-out pairs."""
 
 from __future__ import annotations
 
-import difflib
-import re
-from collections.abc import Sequence
+from collections.abc import Collection
+from dataclasses import dataclass
 
+from systems.toybox.finishes import FINISHES
 from systems.toybox.objects import COLOURS, OBJECTS
 
 VIEWS = ("front", "side", "back", "overhead")
-SCORED = tuple(
-    (list(COLOURS)[i % len(COLOURS)], name) for i, name in enumerate(OBJECTS)
-)
-"""The 16 pairs the main job is scored on: each object once, colour i mod 8."""
-HELD_OUT = (
+MARKS = {"striped": "stripes", "spotted": "spots"}
+"""The noun of each finish that has a second colour."""
+FIRST_OBJECTS = tuple(OBJECTS)[:16]
+"""The objects the first prior knows."""
+FIRST_COLOURS = tuple(COLOURS)[:8]
+"""The colours the first prior knows; all of its objects are plain."""
+SCORED = tuple((FIRST_COLOURS[i % 8], name) for i, name in enumerate(FIRST_OBJECTS))
+"""The 16 pairs the main job is scored on: each object once, colour index i mod 8."""
+FIRST_HELD_OUT = (
     ("blue", "sphere"),
     ("yellow", "torus"),
     ("pink", "cone"),
@@ -27,7 +31,62 @@ HELD_OUT = (
     ("green", "rocket"),
     ("purple", "car"),
 )
-"""Pairs no training sample shows; the model has to put them together itself."""
+"""Pairs the first prior was not trained on."""
+HELD_OUT = (
+    *FIRST_HELD_OUT,
+    *(("red", "teapot"), ("white", "teapot")),
+    *(("green", "sailboat"), ("black", "sailboat")),
+    *(("blue", "airplane"), ("pink", "airplane")),
+    *(("purple", "duck"), ("cyan", "duck")),
+    *(("orange", "lamp"), ("blue", "lamp")),
+    *(("purple", "key"), ("green", "key")),
+    *(("pink", "guitar"), ("yellow", "guitar")),
+    *(("cyan", "boot"), ("white", "boot")),
+    *(("red", "rabbit"), ("orange", "rabbit")),
+    *(("black", "robot"), ("yellow", "robot")),
+)
+"""Pairs of body colour and object that no training sample shows, whatever the finish;
+the model has to put them together itself."""
+
+
+@dataclass(frozen=True)
+class Caption:
+    """What a prompt asks for; None where it leaves something open.
+
+    Attributes:
+        name: A key of `OBJECTS`; None for the empty prompt.
+        colour: The body's, a key of `COLOURS`.
+        finish: A key of `FINISHES`.
+        second: The colour of stripes or spots, a key of `COLOURS`.
+        view: One of `VIEWS`.
+        normal: Whether a normal map is wanted.
+    """
+
+    name: str | None
+    colour: str | None = None
+    finish: str = "plain"
+    second: str | None = None
+    view: str | None = None
+    normal: bool = False
+
+    @property
+    def text(self) -> str:
+        """The caption, spelled as the priors were trained to read it."""
+        if self.name is None:
+            return ""
+        words = f"{self.colour} {self.name}" if self.colour else self.name
+        text = f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
+        if self.finish != "plain":
+            second = f"{self.second} " if self.second else ""
+            text = f"{text} with {second}{MARKS[self.finish]}"
+        if self.normal:
+            text = f"normal map of {text}"
+        return f"{text}, {self.view} view" if self.view else text
+
+
+def caption(colour: str | None, name: str, view: str | None, normal: bool) -> str:
+    """The caption of a plain object; what is None is left out."""
+    return Caption(name, colour, view=view, normal=normal).text
 
 
 def view_of(azimuth: float, elevation: float) -> str:
@@ -38,75 +97,33 @@ def view_of(azimuth: float, elevation: float) -> str:
     return ("front", "side", "back", "side")[int(around // 90)]
 
 
-def caption(colour: str | None, name: str, view: str | None, normal: bool) -> str:
-    """Spell a caption out; what is None is left out."""
-    words = f"{colour} {name}" if colour else name
-    article = "an" if words[0] in "aeiou" else "a"
-    text = f"{article} {words}"
-    if normal:
-        text = f"normal map of {text}"
-    return f"{text}, {view} view" if view else text
-
-
 def vocabulary() -> list[str]:
-    """Every word the model knows, in a fixed order."""
-    words = ["a", "an", ",", "normal", "map", "of", "view", *VIEWS, *COLOURS]
+    """Every word of the second prior's captions, in a fixed order."""
+    words = ["a", "an", ",", "normal", "map", "of", "view", *VIEWS]
+    words += ["with", *MARKS.values(), *COLOURS]
     words += [word for name in OBJECTS for word in name.split()]
     return list(dict.fromkeys(words))
 
 
-def split(prompt: str) -> list[str]:
-    """A prompt as lower-case words and commas."""
-    return re.findall(r"[^\s,]+|,", prompt.lower())
+@dataclass(frozen=True)
+class Known:
+    """What a prior can be asked for.
 
-
-def check(prompt: str) -> None:
-    """Refuse words the model does not know.
-
-    Raises:
-        ValueError: Names the words and the nearest known ones.
+    Attributes:
+        objects: Keys of `OBJECTS`.
+        colours: Keys of `COLOURS`.
+        finishes: Keys of `FINISHES`.
     """
-    known = vocabulary()
-    unknown = [word for word in dict.fromkeys(split(prompt)) if word not in known]
-    if not unknown:
-        return
-    hints = "; ".join(_hint(word, known) for word in unknown)
-    raise ValueError(
-        f"The embedded prior does not know {hints}. It knows {len(OBJECTS)} objects in "
-        f"{len(COLOURS)} colours: `python -m systems.toybox list` shows them. For "
-        "other prompts name a hub model or a local folder: "
-        "`system.guidance.pretrained_model_name_or_path=…`."
-    )
 
+    objects: tuple[str, ...] = tuple(OBJECTS)
+    colours: tuple[str, ...] = tuple(COLOURS)
+    finishes: tuple[str, ...] = tuple(FINISHES)
 
-def _hint(word: str, known: Sequence[str]) -> str:
-    near = difflib.get_close_matches(word, known, n=3, cutoff=0.5)
-    return f"`{word}`" + (f" (did you mean {' or '.join(near)}?)" if near else "")
-
-
-def parse(prompt: str) -> tuple[str, str]:
-    """The colour and the object a prompt names.
-
-    Raises:
-        ValueError: A word is unknown, or there is not one colour and one object.
-    """
-    check(prompt)
-    text = f" {' '.join(split(prompt))} "
-    found = [name for name in OBJECTS if f" {name} " in text]
-    # The cone of an ice cream cone is no object of its own.
-    names = [n for n in found if not any(n != m and n in m for m in found)]
-    colours = [word for word in split(prompt) if word in COLOURS]
-    for kind, values in (("colour", colours), ("object", names)):
-        if len(values) != 1:
-            what = f"{len(values)} {kind}s ({', '.join(values)})" if values else None
-            raise ValueError(
-                f"`{prompt}` names {what or f'no {kind}'}: write one colour and one "
-                "object, such as `a red mushroom`. `python -m systems.toybox list` "
-                "shows them."
-            )
-    return colours[0], names[0]
-
-
-def view_in(prompt: str) -> str | None:
-    """The view a prompt asks for, None if it leaves that open."""
-    return next((word for word in split(prompt) if word in VIEWS), None)
+    @classmethod
+    def of_words(cls, words: Collection[str]) -> Known:
+        """What can be said with the words of a tokenizer."""
+        return cls(
+            tuple(n for n in OBJECTS if all(word in words for word in n.split())),
+            tuple(colour for colour in COLOURS if colour in words),
+            tuple(f for f in FINISHES if MARKS.get(f, "a") in words),
+        )

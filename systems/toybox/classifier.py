@@ -1,13 +1,14 @@
-"""A small judge: which object, in which colour, does a 32×32 picture show.
+"""Classifiers: which object, in which colours, from which side does an image show.
 
-Trained on fresh renders of every pair (other seeds than the prior's), it measures what
-the prior draws. `python -m systems.toybox.classifier` trains it, in a quarter of an
-hour on one core, and reports its accuracy on renders it has not seen.
+The first one, for the first prior, tells 16 objects and 8 colours at 32×32. The second
+one tells all objects, colours and finishes at 64×64, and from which azimuth an object
+with a front is seen. It is trained on views of its own (other seeds than the prior's),
+every pair among them. `python -m systems.toybox classifier` trains it and reports its
+accuracy on renders it has not seen.
 """
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import json
 import math
@@ -20,12 +21,19 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from dreampropeller import StepRandom
-from systems.toybox import WEIGHTS
-from systems.toybox import dataset as data
-from systems.toybox.objects import COLOURS, OBJECTS
+from systems.toybox import SECOND_WEIGHTS, WEIGHTS
+from systems.toybox.captions import FIRST_COLOURS, FIRST_OBJECTS
+from systems.toybox.conditions import CHANNELS, to_blocks
+from systems.toybox.examples import Looks, over, random_backgrounds, random_looks
+from systems.toybox.finishes import FINISHES
+from systems.toybox.objects import COLOURS, OBJECTS, WITH_FRONT
+from systems.toybox.views import ViewSet
 
 FILE = WEIGHTS / "classifier" / "model.safetensors"
-BATCH = 128
+SECOND_FILE = SECOND_WEIGHTS / "classifier" / "model.safetensors"
+BATCH = 64
+RATE = 1.5e-3
+_FRONT = torch.tensor([name in WITH_FRONT for name in OBJECTS])
 
 
 @dataclass(frozen=True)
@@ -33,20 +41,30 @@ class Judgement:
     """What the classifier sees.
 
     Attributes:
-        objects: Number of the object, shape ``(pictures,)``.
-        colours: Number of the colour, shape ``(pictures,)``.
+        objects: Index of the object, shape ``(images,)``.
+        colours: Index of the body's colour, shape ``(images,)``.
+        finishes: Index of the finish, shape ``(images,)``; None from the first one.
+        azimuths: Degrees, −180 to 180, shape ``(images,)``; None from the first one.
     """
 
     objects: Tensor
     colours: Tensor
+    finishes: Tensor | None = None
+    azimuths: Tensor | None = None
 
 
 class Classifier(nn.Module):
-    """Four convolutions and two linear heads."""
+    """Convolutions of stride 2 down to 4×4, and linear heads.
 
-    def __init__(self) -> None:
+    The second one sees images in blocks of 2×2 pixels, which costs a quarter.
+
+    Args:
+        second: Size and heads of the second one instead of the first.
+    """
+
+    def __init__(self, second: bool = True) -> None:
         super().__init__()
-        widths = (3, 24, 48, 96, 96)
+        widths = (CHANNELS, 32, 64, 128, 160) if second else (3, 24, 48, 96, 96)
         layers: list[nn.Module] = []
         for i, (old, new) in enumerate(itertools.pairwise(widths)):
             layers += [
@@ -56,96 +74,153 @@ class Classifier(nn.Module):
             ]
         self.body = nn.Sequential(*layers, nn.Flatten())
         features = widths[-1] * 4 * 4
-        self.objects = nn.Linear(features, len(OBJECTS))
-        self.colours = nn.Linear(features, len(COLOURS))
+        self.objects = nn.Linear(features, len(OBJECTS if second else FIRST_OBJECTS))
+        self.colours = nn.Linear(features, len(COLOURS if second else FIRST_COLOURS))
+        self.finishes = nn.Linear(features, len(FINISHES)) if second else None
+        hidden = [nn.Linear(features, 128), nn.SiLU(), nn.Linear(128, 2)]
+        self.azimuth = nn.Sequential(*hidden) if second else None
 
-    def forward(self, pictures: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits of object and colour, of pictures from −1 to 1, ``(n, 3, 32, 32)``."""
-        features = self.body(pictures)
-        return self.objects(features), self.colours(features)
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        """Logits of object and colour, of images from −1 to 1, ``(n, 3, size, size)``.
+
+        The second one also gives logits of the finish, and a vector whose direction is
+        the azimuth.
+        """
+        seen = images if self.finishes is None else to_blocks(images)
+        features = self.body(seen.contiguous(memory_format=torch.channels_last))
+        heads = (self.objects, self.colours, self.finishes, self.azimuth)
+        return tuple(head(features) for head in heads if head is not None)
 
     @torch.no_grad()
-    def judge(self, pictures: Tensor) -> Judgement:
-        """The likeliest object and colour.
+    def judge(self, images: Tensor) -> Judgement:
+        """The likeliest object, colour and finish, and the azimuth.
 
         Args:
-            pictures: From 0 to 1, shape ``(pictures, 3, 32, 32)``.
+            images: From 0 to 1, shape ``(images, 3, size, size)``.
         """
-        objects, colours = self(pictures * 2 - 1)
-        return Judgement(objects.argmax(-1), colours.argmax(-1))
+        parts = [self(part * 2 - 1) for part in images.split(256)]
+        objects, colours, *rest = (torch.cat(p) for p in zip(*parts, strict=True))
+        if not rest:
+            return Judgement(objects.argmax(-1), colours.argmax(-1))
+        finishes, (x, y) = rest[0].argmax(-1), rest[1].unbind(-1)
+        azimuths = torch.atan2(y, x).rad2deg()
+        return Judgement(objects.argmax(-1), colours.argmax(-1), finishes, azimuths)
 
 
 def load(file: Path = FILE) -> Classifier:
-    """The classifier that comes with the repository."""
-    model = Classifier()
-    model.load_state_dict({k: v.float() for k, v in load_file(file).items()})
+    """A classifier, of either kind.
+
+    Args:
+        file: `FILE` or `SECOND_FILE`, or where one was trained.
+    """
+    weights = {name: value.float() for name, value in load_file(file).items()}
+    model = Classifier(second="finishes.weight" in weights)
+    model.load_state_dict(weights)
     return model.eval()
 
 
-def accuracy(model: Classifier, renders: data.Dataset, seed: int) -> dict[str, float]:
-    """Shares of right objects and colours among renders over random backgrounds."""
-    generator = StepRandom(seed).generator(0, "background")
-    seen = model.judge(data.compose(renders.rgba, generator) / 2 + 0.5)
-    labels = renders.labels.long()
+@dataclass(frozen=True)
+class Labelled:
+    """Rendered images with what they show.
+
+    Attributes:
+        images: From −1 to 1, shape ``(n, 3, size, size)``.
+        objects: Index of the object, shape ``(n,)``.
+        looks: Colours and finishes.
+        azimuths: Degrees, shape ``(n,)``.
+    """
+
+    images: Tensor
+    objects: Tensor
+    looks: Looks
+    azimuths: Tensor
+
+
+def labelled(views: ViewSet, index: Tensor, generator: torch.Generator) -> Labelled:
+    """Views in random colours, any pair among them, over random backgrounds."""
+    objects = views.objects(index)
+    looks = random_looks(objects, generator, held_out=True)
+    layers = views.layers(index)
+    background = random_backgrounds(len(index), generator)
+    images = over(looks.paint(layers), layers, background)
+    return Labelled(images, objects, looks, views.cameras[index, 0])
+
+
+def angle_between(a: Tensor, b: Tensor) -> Tensor:
+    """Distance of two angles, in degrees, 0 to 180."""
+    return ((a - b + 180) % 360 - 180).abs()
+
+
+def accuracy(model: Classifier, views: ViewSet, seed: int) -> dict[str, float]:
+    """Shares of right answers on all views, and the azimuth's median error.
+
+    The azimuth counts on objects with a front alone.
+    """
+    generator = StepRandom(seed).generator(0, "looks")
+    made = labelled(views, torch.arange(len(views)), generator)
+    seen = model.judge(made.images / 2 + 0.5)
+    assert seen.finishes is not None
+    assert seen.azimuths is not None
+    error = angle_between(seen.azimuths, made.azimuths)[_FRONT[made.objects]]
+
+    def share(right: Tensor) -> float:
+        return round(float(right.double().mean()), 4)
+
     return {
-        "object": float((seen.objects == labels[:, 0]).double().mean()),
-        "colour": float((seen.colours == labels[:, 1]).double().mean()),
+        "object": share(seen.objects == made.objects),
+        "colour": share(seen.colours == made.looks.colour),
+        "finish": share(seen.finishes == made.looks.finish),
+        "azimuth, median error in degrees": round(float(error.median()), 2),
+        "azimuth within 30 degrees": share(error < 30),
     }
 
 
-def train(renders: data.Dataset, steps: int, seed: int = 1) -> Classifier:
-    """Fit the classifier.
+def loss_of(model: Classifier, made: Labelled) -> Tensor:
+    """Cross-entropies of the heads, and one minus the cosine of the azimuth's error."""
+    objects, colours, finishes, direction = model(made.images)
+    entropy = nn.functional.cross_entropy
+    loss = entropy(objects, made.objects) + entropy(colours, made.looks.colour)
+    loss = loss + entropy(finishes, made.looks.finish)
+    angle = made.azimuths.deg2rad()
+    wanted = torch.stack([angle.cos(), angle.sin()], -1)
+    miss = 1 - nn.functional.cosine_similarity(direction.float(), wanted)
+    return loss + 2 * (miss * _FRONT[made.objects]).mean()
+
+
+def train(views: ViewSet, steps: int, seed: int = 1) -> Classifier:
+    """Fit the second classifier.
 
     Args:
-        renders: Of every pair.
-        steps: Optimizer steps, each on `BATCH` renders over new backgrounds.
+        views: Of every object.
+        steps: Optimizer steps, each on `BATCH` views in new colours.
         seed: Of initial weights, batches and noise.
     """
     random = StepRandom(seed)
     with random.scope(0, "initial weights"):
         model = Classifier()
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, weight_decay=1e-2)
-    labels = renders.labels.long()
-    for step in (bar := tqdm(range(steps), desc="classifier")):
+    for step in (bar := tqdm(range(steps), desc="classifier", mininterval=5)):
         generator = random.generator(step, "batch")
-        index = torch.randint(len(labels), (BATCH,), generator=generator)
-        pictures = data.compose(renders.rgba[index], generator)
+        index = torch.randint(len(views), (BATCH,), generator=generator)
+        made = labelled(views, index, generator)
         # Samples of the prior are not as clean as renders.
-        noise = torch.randn(pictures.shape, generator=generator)
-        pictures = pictures + 0.05 * torch.rand(1, generator=generator) * noise
-        objects, colours = model(pictures)
-        loss = nn.functional.cross_entropy(objects, labels[index, 0])
-        loss = loss + nn.functional.cross_entropy(colours, labels[index, 1])
+        noise = torch.randn(made.images.shape, generator=generator)
+        made.images.add_(0.05 * torch.rand(1, generator=generator) * noise)
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = loss_of(model, made)
         for group in optimizer.param_groups:
-            group["lr"] = 2e-3 * 0.5 * (1 + math.cos(math.pi * step / steps))
+            group["lr"] = RATE * 0.5 * (1 + math.cos(math.pi * step / steps))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         if step % 50 == 0:
-            bar.set_postfix(loss=f"{float(loss.detach()):.3f}")
+            bar.set_postfix(loss=f"{float(loss.detach()):.3f}", refresh=False)
     return model.eval()
 
 
-def main() -> None:
-    """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--samples", type=int, default=360, help="renders of each pair")
-    parser.add_argument("--steps", type=int, default=4500)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--to", type=Path, default=FILE)
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
-    model = train(data.build(arguments.samples, 0, seed=1, skip=()), arguments.steps)
-    model = model.half().float()  # judged as it will be loaded
-    score = accuracy(model, data.build(16, 0, seed=2, skip=()), seed=2)
-    arguments.to.parent.mkdir(parents=True, exist_ok=True)
-    save_file({k: v.half() for k, v in model.state_dict().items()}, arguments.to)
-    report = {"steps": arguments.steps, "renders": 16 * 128, "accuracy": score}
-    arguments.to.with_name("report.json").write_text(
-        json.dumps(report, indent=2) + "\n"
-    )
-    print(report)
-
-
-if __name__ == "__main__":
-    main()
+def save(model: Classifier, file: Path, report: dict[str, object]) -> None:
+    """Write weights in half precision, and a report beside them."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    save_file({k: v.half() for k, v in model.state_dict().items()}, file)
+    text = json.dumps(report, indent=2) + "\n"
+    file.with_name("report.json").write_text(text)

@@ -1,13 +1,13 @@
-"""Judge the prior: does it draw the object and the colour it is asked for?
+"""Evaluate a prior: does it draw the object and the colour it is asked for?
 
-`python -m systems.toybox.evaluate` samples 200 prompts (25 DDIM steps, guidance scale
-3), a fifth of them with pairs the prior has never seen, lets the classifier judge them,
-and writes figures, a confusion table and pictures into `docs/toybox/`.
+`python -m systems.toybox evaluate` samples 200 prompts of the first prior's 16 objects
+and 8 colours (25 DDIM steps, guidance scale 3), a fifth of them with pairs no prior
+has seen, lets the prior's classifier judge them, and writes figures, a confusion table
+and images. Of the second prior it also measures the rest: see `systems.toybox.measure`.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import time
 from collections import Counter
@@ -19,9 +19,17 @@ import torch
 from torch import Tensor
 
 from systems.images import save_sheet
-from systems.toybox import WEIGHTS, classifier, pipeline
-from systems.toybox.captions import HELD_OUT, SCORED, VIEWS, caption, view_in
+from systems.toybox import classifier, measure, pipeline
+from systems.toybox.captions import (
+    FIRST_COLOURS,
+    FIRST_HELD_OUT,
+    FIRST_OBJECTS,
+    SCORED,
+    VIEWS,
+    caption,
+)
 from systems.toybox.classifier import Judgement
+from systems.toybox.conditions import takes_conditions
 from systems.toybox.objects import COLOURS, OBJECTS
 from systems.toybox.truth import truth, view_cameras
 
@@ -51,22 +59,22 @@ def prompts(count: int = NUM_PROMPTS) -> list[Prompt]:
     """
     trained = [
         (colour, name)
-        for shift in range(len(COLOURS))
-        for number, name in enumerate(OBJECTS)
-        if (colour := list(COLOURS)[(number + shift) % len(COLOURS)], name)
-        not in HELD_OUT
+        for shift in range(len(FIRST_COLOURS))
+        for number, name in enumerate(FIRST_OBJECTS)
+        if (colour := FIRST_COLOURS[(number + shift) % len(FIRST_COLOURS)], name)
+        not in FIRST_HELD_OUT
     ]
     result: list[Prompt] = []
     seen = unseen = 0
     for i in range(count):
         if i % 5 == 4:
-            colour, name = HELD_OUT[unseen % len(HELD_OUT)]
+            colour, name = FIRST_HELD_OUT[unseen % len(FIRST_HELD_OUT)]
             # One view further in each round, so that every pair is seen from all sides.
-            view = VIEWS[(unseen + unseen // len(HELD_OUT)) % len(VIEWS)]
+            view = VIEWS[(unseen + unseen // len(FIRST_HELD_OUT)) % len(VIEWS)]
             unseen += 1
         else:
             colour, name = trained[seen % len(trained)]
-            view = VIEWS[(seen + seen // len(OBJECTS)) % len(VIEWS)]
+            view = VIEWS[(seen + seen // len(FIRST_OBJECTS)) % len(VIEWS)]
             seen += 1
         result.append(Prompt(colour, name, view, i % 5 != 4))
     return result
@@ -111,15 +119,15 @@ def score(asked: Sequence[Prompt], seen: Judgement) -> dict[str, object]:
         },
         "objects": {
             name: share(right_object, [p.name == name for p in asked])
-            for name in OBJECTS
+            for name in FIRST_OBJECTS
         },
         "mistakes": [[a, b, n] for (a, b), n in mistakes.most_common()],
     }
 
 
 def confusion_table(asked: Sequence[Prompt], seen: Judgement) -> str:
-    """Markdown: a row an object asked for, a column an object seen."""
-    names = list(OBJECTS)
+    """Markdown: one row per object asked for, one column per object seen."""
+    names = list(OBJECTS)[: 1 + max(int(seen.objects.max()), len(FIRST_OBJECTS) - 1)]
     counts = torch.zeros(len(names), len(names), dtype=torch.long)
     for prompt, number in zip(asked, seen.objects.tolist(), strict=True):
         counts[names.index(prompt.name), number] += 1
@@ -134,45 +142,33 @@ def confusion_table(asked: Sequence[Prompt], seen: Judgement) -> str:
 
 
 def beside_truth(prior: pipeline.ToyboxPipeline, seed: int = 0) -> Tensor:
-    """Scored and held-out pairs: four views of truth, then four samples, a row each.
+    """Scored and held-out pairs: four views of truth, then four samples, per row.
 
     Returns:
-        Pictures from 0 to 1, shape ``(28 · 8, 3, 32, 32)``.
+        Images from 0 to 1, shape ``(28 · 8, 3, size, size)``.
     """
-    pairs = [*SCORED, *HELD_OUT]
-    asked = [caption(c, n, v, normal=False) for c, n in pairs for v in VIEWS]
-    samples = pipeline.draw(prior, asked, seed)
+    pairs = [*SCORED, *FIRST_HELD_OUT]
+    asked = [(pair, view) for pair in pairs for view in VIEWS]
+    texts = [caption(*pair, view, normal=False) for pair, view in asked]
+    cameras = [view_cameras(view) for _, view in asked]
+    given = {"camera": measure.join(cameras)} if takes_conditions(prior.unet) else {}
+    samples = pipeline.draw(prior, texts, seed, **given)
     background = torch.full((3,), BACKGROUND)
     truths = [
-        truth(p).render(view_cameras(view_in(p)), samples.shape[-1]).over(background)
-        for p in asked
+        truth(text).render(camera, samples.shape[-1]).over(background)
+        for text, camera in zip(texts, cameras, strict=True)
     ]
     shape = (len(pairs), len(VIEWS), *samples.shape[1:])
     both = [torch.cat(truths).view(shape), samples.view(shape)]
     return torch.cat(both, 1).flatten(0, 1)
 
 
-def save_loss_curve(log: Path, path: Path) -> None:
-    """Plot the log of a training run."""
-    import matplotlib
-
-    matplotlib.use("agg")
-    import matplotlib.pyplot as plt
-
-    entries = [json.loads(line) for line in log.read_text().splitlines()]
-    figure, axes = plt.subplots(figsize=(6, 3), layout="constrained")
-    axes.plot([e["step"] for e in entries], [e["loss"] for e in entries])
-    axes.set(xlabel="step (batch of 32)", ylabel="loss", yscale="log")
-    axes.grid(alpha=0.3, which="both")
-    figure.savefig(path, dpi=100)
-    plt.close(figure)
-
-
 def guided_step_seconds(prior: pipeline.ToyboxPipeline, repeats: int = 9) -> float:
     """Median time of one guided evaluation of four views."""
     words = prior.encode(["a red mushroom, front view"] * 4)
     blank = prior.encode([""])
-    x = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    shape = (4, prior.unet.config["out_channels"], 32, 32)
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     times = []
     for _ in range(repeats):
         start = time.perf_counter()
@@ -181,42 +177,88 @@ def guided_step_seconds(prior: pipeline.ToyboxPipeline, repeats: int = 9) -> flo
     return sorted(times)[repeats // 2]
 
 
-def main() -> None:
-    """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--weights", type=Path, default=WEIGHTS)
-    parser.add_argument("--classifier", type=Path, default=classifier.FILE)
-    parser.add_argument("--log", type=Path, help="loss.jsonl of the training run")
-    parser.add_argument("--to", type=Path, default=Path("docs/toybox"))
-    parser.add_argument("--count", type=int, default=NUM_PROMPTS)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, default=1)
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
+def first_list(
+    prior: pipeline.ToyboxPipeline, judge: classifier.Classifier, count: int, seed: int
+) -> tuple[dict[str, object], str]:
+    """Figures and confusion table of the first prior's prompts, the view in words."""
+    asked = prompts(count)
+    seen = judge.judge(pipeline.draw(prior, [p.text for p in asked], seed))
+    return {"prompts": count, **score(asked, seen)}, confusion_table(asked, seen)
+
+
+def second_list(
+    prior: pipeline.ToyboxPipeline,
+    judge: classifier.Classifier,
+    count: int,
+    seed: int,
+    to: Path,
+) -> dict[str, object]:
+    """Figures of combinations, cameras and images; see `systems.toybox.measure`.
+
+    Args:
+        prior: The second prior.
+        judge: Its classifier.
+        count: Trained combinations; half as many held-out ones.
+        seed: Of questions and noise.
+        to: Folder of the sheets.
+    """
+    report: dict[str, object] = {}
+    asked: list[measure.Question] = []
+    images: list[Tensor] = []
+    for title, number, held_out in (
+        ("trained combinations", count, False),
+        ("held-out combinations", count // 2, True),
+    ):
+        part = measure.questions(number, held_out, seed)
+        images.append(measure.answers(prior, part, seed))
+        report[title] = measure.combinations(part, images[-1], judge)
+        asked += part
+    report["cameras"] = measure.cameras(asked, torch.cat(images), judge)
+    shown = [i * len(asked) // 64 for i in range(64)]
+    truths = [measure.ground_truth(asked[i], images[0].shape[-1]) for i in shown]
+    pairs = torch.stack([torch.cat(truths), torch.cat(images)[shown]], 1)
+    save_sheet(pairs.flatten(0, 1), to / "combinations.png", columns=16, scale=2)
+    views = measure.new_views(prior, min(64, count), seed)
+    report["images"] = views.figures()
+    rows = torch.stack([views.references, views.truths, views.samples], 1)
+    save_sheet(rows[:32].flatten(0, 1), to / "images.png", columns=12, scale=2)
+    return report
+
+
+def evaluate(weights: Path, file: Path, to: Path, count: int, seed: int) -> str:
+    """Measure a prior and write figures, a confusion table and sheets.
+
+    Args:
+        weights: A pipeline folder.
+        file: A classifier of the same generation.
+        to: Where everything goes.
+        count: Prompts of the first list; twice as many combinations of the second.
+        seed: Of the noise.
+
+    Returns:
+        The figures as JSON.
+    """
     start = time.perf_counter()
-    prior = pipeline.load(arguments.weights)
+    prior = pipeline.load(weights)
+    prior.set_progress_bar_config(disable=True)
     seconds = {"loading": round(time.perf_counter() - start, 3)}
     seconds["guided step of 4 views"] = round(guided_step_seconds(prior), 4)
-    asked = prompts(arguments.count)
-    pictures = pipeline.draw(prior, [p.text for p in asked], arguments.seed)
-    seen = classifier.load(arguments.classifier).judge(pictures)
-    files = [f for f in arguments.weights.rglob("*") if f.is_file()]
-    report = {
-        "prompts": len(asked),
-        **score(asked, seen),
+    judge = classifier.load(file)
+    report, table = first_list(prior, judge, count, seed)
+    files = [f for f in weights.rglob("*") if f.is_file()]
+    report |= {
         "seconds": seconds,
-        "threads": arguments.threads,
+        "threads": torch.get_num_threads(),
         "package megabytes": round(sum(f.stat().st_size for f in files) / 1e6, 2),
     }
-    arguments.to.mkdir(parents=True, exist_ok=True)
+    to.mkdir(parents=True, exist_ok=True)
+    if takes_conditions(prior.unet):
+        training = weights / "training.json"
+        if training.exists():
+            report["training"] = json.loads(training.read_text())
+        report |= second_list(prior, judge, 2 * count, seed, to)
     text = json.dumps(report, indent=2, ensure_ascii=False) + "\n"
-    (arguments.to / "evaluation.json").write_text(text, encoding="utf-8")
-    (arguments.to / "confusion.md").write_text(confusion_table(asked, seen), "utf-8")
-    save_sheet(beside_truth(prior), arguments.to / "samples.png", columns=16, scale=2)
-    if arguments.log is not None:
-        save_loss_curve(arguments.log, arguments.to / "loss.png")
-    print(text)
-
-
-if __name__ == "__main__":
-    main()
+    (to / "evaluation.json").write_text(text, encoding="utf-8")
+    (to / "confusion.md").write_text(table, "utf-8")
+    save_sheet(beside_truth(prior), to / "samples.png", columns=16, scale=2)
+    return text

@@ -1,4 +1,4 @@
-r"""The embedded prior as a diffusers pipeline: words in, pictures out.
+r"""The embedded priors as a diffusers pipeline: words in, images out.
 
 Sampling is DDIM with classifier-free guidance: the velocity is
 
@@ -11,8 +11,10 @@ result is pulled back to the spread of the conditional velocity,
 $$\hat v \leftarrow \phi\,\hat v\, \frac{\operatorname{std} v(x_t, c)}
   {\operatorname{std} \hat v} + (1 - \phi)\,\hat v$$
 
-with $\phi = 0.7$ (S. Lin et al., 2023, arXiv 2305.08891, Eqs. 14 to 16). Pictures are
-made in pixel space, so there is no autoencoder.
+with $\phi = 0.7$ (S. Lin et al., 2023, arXiv 2305.08891, Eqs. 14 to 16). Images are
+made in pixel space, so there is no autoencoder. The second prior can also be told the
+camera and shown a reference image (`systems.toybox.conditions`); the branch
+$\varnothing$ then has neither words nor image, and keeps the camera.
 """
 
 from __future__ import annotations
@@ -33,18 +35,29 @@ from transformers import CLIPTextModel, PreTrainedTokenizerFast
 
 from dreampropeller.adapters.diffusers.guidance import guided
 from systems.extras import dtype_argument
+from systems.scene.cameras import Cameras
 from systems.toybox import WEIGHTS
-from systems.toybox.captions import check
+from systems.toybox.captions import Known
+from systems.toybox.conditions import (
+    Conditions,
+    ask,
+    fill_missing_reference,
+    takes_conditions,
+    to_images,
+)
 from systems.toybox.model import MAX_WORDS
+from systems.toybox.reader import read
 
 GUIDANCE_RESCALE = 0.7
 
 
 class ToyboxPipeline(DiffusionPipeline):
-    """A text-conditioned diffusion model of 32×32 pictures.
+    """A text-conditioned diffusion model of small images.
 
-    Its parts are plain diffusers and transformers classes, so that each also loads by
-    itself: ``UNet2DConditionModel.from_pretrained(WEIGHTS, subfolder="unet")``.
+    The first prior makes 32×32 pixels from words; the second one 64×64 from words, a
+    camera and a reference image. Its parts are plain diffusers and transformers
+    classes, so that each also loads by itself:
+    ``UNet2DConditionModel.from_pretrained(WEIGHTS, subfolder="unet")``.
 
     Args:
         unet: Predicts the velocity.
@@ -55,7 +68,7 @@ class ToyboxPipeline(DiffusionPipeline):
     Example:
         >>> pipeline = ToyboxPipeline.from_pretrained(WEIGHTS)
         >>> noise = torch.Generator().manual_seed(0)
-        >>> picture = pipeline("a red mushroom, front view", generator=noise).images[0]
+        >>> image = pipeline("a red mushroom, front view", generator=noise).images[0]
     """
 
     unet: UNet2DConditionModel
@@ -77,6 +90,13 @@ class ToyboxPipeline(DiffusionPipeline):
             tokenizer=tokenizer,
             scheduler=scheduler,
         )
+        if takes_conditions(unet):
+            fill_missing_reference(unet)
+
+    @property
+    def known(self) -> Known:
+        """What it can be asked for."""
+        return Known.of_words(self.tokenizer.get_vocab())
 
     @torch.no_grad()
     def encode(self, prompts: Sequence[str]) -> Tensor:
@@ -86,20 +106,13 @@ class ToyboxPipeline(DiffusionPipeline):
             Embeddings, shape ``(prompts, MAX_WORDS, channels)``.
 
         Raises:
-            ValueError: A prompt has unknown words, or more words than fit.
+            ValueError: A prompt cannot be read; see `systems.toybox.reader`.
         """
-        for prompt in prompts:
-            check(prompt)
+        known = self.known
+        captions = [read(prompt, known).text for prompt in prompts]
         tokens = self.tokenizer(
-            list(prompts), padding="max_length", max_length=MAX_WORDS
+            captions, padding="max_length", max_length=MAX_WORDS
         ).input_ids
-        for prompt, row in zip(prompts, tokens, strict=True):
-            if len(row) > MAX_WORDS:
-                raise ValueError(
-                    f"`{prompt}` has {len(row) - 2} words and commas, but the embedded "
-                    f"prior reads at most {MAX_WORDS - 2}. Shorten it, for example to "
-                    "`a red mushroom, front view`."
-                )
         ids = torch.tensor(tokens, device=self.text_encoder.device)
         return self.text_encoder(ids).last_hidden_state
 
@@ -141,23 +154,56 @@ class ToyboxPipeline(DiffusionPipeline):
         blank: Tensor,
         scale: float,
         rescale: float = GUIDANCE_RESCALE,
+        conditions: Conditions | None = None,
     ) -> Tensor:
-        r"""The guided velocity of noisy pictures.
+        r"""The guided velocity of noisy images.
 
         Args:
-            x: Noisy pictures, shape ``(batch, 3, size, size)``.
-            timestep: A scalar, or one a picture.
+            x: Noisy images in the model's space, shape ``(batch, channels, h, w)``.
+            timestep: A scalar, or one per image.
             words: Embeddings of the prompts, shape ``(batch, MAX_WORDS, channels)``.
             blank: Embedding of the empty prompt, the same shape or of one prompt.
             scale: Guidance scale; 1 asks the conditional model alone.
             rescale: $\phi$ above, from 0 (off) to 1.
+            conditions: Camera and image, for the second prior; default: none.
         """
+        if conditions is None:
+            conditions = self.conditions(len(x))
         if scale == 1:
-            return self.unet(x, timestep, words).sample
+            return ask(self.unet, x, timestep, words, conditions)
         both = torch.cat([blank.expand_as(words), words])
         t = timestep.expand(len(x)).repeat(2)
-        without, given = self.unet(torch.cat([x, x]), t, both).sample.chunk(2)
+        if conditions is not None:
+            conditions = conditions.without_image().beside(conditions)
+        answer = ask(self.unet, torch.cat([x, x]), t, both, conditions)
+        without, given = answer.chunk(2)
         return guided(without, given, scale, rescale)
+
+    def conditions(
+        self,
+        count: int,
+        camera: Cameras | None = None,
+        image: Any = None,
+        image_camera: Cameras | None = None,
+    ) -> Conditions | None:
+        """Camera and image as the U-Net takes them; None for the first prior.
+
+        Raises:
+            ValueError: The first prior is told a camera or shown an image.
+        """
+        if takes_conditions(self.unet):
+            if image is not None:
+                processor = VaeImageProcessor(do_resize=False, do_normalize=False)
+                image = processor.preprocess(image)
+            side = self.unet.config["sample_size"]
+            return Conditions.of(count, side, camera, image, image_camera)
+        for name, value in (("camera", camera), ("image", image)):
+            if value is not None:
+                raise ValueError(
+                    f"This prior takes no `{name}`: the second one does, "
+                    "`systems.toybox.pipeline.load(SECOND_WEIGHTS)`."
+                )
+        return None
 
     @torch.no_grad()
     def __call__(
@@ -173,35 +219,45 @@ class ToyboxPipeline(DiffusionPipeline):
         output_type: str = "pil",
         return_dict: bool = True,
         guidance_rescale: float = GUIDANCE_RESCALE,
+        camera: Cameras | None = None,
+        image: Any = None,
+        image_camera: Cameras | None = None,
     ) -> ImagePipelineOutput | tuple[Any]:
-        r"""Sample a picture of each prompt.
+        r"""Sample an image of each prompt.
 
         Args:
             prompt: One prompt, or several.
             num_inference_steps: Steps of the scheduler.
             guidance_scale: 1 is the plain conditional model; 3 is a good value.
             negative_prompt: What is not wanted; default: the empty prompt.
-            num_images_per_prompt: Pictures of each prompt.
+            num_images_per_prompt: Images per prompt.
             eta: Noise of DDIM, from 0 (none) to 1 (as much as DDPM).
-            generator: Of the noise: one for all pictures, or one a picture.
-            latents: The noise to start from, shape ``(pictures, 3, size, size)``.
-            output_type: "pil", "np" (``(pictures, size, size, 3)``, 0 to 1), "pt"
-                (``(pictures, 3, size, size)``, 0 to 1) or "latent" (the same, −1 to 1).
+            generator: Of the noise: one for all images, or one per image.
+            latents: The noise to start from, in the model's space: shape ``(images, 3,
+                32, 32)`` for the first prior, ``(images, 12, 32, 32)`` for the second.
+            output_type: "pil", "np" (``(images, size, size, 3)``, 0 to 1), "pt"
+                (``(images, 3, size, size)``, 0 to 1) or "latent" (the model's space, −1
+                to 1).
             return_dict: Return an object with `images`, or a tuple.
             guidance_rescale: $\phi$ above, from 0 (off) to 1.
+            camera: The second prior's cameras, one or one per image.
+            image: Reference images for the second prior, one or one per image.
+            image_camera: The cameras of the reference images; `camera` is then taken
+                relative to them. Without it `camera` is in world coordinates.
 
         Raises:
-            ValueError: A prompt has unknown words.
+            ValueError: A prompt cannot be read, or the prior takes no such condition.
         """
         words, blank = self.encode_prompt(
             prompt, None, num_images_per_prompt, True, negative_prompt
         )
         assert blank is not None
+        conditions = self.conditions(len(words), camera, image, image_camera)
         scheduler: Any = self.scheduler
         scheduler.set_timesteps(num_inference_steps)
         if latents is None:
             size = self.unet.config["sample_size"]
-            shape = (len(words), 3, size, size)
+            shape = (len(words), self.unet.config["out_channels"], size, size)
             latents = randn_tensor(shape, generator, words.device, words.dtype)
         x = latents * scheduler.init_noise_sigma
         known = inspect.signature(scheduler.step).parameters
@@ -211,10 +267,18 @@ class ToyboxPipeline(DiffusionPipeline):
         with progress_bar(total=num_inference_steps) as bar:
             for t in scheduler.timesteps:
                 v = self.velocity(
-                    x, t.to(x.device), words, blank, guidance_scale, guidance_rescale
+                    x,
+                    t.to(x.device),
+                    words,
+                    blank,
+                    guidance_scale,
+                    guidance_rescale,
+                    conditions,
                 )
                 x = scheduler.step(v, t, x, **extra, return_dict=False)[0]
                 bar.update()
+        if conditions is not None and output_type != "latent":
+            x = to_images(x)
         processor = VaeImageProcessor()
         images: Any = processor.postprocess(x, output_type=output_type)
         return ImagePipelineOutput(images=images) if return_dict else (images,)
@@ -223,7 +287,7 @@ class ToyboxPipeline(DiffusionPipeline):
 def draw(
     pipeline: ToyboxPipeline, prompts: Sequence[str], seed: int, **settings: Any
 ) -> Tensor:
-    """Pictures of prompts from a seed, 0 to 1, shape ``(prompts, 3, size, size)``."""
+    """Images of prompts from a seed, 0 to 1, shape ``(prompts, 3, size, size)``."""
     noise = torch.Generator().manual_seed(seed)
     kind = "pt"
     made = pipeline(list(prompts), generator=noise, output_type=kind, **settings)
@@ -233,7 +297,7 @@ def draw(
 
 
 def load(folder: Path = WEIGHTS) -> ToyboxPipeline:
-    """The embedded prior in single precision, ready on the CPU.
+    """An embedded prior in single precision, ready on the CPU.
 
     Raises:
         ValueError: The folder holds no pipeline.
@@ -241,7 +305,7 @@ def load(folder: Path = WEIGHTS) -> ToyboxPipeline:
     if not (folder / "model_index.json").exists():
         raise ValueError(
             f"`{folder}` holds no pipeline (no `model_index.json`). Make one with "
-            "`python -m systems.toybox.train` and `python -m systems.toybox.export`."
+            "`python -m systems.toybox train`."
         )
     pipeline = ToyboxPipeline.from_pretrained(folder, **dtype_argument(torch.float32))
     pipeline.unet.eval()

@@ -60,44 +60,90 @@ class Render:
 
 @torch.no_grad()
 def render(
-    name: str, colour: str, cameras: Cameras, size: int, supersample: int = 2
+    name: str,
+    colour: str,
+    cameras: Cameras,
+    size: int,
+    supersample: int = 2,
+    finish: str = "plain",
+    second: str = "",
 ) -> Render:
     """Trace an object.
 
     Args:
         name: A key of `OBJECTS`.
         colour: A key of `COLOURS`.
-        cameras: The views.
+        cameras: The views, on the device that renders.
         size: Width and height in pixels.
         supersample: Rays per pixel and direction.
+        finish: A key of `FINISHES`.
+        second: The colour of stripes or spots, a key of `COLOURS`.
     """
     thing = OBJECTS[name]
-    if colour not in COLOURS:
-        raise ValueError(f"`{colour}` is no colour: write one of {', '.join(COLOURS)}.")
-    origins, directions = cameras.rays(size * supersample)
-    points, depth, hit = trace(thing, origins, directions)
-    normals = torch.zeros_like(points)
-    colours = torch.zeros_like(points)
-    on_surface = points[hit]
-    normals[hit] = surface_normals(thing, on_surface)
-    light = on_surface.new_tensor(LIGHT)
-    diffuse = (normals[hit] * light).sum(-1, keepdim=True).clamp(min=0)
-    colours[hit] = thing.albedo(on_surface, colour) * (
-        AMBIENT + (1 - AMBIENT) * diffuse
+    for value in (colour, *([] if finish == "plain" else [second])):
+        if value not in COLOURS:
+            known = ", ".join(COLOURS)
+            raise ValueError(f"`{value}` is no colour: write one of {known}.")
+    surface = find_surface(thing, cameras, size * supersample)
+    albedo = thing.albedo(surface.points, colour, finish, second)
+    return Render(
+        rgb=surface.pixels(albedo * surface.shade, supersample),
+        mask=surface.pixels(torch.ones_like(surface.shade), supersample),
+        depth=surface.pixels(surface.depth, supersample),
+        normal=surface.pixels(surface.normals, supersample),
     )
-    _, right, up, forward = cameras.axes()
-    to_camera = torch.stack([right, up, -forward], -2)[:, None, None]
-    normals = (to_camera @ normals[..., None])[..., 0]
 
-    def pixels(values: Tensor) -> Tensor:
-        stacked = values.permute(0, 3, 1, 2).float()
+
+@dataclass(frozen=True)
+class Surface:
+    """What the rays of some views meet.
+
+    Attributes:
+        hit: Whether a ray meets the object, shape ``(views, rows, columns)``.
+        points: Where, shape ``(hits, 3)``, in the order of `hit`.
+        depth: Distance along the ray, shape ``(hits, 1)``.
+        normals: Camera-space unit normals, shape ``(hits, 3)``.
+        shade: The light's factor on the albedo, shape ``(hits, 1)``.
+    """
+
+    hit: Tensor
+    points: Tensor
+    depth: Tensor
+    normals: Tensor
+    shade: Tensor
+
+    def pixels(self, values: Tensor, supersample: int) -> Tensor:
+        """Average values ``(hits, channels)`` over pixels; nothing counts as zero.
+
+        Returns:
+            Shape ``(views, channels, size, size)``.
+        """
+        spread = values.new_zeros(*self.hit.shape, values.shape[-1])
+        spread[self.hit] = values
+        stacked = spread.permute(0, 3, 1, 2).float()
         return torch.nn.functional.avg_pool2d(stacked, supersample)
 
-    return Render(
-        rgb=pixels(colours),
-        mask=pixels(hit[..., None]),
-        depth=pixels((depth * hit)[..., None]),
-        normal=pixels(normals),
+
+def find_surface(thing: ToyObject, cameras: Cameras, rays: int) -> Surface:
+    """Trace and light an object.
+
+    Args:
+        thing: The object.
+        cameras: The views.
+        rays: Rays per side of the square image.
+    """
+    origins, directions = cameras.rays(rays)
+    points, depth, hit = trace(thing, origins, directions)
+    points, depth = points[hit], depth[hit]
+    normals = surface_normals(thing, points)
+    light = points.new_tensor(LIGHT)
+    diffuse = (normals * light).sum(-1, keepdim=True).clamp(min=0)
+    _, right, up, forward = cameras.axes()
+    to_camera = torch.stack([right, up, -forward], -2)
+    view = hit.nonzero()[:, 0]
+    turned = (to_camera[view] @ normals[..., None])[..., 0]
+    return Surface(
+        hit, points, depth[:, None], turned, AMBIENT + (1 - AMBIENT) * diffuse
     )
 
 
@@ -118,7 +164,7 @@ def trace(
     o = origins.expand_as(directions)[near]
     d, t = directions[near], depth[near]
     last = (closest + reach.clamp(min=0).sqrt())[near]
-    active = torch.arange(len(t))
+    active = torch.arange(len(t), device=t.device)
     for _ in range(_STEPS):
         distance = thing.sdf(o[active] + t[active, None] * d[active])
         t[active] += distance
@@ -135,6 +181,6 @@ def trace(
 def surface_normals(thing: ToyObject, points: Tensor) -> Tensor:
     """Outward unit normals by central differences, shape ``(..., 3)``."""
     step = 2e-3
-    offsets = torch.eye(3, dtype=points.dtype) * step
+    offsets = torch.eye(3, dtype=points.dtype, device=points.device) * step
     gradient = [thing.sdf(points + e) - thing.sdf(points - e) for e in offsets]
     return torch.nn.functional.normalize(torch.stack(gradient, -1), dim=-1)

@@ -93,6 +93,36 @@ def frustum(base: Vector, bottom: float, top: float, height: float) -> Sdf:
     return distance
 
 
+def capsule(start: Vector, end: Vector, radius: float) -> Sdf:
+    """A rod with round ends between two points."""
+
+    def distance(p: Tensor) -> Tensor:
+        q = _about(p, start)
+        axis = p.new_tensor(end) - p.new_tensor(start)
+        share = ((q * axis).sum(-1) / axis.square().sum()).clamp(0, 1)
+        return (q - share[..., None] * axis).norm(dim=-1) - radius
+
+    return distance
+
+
+def triangle(corners: Sequence[tuple[float, float]], half: float) -> Sdf:
+    """A prism over a triangle in the xz-plane, of total thickness ``2 · half`` along y.
+
+    Args:
+        corners: Three points ``(x, z)``, counter-clockwise with x to the right and z
+            up.
+        half: Half of the thickness.
+    """
+    sides: list[Sdf] = []
+    for (x, z), (u, w) in zip(corners, (*corners[1:], corners[0]), strict=True):
+        length = ((u - x) ** 2 + (w - z) ** 2) ** 0.5
+        normal = ((w - z) / length, 0.0, (x - u) / length)
+        sides.append(half_space(normal, normal[0] * x + normal[2] * z))
+    return intersection(
+        *sides, half_space((0, 1, 0), half), half_space((0, -1, 0), half)
+    )
+
+
 def half_space(normal: Vector, offset: float) -> Sdf:
     """Everything below the plane ``normal · p = offset`` (`normal` of length one)."""
     return lambda p: (p * p.new_tensor(normal)).sum(-1) - offset

@@ -1,103 +1,115 @@
-r"""Train the embedded prior: `python -m systems.toybox.train --minutes 120`.
+r"""Train the second prior: `python -m systems.toybox train`.
 
 The U-Net and the text encoder learn together to predict the velocity
 
 $$v = \alpha_t\,\epsilon - \sigma_t\,x, \qquad x_t = \alpha_t\,x + \sigma_t\,\epsilon$$
 
-(T. Salimans and J. Ho, 2022, arXiv 2202.00512, section 4) by its mean square error, on
-a cosine schedule. What is shipped is the exponential moving average of the weights.
+(T. Salimans and J. Ho, 2022, arXiv 2202.00512, section 4). The square error of a
+timestep weighs $\min(r, 5) / (r + 1)$ with the signal-to-noise ratio $r = \alpha_t^2 /
+\sigma_t^2$ (T. Hang et al., 2023, arXiv 2303.09556, for v). What is exported is the
+exponential moving average of the weights.
 
-Resumable: `outputs/toybox/state.pt` keeps the newest state, and is continued when it
-exists. When only exported weights survive, `--from FOLDER` starts from them with an
-optimizer warm-up. The learning rate follows the share of the budget that is spent, so a
-run ends annealed however fast the machine was; `--until HH:MM` bounds it by the clock.
-
-Give it the machine to itself: its threads wait for each other, so that on shared cores
-a step takes ten times as long. Stop it (``kill -STOP``) while something else is timed;
-a step is charged ten seconds at most.
+The learning rate is constant, so that a run can go on for as long as one likes; before
+an export it falls to zero over the last tenth of a part's time. That tenth is not kept:
+`state.pt` holds the state before it, from which the next part goes on.
 """
 
 from __future__ import annotations
 
-import argparse
 import copy
 import json
 import math
 import os
 import time
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import cast
 
 import torch
-from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
-from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 from torch import Tensor, nn
 from tqdm import tqdm
-from transformers import CLIPTextModel, PreTrainedTokenizerFast
 
 from dreampropeller import StepRandom
-from systems.toybox import dataset as data
+from systems.toybox import examples
+from systems.toybox.conditions import to_blocks
 from systems.toybox.model import (
     MAX_WORDS,
+    WIDTHS,
+    Denoiser,
     make_scheduler,
-    make_text_encoder,
     make_tokenizer,
-    make_unet,
+    start_from,
 )
+from systems.toybox.pipeline import ToyboxPipeline
+from systems.toybox.views import ViewSet, build_shard, open_shards
 
-PEAK_RATE = 8e-4
+RATE = 6e-4
 WARM_UP = 150
-EMA_DECAY = 0.9992
+DECAY_SHARE = 0.1
+EMA_DECAY = 0.9995
+GAMMA = 5.0
 CHECKPOINT_EVERY = 180.0
-LONGEST_STEP = 10.0
-"""Seconds; what a step takes beyond them, the process was stopped."""
 
 
 @dataclass(frozen=True)
 class Budget:
-    """How long to train.
+    """How long a part of a run is.
 
     Attributes:
-        minutes: Of computing time, earlier parts of the same run included.
-        until: Clock time ``HH:MM`` at which the run ends, whatever was spent by then.
-        steps: Steps in all at most, earlier parts included.
+        minutes: From its start.
+        until: Clock time ``HH:MM`` at which it ends at the latest.
+        steps: Steps in this part at most.
     """
 
-    minutes: float
+    minutes: float = math.inf
     until: str | None = None
     steps: int | None = None
 
+    def share(self, seconds: float, deadline: float, steps: int) -> float:
+        """How much of the part is over, from 0 to 1.
 
-class Denoiser(nn.Module):
-    """The trained parts together."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.unet = make_unet()
-        self.text_encoder = make_text_encoder()
-
-    def forward(self, x: Tensor, t: Tensor, ids: Tensor) -> Tensor:
-        """The velocity, shape ``(batch, 3, size, size)``."""
-        words = self.text_encoder(ids).last_hidden_state
-        return self.unet(x, t, words).sample
+        Args:
+            seconds: Since its start.
+            deadline: Seconds from its start to `until`.
+            steps: Taken in this part.
+        """
+        shares = [seconds / max(1e-9, min(self.minutes * 60, deadline))]
+        if self.steps is not None:
+            shares.append(steps / self.steps)
+        return max(shares)
 
 
 class Run:
     """A training run: all that is saved, and a step.
 
     Args:
-        source: Exported weights to start from.
+        source: A pipeline folder to take weights from; None starts anew.
         seed: Of initial weights and batches.
+        device: Where it trains.
+        widths: Channels of the U-Net's levels.
     """
 
-    def __init__(self, source: Path | None, seed: int) -> None:
+    def __init__(
+        self,
+        source: Path | None,
+        seed: int = 0,
+        device: torch.device | str = "cpu",
+        widths: tuple[int, int, int] = WIDTHS,
+    ) -> None:
         self.random = StepRandom(seed)
+        self.device = torch.device(device)
+        self.widths = widths
         with self.random.scope(0, "initial weights"):
-            model = Denoiser()
+            model = Denoiser(widths)
         if source is not None:
-            _load_weights(model, source)
+            start_from(model, source, self.random.generator(0, "phases"))
+        if self.device.type == "cpu":
+            # On CPUs the backward pass of the fused attention takes ten times as long.
+            model.unet.set_default_attn_processor()
+            model.text_encoder.set_attn_implementation("eager")
+        model = model.to(self.device)
         self.average = copy.deepcopy(model).requires_grad_(False)
         self.model = model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
         self.optimizer = torch.optim.AdamW(
@@ -106,16 +118,13 @@ class Run:
         self.scheduler = make_scheduler()
         self.tokenizer = make_tokenizer()
         self.step = 0
-        self.spent = 0.0
+        self.images = 0
 
-    def advance(self, renders: data.Dataset, batch: int, rate: float) -> float:
+    def advance(self, views: ViewSet, batch: int, rate: float) -> Tensor:
         """Take an optimizer step at a learning rate; returns the loss."""
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        generator = self.random.generator(self.step, "batch")
-        loss = _loss(
-            self.model, self.scheduler, self.tokenizer, renders, batch, generator
-        )
+        loss = self.loss(self.model, views, batch, self.step, "batch")
         self.optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
@@ -127,7 +136,37 @@ class Run:
             for mean, value in pairs:
                 mean.lerp_(value, 1 - decay)
         self.step += 1
-        return float(loss.detach())
+        self.images += batch
+        return loss.detach()
+
+    def loss(
+        self, model: nn.Module, views: ViewSet, batch: int, step: int, stream: str
+    ) -> Tensor:
+        """Weighted square error of the velocity over a random batch."""
+        generator = self.random.generator(step, stream)
+        made = examples.draw(views, batch, generator)
+        ids = self.tokenizer(
+            made.captions,
+            padding="max_length",
+            max_length=MAX_WORDS,
+            return_tensors="pt",
+        ).input_ids.to(self.device)
+        x = to_blocks(made.images)
+        count: int = self.scheduler.config["num_train_timesteps"]
+        times = torch.randint(count, (batch,), generator=generator)
+        noise = torch.randn(x.shape, generator=generator).to(x)
+        t = cast(torch.IntTensor, times.to(x.device))  # what diffusers says of integers
+        noisy = self.scheduler.add_noise(x, noise, t)
+        target = self.scheduler.get_velocity(x, noise, t)
+        shown = torch.cat([noisy, to_blocks(made.references)], 1)
+        # bfloat16 and channels last: faster on CPUs and GPUs that have both.
+        shown = shown.contiguous(memory_format=torch.channels_last)
+        with torch.autocast(self.device.type, torch.bfloat16):
+            velocity = model(shown, t, ids, made.labels)
+        error = (velocity.float() - target).square().mean((1, 2, 3))
+        kept = self.scheduler.alphas_cumprod.to(x)[t]
+        snr = kept / (1 - kept)
+        return (snr.clamp(max=GAMMA) / (snr + 1) * error).mean()
 
     def save(self, path: Path) -> None:
         """Write everything needed to go on; the old file stays until it is whole."""
@@ -136,102 +175,145 @@ class Run:
             "average": self.average.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "step": self.step,
-            "spent": self.spent,
+            "images": self.images,
+            "widths": list(self.widths),
         }
         part = path.with_suffix(".part")
         torch.save(state, part)
         os.replace(part, path)
 
     def restore(self, path: Path) -> None:
-        """Go on from what `save` wrote."""
-        state = torch.load(path, weights_only=True)
+        """Resume from what `save` wrote.
+
+        Raises:
+            ValueError: It is of a U-Net of other widths.
+        """
+        state = torch.load(path, weights_only=True, map_location=self.device)
+        found = tuple(state.get("widths", WIDTHS))
+        if found != self.widths:
+            raise ValueError(
+                f"`{path}` holds a U-Net of widths {found}, and {self.widths} are "
+                f"wanted: write `--widths {' '.join(map(str, found))}` to go on with "
+                "it, or another `--folder`."
+            )
         self.model.load_state_dict(state["model"])
         self.average.load_state_dict(state["average"])
         self.optimizer.load_state_dict(state["optimizer"])
-        self.step, self.spent = state["step"], state["spent"]
+        self.step, self.images = state["step"], state["images"]
+
+    def export(self, folder: Path) -> None:
+        """Write the averaged weights as a pipeline folder, in half precision."""
+        model = copy.deepcopy(self.average).cpu().half()
+        ToyboxPipeline(
+            unet=model.unet,
+            text_encoder=model.text_encoder,
+            tokenizer=self.tokenizer,
+            scheduler=self.scheduler,
+        ).save_pretrained(folder, safe_serialization=True)
+        report = {"steps": self.step, "images": self.images}
+        (folder / "training.json").write_text(json.dumps(report) + "\n")
 
 
-def learning_rate(step: int, progress: float) -> float:
-    """Warm-up by steps, constant, then a cosine from 40 % of the budget to its end.
+def learning_rate(step: int, share: float) -> float:
+    """Warm-up by steps, constant, and a linear fall over the end of a part.
 
     Args:
         step: Steps taken before.
-        progress: Share of the budget spent, from 0 to 1.
+        share: How much of the part is over, from 0 to 1.
     """
-    falling = min(1.0, max(0.0, progress - 0.4) / 0.6)
-    anneal = 0.5 * (1 + math.cos(math.pi * falling))
-    return PEAK_RATE * min(1.0, (step + 1) / WARM_UP) * max(anneal, 0.01)
-
-
-def prepare(folder: Path, samples: int, normals: int) -> data.Dataset:
-    """The training set, rendered once and kept."""
-    path = folder / f"renders-{samples}-{normals}.safetensors"
-    if not path.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        part = path.with_suffix(".part")
-        data.build(samples, normals).save(part)
-        os.replace(part, path)
-    return data.Dataset.load(path)
+    falling = min(1.0, max(0.0, (1 - share) / DECAY_SHARE))
+    return RATE * min(1.0, (step + 1) / WARM_UP) * falling
 
 
 def train(
+    run: Run,
     folder: Path,
     budget: Budget,
-    renders: data.Dataset,
+    views: ViewSet | None = None,
     batch: int = 32,
-    source: Path | None = None,
-    seed: int = 0,
 ) -> Path:
-    """Train until the budget is spent.
+    """Train a part of a run, and export what came of it.
 
     Args:
-        folder: Where state, log and process number go.
-        budget: How long.
-        renders: The training set.
-        batch: Pictures in a step.
-        source: Exported weights to start from, when there is no state to resume.
-        seed: Of initial weights and batches.
+        run: At its start; resumes `folder`'s state if there is one.
+        folder: Where state, log, process number and exported weights go.
+        budget: How long the part is.
+        views: The training views; default: those in the folder, of which more may
+            arrive while it trains.
+        batch: Examples per step.
 
     Returns:
-        The file of the last state.
+        The folder of the exported pipeline.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    state_file = folder / "state.pt"
-    run = Run(source, seed)
-    if state_file.exists():
-        run.restore(state_file)
+    state = folder / "state.pt"
+    if state.exists():
+        run.restore(state)
     (folder / "train.pid").write_text(str(os.getpid()))
-    deadline = time.monotonic() + seconds_until(budget.until)
-    last_step = math.inf if budget.steps is None else budget.steps
-    saved = time.monotonic()
-    smooth = float("nan")
-    with (
-        open(folder / "loss.jsonl", "a", encoding="utf-8") as log,
-        tqdm(total=round(budget.minutes, 1), initial=run.spent / 60, unit="min") as bar,
-    ):
-        while run.step < last_step:
-            start = time.monotonic()
-            # A run that was stopped for a while still ends annealed, at the deadline.
-            seconds = min(budget.minutes * 60, run.spent + deadline - start)
-            if run.spent >= seconds:
-                break
-            rate = learning_rate(run.step, run.spent / seconds)
-            loss = run.advance(renders, batch, rate)
-            elapsed = min(time.monotonic() - start, LONGEST_STEP)
-            run.spent += elapsed
-            smooth = loss if math.isnan(smooth) else 0.98 * smooth + 0.02 * loss
-            bar.update(elapsed / 60)
-            bar.set_postfix(step=run.step, loss=f"{smooth:.4f}", s=f"{elapsed:.2f}")
+    seen = open_shards(folder / "views") if views is None else views
+    kept = False
+    with open(folder / "loss.jsonl", "a", encoding="utf-8") as log:
+        saved, smooth = time.monotonic(), None
+        for share in _shares(run, budget):
+            if share >= 1 - DECAY_SHARE and not kept:
+                run.save(state)
+                kept = True
+            loss = run.advance(seen, batch, learning_rate(run.step, share))
+            smooth = loss if smooth is None else 0.98 * smooth + 0.02 * loss
             if run.step % 20 == 0:
-                minutes = round(run.spent / 60, 3)
-                entry = {"step": run.step, "minutes": minutes, "loss": round(smooth, 5)}
+                entry = {"step": run.step, "images": run.images, "share": share}
+                entry |= {"loss": round(float(smooth), 5), "time": time.time()}
                 log.write(json.dumps(entry) + "\n")
                 log.flush()
-            if time.monotonic() - saved > CHECKPOINT_EVERY:
-                run.save(state_file)
+            if not kept and time.monotonic() - saved > CHECKPOINT_EVERY:
+                run.save(state)
                 saved = time.monotonic()
-    run.save(state_file)
-    return state_file
+                seen = open_shards(folder / "views") if views is None else views
+    if not kept:
+        run.save(state)
+    run.export(folder / "pipeline")
+    return folder / "pipeline"
+
+
+def train_on(
+    run: Run, folder: Path, budget: Budget, batch: int, shards: int | None
+) -> Path:
+    """Train on the folder's views, or on views rendered first on the run's device.
+
+    Args:
+        run: At its start.
+        folder: See `train`.
+        budget: How long the part is, rendering included.
+        batch: Examples per step.
+        shards: Shards to render; None reads those in the folder.
+    """
+    if shards is None:
+        return train(run, folder, budget, batch=batch)
+    start = time.monotonic()
+    made = [build_shard(i, device=run.device) for i in range(shards)]
+    views = ViewSet(tuple(m[0] for m in made), torch.cat([m[1] for m in made]))
+    left = budget.minutes - (time.monotonic() - start) / 60
+    if left <= 0:
+        raise ValueError(
+            f"Rendering took all of the {budget.minutes:g} minutes: write more "
+            "`--minutes`, or fewer `--shards`."
+        )
+    return train(run, folder, replace(budget, minutes=left), views, batch)
+
+
+def _shares(run: Run, budget: Budget) -> Iterator[float]:
+    """How much of a part is over, before each of its steps, with a progress bar."""
+    start, first = time.monotonic(), run.step
+    deadline = seconds_until(budget.until)
+    with tqdm(total=1000, unit="‰", desc="training", mininterval=5) as bar:
+        while True:
+            seconds = time.monotonic() - start
+            share = budget.share(seconds, deadline, run.step - first)
+            if share >= 1:
+                return
+            bar.update(int(1000 * share) - bar.n)
+            bar.set_postfix(images=run.images, refresh=False)
+            yield share
 
 
 def seconds_until(clock: str | None, now: datetime | None = None) -> float:
@@ -249,65 +331,3 @@ def seconds_until(clock: str | None, now: datetime | None = None) -> float:
     now = now or datetime.now()
     wait = datetime.combine(now.date(), end) - now
     return (wait % timedelta(days=1)).total_seconds()
-
-
-def _loss(
-    model: nn.Module,
-    scheduler: DDIMScheduler,
-    tokenizer: PreTrainedTokenizerFast,
-    renders: data.Dataset,
-    batch: int,
-    generator: torch.Generator,
-) -> Tensor:
-    """Mean square error of the velocity over a random batch."""
-    x, captions = data.batch(renders, batch, generator)
-    ids = tokenizer(
-        captions, padding="max_length", max_length=MAX_WORDS, return_tensors="pt"
-    ).input_ids
-    t = torch.randint(
-        scheduler.config["num_train_timesteps"], (batch,), generator=generator
-    )
-    noise = torch.randn(x.shape, generator=generator)
-    t = cast(torch.IntTensor, t)  # what diffusers says of any integer tensor
-    noisy = scheduler.add_noise(x, noise, t)
-    target = scheduler.get_velocity(x, noise, t)
-    # bfloat16 and channels last: a third faster on a CPU that has both.
-    noisy = noisy.contiguous(memory_format=torch.channels_last)
-    with torch.autocast("cpu", torch.bfloat16):
-        velocity = model(noisy, t, ids)
-    return (velocity.float() - target).square().mean()
-
-
-def _load_weights(model: Denoiser, source: Path) -> None:
-    unet = UNet2DConditionModel.from_pretrained(source, subfolder="unet")
-    words = CLIPTextModel.from_pretrained(source, subfolder="text_encoder")
-    model.unet.load_state_dict(unet.state_dict())
-    model.text_encoder.load_state_dict(words.state_dict())
-
-
-def main() -> None:
-    """Command line."""
-    parser = argparse.ArgumentParser(description="Train the embedded prior.")
-    parser.add_argument("--folder", type=Path, default=Path("outputs/toybox"))
-    parser.add_argument("--minutes", type=float, default=120.0, help="of computing")
-    parser.add_argument("--until", help="HH:MM by which the run ends annealed")
-    parser.add_argument("--samples", type=int, default=240, help="renders of a pair")
-    parser.add_argument("--normals", type=int, default=400, help="maps of an object")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument(
-        "--from", dest="source", type=Path, help="exported weights to start from"
-    )
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
-    train(
-        arguments.folder,
-        Budget(arguments.minutes, arguments.until),
-        prepare(arguments.folder, arguments.samples, arguments.normals),
-        source=arguments.source,
-        seed=arguments.seed,
-    )
-
-
-if __name__ == "__main__":
-    main()

@@ -13,8 +13,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from systems.scene.cameras import Cameras
-from systems.toybox.captions import parse
 from systems.toybox.objects import OBJECTS
+from systems.toybox.reader import parse
 from systems.toybox.render import RADIUS, Render, render
 
 
@@ -35,19 +35,31 @@ class Mesh:
 
 @dataclass(frozen=True)
 class Truth:
-    """A toybox object in its colour.
+    """A toybox object in its colours.
 
     Attributes:
-        colour: A key of `COLOURS`.
+        colour: The body's, a key of `COLOURS`.
         name: A key of `OBJECTS`.
+        finish: A key of `FINISHES`.
+        second: The colour of stripes or spots, a key of `COLOURS`.
     """
 
     colour: str
     name: str
+    finish: str = "plain"
+    second: str = ""
 
     def render(self, cameras: Cameras, size: int, supersample: int = 2) -> Render:
         """Colour, mask, depth and normals; see `systems.toybox.render.render`."""
-        return render(self.name, self.colour, cameras, size, supersample)
+        return render(
+            self.name,
+            self.colour,
+            cameras,
+            size,
+            supersample,
+            self.finish,
+            self.second,
+        )
 
     def sdf(self, points: Tensor) -> Tensor:
         """Signed distance, negative inside.
@@ -63,7 +75,8 @@ class Truth:
 
     def albedo(self, points: Tensor) -> Tensor:
         """Colour of the surface nearest to points ``(..., 3)``, not yet lit."""
-        return OBJECTS[self.name].albedo(points, self.colour)
+        thing = OBJECTS[self.name]
+        return thing.albedo(points, self.colour, self.finish, self.second)
 
     def mesh(self, resolution: int = 96) -> Mesh:
         """The surface by marching cubes.
@@ -89,13 +102,16 @@ def truth(prompt: str) -> Truth:
     """The exact answer to a prompt.
 
     Args:
-        prompt: One colour and one object, such as "a red mushroom, front view"; the
-            view is left to the cameras.
+        prompt: One object with its colours, such as "a red mushroom, front view" or "a
+            red mug with white stripes"; the view is left to the cameras.
 
     Raises:
         ValueError: A word is unknown, or there is not one colour and one object.
     """
-    return Truth(*parse(prompt))
+    asked = parse(prompt)
+    assert asked.name is not None
+    assert asked.colour is not None
+    return Truth(asked.colour, asked.name, asked.finish, asked.second or "")
 
 
 def view_cameras(view: str | None, distance: float = 2.4, fov: float = 50) -> Cameras:

@@ -14,7 +14,15 @@ import pytest
 import torch
 
 import dreampropeller as dp
-from benchmarks import runs, sampling, sensitivity, speedup, tune, wallclock
+from benchmarks import (
+    runs,
+    sampling,
+    sensitivity,
+    side_by_side,
+    speedup,
+    tune,
+    wallclock,
+)
 from systems import build
 from systems.settings.config import load
 from tests.systems.scenes import SMALL, TOYBOX
@@ -48,6 +56,21 @@ def test_the_gpu_command_fills_its_file(tmp_path: Path) -> None:
     assert filled["environment"]["gpu"] is None
     assert all("missing.yaml" in entry["not_run"] for entry in refused)
     assert "not run" in done.stdout
+
+
+def test_the_figure_of_the_readme_is_drawn(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small = [s for s in SMALL if "prompt" not in s and "max_steps" not in s]
+    settings = ("--set", *small, "trainer.max_steps=4")
+    monkeypatch.setattr(sys, "argv", ["", "--to", str(tmp_path), *settings])
+    side_by_side.main()
+    found = json.loads((tmp_path / "runs.json").read_text())
+    plain, fast = found["sequential"], found["accelerated"]
+    assert plain["iterations"] == plain["evaluations"] == 4 > fast["iterations"]
+    assert list(plain["psnr"]) == ["1", "2", "3", "4"]
+    assert fast["psnr"]["1"] == plain["psnr"]["1"]  # the first step is exact
+    assert (tmp_path / "figure.png").stat().st_size > 10_000
 
 
 def test_tuning_picks_the_fewest_steps_near_the_plateau() -> None:

@@ -31,7 +31,6 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
             [
                 *("--config", TOYBOX, "--compare", "rivals", *FEW),
                 *(f"exp_root_dir={out}", "dispatch.threads=1"),
-                "system.geometry.isosurface_threshold=2",
             ]
         )
     assert code == 0

@@ -12,12 +12,14 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
 
 import launch
 from dreampropeller import checkpoint
+from systems import artefacts, build
 from systems.runs.folders import folder_of
 from tests.helpers import tree_equal
 from tests.systems.scenes import SMALL, TOYBOX
@@ -62,7 +64,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("finished")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(ROOT)
-        assert train(out, "system.geometry.isosurface_threshold=2") == 0
+        assert train(out) == 0
     return run_folder(out)
 
 
@@ -101,6 +103,7 @@ def test_a_run_leaves_everything_behind(finished: Path) -> None:
     assert report["steps"] == 12
     assert report["iterations"] < 12 <= report["evaluations"]
     assert set(report["quality"]) >= {"psnr", "ssim", "iou", "right_colour"}
+    assert set(report["mesh_quality"]) >= {"iou_3d", "chamfer", "bodies", "level"}
     assert report["environment"]["packages"]["torch"]
     lines = [
         json.loads(x) for x in (finished / "metrics.jsonl").read_text().split("\n") if x
@@ -266,7 +269,9 @@ def test_no_space_left_loses_nothing(finished: Path, tmp_path: Path) -> None:
     assert "Traceback" not in done.stderr
 
 
-def test_full_disk_while_measuring(finished: Path, tmp_path: Path) -> None:
+def test_full_disk_while_measuring(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """`/dev/full` is a disk without space: the metrics go there."""
     import shutil
 
@@ -278,6 +283,50 @@ def test_full_disk_while_measuring(finished: Path, tmp_path: Path) -> None:
     arguments = ["--config", str(copy / "config.yaml"), "--train", f"resume={copy}"]
     assert launch.main([*arguments, "trainer.max_steps=24"]) == 2
     assert checkpoint.load(copy / "ckpts").step == before
+    said = capsys.readouterr().err
+    assert f"`{copy / 'metrics.jsonl'}` cannot be written" in said
+    assert "Free some space" in said
+
+
+def test_each_artefact_by_itself(
+    finished: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """No ffmpeg, and no room for the obj: everything else is written."""
+    from systems.settings.config import load
+
+    monkeypatch.setenv("IMAGEIO_FFMPEG_EXE", str(tmp_path / "nowhere"))
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "part-mesh.obj").symlink_to("/dev/full")
+    system = build(load(finished / "config.yaml"))
+    y = checkpoint.load(finished / "ckpts").y
+    report = artefacts.write(out, system, y)
+    assert {path.name for path in out.iterdir()} == {
+        "mesh.glb",
+        "preview.png",
+        "truth.png",
+    }
+    assert "pip install imageio-ffmpeg" in report["turntable"]
+    assert f"`{out / 'mesh.obj'}` cannot be written: No space left" in report["mesh"]
+    assert "Free some space" in report["mesh"]
+    assert report["quality"]["psnr"] > 0
+    assert report["mesh_quality"]["bodies"] == 1
+    said = "\n".join(system.summary(report))
+    assert "Turntable failed: videos need ffmpeg" in said
+    assert "Mesh failed: " in said
+    assert "3D IoU" in said
+
+
+def test_preview_shows_the_mesh_below_the_volume(finished: Path) -> None:
+    from PIL import Image
+
+    image = Image.open(finished / "preview.png")
+    assert image.size == (4 * 16, 2 * 16)
+    pixels = torch.from_numpy(np.array(image.convert("RGB"))).reshape(2, -1, 3)
+    assert all(float(row.float().std()) > 10 for row in pixels)
 
 
 @pytest.mark.parametrize(
@@ -288,6 +337,8 @@ def test_full_disk_while_measuring(finished: Path, tmp_path: Path) -> None:
         (["system.prompt_processor.prompt=' '"], "say what to make"),
         (["system.prompt_processor.prompt=a red mushrom"], "did you mean mushroom"),
         (["system.prompt_processor.prompt=a zebra"], "does not know `zebra`"),
+        (["name=../../x"], "`name` is `../../x`, which is no folder inside"),
+        (["name=/x"], "write a plain name"),
         (["system.geometry.resolutio=3"], "Did you mean `resolution`?"),
         (["sistem.geometry.resolution=3"], "Did you mean `system`?"),
         (["trainer.max_step=3"], "Did you mean `max_steps`?"),

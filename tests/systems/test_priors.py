@@ -35,7 +35,15 @@ from systems.guidance.prompts import PromptConfig
 from systems.guidance.sds import GuidanceConfig, ScoreDistillation
 from systems.scene.cameras import Cameras
 from systems.settings.config import load
-from systems.toybox import WEIGHTS, pipeline
+from systems.toybox import SECOND_WEIGHTS, WEIGHTS, pipeline
+from systems.toybox.conditions import labels, to_images
+from systems.toybox.model import (
+    make_scheduler,
+    make_text_encoder,
+    make_tokenizer,
+    make_unet,
+)
+from systems.toybox.pipeline import ToyboxPipeline
 
 CPU = torch.device("cpu")
 
@@ -369,3 +377,71 @@ def test_missing_models_say_what_to_write(
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(ModelError, match="needs one: write the name"):
         Prior(object(), CPU)
+
+
+@pytest.fixture(scope="module")
+def second(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the second embedded prior, small and untrained."""
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("toybox2")
+    parts = (make_text_encoder(), make_tokenizer(), make_scheduler())
+    ToyboxPipeline(make_unet((8, 16, 16)), *parts).save_pretrained(folder)
+    return folder
+
+
+def test_the_second_priors_space_is_blocks_of_pixels(second: Path) -> None:
+    prior, words = priors.load(str(second), ["a red teapot"], "blurry", CPU)
+    assert words.given.shape == (1, 16, 96)
+    images = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    x = prior.encode(images, torch.Generator())
+    assert x.shape == (2, 12, 32, 32)
+    assert torch.equal(to_images(x), images * 2 - 1)
+    t = torch.tensor([300, 700])
+    noise = prior.noise(x, t, words.given[[0, 0]], words.without, 3.0)
+    assert noise.shape == x.shape
+
+
+def test_guidance_tells_the_second_prior_the_cameras_of_the_views(
+    second: Path,
+) -> None:
+    """In both branches, and as the pipeline tells them."""
+    whole = pipeline.load(second)
+    prompts = PromptConfig("a red teapot", view_dependent=False)
+    prior, words = priors.load(str(second), prompts.texts(), "", CPU)
+    guidance = ScoreDistillation(GuidanceConfig("toybox2", 3.0), prior, words, prompts)
+    seen: list[torch.Tensor] = []
+
+    def record(module: Any, args: Any, kwargs: Any) -> None:
+        del module, args
+        seen.append(kwargs["class_labels"])
+
+    prior.unet.register_forward_pre_hook(record, with_kwargs=True)
+    one = torch.ones(2)
+    cameras = Cameras(torch.tensor([0.0, 90.0]), 20 * one, 2.4 * one, 50 * one)
+    images = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    loss, _ = guidance(images, cameras, 5, StepRandom(0))
+    assert loss > 0
+    without, given = seen[0].chunk(2)
+    assert torch.equal(without, given)
+    assert torch.equal(given, labels(2, cameras))
+    x, t = torch.randn(2, 12, 32, 32), torch.tensor([300, 700])
+    conditions = prior.conditions(cameras, images, cameras)
+    both = prior.noise(x, t, words.given[[0, 0]], words.without, 3.0, 0.7, conditions)
+    v = whole.velocity(
+        *(x, t, whole.encode(["a red teapot"] * 2), words.without, 3.0, 0.7),
+        whole.conditions(2, cameras, images, cameras),
+    )
+    alpha, sigma = prior.scales(t)
+    assert torch.allclose(both, alpha * v + sigma * x, atol=1e-4)
+
+
+def test_embedded_priors_are_asked_for_what_they_know(second: Path) -> None:
+    priors.check("toybox", ["Red Mugs!"])
+    with pytest.raises(ValueError, match=r"`teapot` \(the second one"):
+        priors.check("toybox", ["a red teapot"])
+    priors.check(str(second), ["a white teapot with black spots"])
+    with pytest.raises(ValueError, match="nearest objects: ice cream cone"):
+        priors.check(str(second), ["a pineapple"])
+    if not SECOND_WEIGHTS.exists():
+        with pytest.raises(ModelError, match=r"`toybox2`, has no weights here yet"):
+            priors.check("toybox2", ["a red teapot"])

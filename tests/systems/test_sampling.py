@@ -84,15 +84,6 @@ def test_batched_asks_its_record(
     assert ("Batched: " if found.gain > 1 else "The plain loop: ") in said
 
 
-def test_the_documented_call_runs(capsys: pytest.CaptureFixture[str]) -> None:
-    text = Path("docs/sampling.md").read_text(encoding="utf-8")
-    code = text.partition("```python\n")[2].partition("```")[0]
-    names: dict[str, Any] = {}
-    exec(compile(code.replace("100", "6"), "sampling.md", "exec"), names)
-    assert names["picture"].size == (32, 32)
-    assert 1 < int(capsys.readouterr().out.split()[0]) <= 6
-
-
 def test_the_strip_shows_what_was_asked_and_accepted() -> None:
     strip = Strip()
 

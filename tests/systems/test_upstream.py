@@ -351,6 +351,34 @@ def test_no_setting_of_ours_is_taken_for_theirs() -> None:
                 _read_all(copy)
 
 
+def test_what_is_refused_as_theirs_cannot_be_done_here() -> None:
+    """Values that the workspace learns leave the table."""
+    samples = {
+        "data.batch_size": [1, 2],
+        "data.height": [64, 64],
+        "data.width": [64, 64],
+        "system.geometry.normal_type": "pred",
+    }
+    assert set(samples) == set(VALUES)
+    plain = OmegaConf.create(theirs("sd"))
+    plain.tag = plain.system.renderer = ""
+    plain.system.prompt_processor.prompt = "a"
+    resolved: Any = OmegaConf.to_container(plain, resolve=True)
+    found = translate(resolved).settings
+    found["system"]["renderer"] = {}
+    _read_all(found)
+    for name, value in samples.items():
+        assert VALUES[name](value)
+        *sections, key = name.split(".")
+        copy = deepcopy(found)
+        node = copy
+        for part in sections:
+            node = node[part]
+        node[key] = value
+        with pytest.raises(ConfigError, match=f"{key}` is"):
+            _read_all(copy)
+
+
 def _read_all(settings: dict[str, Any]) -> None:
     config = read(Config, settings, "")
     for section, kind in DreamFusion.section_types.items():

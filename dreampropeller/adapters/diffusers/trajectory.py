@@ -112,7 +112,7 @@ class Denoiser:
             timestep: The scheduler's timestep, a scalar.
         """
         answer = self.unet(self._doubled(x), timestep, **self.conditions)[0]
-        return self._guided(answer, x.shape[1])
+        return self.guided(answer, x.shape[1])
 
     def batch(self, xs: Sequence[Tensor], timesteps: Sequence[Tensor]) -> list[Tensor]:
         """The answers for several steps, from one call of the U-Net."""
@@ -121,12 +121,13 @@ class Denoiser:
         times = torch.stack(list(timesteps)).repeat_interleave(size).to(inputs.device)
         conditions = _repeated(dict(self.conditions), size, len(xs))
         answers = self.unet(inputs, times, **conditions)[0].chunk(len(xs))
-        return [self._guided(answer, xs[0].shape[1]) for answer in answers]
+        return [self.guided(answer, xs[0].shape[1]) for answer in answers]
 
     def _doubled(self, x: Tensor) -> Tensor:
         return x if self.guidance_scale is None else torch.cat([x, x])
 
-    def _guided(self, answer: Tensor, channels: int) -> Tensor:
+    def guided(self, answer: Tensor, channels: int) -> Tensor:
+        """What is made of the U-Net's output for latents of so many channels."""
         if self.guidance_scale is not None:
             without, given = answer.chunk(2)
             without = without[:, :channels]
@@ -164,6 +165,8 @@ class SamplingTrajectory(Trajectory[Nest]):
             left where a sequential run would leave it. None: torch's global one.
         eta: Noise of DDIM, from 0 (none); other samplers ignore it.
         form: "semi-linear" or "published".
+        timesteps: Those to take; default: all of the scheduler's.
+        **settings: Further arguments of the scheduler's `step`.
 
     Raises:
         ValueError: `check_scheduler` refuses it, or `eta` is negative.
@@ -178,15 +181,17 @@ class SamplingTrajectory(Trajectory[Nest]):
         generator: Generators = None,
         eta: float = 0.0,
         form: Form = "semi-linear",
+        timesteps: Tensor | None = None,
+        **settings: Any,
     ) -> None:
         check_scheduler(scheduler, form)
         if not eta >= 0:
             raise ValueError(f"`eta` is {eta}: write 0 (no noise) to 1 (as DDPM).")
         self.denoiser, self.form = denoiser, form
         self.latents = latents.detach().clone()
-        self.timesteps: Tensor = scheduler.timesteps
+        self.timesteps = scheduler.timesteps if timesteps is None else timesteps
         self.num_steps = len(self.timesteps)
-        self._step = _Step(scheduler, eta)
+        self._step = _Step(scheduler, self.timesteps, {"eta": eta, **settings})
         self._draws = self._record(generator)
 
     def init(self) -> tuple[State, Nest]:
@@ -290,13 +295,16 @@ class _Drift:
 class _Step:
     """A scheduler's `step` as a function: what it changes goes in and comes out."""
 
-    def __init__(self, scheduler: Any, eta: float) -> None:
+    def __init__(
+        self, scheduler: Any, timesteps: Tensor, settings: dict[str, Any]
+    ) -> None:
         self.name = type(scheduler).__name__
         self.scheduler = copy.copy(scheduler)  # `step` rebinds, it changes no tensor
         self._fields = HISTORY[self.name]
         self._start = {name: getattr(scheduler, name) for name in self._fields}
         known = inspect.signature(scheduler.step).parameters
-        self._settings = {"eta": eta} if "eta" in known else {}
+        self._timesteps = timesteps
+        self._settings = {n: v for n, v in settings.items() if n in known}
         self.learns_variance = learns_variance(scheduler)
 
     def history(self) -> Nest:
@@ -315,7 +323,7 @@ class _Step:
             setattr(self.scheduler, name, _own(carry[name]))
         after = self.scheduler.step(
             answer,
-            self.scheduler.timesteps[step],
+            self._timesteps[step],
             x,
             generator=generators if len(generators) > 1 else generators[0],
             return_dict=False,

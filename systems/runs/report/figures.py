@@ -60,6 +60,7 @@ def describe(run: Run) -> dict[str, Any]:
         "solver": run.config.solver.name,
         "seed": run.config.seed,
         **{name: run.report[name] for name in kept},
+        "mesh": run.report.get("mesh_quality"),
         "seconds": round(run.seconds, 2),
         "device_seconds": round(run.device_seconds, 2),
         "seconds_by_phase": run.report["seconds_by_phase"],

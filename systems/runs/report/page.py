@@ -151,6 +151,17 @@ def rows(comparison: Mapping[str, Any]) -> list[list[str]]:
         ]
         if any(value is not None for value in values):
             add(title, values, form)
+    for title, name, form in (
+        ("3D IoU of the mesh", "iou_3d", "{:.3f}"),
+        ("Chamfer distance", "chamfer", "{:.4f}"),
+        ("bodies", "bodies", "{}"),
+    ):
+        values = [
+            run["mesh"].get(name) if isinstance(run["mesh"], dict) else None
+            for run in runs
+        ]
+        if any(value is not None for value in values):
+            add(title, values, form)
     apart = comparison["deviation"]
     add(
         "pictures against sequential, dB",

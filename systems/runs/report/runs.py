@@ -11,7 +11,7 @@ import dreampropeller as dp
 from dreampropeller import checkpoint
 from systems import build, quality
 from systems.base import System
-from systems.runs import folders
+from systems.runs import folders, history
 from systems.settings.config import Config, load
 from systems.settings.reader import ConfigError
 
@@ -40,7 +40,7 @@ class Run:
     @property
     def device_seconds(self) -> float:
         """What it cost: every worker is held for the whole solve."""
-        return self.seconds * self.report["workers"]
+        return self.report["device_seconds"]
 
     def seconds_at(self, step: int) -> float | None:
         """Wall-clock at which a step was reached."""
@@ -63,26 +63,18 @@ def open_run(folder: str | Path) -> Run:
     folder = folders.folder_of(str(folder))
     try:
         report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
-        lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     except (OSError, ValueError) as error:
         raise ConfigError(
-            f"`{folder}` is no finished run: it needs a readable `report.json` and "
-            f"`metrics.jsonl` ({error}). Finish it with `python launch.py --train "
+            f"`{folder}` is no finished run: it needs a readable `report.json` "
+            f"({error}). Finish it with `python launch.py --train "
             f"resume={folder}`."
         ) from error
-    if "solving_seconds" not in report:
+    iterations = history.iterations(history.lines(folder))
+    if not report.get("solving_seconds") or len(iterations) != report["iterations"]:
         raise ConfigError(
-            f"`{folder}` was written by an earlier version and does not say how long "
-            "its solve took. Run it again."
+            f"`{folder}` does not say how long all of its iterations took, so it "
+            f"cannot be compared: its `{history.FILE}` is not whole. Run it again."
         )
-    entries = [json.loads(line) for line in lines if line.strip()]
-    iterations = [entry for entry in entries if "iteration" in entry]
-    # A resumed run counts its seconds anew.
-    before, total = 0.0, 0.0
-    for entry in iterations:
-        if entry["solving"] < before:
-            total += before
-        before, entry["solving"] = entry["solving"], entry["solving"] + total
     return Run(folder, load(folder / folders.CONFIG), report, iterations)
 
 

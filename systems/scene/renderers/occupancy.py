@@ -7,7 +7,7 @@ $$o \leftarrow \max(\gamma\,o,\ \sigma(x)\,\delta)$$
 
 at a random point x of the cell, with the step size δ of the renderer. It is evolving
 state: a buffer, changed while a drift is evaluated, and so part of the trajectory's
-state (Eq. 11 of `docs/method.md`). Cells that were never looked at hold −1 and count
+state (Eq. 19 of `docs/method.md`). Cells that were never looked at hold −1 and count
 as occupied.
 """
 

@@ -24,6 +24,8 @@ def test_list_shows_the_vocabulary() -> None:
     assert done.returncode == 0
     for word in ("mushroom", "ice cream cone", "purple", "overhead", "blue sphere"):
         assert word in done.stdout
+    for word in ("teapot", "black", "striped", "spots", "first 16 objects"):
+        assert word in done.stdout
 
 
 def test_render_writes_a_sheet(tmp_path: Path) -> None:
@@ -45,13 +47,23 @@ def test_sample_writes_a_sheet(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [
-        (["sample", "a red dragon"], "does not know `dragon`"),
+        (["sample", "a red dragon"], "nearest objects: rabbit"),
         (["render", "a red mushroom", "--count", "0"], "`--count 0` is too small"),
         (["render", "a red cube", "--output", "cube.xyz"], "write `cube.png`"),
         (["render", "a mushroom"], "names no colour"),
         (["paint"], "invalid choice"),
+        (
+            ["sample", "a red mug", "--weights", "nowhere"],
+            "`nowhere` names no pipeline",
+        ),
+        (["train", "--until", "noon"], "`noon` is no clock time"),
+        (["train", "--folder", "nowhere"], "holds no views"),
+        (["export", "--folder", "nowhere"], "There is no `nowhere/state.pt`"),
     ],
-    ids=["word", "count", "format", "colour", "command"],
+    ids=[
+        *("word", "count", "format", "colour", "command", "weights", "clock", "views"),
+        "state",
+    ],
 )
 def test_a_mistake_is_answered_on_one_screen(
     arguments: list[str], complaint: str

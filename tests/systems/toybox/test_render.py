@@ -4,10 +4,12 @@ import pytest
 import torch
 
 from systems.toybox.captions import VIEWS, view_of
-from systems.toybox.dataset import random_cameras
-from systems.toybox.objects import COLOURS, OBJECTS
+from systems.toybox.finishes import FINISHES
+from systems.toybox.objects import COLOURS, OBJECTS, WITH_FRONT, ToyObject
 from systems.toybox.render import AMBIENT, LIGHT, Cameras, render, trace
+from systems.toybox.sdf import Sdf
 from systems.toybox.truth import truth, view_cameras
+from systems.toybox.views import random_cameras
 
 RADIUS = 0.65  # of the toybox sphere
 
@@ -125,3 +127,63 @@ def test_mesh_of_the_sphere_has_its_volume() -> None:
 def test_an_unknown_colour_is_refused() -> None:
     with pytest.raises(ValueError, match="`mauve` is no colour: write one of red"):
         render("cube", "mauve", _cameras(1), 8)
+
+
+def _turned(thing: ToyObject) -> ToyObject:
+    """The object turned by 180° about the vertical."""
+
+    def turn(solid: Sdf) -> Sdf:
+        return lambda p: solid(p * p.new_tensor([-1, -1, 1]))
+
+    return ToyObject(
+        turn(thing.body), tuple((turn(solid), colour) for solid, colour in thing.parts)
+    )
+
+
+@pytest.mark.parametrize("name", OBJECTS)
+def test_an_object_with_a_front_differs_from_itself_turned_around(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """PSNR below 30 dB from all around; the light does not turn with the object."""
+    cameras = Cameras(
+        azimuth=torch.arange(6) * 60.0,
+        elevation=torch.full((6,), 15.0),
+        distance=torch.full((6,), 2.4),
+        fov=torch.full((6,), 50.0),
+    )
+    grey = torch.full((3,), 0.5)
+    straight = render(name, "red", cameras, 32).over(grey)
+    monkeypatch.setattr("systems.toybox.render.OBJECTS", {name: _turned(OBJECTS[name])})
+    around = render(name, "red", cameras, 32).over(grey)
+    psnr = -10 * math.log10(float((straight - around).square().mean()) + 1e-12)
+    assert (psnr < 30) == (name in WITH_FRONT)
+
+
+@pytest.mark.parametrize("finish", ["striped", "spotted"])
+def test_marks_are_fixed_in_space_and_leave_most_of_the_body(finish: str) -> None:
+    points = torch.rand(20_000, 3, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    marked = FINISHES[finish](points)
+    assert 0.25 < float(marked.float().mean()) < 0.4
+    thing = OBJECTS["cube"]
+    albedo = thing.albedo(points, "red", finish, "white")
+    assert torch.equal(
+        albedo[marked], torch.tensor(COLOURS["white"]).expand(int(marked.sum()), 3)
+    )
+    assert torch.equal(albedo[~marked], thing.albedo(points, "red")[~marked])
+    # Parts keep their colours, whatever the body's finish.
+    cap = OBJECTS["mushroom"]
+    stem = torch.tensor([[0.0, 0.0, z / 50] for z in range(-30, -10)])
+    plain = cap.albedo(stem, "red")
+    assert torch.equal(cap.albedo(stem, "red", finish, "blue"), plain)
+
+
+def test_the_truth_of_a_finish_is_in_renders_and_mesh() -> None:
+    striped, plain = truth("a red mug with white stripes"), truth("a red mug")
+    view = view_cameras("side")
+    seen, bare = striped.render(view, 32), plain.render(view, 32)
+    assert torch.equal(seen.mask, bare.mask)
+    assert torch.equal(seen.normal, bare.normal)
+    assert (seen.rgb - bare.rgb).abs().max() > 0.2
+    colours = {tuple(c) for c in striped.mesh(32).colours.tolist()}
+    white_and_red = torch.tensor([COLOURS["red"], COLOURS["white"]])
+    assert colours == {tuple(c) for c in white_and_red.tolist()}

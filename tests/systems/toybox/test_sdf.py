@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from systems.toybox import sdf
+from systems.toybox.finishes import FINISHES
 from systems.toybox.objects import COLOURS, OBJECTS
 from systems.toybox.render import RADIUS, surface_normals, trace
 
@@ -32,8 +33,9 @@ def test_no_object_overstates_its_distance(name: str) -> None:
         sdf.torus((0, 0, 0.2), 0.5, 0.2),
         sdf.cylinder((0, 0.1, 0), 0.4, 0.3),
         sdf.box((0, 0, 0), (0.4, 0.3, 0.2), 0.05),
+        sdf.capsule((0.1, 0, -0.3), (-0.2, 0.3, 0.4), 0.15),
     ],
-    ids=["sphere", "torus", "cylinder", "box"],
+    ids=["sphere", "torus", "cylinder", "box", "capsule"],
 )
 def test_simple_solids_are_exact_outside(solid: sdf.Sdf) -> None:
     """Walking the distance against the gradient ends on the surface."""
@@ -45,6 +47,21 @@ def test_simple_solids_are_exact_outside(solid: sdf.Sdf) -> None:
     )
     landed = points - solid(points)[:, None] * gradient
     assert solid(landed).abs().max() < 1e-9
+
+
+def test_a_triangle_is_inside_between_its_corners() -> None:
+    corners = ((-0.5, -0.2), (0.6, -0.2), (0.1, 0.7))
+    solid = sdf.triangle(corners, 0.1)
+    middle = [sum(c[i] for c in corners) / 3 for i in (0, 1)]
+    for x, z in corners:
+        inside = torch.tensor(
+            [0.9 * x + 0.1 * middle[0], 0.0, 0.9 * z + 0.1 * middle[1]]
+        )
+        outside = torch.tensor(
+            [1.1 * x - 0.1 * middle[0], 0.0, 1.1 * z - 0.1 * middle[1]]
+        )
+        assert solid(inside) < 0 < solid(outside)
+    assert solid(torch.tensor([middle[0], 0.2, middle[1]])) == pytest.approx(0.1)
 
 
 @pytest.mark.parametrize("name", OBJECTS)
@@ -75,8 +92,11 @@ def test_the_order_of_objects_and_colours_is_fixed() -> None:
     assert list(OBJECTS) == [
         *("sphere", "cube", "torus", "cone", "cylinder", "mushroom", "tree", "house"),
         *("mug", "snowman", "chair", "table", "ice cream cone", "rocket", "car"),
-        "fish",
+        *("fish", "teapot", "sailboat", "airplane", "duck", "lamp", "key", "guitar"),
+        *("boot", "rabbit", "robot"),
     ]
     assert list(COLOURS) == [
         *("red", "green", "blue", "yellow", "purple", "orange", "cyan", "pink"),
+        *("white", "black"),
     ]
+    assert list(FINISHES) == ["plain", "striped", "spotted"]

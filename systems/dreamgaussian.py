@@ -1,0 +1,302 @@
+r"""DreamGaussian: growing splats under score distillation.
+
+$$\ell(t, \theta) = \lambda_{sds}\,\ell_{sds} + \lambda_{sparsity}
+  \operatorname{mean} \sqrt{o^2 + 0.01} + \lambda_{opaque} H(o)$$
+
+with opacity o and binary entropy H (J. Tang et al., 2023, arXiv 2309.16653: score
+distillation alone). It starts from a ball of splats, or refines those of a file
+(`system.geometry.initial`).
+"""
+
+from __future__ import annotations
+
+import bisect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+import dreampropeller as dp
+from systems.distillation import Distillation
+from systems.dreamfusion import PROMPT_PROCESSORS
+from systems.guidance.base import Guidance
+from systems.guidance.priors import check
+from systems.guidance.prompts import PromptConfig
+from systems.guidance.table import GUIDANCES
+from systems.optimizer import OptimizerConfig
+from systems.scene.cameras import Views
+from systems.scene.gaussians import ply
+from systems.scene.gaussians.density import Density
+from systems.scene.gaussians.growth import GrowthConfig
+from systems.scene.gaussians.scene import (
+    SplatRendering,
+    SplatScene,
+    SplatSceneConfig,
+)
+from systems.scene.gaussians.splats import of_state
+from systems.scene.gaussians.trajectory import GrowingGaussians
+from systems.scene.isosurface import extract_mesh
+from systems.scene.regularisers import REGULARISERS
+from systems.settings.checks import at_least, one_of
+from systems.settings.config import Config
+from systems.settings.reader import choose, read
+from systems.settings.schedules import Schedule, check_schedule, value_at
+
+SPLATS = "geometry."
+"""Prefix of the splats' tensors in a state."""
+
+
+@dataclass(frozen=True)
+class SplatLossConfig:
+    """Weights (`system.loss`), numbers or schedules.
+
+    Args:
+        lambda_sds: Of score distillation.
+        lambda_sparsity: Against opacity.
+        lambda_opaque: Against half-transparency.
+    """
+
+    lambda_sds: Schedule = 1.0
+    lambda_sparsity: Schedule = 0.0
+    lambda_opaque: Schedule = 0.0
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            check_schedule(name, value)
+
+
+@dataclass(frozen=True)
+class DecayConfig:
+    """Decay of the means' learning rate (`system.position_decay`), exponential.
+
+    Args:
+        factor: What is left of it at the end; 1: it stays.
+        steps: When the end is reached; later it stays there.
+    """
+
+    factor: float = 1.0
+    steps: int = 300
+
+    def __post_init__(self) -> None:
+        if not 0 < self.factor <= 1:
+            raise ValueError(
+                f"`factor` is {self.factor}: write a number above 0, at most 1."
+            )
+        at_least("steps", self.steps, 1)
+
+    def at(self, step: int) -> float:
+        """The factor of a step; the first step is one step old, as published."""
+        return self.factor ** min(1.0, (step + 1) / self.steps)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DreamGaussianConfig(SplatSceneConfig):
+    """`system`: the scene's parts, who optimises them, and how they grow.
+
+    Args:
+        prompt_processor: What is wanted.
+        guidance: Settings of the guidance.
+        optimizer: Its steps; parts are `geometry.means`, `geometry.scales`,
+            `geometry.quats`, `geometry.opacities`, `geometry.sh0` and `geometry.shN`.
+        densify: Growth.
+        position_decay: Of the means' learning rate.
+        resolutions: Sides of the training images that follow `data.height`.
+        resolution_milestones: The steps from which they hold.
+        prompt_processor_type: Any of threestudio's names.
+        guidance_type: A key of `systems.guidance.table.GUIDANCES`.
+        loss: Weights.
+    """
+
+    prompt_processor: PromptConfig
+    guidance: dict[str, Any]
+    optimizer: OptimizerConfig
+    densify: GrowthConfig = field(default_factory=GrowthConfig)
+    position_decay: DecayConfig = field(default_factory=DecayConfig)
+    resolutions: Any = ()
+    resolution_milestones: Any = ()
+    prompt_processor_type: str = "diffusers-prompt-processor"
+    guidance_type: str = "diffusers-guidance"
+    loss: SplatLossConfig = field(default_factory=SplatLossConfig)
+
+    def __post_init__(self) -> None:
+        one_of("prompt_processor_type", self.prompt_processor_type, PROMPT_PROCESSORS)
+        sides, steps = list(self.resolutions), list(self.resolution_milestones)
+        if len(sides) != len(steps) or steps != sorted(steps):
+            raise ValueError(
+                f"`resolutions` is {sides} and `resolution_milestones` {steps}: write "
+                "as many rising steps as there are sides, such as `[256, 512]` and "
+                "`[150, 300]`."
+            )
+        for side in sides:
+            at_least("resolutions", side, 1)
+        named = self.prompt_processor.pretrained_model_name_or_path
+        used = self.guidance.get("pretrained_model_name_or_path")
+        if named not in (None, used):
+            raise ValueError(
+                f"`prompt_processor` names the model `{named}` and `guidance` "
+                f"`{used}`: the guidance's own text encoder is used. Leave the first "
+                "out, or write the same."
+            )
+
+
+class DreamGaussian(Distillation):
+    """Text to 3D by score distillation of growing splats."""
+
+    def __init__(self, config: Config, device: torch.device | None = None) -> None:
+        super().__init__(config, device)
+        self.settings = read(DreamGaussianConfig, config.system, "system")
+        self._guidance = choose(
+            GUIDANCES, self.settings.guidance_type, "system.guidance_type"
+        )
+        self._guidance_config = read(
+            self._guidance.Config, self.settings.guidance, "system.guidance"
+        )
+        check(self._guidance_config.pretrained_model_name_or_path, [self.title])
+        with self.random.scope(0, "scene"):
+            self._scene = SplatScene(self.settings, self.device).to(self.device)
+        self.settings.optimizer.check(self._scene)
+        # Splats have no normals to orient.
+        self.regularisers = {n: REGULARISERS[n] for n in ("sparsity", "opaque")}
+        self._seen: SplatRendering | None = None
+
+    @property
+    def title(self) -> str:
+        """The prompt."""
+        return self.settings.prompt_processor.prompt
+
+    @property
+    def scene(self) -> SplatScene:
+        """The splats, what is behind them, and the renderer."""
+        return self._scene
+
+    def rows_vary(self, name: str) -> bool:
+        """See `System.rows_vary`: splats are rows."""
+        return name.startswith(SPLATS)
+
+    def load_guidance(self) -> Guidance:
+        """See `Distillation.load_guidance`."""
+        return self._guidance.load(
+            self._guidance_config, self.settings.prompt_processor, self.device
+        )
+
+    def weights(self, step: int) -> dict[str, float]:
+        """See `Distillation.weights`."""
+        return {
+            name.removeprefix("lambda_"): value_at(value, step)
+            for name, value in vars(self.settings.loss).items()
+        }
+
+    def optimizer(self, parameters: Mapping[str, Tensor]) -> torch.optim.Optimizer:
+        """See `Distillation.optimizer`."""
+        return self.settings.optimizer.build(parameters)
+
+    def views(self, step: int) -> Views:
+        """See `Distillation.views`; the images grow at milestones."""
+        views = super().views(step)
+        passed = bisect.bisect_right(list(self.settings.resolution_milestones), step)
+        if not passed:
+            return views
+        side = self.settings.resolutions[passed - 1]
+        return replace(views, height=side, width=side * views.width // views.height)
+
+    def rendering(
+        self, module: nn.Module, views: Views, step: int, with_normals: bool
+    ) -> SplatRendering:
+        """See `Distillation.rendering`."""
+        del with_normals
+        seen = self._seen = module(views, step, self.random)
+        return seen
+
+    def trajectory(self) -> GrowingGaussians:
+        """The optimizer on the loss, with growth; loads the pretrained model."""
+        guidance, decay = self.load_guidance(), self.settings.position_decay
+        body = _Loss(self.scene, lambda step, scene: self.loss(step, scene, guidance))
+
+        def loss(
+            step: int, y: dp.State
+        ) -> tuple[Tensor, Mapping[str, Any], SplatRendering]:
+            named = {f"scene.{name}": value for name, value in y.items()}
+            value, log = torch.func.functional_call(body, named, (step,))
+            seen, self._seen = self._seen, None
+            assert seen is not None, "`loss` renders the scene"
+            return value, log, seen
+
+        return GrowingGaussians(
+            loss,
+            {n: p for n, p in self.scene.named_parameters() if p.requires_grad},
+            self.optimizer,
+            self.num_steps,
+            config=self.settings.densify,
+            max_splats=self.scene.geometry.config.max_splats,
+            decay=decay.at if decay.factor < 1 else None,
+            precision=self.config.trainer.precision,
+            seed=self.config.seed,
+        )
+
+    @torch.no_grad()
+    def render(
+        self, y: dp.State, views: Views, grey: float | None = None
+    ) -> tuple[Float[Tensor, "views 3 height width"], Float[Tensor, "views 1 h w"]]:
+        """Final-look images and opacity of a state; see `System.render`."""
+        seen = torch.func.functional_call(self.scene, y, (views, None, self.random))
+        rgb = seen.rgb
+        if grey is not None:
+            rgb = seen.foreground + (1 - seen.opacity) * grey
+        rgb, opacity = (part.permute(0, 3, 1, 2).cpu() for part in (rgb, seen.opacity))
+        return rgb.clamp(0, 1), opacity
+
+    @torch.no_grad()
+    def mesh(self, y: dp.State) -> Any:
+        """The surface of the splats' density, coloured by the splats around it."""
+        settings = self.scene.geometry.config
+        density = Density({n: v.cpu() for n, v in of_state(y).items()})
+        low, high = density.box
+        radius = float(torch.maximum(-low, high).amax().clamp(1e-3, 1e3))
+        surface = extract_mesh(
+            lambda points: density(points)[0],
+            lambda points: density(points)[1],
+            radius,
+            settings.isosurface_resolution,
+            settings.isosurface_threshold,
+        )
+        return simplified(surface, settings.max_faces)
+
+    def export(self, folder: Path, y: dp.State) -> dict[str, Any]:
+        """Write the splats as ``splats.ply``, in the layout of 3DGS."""
+        ply.save(folder / "splats.ply", of_state(y))
+        return {"splats": "splats.ply", "num_splats": len(y[SPLATS + "means"])}
+
+
+class _Loss(nn.Module):
+    """Makes a loss a `forward`, so that `functional_call` can swap tensors."""
+
+    def __init__(
+        self, scene: nn.Module, loss: Callable[[int, nn.Module], tuple[Tensor, Any]]
+    ) -> None:
+        super().__init__()
+        self.scene = scene
+        self._loss = loss
+
+    def forward(self, step: int) -> tuple[Tensor, Any]:
+        return self._loss(step, self.scene)
+
+
+def simplified(mesh: Any, max_faces: int) -> Any:
+    """A mesh of fewer faces (quadric edge collapse), its colours those nearest by."""
+    if not max_faces or len(mesh.faces) <= max_faces:
+        return mesh
+    import trimesh
+    from scipy.spatial import KDTree
+
+    fewer = mesh.simplify_quadric_decimation(face_count=max_faces)
+    _, nearest = KDTree(mesh.vertices).query(fewer.vertices)
+    return trimesh.Trimesh(
+        fewer.vertices,
+        fewer.faces,
+        vertex_colors=mesh.visual.vertex_colors[nearest],
+        process=False,
+    )

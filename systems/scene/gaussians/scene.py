@@ -1,0 +1,141 @@
+"""Splats over a background, as images."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+import dreampropeller as dp
+from systems.scene.backgrounds import BACKGROUNDS
+from systems.scene.cameras import Views
+from systems.scene.gaussians.harmonics import colours
+from systems.scene.gaussians.splats import Gaussians
+from systems.scene.renderers.base import Rendering
+from systems.scene.renderers.splats import Pinhole, choose_backend, rasterize
+from systems.settings.checks import one_of
+from systems.settings.reader import choose, read
+
+GEOMETRIES = {"gaussian-splatting": Gaussians}
+"""Splats by the name configs use, which is threestudio-3dgs's."""
+
+
+@dataclass(frozen=True)
+class SplatRendererConfig:
+    """Splatting (``diff-gaussian-rasterizer``).
+
+    Args:
+        rasterizer: "auto" takes gsplat on CUDA where it can be used, and torch
+            elsewhere; "torch"; or "gsplat".
+    """
+
+    rasterizer: str = "auto"
+
+    def __post_init__(self) -> None:
+        one_of("rasterizer", self.rasterizer, ("auto", "torch", "gsplat"))
+
+
+RENDERERS = {"diff-gaussian-rasterizer": SplatRendererConfig}
+
+
+@dataclass(frozen=True, kw_only=True)
+class SplatSceneConfig:
+    """The scene's part of `system`: names of its parts, and a section for each.
+
+    Args:
+        geometry_type: A key of `GEOMETRIES`.
+        geometry: Its settings.
+        background_type: A key of `systems.scene.backgrounds.BACKGROUNDS`.
+        background: Its settings.
+        renderer_type: A key of `RENDERERS`.
+        renderer: Its settings.
+    """
+
+    geometry_type: str = "gaussian-splatting"
+    geometry: dict[str, Any] = field(default_factory=dict)
+    background_type: str = "random-color-background"
+    background: dict[str, Any] = field(default_factory=dict)
+    renderer_type: str = "diff-gaussian-rasterizer"
+    renderer: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class SplatRendering(Rendering):
+    """Images of splats, which have no normals, and where the splats are in them.
+
+    Attributes:
+        means: Centres in pixels, part of the graph, shape ``(views, splats, 2)``.
+        radii: Half sides of boxes in pixels, 0 for splats that are not seen.
+    """
+
+    means: Float[Tensor, "views splats 2"]
+    radii: Int[Tensor, "views splats 2"]
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width."""
+        return self.rgb.shape[1], self.rgb.shape[2]
+
+
+class SplatScene(nn.Module):
+    """Everything that is optimised, and how it is seen.
+
+    Args:
+        config: The system's settings.
+        device: Where it will be: a rasterizer that cannot be used there is refused.
+    """
+
+    def __init__(self, config: SplatSceneConfig, device: torch.device) -> None:
+        super().__init__()
+        kind = choose(GEOMETRIES, config.geometry_type, "system.geometry_type")
+        self.geometry = kind(read(kind.Config, config.geometry, "system.geometry"))
+        behind: Any = choose(
+            BACKGROUNDS, config.background_type, "system.background_type"
+        )
+        self.background = behind(
+            read(behind.Config, config.background, "system.background")
+        )
+        settings = choose(RENDERERS, config.renderer_type, "system.renderer_type")
+        self.renderer = read(settings, config.renderer, "system.renderer")
+        choose_backend(self.renderer.rasterizer, device)
+
+    def forward(
+        self, views: Views, step: int | None, random: dp.StepRandom
+    ) -> SplatRendering:
+        """Render views, on the device of the splats.
+
+        Args:
+            views: The views.
+            step: A training step, in which the background varies; None asks for the
+                final look.
+            random: Source of what varies.
+        """
+        splats = self.geometry
+        camera = Pinhole.of(views, splats.means)
+        away = splats.means - camera.centres[:, None]
+        painted = colours(splats.harmonics, away)
+        with torch.autocast(splats.means.device.type, enabled=False):
+            foreground, opacity, means, radii = rasterize(
+                splats.means,
+                splats.scales,
+                splats.quats,
+                splats.opacities.sigmoid(),
+                painted,
+                camera,
+                choose_backend(self.renderer.rasterizer, splats.means.device),
+            )
+        directions = views.cameras.rays(views.height, views.width)[1]
+        behind = self.background(directions.to(foreground), step, random)
+        rgb = foreground + (1 - opacity) * behind
+        return SplatRendering(
+            rgb,
+            foreground,
+            opacity,
+            torch.zeros_like(rgb),
+            torch.zeros_like(opacity),
+            means,
+            radii,
+        )

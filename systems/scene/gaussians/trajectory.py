@@ -1,0 +1,208 @@
+r"""Growing splats as a trajectory: drift, carry and jumps.
+
+$$\mathrm{drift}(t, \theta) = (\nabla_\theta \ell,\ \text{what was seen of each splat}),
+\qquad \mathrm{update} = \text{optimizer, statistics} \mathrel{+}= .$$
+
+Statistics are in the carry, so each accepted step counts once, however often it was
+evaluated. Growth is a jump: the rows of parameters, moments and statistics follow one
+map, which the solver is told.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LRScheduler
+
+import dreampropeller as dp
+from dreampropeller.trajectory import Parents
+from dreampropeller.tree import Aux, Nest, State
+from systems.scene.gaussians import growth, relocation
+from systems.scene.gaussians.growth import GrowthConfig, Rows
+from systems.scene.gaussians.scene import SplatRendering
+from systems.scene.gaussians.splats import of_state
+
+SEEN = "seen/"
+"""Prefix of a drift's statistics."""
+
+
+class GrowingGaussians(dp.OptimizationTrajectory):
+    """Splats under an optimizer, growing by the rules of a config.
+
+    Args:
+        loss: ``(step, y)`` gives a loss, which is a mean over views, numbers to log,
+            and what was rendered.
+        params: The initial parameters, those of the splats with a prefix.
+        optimizer: A factory: parameters by name give an optimizer.
+        num_steps: The number of steps.
+        config: How splats grow.
+        max_splats: They do not grow beyond.
+        prefix: Of the splats' names.
+        decay: Factor of the means' learning rate at a step; default: 1.
+        precision: "32-true" or "bf16-mixed".
+        seed: Of the run; also of what growth draws.
+
+    Raises:
+        ValueError: The precision scales the loss.
+    """
+
+    def __init__(
+        self,
+        loss: Callable[[int, State], tuple[Tensor, Mapping[str, Any], SplatRendering]],
+        params: Mapping[str, Tensor],
+        optimizer: Callable[[Mapping[str, Tensor]], torch.optim.Optimizer],
+        num_steps: int,
+        *,
+        config: GrowthConfig,
+        max_splats: int = 1_000_000,
+        prefix: str = "geometry.",
+        decay: Callable[[int], float] | None = None,
+        precision: str | int = "32-true",
+        seed: int = 0,
+    ) -> None:
+        if str(precision) in ("16-mixed", "16"):
+            raise ValueError(
+                f"`precision` is {precision!r}: growth compares gradients, which a "
+                "loss scale would change. Write `trainer.precision=32-true` or "
+                "`bf16-mixed`."
+            )
+        self.config = config
+        self._max_splats = max_splats
+        self._prefix = prefix
+        self._keyed = dp.StepRandom(seed)
+        self._watched: list[tuple[SplatRendering, Tensor]] = []
+
+        def watched(step: int, y: State) -> tuple[Tensor, Mapping[str, Any]]:
+            value, aux, rendered = loss(step, y)
+            if config.strategy == "densify" and rendered.means.requires_grad:
+                rendered.means.register_hook(
+                    lambda gradient: self._watched.append((rendered, gradient))
+                )
+            return value, {**aux, "splats": float(rendered.means.shape[1])}
+
+        def made(named: dict[str, nn.Parameter]) -> torch.optim.Optimizer:
+            one = optimizer(named)
+            owned = named[prefix + "means"]
+            self._means = next(
+                index
+                for index, group in enumerate(one.param_groups)
+                if any(parameter is owned for parameter in group["params"])
+            )
+            return one
+
+        def scheduler(one: torch.optim.Optimizer) -> LRScheduler:
+            rates: list[Callable[[int], float]] = [_constant] * len(one.param_groups)
+            rates[self._means] = decay or _constant
+            return torch.optim.lr_scheduler.LambdaLR(one, rates)
+
+        super().__init__(
+            watched,
+            params,
+            made,
+            num_steps,
+            scheduler=None if decay is None else scheduler,
+            precision=precision,
+            seed=seed,
+        )
+
+    _means: int
+    """The optimizer's group that holds the means."""
+
+    def init(self) -> tuple[State, Nest]:
+        """Parameters and moments, and statistics that count nothing yet."""
+        y, carry = super().init()
+        means = y[self._prefix + "means"]
+        return y, {**carry, "seen": growth.nothing_seen(len(means), means)}
+
+    def _drift(self, step: int, y: State) -> tuple[State, Aux]:
+        self._watched.clear()
+        drift, aux = super()._drift(step, y)
+        for rendered, gradient in self._watched:
+            found = growth.seen(gradient, rendered.radii, *rendered.size)
+            drift |= {SEEN + name: value for name, value in found.items()}
+        self._watched.clear()  # the rendering holds the loss's graph
+        return drift, aux
+
+    def update(
+        self, step: int, y: State, carry: Nest, drift: State
+    ) -> tuple[State, Nest]:
+        """The optimizer's step; statistics; noise, where growth relocates."""
+        counted = carry["seen"]
+        if SEEN + "count" in drift:  # a predictor's drift has seen nothing
+            counted = growth.counted(
+                counted, {name: drift[SEEN + name] for name in counted}
+            )
+        rate = self._rate(carry)
+        y, carry = super().update(step, y, carry, drift)
+        if self.config.strategy == "relocate":
+            splats = of_state(y, self._prefix)
+            generator = self._keyed.generator(step, "explore")
+            moved = relocation.explored(splats, rate * self.config.noise, generator)
+            y = {**y, self._prefix + "means": moved}
+        return y, {**carry, "seen": counted}
+
+    def next_jump(self, step: int) -> int:
+        """The next step before which splats grow or their opacities are reset."""
+        return next(
+            (
+                one
+                for one in range(step + 1, min(self.num_steps, self.config.end + 1))
+                if self.config.grows(one) or self.config.resets(one)
+            ),
+            self.num_steps,
+        )
+
+    def jump(
+        self, step: int, y: State, carry: Nest
+    ) -> tuple[State, Nest, Parents | None]:
+        """Grow, then reset; moments of the born and of what was reset are zero."""
+        splats = of_state(y, self._prefix)
+        count = len(splats["means"])
+        rows = torch.arange(count, device=splats["means"].device)
+        moved = Rows(rows, torch.zeros_like(rows, dtype=torch.bool))
+        if self.config.grows(step):
+            splats, moved = self._grow(step, splats, carry["seen"])
+            seen = growth.nothing_seen(len(moved.parents), splats["means"])
+            carry = {**carry, "seen": seen}
+        parents = {self._prefix + name: moved.parents for name in splats}
+        if self.config.resets(step):
+            splats = growth.reset_opacities(splats, self.config)
+            parents[self._prefix + "opacities"] = torch.full_like(moved.parents, -1)
+        carry = self._moved(carry, parents, moved, count)
+        y = {**y, **{self._prefix + name: value for name, value in splats.items()}}
+        return y, carry, parents
+
+    def _grow(self, step: int, splats: State, seen: State) -> tuple[State, Rows]:
+        generator = self._keyed.generator(step, "growth")
+        if self.config.strategy == "relocate":
+            return relocation.relocate(splats, self.config, self._max_splats, generator)
+        return growth.densify(splats, seen, self.config, self._max_splats, generator)
+
+    def _moved(self, carry: Nest, parents: Parents, moved: Rows, count: int) -> Nest:
+        """The carry with the rows of the optimizer's memory where their splats are."""
+        optimizers = []
+        for memory in carry["optimizers"]:
+            state = dict(memory["state"])
+            for name in parents.keys() & state.keys():
+                born = moved.born | (parents[name] < 0)
+                follow = Rows(moved.parents, born)
+                state[name] = {
+                    key: follow.take(value)
+                    if isinstance(value, Tensor) and value.shape[:1] == (count,)
+                    else value
+                    for key, value in state[name].items()
+                }
+            optimizers.append({**memory, "state": state})
+        return {**carry, "optimizers": optimizers}
+
+    def _rate(self, carry: Nest) -> float:
+        """The learning rate of the means at this step."""
+        return float(carry["optimizers"][0]["groups"][self._means]["lr"])
+
+
+def _constant(step: int) -> float:
+    del step
+    return 1.0

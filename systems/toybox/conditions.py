@@ -1,0 +1,235 @@
+r"""What the second prior is told besides words: a camera, and a reference image.
+
+A camera is a vector of sines and cosines of 1, 2 and 4 times the azimuth, elevation,
+distance and field of view, centred and scaled on the training range. Two such vectors
+reach the U-Net as class labels: one in world coordinates, for text, and one relative to
+the camera of the reference image (differences of the angles, of the distance and of the
+field of view), for images. Flags tell whether each of the two, and an image, are given:
+zeros alone are a camera too. The reference image goes to further input channels.
+
+Images have 64×64 pixels; the U-Net sees 2×2 blocks of them as channels, at 32×32
+(pixel-unshuffle; W. Shi et al., 2016, arXiv 1609.05158).
+"""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from systems.scene.cameras import Cameras
+
+PATCH = 2
+"""Pixels per side of a block."""
+CHANNELS = 3 * PATCH**2
+CAMERA = 9
+LABELS = 2 * (1 + CAMERA) + 1
+"""Absolute flag and camera, relative flag and camera, image flag."""
+RANGE = {"elevation": (-10.0, 80.0), "distance": (2.1, 2.7), "fov": (45.0, 55.0)}
+"""Training range of the cameras; the azimuth is free. Degrees, scene units, degrees."""
+
+
+def camera_vector(cameras: Cameras) -> Float[Tensor, "views 9"]:
+    """A camera in world coordinates."""
+    middle = {name: (low + high) / 2 for name, (low, high) in RANGE.items()}
+    return _vector(
+        cameras.azimuth,
+        cameras.elevation - middle["elevation"],
+        cameras.distance - middle["distance"],
+        cameras.fov - middle["fov"],
+    )
+
+
+def relative_vector(cameras: Cameras, reference: Cameras) -> Float[Tensor, "views 9"]:
+    """A camera as seen from the camera of the reference image."""
+    return _vector(
+        cameras.azimuth - reference.azimuth,
+        cameras.elevation - reference.elevation,
+        cameras.distance - reference.distance,
+        cameras.fov - reference.fov,
+    )
+
+
+def _vector(
+    azimuth: Tensor, elevation: Tensor, distance: Tensor, fov: Tensor
+) -> Tensor:
+    half = {name: (high - low) / 2 for name, (low, high) in RANGE.items()}
+    angle = azimuth.deg2rad()
+    turns = [f(k * angle) for k in (1, 2, 4) for f in (torch.sin, torch.cos)]
+    rest = [elevation / half["elevation"], distance / half["distance"]]
+    return torch.stack([*turns, *rest, fov / half["fov"]], -1)
+
+
+def labels(
+    count: int,
+    camera: Cameras | None = None,
+    relative_to: Cameras | None = None,
+    image: bool = False,
+) -> Float[Tensor, "views 21"]:
+    """Class labels of views.
+
+    Args:
+        count: Views.
+        camera: The wanted cameras; None leaves them open.
+        relative_to: The cameras of the reference image. With an image but without them,
+            `camera` is in world coordinates.
+        image: Whether a reference image is given.
+    """
+    result = torch.zeros(count, LABELS)
+    if camera is not None and relative_to is None:
+        result[:, 0] = 1
+        result[:, 1 : 1 + CAMERA] = camera_vector(camera)
+    if camera is not None and relative_to is not None:
+        result[:, 1 + CAMERA] = 1
+        result[:, 2 + CAMERA : -1] = relative_vector(camera, relative_to)
+    result[:, -1] = float(image)
+    return result
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """Camera and reference image of views, as the U-Net takes them.
+
+    Attributes:
+        labels: See `labels`, shape ``(views, LABELS)``.
+        reference: The reference image in blocks, shape ``(views, CHANNELS, side,
+            side)``; None for none.
+    """
+
+    labels: Float[Tensor, "views labels"]
+    reference: Float[Tensor, "views channels side side"] | None
+
+    @classmethod
+    def of(
+        cls,
+        count: int,
+        side: int,
+        camera: Cameras | None = None,
+        image: Float[Tensor, "images 3 height width"] | None = None,
+        image_camera: Cameras | None = None,
+    ) -> Conditions:
+        """Conditions of views.
+
+        Args:
+            count: Views.
+            side: Width and height the U-Net works at.
+            camera: The wanted cameras, one or as many as views; None leaves them open.
+            image: Reference images from 0 to 1, one or as many as views.
+            image_camera: The cameras of the reference images, one or as many as views;
+                `camera` is then taken relative to them.
+
+        Raises:
+            ValueError: The numbers of views differ, or `image_camera` comes alone.
+        """
+        if image_camera is not None and (image is None or camera is None):
+            raise ValueError(
+                "`image_camera` is the camera of the reference image, and `camera` is "
+                "taken relative to it: give `image` and `camera` too."
+            )
+        for name, given in (("camera", camera), ("image", image)):
+            if given is not None and len(given) not in (1, count):
+                raise ValueError(
+                    f"`{name}` holds {len(given)} views for {count} images: give one, "
+                    "or one for each."
+                )
+        if camera is not None:
+            warn_outside(camera)
+        reference = None
+        if image is not None:
+            images = torch.nn.functional.interpolate(
+                image.float(), (PATCH * side,) * 2, mode="bilinear", antialias=True
+            )
+            reference = to_blocks(images * 2 - 1).expand(count, -1, -1, -1)
+        given = 1 if camera is None else len(camera)
+        numbers = labels(given, camera, image_camera, image is not None)
+        return cls(numbers.expand(count, LABELS), reference)
+
+    def without_image(self) -> Conditions:
+        """Neither reference image nor relative camera; an absolute camera stays.
+
+        The unconditional branch of guidance: text guidance keeps the camera.
+        """
+        kept = torch.zeros_like(self.labels)
+        kept[:, : 1 + CAMERA] = self.labels[:, : 1 + CAMERA]
+        return Conditions(kept, None)
+
+    def beside(self, other: Conditions) -> Conditions:
+        """These views, then others; a missing image among them is zeros."""
+        shown = [part.reference for part in (self, other)]
+        like = next((image for image in shown if image is not None), None)
+        if like is not None:
+            sizes = (len(self.labels), len(other.labels))
+            shown = [
+                like.new_zeros(size, *like.shape[1:]) if image is None else image
+                for size, image in zip(sizes, shown, strict=True)
+            ]
+            like = torch.cat(shown)
+        return Conditions(torch.cat([self.labels, other.labels]), like)
+
+
+def takes_conditions(unet: Any) -> bool:
+    """Whether a U-Net is one of this kind, by its configuration."""
+    config = unet.config
+    return (
+        config.get("class_embed_type") == "projection"
+        and config.get("projection_class_embeddings_input_dim") == LABELS
+        and config.get("in_channels") == 2 * CHANNELS
+    )
+
+
+def ask(
+    unet: Any, x: Tensor, t: Tensor, words: Tensor, conditions: Conditions | None
+) -> Tensor:
+    """What a U-Net predicts of x, with its conditions if it is of this kind."""
+    if conditions is None:
+        return unet(x, t, encoder_hidden_states=words).sample
+    if conditions.reference is not None:
+        x = torch.cat([x, conditions.reference.to(x)], 1)
+    given = conditions.labels.to(x)
+    return unet(x, t, encoder_hidden_states=words, class_labels=given).sample
+
+
+def fill_missing_reference(unet: Any) -> None:
+    """Let a U-Net be called without the channels of a reference image.
+
+    They are zeros then. Samplers that watch a U-Net's input, such as the parallel ones,
+    see the noisy image alone.
+    """
+
+    def fill(module: Any, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        del module
+        x = inputs[0]
+        if x.shape[1] == CHANNELS:
+            x = torch.cat([x, torch.zeros_like(x)], 1)
+        return (x,)
+
+    unet.conv_in.register_forward_pre_hook(fill)
+
+
+def warn_outside(cameras: Cameras) -> None:
+    """Warn about cameras outside the training range, naming the first violation."""
+    for name, (low, high) in RANGE.items():
+        values = getattr(cameras, name)
+        least, most = float(values.min()), float(values.max())
+        if least < low - 1e-3 or most > high + 1e-3:
+            warnings.warn(
+                f"The embedded prior was trained with cameras of {name} {low:g} to "
+                f"{high:g}, and is asked for {least:g} to {most:g}: expect worse "
+                "images there.",
+                stacklevel=3,
+            )
+            return
+
+
+def to_blocks(images: Tensor) -> Tensor:
+    """Images ``(n, 3, 64, 64)`` as the U-Net's channels ``(n, 12, 32, 32)``."""
+    return torch.nn.functional.pixel_unshuffle(images, PATCH)
+
+
+def to_images(blocks: Tensor) -> Tensor:
+    """The inverse of `to_blocks`."""
+    return torch.nn.functional.pixel_shuffle(blocks, PATCH)
