@@ -3,12 +3,14 @@ r"""The only loop: iterate a solver until the anchor reaches the last step."""
 from __future__ import annotations
 
 import abc
+import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeVar
 
 import torch
 
+from dreampropeller import allocator
 from dreampropeller.dispatch.base import Dispatcher, InlineDispatcher
 from dreampropeller.solution import (
     Iteration,
@@ -155,7 +157,8 @@ def solve(
     """
     listeners = [on_iteration] if callable(on_iteration) else on_iteration or ()
     detail = ""
-    with dispatcher(trajectory) as workers:
+    with contextlib.ExitStack() as stack:
+        workers = stack.enter_context(dispatcher(trajectory))
         if state is None:
             y, carry = trajectory.init()
             state = solver.init(y, carry)
@@ -163,6 +166,7 @@ def solve(
                 state = _jump(trajectory, solver, workers, state)
         else:
             state = solver.adopt(replace(state, carry=copy_nest(state.carry)))
+        stack.enter_context(allocator.reused(state.y))
         result = Result.SUCCESS
         iterations = 0
         while state.step < trajectory.num_steps:

@@ -17,7 +17,7 @@ LIBRARIES = {"torch", "numpy", "omegaconf", "jaxtyping", "safetensors", "tqdm", 
 """What the package may import at the top of a file; heavier ones inside functions."""
 
 LAYERS = {
-    "states": "dreampropeller/{tree,rng,timer,checks,buffers,guard}.py",
+    "states": "dreampropeller/{tree,rng,timer,checks,buffers,guard,allocator}.py",
     "problem": "dreampropeller/{trajectory,optim*,precision,host,differential}.py",
     "control": "dreampropeller/{component,rollout,window,predictor,*threshold}.py "
     "dreampropeller/acceleration/*",
