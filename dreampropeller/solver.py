@@ -3,13 +3,14 @@ r"""The only loop: iterate a solver until the anchor reaches the last step."""
 from __future__ import annotations
 
 import abc
+import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeVar
 
 import torch
 
-from dreampropeller import identity
+from dreampropeller import allocator, identity
 from dreampropeller.dispatch.base import Dispatcher, InlineDispatcher
 from dreampropeller.solution import (
     Iteration,
@@ -161,7 +162,8 @@ def solve(
     if state is not None:
         _check_problem(state, problem)
     run = (state.run if state else "") or identity.new_run()
-    with dispatcher(trajectory) as workers:
+    with contextlib.ExitStack() as stack:
+        workers = stack.enter_context(dispatcher(trajectory))
         if state is None:
             y, carry = trajectory.init()
             state = solver.init(y, carry)
@@ -170,6 +172,7 @@ def solve(
         else:
             state = solver.adopt(replace(state, carry=copy_nest(state.carry)))
         state = replace(state, run=run, problem=problem)
+        stack.enter_context(allocator.reused(state.y))
         result = Result.SUCCESS
         iterations = 0
         while state.step < trajectory.num_steps:
