@@ -3,12 +3,14 @@ r"""The only loop: iterate a solver until the anchor reaches the last step."""
 from __future__ import annotations
 
 import abc
+import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeVar
 
 import torch
 
+from dreampropeller import allocator, identity
 from dreampropeller.dispatch.base import Dispatcher, InlineDispatcher
 from dreampropeller.solution import (
     Iteration,
@@ -151,11 +153,17 @@ def solve(
     Raises:
         NotConverged: The last step was not reached and `throw` is set; what was
             reached is in its `solution`.
+        AnotherProblem: `state` belongs to another problem.
         WorkerError: A rank failed (distributed dispatchers only).
     """
     listeners = [on_iteration] if callable(on_iteration) else on_iteration or ()
     detail = ""
-    with dispatcher(trajectory) as workers:
+    problem = trajectory.fingerprint()
+    if state is not None:
+        _check_problem(state, problem)
+    run = (state.run if state else "") or identity.new_run()
+    with contextlib.ExitStack() as stack:
+        workers = stack.enter_context(dispatcher(trajectory))
         if state is None:
             y, carry = trajectory.init()
             state = solver.init(y, carry)
@@ -163,6 +171,8 @@ def solve(
                 state = _jump(trajectory, solver, workers, state)
         else:
             state = solver.adopt(replace(state, carry=copy_nest(state.carry)))
+        state = replace(state, run=run, problem=problem)
+        stack.enter_context(allocator.reused(state.y))
         result = Result.SUCCESS
         iterations = 0
         while state.step < trajectory.num_steps:
@@ -176,6 +186,7 @@ def solve(
                 result, detail = Result.NON_FINITE, f" {error}"
                 break
             iterations += 1
+            state.run, state.problem = run, problem
             if state.step == jump < trajectory.num_steps:
                 state = _jump(trajectory, solver, workers, state)
             answers = [listener(state, iteration) for listener in listeners]
@@ -191,6 +202,14 @@ def solve(
             solution,
         )
     return solution
+
+
+def _check_problem(state: SolverState[Any], problem: identity.Fingerprint) -> None:
+    """Refuse a state of another problem; more steps than it began with may follow."""
+    found = dict(state.problem)
+    if found and found.get("num_steps", 0) <= problem["num_steps"]:
+        found["num_steps"] = problem["num_steps"]
+    identity.check(found, problem)
 
 
 def _jump(

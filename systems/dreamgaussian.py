@@ -14,7 +14,7 @@ import bisect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float
@@ -22,14 +22,13 @@ from torch import Tensor, nn
 
 import dreampropeller as dp
 from systems.distillation import Distillation
-from systems.dreamfusion import PROMPT_PROCESSORS
 from systems.guidance.base import Guidance
 from systems.guidance.priors import check
-from systems.guidance.prompts import PromptConfig
+from systems.guidance.prompts import PROMPT_PROCESSORS, PromptConfig
 from systems.guidance.table import GUIDANCES
 from systems.optimizer import OptimizerConfig
-from systems.scene.cameras import Views
-from systems.scene.gaussians import ply
+from systems.scene.cameras import RandomCameras, Views
+from systems.scene.gaussians import ply, viewer
 from systems.scene.gaussians.density import Density
 from systems.scene.gaussians.growth import GrowthConfig
 from systems.scene.gaussians.scene import (
@@ -41,9 +40,9 @@ from systems.scene.gaussians.splats import of_state
 from systems.scene.gaussians.trajectory import GrowingGaussians
 from systems.scene.isosurface import extract_mesh
 from systems.scene.regularisers import REGULARISERS
-from systems.settings.checks import at_least, one_of
+from systems.settings.checks import at_least
 from systems.settings.config import Config
-from systems.settings.reader import choose, read
+from systems.settings.reader import part, read
 from systems.settings.schedules import Schedule, check_schedule, value_at
 
 SPLATS = "geometry."
@@ -111,8 +110,8 @@ class DreamGaussianConfig(SplatSceneConfig):
         loss: Weights.
     """
 
-    prompt_processor: PromptConfig
-    guidance: dict[str, Any]
+    prompt_processor: PromptConfig = field(metadata=part(PROMPT_PROCESSORS))
+    guidance: Any = field(metadata=part(GUIDANCES))
     optimizer: OptimizerConfig
     densify: GrowthConfig = field(default_factory=GrowthConfig)
     position_decay: DecayConfig = field(default_factory=DecayConfig)
@@ -123,7 +122,6 @@ class DreamGaussianConfig(SplatSceneConfig):
     loss: SplatLossConfig = field(default_factory=SplatLossConfig)
 
     def __post_init__(self) -> None:
-        one_of("prompt_processor_type", self.prompt_processor_type, PROMPT_PROCESSORS)
         sides, steps = list(self.resolutions), list(self.resolution_milestones)
         if len(sides) != len(steps) or steps != sorted(steps):
             raise ValueError(
@@ -134,7 +132,7 @@ class DreamGaussianConfig(SplatSceneConfig):
         for side in sides:
             at_least("resolutions", side, 1)
         named = self.prompt_processor.pretrained_model_name_or_path
-        used = self.guidance.get("pretrained_model_name_or_path")
+        used = self.guidance.pretrained_model_name_or_path
         if named not in (None, used):
             raise ValueError(
                 f"`prompt_processor` names the model `{named}` and `guidance` "
@@ -146,16 +144,15 @@ class DreamGaussianConfig(SplatSceneConfig):
 class DreamGaussian(Distillation):
     """Text to 3D by score distillation of growing splats."""
 
+    section_types: ClassVar[Mapping[str, type]] = {
+        "data": RandomCameras,
+        "system": DreamGaussianConfig,
+    }
+
     def __init__(self, config: Config, device: torch.device | None = None) -> None:
         super().__init__(config, device)
         self.settings = read(DreamGaussianConfig, config.system, "system")
-        self._guidance = choose(
-            GUIDANCES, self.settings.guidance_type, "system.guidance_type"
-        )
-        self._guidance_config = read(
-            self._guidance.Config, self.settings.guidance, "system.guidance"
-        )
-        check(self._guidance_config.pretrained_model_name_or_path, [self.title])
+        check(self.settings.guidance.pretrained_model_name_or_path, [self.title])
         with self.random.scope(0, "scene"):
             self._scene = SplatScene(self.settings, self.device).to(self.device)
         self.settings.optimizer.check(self._scene)
@@ -179,9 +176,9 @@ class DreamGaussian(Distillation):
 
     def load_guidance(self) -> Guidance:
         """See `Distillation.load_guidance`."""
-        return self._guidance.load(
-            self._guidance_config, self.settings.prompt_processor, self.device
-        )
+        settings = self.settings
+        guidance = GUIDANCES[settings.guidance_type]
+        return guidance.load(settings.guidance, settings.prompt_processor, self.device)
 
     def weights(self, step: int) -> dict[str, float]:
         """See `Distillation.weights`."""
@@ -235,6 +232,7 @@ class DreamGaussian(Distillation):
             decay=decay.at if decay.factor < 1 else None,
             precision=self.config.trainer.precision,
             seed=self.config.seed,
+            about=self.about(),
         )
 
     @torch.no_grad()
@@ -253,6 +251,7 @@ class DreamGaussian(Distillation):
     def mesh(self, y: dp.State) -> Any:
         """The surface of the splats' density, coloured by the splats around it."""
         settings = self.scene.geometry.config
+        threshold = settings.isosurface_threshold
         density = Density({n: v.cpu() for n, v in of_state(y).items()})
         low, high = density.box
         radius = float(torch.maximum(-low, high).amax().clamp(1e-3, 1e3))
@@ -261,14 +260,20 @@ class DreamGaussian(Distillation):
             lambda points: density(points)[1],
             radius,
             settings.isosurface_resolution,
-            settings.isosurface_threshold,
+            self.silhouettes(y) if isinstance(threshold, str) else threshold,
         )
         return simplified(surface, settings.max_faces)
 
-    def export(self, folder: Path, y: dp.State) -> dict[str, Any]:
-        """Write the splats as ``splats.ply``, in the layout of 3DGS."""
-        ply.save(folder / "splats.ply", of_state(y))
-        return {"splats": "splats.ply", "num_splats": len(y[SPLATS + "means"])}
+    def exports(self, folder: Path, y: dp.State) -> dict[str, Callable[[], Any]]:
+        """The splats, in the layout of 3DGS and as a page; see `System.exports`."""
+        splats = of_state(y)
+
+        def files() -> list[str]:
+            ply.save(folder / "splats.ply", splats)
+            viewer.write(folder / "splats.html", splats, self.title)
+            return ["splats.ply", "splats.html"]
+
+        return {"splats": files, "num_splats": lambda: len(splats["means"])}
 
 
 class _Loss(nn.Module):
@@ -298,5 +303,6 @@ def simplified(mesh: Any, max_faces: int) -> Any:
         fewer.vertices,
         fewer.faces,
         vertex_colors=mesh.visual.vertex_colors[nearest],
+        metadata=dict(mesh.metadata),
         process=False,
     )

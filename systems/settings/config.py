@@ -68,7 +68,10 @@ class SolverConfig:
     A section holds a `name` and the arguments of the core's class of that name.
 
     Args:
-        name: "picard", or "sequential" for one step after the other.
+        name: "picard", or "sequential" for one step after the other. With `--sample`
+            also "piadm-ode" (with DDIM) and "piadm-sde" (with DDPM): blocks of
+            `window.size` steps, each iterated `depth` times.
+        depth: Iterations of a block of PIADM.
         window: How many steps are tried: "sliding", "adaptive" or "auto".
         threshold: What error counts as converged: "drift", "ema" or "fixed".
         predictor: First guess of a new step: "momentum", "repeat_last", or "auto",
@@ -79,6 +82,7 @@ class SolverConfig:
     """
 
     name: str = "picard"
+    depth: int = 4
     window: dp.Window[Any] | AutoWindow = field(
         default=dp.SlidingWindow(8), metadata=named(WINDOWS)
     )
@@ -94,7 +98,8 @@ class SolverConfig:
     )
 
     def __post_init__(self) -> None:
-        one_of("name", self.name, ("picard", "sequential"))
+        one_of("name", self.name, ("picard", "sequential", "piadm-ode", "piadm-sde"))
+        at_least("depth", self.depth, 1)
         one_of("non_finite", self.non_finite, ("raise", "skip"))
         self.resolved(1).build()  # what does not go together is refused here
 
@@ -110,6 +115,11 @@ class SolverConfig:
         if self.name == "sequential":
             return dp.Sequential(non_finite=non_finite)
         assert isinstance(self.window, dp.Window), "`load` resolves `auto`"
+        if self.name.startswith("piadm"):
+            size = self.window.length(self.window.init(), sys.maxsize)
+            return dp.PicardSolver(
+                dp.BlockWindow(size, self.depth), dp.FixedThreshold(0)
+            )
         return dp.PicardSolver(
             self.window,
             self.threshold,
@@ -211,9 +221,10 @@ class Config:
 
     Args:
         name: Of the experiment: a folder in `exp_root_dir`.
-        system_type: A key of `systems.SYSTEMS`.
+        system_type: A key of `systems.PROBLEMS`.
         system: The system's own section, read by its class.
         data: Cameras; read by the system.
+        data_type: Kind of the cameras.
         tag: Of the run: `name/tag@time` is its folder.
         exp_root_dir: Where results go.
         seed: Of everything random.
@@ -256,7 +267,9 @@ class Config:
             )
 
 
-def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+def load(
+    path: str | Path, overrides: Sequence[str] = (), known: Path | None = None
+) -> Config:
     """Read a config file, threestudio's too, and apply dotted overrides.
 
     Settings of threestudio that change nothing here are named on standard error.
@@ -264,6 +277,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     Args:
         path: A YAML file.
         overrides: Such as ``"solver.window.size=4"``.
+        known: Another config, for values that the first leaves open (`???`).
 
     Raises:
         ConfigError: The file cannot be read, or a setting cannot be used.
@@ -271,7 +285,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     config = open_yaml(path)
     override(config, overrides)
     with resolvers():
-        absent = missing(config)
+        absent = missing(config, open_yaml(known) if known else None)
         try:
             settings = to_mapping(config)
         except ConfigError as error:

@@ -216,7 +216,7 @@ def _rivals(rivals: Sequence[Mapping[str, Any]]) -> str:
             html.escape(rival["name"]),
             f"{rival['steps']}",
             f"{rival['views']}",
-            f"{rival['rate']:g}",
+            f"{rival['rate']:g}{', the edge of those tried' * rival['edge']}",
             f"{rival['steps'] * rival['views']}",
             shown,
         )

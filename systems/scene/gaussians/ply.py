@@ -61,7 +61,7 @@ class _Header:
 
 
 def save(path: Path, splats: State, normals: bool = True) -> None:
-    """Write splats, in one go: a reader never sees half a file.
+    """Write splats.
 
     Args:
         path: Ends in ``.ply``.
