@@ -1,4 +1,4 @@
-"""The front door: a config becomes an object.
+r"""The front door: a config becomes an object.
 
     python launch.py --config configs/dreamfusion-toybox.yaml --train \
         system.prompt_processor.prompt="a red mushroom"
@@ -7,8 +7,8 @@
 that pays, `--test resume=RUN` renders and measures it, `--export resume=RUN` writes its
 mesh; `--sample` draws pictures (`configs/sample-toybox.yaml`). Settings follow as
 `key=value`; `dispatch.num_workers=2` starts two processes, and `torchrun launch.py …`
-works too. With `backend=threestudio`, config and system are those of a threestudio
-checkout (`docs/threestudio.md`).
+works too; `--settings [SECTION]` lists all settings. With `backend=threestudio`, config
+and system are those of a threestudio checkout (`docs/threestudio.md`).
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from pathlib import Path
 
 import dreampropeller as dp
 from dreampropeller.checkpoint import CheckpointError
+from systems import list_settings
 from systems.runs import compare, folders, run, workers
-from systems.settings.config import load
 from systems.threestudio import training
 from systems.threestudio.config import is_asked
 
@@ -42,7 +42,14 @@ def make_parser() -> argparse.ArgumentParser:
     )
     task.add_argument("--test", action="store_true", help="turntable and quality")
     task.add_argument("--export", action="store_true", help="mesh")
-    task.add_argument("--sample", action="store_true", help="pictures of a prompt")
+    task.add_argument("--sample", action="store_true", help="images of a prompt")
+    task.add_argument(
+        "--settings",
+        nargs="?",
+        const="",
+        metavar="SECTION",
+        help="list all settings, or those of a section such as `solver.window`",
+    )
     return parser
 
 
@@ -50,19 +57,22 @@ def main(argv: list[str] | None = None) -> int:
     """Run; a user's mistake is a message and exit code 2, never a traceback."""
     arguments, overrides = make_parser().parse_known_args(argv)
     try:
+        if arguments.settings is not None:
+            print(list_settings(arguments.settings))
+            return 0
         if arguments.compare is not None:
             words = [*arguments.compare, *overrides]
             return compare.run(arguments.config, words)
         if is_asked(overrides):
             return training.run(arguments.config, arguments.train, overrides)
-        config = load(arguments.config or folders.config_of(overrides), overrides)
+        config = folders.load_config(arguments.config, overrides)
         if arguments.train or arguments.sample:
             return run.execute(config, "--train" if arguments.train else "--sample")
         return run.look(config, film=arguments.test)
     except (CheckpointError, ValueError, OSError, dp.NotConverged) as error:
-        print(f"error: {error}", file=sys.stderr)
+        workers.complain(str(error))
     except dp.WorkerError as error:
-        print(f"error: {workers.last_words(error)}", file=sys.stderr)
+        workers.complain(workers.last_words(error))
     except KeyboardInterrupt:
         print("Stopped. What was saved is in the run folder.", file=sys.stderr)
         return 130

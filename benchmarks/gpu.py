@@ -28,7 +28,7 @@ CONFIGS = {
     "configs/dreamfusion-if.yaml": "a zoomed out DSLR photo of a ripe strawberry",
 }
 STEPS = 60
-RESULTS = Path("benchmarks/results")
+RESULTS = Path("outputs/gpu")
 
 
 def run(config: str, prompt: str, settings: list[str], to: Path) -> dict[str, Any]:

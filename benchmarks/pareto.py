@@ -6,7 +6,8 @@ of the steps, k times the views, each at the best of five learning rates). A reg
 `name:steps:learning rate`: *tuned* is the result of `benchmarks.tune`, *threestudio*
 takes more and smaller steps, at the learning rate of threestudio's DreamFusion config.
 It writes a table and a plot. An interrupted benchmark resumes from its log; `--count`
-only prints the number of runs and steps.
+only prints the number of runs and steps, `--logged` shows what has been run. The
+commands behind a published log are in `commands.txt` beside it.
 """
 
 from __future__ import annotations
@@ -19,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import runs
-from systems.runs.folders import environment
 from systems.settings.config import load
 
 CONFIG = "configs/dreamfusion-toybox-hashgrid.yaml"
@@ -136,6 +136,7 @@ def points(entries: Sequence[Entry]) -> list[Entry]:
         key = ("regime", "row", "predictor", "window", "rate")
         cells[tuple(entry[name] for name in key)].append(entry)
     best: dict[tuple[Any, ...], Entry] = {}
+    rates: dict[tuple[Any, ...], list[float]] = defaultdict(list)
     for (regime, row, predictor, window, rate), cell in cells.items():
         beside = [plain[_problem(entry)] for entry in cell]
         iterations, psnr = (runs.mean(beside, name) for name in ("iterations", "psnr"))
@@ -154,8 +155,11 @@ def points(entries: Sequence[Entry]) -> list[Entry]:
         point["factor"] = iterations / point["iterations"]
         point["gain"] = point["psnr"] - psnr
         key = (regime, row, predictor, window)
+        rates[key].append(rate)
         if key not in best or point["psnr"] > best[key]["psnr"]:
             best[key] = point
+    for key, point in best.items():
+        point["edge"] = runs.at_edge(point["rate"], rates[key])
     return list(best.values())
 
 
@@ -172,7 +176,8 @@ def table(found: Sequence[Entry]) -> str:
     ]
     lines += [
         f"| {p['regime']} | {p['row']} | {p['predictor']} | {p['window']} | "
-        f"{p['rate']:g} | {p['runs']} | {p['iterations']:.0f} ({p['factor']:.1f}x) | "
+        f"{p['rate']:g}{runs.EDGE * p['edge']} | {p['runs']} | "
+        f"{p['iterations']:.0f} ({p['factor']:.1f}x) | "
         f"{p['evaluations']:.0f} | {p['psnr']:.2f} | {p['gain']:+.2f} | "
         f"{p['iou']:.3f} |"
         for p in found
@@ -237,8 +242,8 @@ def plot(found: Sequence[Entry], path: Path) -> None:
     figure.savefig(path, dpi=150)
 
 
-def main() -> None:
-    """Command line."""
+def make_parser() -> argparse.ArgumentParser:
+    """The options."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--config", default=CONFIG)
     parser.add_argument("--objects", nargs="+", default=["tree"])
@@ -257,8 +262,13 @@ def main() -> None:
     parser.add_argument(
         "--logged", action="store_true", help="table and plot of what has been run"
     )
-    parser.add_argument("--to", type=Path, default=Path("outputs/pareto"))
-    arguments = parser.parse_args()
+    runs.add_places(parser, "pareto")
+    return parser
+
+
+def main() -> None:
+    """Command line."""
+    arguments = make_parser().parse_args()
     wanted = jobs(arguments)
     if arguments.count:
         steps = sum(job["steps"] for job in wanted)
@@ -270,15 +280,14 @@ def main() -> None:
     else:
         entries = runs.run_all(wanted, log, arguments.workers)
     found = points(entries)
-    plot(found, arguments.to / "pareto.png")
+    folder = runs.tables_of(arguments)
+    plot(found, folder / "pareto.png")
     summary = (
         f"{table(found)}\n\nMeans over the runs of {', '.join(arguments.objects)} and "
         f"{len(arguments.seeds)} seed(s); `{arguments.config}` "
-        f"{' '.join(arguments.set)}. Cost: {len(entries)} runs, "
-        f"{runs.hours(entries):.2f} core-hours on {environment()['processor']}, one "
-        "thread each.\n"
+        f"{' '.join(arguments.set)}. {runs.cost(entries)}\n"
     )
-    (arguments.to / "table.md").write_text(summary, encoding="utf-8")
+    (folder / "table.md").write_text(summary, encoding="utf-8")
     print(summary)
 
 

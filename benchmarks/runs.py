@@ -6,6 +6,7 @@ result, its cost and its time; an interrupted benchmark resumes from the log.
 
 from __future__ import annotations
 
+import argparse
 import json
 import multiprocessing
 import os
@@ -19,12 +20,70 @@ from tqdm import tqdm
 
 import dreampropeller as dp
 from systems import build, quality
+from systems.runs.folders import environment
 from systems.settings.config import load
 from systems.toybox.captions import SCORED, caption
 
 Job = Mapping[str, Any]
 OLD_NAME = ("solver.threshold.name=paper", "solver.threshold.name=ema")
 """What a setting is called in logs of before, and now."""
+ROOT = Path(__file__).parent.parent
+TRACKED = (ROOT / "benchmarks", ROOT / "docs")
+"""Folders of published files: nothing is written over there unless it is named."""
+EDGE = " (the edge of those tried)"
+"""Beside the learning rate of a rival that might have done better at another."""
+
+
+def add_places(parser: argparse.ArgumentParser, name: str) -> None:
+    """The options that say where runs are logged, and where tables and plots go."""
+    parser.add_argument(
+        "--to",
+        type=Path,
+        default=Path("outputs") / name,
+        help="folder of the log, which is gone on with",
+    )
+    parser.add_argument(
+        "--tables",
+        type=Path,
+        help="folder of table and plot; default: the log's, unless it is published",
+    )
+
+
+def tables_of(arguments: argparse.Namespace) -> Path:
+    """The folder of table and plot; a published one only if it is named."""
+    if arguments.tables is not None:
+        folder = arguments.tables
+    else:
+        place = arguments.to.resolve()
+        published = any(place.is_relative_to(folder) for folder in TRACKED)
+        folder = Path("outputs") / arguments.to.name if published else arguments.to
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def at_edge(rate: float, rates: Sequence[float]) -> bool:
+    """Whether the best learning rate is the least or the largest of several."""
+    return len(set(rates)) > 1 and rate in (min(rates), max(rates))
+
+
+def machine() -> str:
+    """Where a run is made."""
+    found = environment()
+    return f"{found['gpu'] or found['processor']}, torch {found['packages']['torch']}"
+
+
+def machines(entries: Sequence[Job]) -> str:
+    """Where runs were made, as their log says."""
+    names = [e.get("machine", "a machine that the log does not name") for e in entries]
+    return " and ".join(dict.fromkeys(names)) or "no machine yet"
+
+
+def cost(entries: Sequence[Job]) -> str:
+    """What the runs of a table cost, and where: as their log has it."""
+    return (
+        f"Cost: {len(entries)} runs, {hours(entries):.2f} core-hours on "
+        f"{machines(entries)}, one thread each."
+    )
 
 
 def prompt_of(name: str) -> str:
@@ -92,6 +151,7 @@ def run_all(
         return [{**known[_key(entry)], **entry} for entry in jobs]
     log.parent.mkdir(parents=True, exist_ok=True)
     os.environ["OMP_NUM_THREADS"] = "1"
+    where = machine()
     context = multiprocessing.get_context("spawn")
     with (
         context.Pool(workers, torch.set_num_threads, (1,)) as pool,
@@ -99,6 +159,7 @@ def run_all(
         tqdm(total=sum(map(_steps, todo)), unit="step", desc=log.parent.name) as bar,
     ):
         for entry in pool.imap_unordered(how, todo):
+            entry = {**entry, "machine": where}
             file.write("\n" + json.dumps(entry))  # a torn line before stays alone
             file.flush()
             bar.update(_steps(entry))

@@ -42,6 +42,7 @@ from diffusers.schedulers.scheduling_dpmsolver_multistep import (
 from torch import Tensor
 
 import dreampropeller as dp
+from benchmarks import runs
 from dreampropeller.adapters.diffusers import sample
 from systems.toybox import classifier
 from systems.toybox import pipeline as toybox
@@ -256,7 +257,7 @@ def work(log: Path, todo: Iterable[Job], hours: float) -> None:
             print(f"Time is over, {len(rest) - number} jobs are left.")
             return
         assert bench is not None
-        found = bench.run(job)
+        found = {**bench.run(job), "machine": runs.machine()}
         with open(log, "a", encoding="utf-8") as file:
             file.write(json.dumps(found) + "\n")
 
@@ -378,7 +379,7 @@ def plot(entries: list[Job], path: Path) -> None:
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--to", type=Path, default=Path("outputs/sampling"))
+    runs.add_places(parser, "sampling")
     parser.add_argument("--parts", nargs="*", help="published multistep grid prompts")
     parser.add_argument("--hours", type=float, default=2.0)
     arguments = parser.parse_args()
@@ -392,7 +393,9 @@ def main() -> None:
         print(f"{part}\n\n{table(entries, part)}\n")
     print(f"grid: iterations / error\n\n{crossed(entries)}\n")
     print(agreement(entries))
-    plot(entries, arguments.to / "sampling.png")
+    print(f"Runs were made on {runs.machines(entries)}.")
+    folder = runs.tables_of(arguments)
+    plot(entries, folder / "sampling.png")
 
 
 if __name__ == "__main__":

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import runs
-from systems.runs.folders import environment
 
 VOXELS = "configs/dreamfusion-toybox.yaml"
 HASH = "configs/dreamfusion-toybox-hashgrid.yaml"
@@ -147,8 +146,8 @@ def plot(found: Sequence[Entry], path: Path) -> None:
     figure.savefig(path, dpi=130)
 
 
-def main() -> None:
-    """Command line."""
+def make_parser() -> argparse.ArgumentParser:
+    """The options."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
     parser.add_argument("--objects", nargs="+", default=["mushroom"])
@@ -159,8 +158,13 @@ def main() -> None:
     parser.add_argument(
         "--logged", action="store_true", help="table and plot of what has been run"
     )
-    parser.add_argument("--to", type=Path, default=Path("outputs/sensitivity"))
-    arguments = parser.parse_args()
+    runs.add_places(parser, "sensitivity")
+    return parser
+
+
+def main() -> None:
+    """Command line."""
+    arguments = make_parser().parse_args()
     wanted, log = jobs(arguments), arguments.to / "runs.jsonl"
     if arguments.logged:
         entries = runs.logged(
@@ -169,14 +173,13 @@ def main() -> None:
     else:
         entries = runs.run_all(wanted, log, arguments.workers)
     found = points(entries)
-    plot(found, arguments.to / "sensitivity.png")
+    folder = runs.tables_of(arguments)
+    plot(found, folder / "sensitivity.png")
     text = (
         f"{table(found)}\n\nMeans over {', '.join(arguments.objects)}, window "
-        f"{arguments.window}, seed 0. Cost: {len(entries)} runs, "
-        f"{runs.hours(entries):.2f} core-hours on {environment()['processor']}, one "
-        "thread each.\n"
+        f"{arguments.window}, seed 0. {runs.cost(entries)}\n"
     )
-    (arguments.to / "table.md").write_text(text, encoding="utf-8")
+    (folder / "table.md").write_text(text, encoding="utf-8")
     print(text)
 
 

@@ -25,7 +25,6 @@ from typing import Any
 import torch
 
 from benchmarks import runs
-from systems.runs.folders import environment
 from systems.settings.config import load
 
 CONFIG = "configs/dreamfusion-toybox.yaml"
@@ -55,7 +54,19 @@ PLAIN = "sequential"
 Entry = dict[str, Any]
 
 
-def jobs(
+def jobs(arguments: argparse.Namespace) -> list[Entry]:
+    """Every run that is asked for, and where its images go."""
+    return [
+        {**job, "pictures": str(arguments.to / "pictures")}
+        for job in _all_jobs(
+            arguments.config, arguments.objects, arguments.seeds, arguments.set
+        )
+        if job["window"] in (None, *arguments.windows)
+        and (not arguments.rows or job["row"] in (PLAIN, *arguments.rows))
+    ]
+
+
+def _all_jobs(
     config: str, objects: Sequence[str], seeds: Sequence[int], settings: list[str]
 ) -> list[Entry]:
     """Every run of the table, with its row."""
@@ -159,6 +170,7 @@ def summarise(entries: list[Entry]) -> list[Entry]:
                 "row": row,
                 "window": window,
                 "rate": chosen[0]["rate"],
+                "edge": runs.at_edge(chosen[0]["rate"], [e["rate"] for e in found]),
                 "runs": len(chosen),
                 **{
                     name: runs.mean(chosen, name)
@@ -196,7 +208,8 @@ def table(lines: list[Entry]) -> str:
         "|---" * 10 + "|",
     ]
     text += [
-        f"| {line['row']} (lr {line['rate']:g}) | {line['window'] or '–'} | "
+        f"| {line['row']} (lr {line['rate']:g}{runs.EDGE * line['edge']}) | "
+        f"{line['window'] or '–'} | "
         f"{line['runs']} | {line['iterations']:.1f} | "
         f"{steps / line['iterations']:.1f}× | {line['evaluations']:.0f} | "
         f"{line['psnr']:.2f} | {-line['loss']:+.2f} | {line['iou']:.3f} | "
@@ -240,8 +253,8 @@ def plot(lines: list[Entry], path: Path) -> None:
     figure.savefig(path, dpi=130)
 
 
-def main() -> None:
-    """Command line."""
+def make_parser() -> argparse.ArgumentParser:
+    """The options."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--config", default=CONFIG)
     parser.add_argument("--objects", nargs="+", default=list(OBJECTS))
@@ -253,16 +266,14 @@ def main() -> None:
     parser.add_argument(
         "--logged", action="store_true", help="table and plot of what has been run"
     )
-    parser.add_argument("--to", type=Path, default=Path("outputs/speedup"))
-    arguments = parser.parse_args()
-    wanted = [
-        {**job, "pictures": str(arguments.to / "pictures")}
-        for job in jobs(
-            arguments.config, arguments.objects, arguments.seeds, arguments.set
-        )
-        if job["window"] in (None, *arguments.windows)
-        and (not arguments.rows or job["row"] in (PLAIN, *arguments.rows))
-    ]
+    runs.add_places(parser, "speedup")
+    return parser
+
+
+def main() -> None:
+    """Command line."""
+    arguments = make_parser().parse_args()
+    wanted = jobs(arguments)
     log = arguments.to / "runs.jsonl"
     if arguments.logged:
         entries = runs.logged(
@@ -274,12 +285,11 @@ def main() -> None:
     text = (
         f"{table(lines)}\n\nMeans over the runs of {', '.join(arguments.objects)} "
         f"and seeds {', '.join(map(str, arguments.seeds))}; rivals at the best "
-        f"of five learning rates. {other_seed(entries)} Cost: "
-        f"{len(entries)} runs, {runs.hours(entries):.1f} core-hours on "
-        f"{environment()['processor']}, one thread each.\n"
+        f"of five learning rates. {other_seed(entries)} {runs.cost(entries)}\n"
     )
-    (arguments.to / "table.md").write_text(text, encoding="utf-8")
-    plot(lines, arguments.to / "speedup.png")
+    folder = runs.tables_of(arguments)
+    (folder / "table.md").write_text(text, encoding="utf-8")
+    plot(lines, folder / "speedup.png")
     print(text)
 
 

@@ -11,11 +11,9 @@ from __future__ import annotations
 
 import argparse
 from collections import defaultdict
-from pathlib import Path
 from typing import Any
 
 from benchmarks import runs
-from systems.runs.folders import environment
 
 STEPS = (25, 50, 100, 200, 400)
 RATES = (0.01, 0.02, 0.04, 0.08, 0.16)
@@ -52,8 +50,8 @@ def table(entries: list[dict[str, Any]]) -> tuple[str, int, float]:
     return "\n".join(lines), tuned, best[tuned][1]
 
 
-def main() -> None:
-    """Command line."""
+def make_parser() -> argparse.ArgumentParser:
+    """The options."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--config", default="configs/dreamfusion-toybox.yaml")
     parser.add_argument("--steps", type=int, nargs="+", default=list(STEPS))
@@ -62,9 +60,13 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--workers", type=int, default=2, help="processes of 1 thread")
     parser.add_argument("--set", nargs="*", default=[], help="further settings")
-    parser.add_argument("--to", type=Path, default=Path("outputs/tuning"))
-    arguments = parser.parse_args()
-    jobs = [
+    runs.add_places(parser, "tuning")
+    return parser
+
+
+def jobs(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """Every run, the longest first."""
+    return [
         runs.job(
             arguments.config,
             runs.prompt_of(name),
@@ -81,15 +83,21 @@ def main() -> None:
         for name in arguments.objects
         for seed in arguments.seeds
     ]
-    entries = runs.run_all(jobs, arguments.to / "runs.jsonl", arguments.workers)
+
+
+def main() -> None:
+    """Command line."""
+    arguments = make_parser().parse_args()
+    log = arguments.to / "runs.jsonl"
+    entries = runs.run_all(jobs(arguments), log, arguments.workers)
     text, steps, rate = table(entries)
+    edge = runs.EDGE * runs.at_edge(rate, arguments.rates)
     summary = (
         f"{text}\n\nMean PSNR in dB / IoU of {', '.join(arguments.objects)}; "
         f"{len(arguments.seeds)} seed(s), sequential. Tuned: {steps} steps at learning "
-        f"rate {rate:g}. Cost: {len(entries)} runs, {runs.hours(entries):.2f} "
-        f"core-hours on {environment()['processor']}, one thread each.\n"
+        f"rate {rate:g}{edge}. {runs.cost(entries)}\n"
     )
-    (arguments.to / "table.md").write_text(summary, encoding="utf-8")
+    (runs.tables_of(arguments) / "table.md").write_text(summary, encoding="utf-8")
     print(summary)
 
 

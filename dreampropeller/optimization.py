@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from dreampropeller.buffers import buffer_drift, updated_buffers
 from dreampropeller.guard import Guard
+from dreampropeller.identity import Fingerprint, plain, shape_of
 from dreampropeller.optimizers import (
     OptimizerFactory,
     Optimizers,
@@ -60,6 +61,8 @@ class OptimizationTrajectory(Trajectory[Nest]):
             one optimizer only.
         seed: The global generators are seeded with (seed, step) during `loss`, so that
             dropout and `torch.randn` replay; None leaves them alone.
+        about: What else must be the same for a run to be resumed (a prompt, a data
+            set), JSON values by name; it goes into the fingerprint.
 
     Raises:
         ValueError: An optimizer needs a closure, a scheduler a metric, a parameter
@@ -81,6 +84,7 @@ class OptimizationTrajectory(Trajectory[Nest]):
         clip_grad_value: float | None = None,
         precision: str | int = "32-true",
         seed: int | None = 0,
+        about: Mapping[str, Any] | None = None,
     ) -> None:
         if num_steps < 1:
             raise ValueError(f"`num_steps` is {num_steps}: write at least 1.")
@@ -101,6 +105,15 @@ class OptimizationTrajectory(Trajectory[Nest]):
             {name: self._initial[name] for name in params}, optimizer, scheduler
         )
         self._initial_carry = copy_nest(self._optimizers.export())
+        self._fingerprint = {
+            "state": {name: shape_of(value) for name, value in self._initial.items()},
+            **self._optimizers.fingerprint(),
+            "clip_grad_norm": clip_grad_norm,
+            "clip_grad_value": clip_grad_value,
+            "precision": str(precision),
+            "seed": seed,
+            "about": plain(about or {}),
+        }
         device = next(iter(self._initial.values())).device
         self._precision = Precision(str(precision), device)
         if self._precision.scales and self._optimizers.count > 1:
@@ -160,6 +173,10 @@ class OptimizationTrajectory(Trajectory[Nest]):
         return self
 
     _module: nn.Module | None = None
+
+    def fingerprint(self) -> Fingerprint:
+        """Names and shapes, optimizers and schedulers with their settings, the seed."""
+        return {**super().fingerprint(), **self._fingerprint}
 
     def init(self) -> tuple[State, Nest]:
         """The initial parameters and buffers, and the fresh optimizers' memory."""

@@ -9,6 +9,7 @@ from typing import Any, Literal, TypeVar
 
 import torch
 
+from dreampropeller import identity
 from dreampropeller.dispatch.base import Dispatcher, InlineDispatcher
 from dreampropeller.solution import (
     Iteration,
@@ -151,10 +152,15 @@ def solve(
     Raises:
         NotConverged: The last step was not reached and `throw` is set; what was
             reached is in its `solution`.
+        AnotherProblem: `state` belongs to another problem.
         WorkerError: A rank failed (distributed dispatchers only).
     """
     listeners = [on_iteration] if callable(on_iteration) else on_iteration or ()
     detail = ""
+    problem = trajectory.fingerprint()
+    if state is not None:
+        _check_problem(state, problem)
+    run = (state.run if state else "") or identity.new_run()
     with dispatcher(trajectory) as workers:
         if state is None:
             y, carry = trajectory.init()
@@ -163,6 +169,7 @@ def solve(
                 state = _jump(trajectory, solver, workers, state)
         else:
             state = solver.adopt(replace(state, carry=copy_nest(state.carry)))
+        state = replace(state, run=run, problem=problem)
         result = Result.SUCCESS
         iterations = 0
         while state.step < trajectory.num_steps:
@@ -176,6 +183,7 @@ def solve(
                 result, detail = Result.NON_FINITE, f" {error}"
                 break
             iterations += 1
+            state.run, state.problem = run, problem
             if state.step == jump < trajectory.num_steps:
                 state = _jump(trajectory, solver, workers, state)
             answers = [listener(state, iteration) for listener in listeners]
@@ -191,6 +199,14 @@ def solve(
             solution,
         )
     return solution
+
+
+def _check_problem(state: SolverState[Any], problem: identity.Fingerprint) -> None:
+    """Refuse a state of another problem; more steps than it began with may follow."""
+    found = dict(state.problem)
+    if found and found.get("num_steps", 0) <= problem["num_steps"]:
+        found["num_steps"] = problem["num_steps"]
+    identity.check(found, problem)
 
 
 def _jump(

@@ -23,6 +23,8 @@ PROBLEMS = {
     "diffusion-sampling": "systems.sampling.Sampling",
 }
 """Problems by the names configs use. Imported when asked for: they are heavy."""
+_OWN = ("system", "data")
+"""Sections of `Config` that a problem reads itself."""
 
 
 def make_system(config: str, *overrides: str) -> System:
@@ -71,8 +73,7 @@ def problem_type(config: Config) -> type[Problem]:
     except ConfigError as error:
         own = [p for p in config.problems if not p.startswith("`system.")]
         raise _refusal([*error.problems, *own]) from error
-    module, _, name = path.rpartition(".")
-    return getattr(importlib.import_module(module), name)
+    return _class_at(path)
 
 
 def build_problem(config: Config) -> Problem:
@@ -93,6 +94,27 @@ def build_problem(config: Config) -> Problem:
         raise
     except ValueError as error:
         raise ConfigError(str(error)) from error
+
+
+def list_settings(section: str = "") -> str:
+    """Every setting with type, default and meaning, or those of a section.
+
+    Raises:
+        ConfigError: There is no such section.
+    """
+    from systems.settings import describe
+    from systems.settings.config import Config
+
+    found = [s for s in describe.settings(Config, "") if s.name not in _OWN]
+    for name, path in PROBLEMS.items():
+        for where, kind in _class_at(path).section_types.items():
+            found += describe.settings(kind, where, f"system_type={name}")
+    return describe.text(found, section)
+
+
+def _class_at(path: str) -> type[Problem]:
+    module, _, name = path.rpartition(".")
+    return getattr(importlib.import_module(module), name)
 
 
 def _problems(sections: Mapping[str, type], config: Config) -> list[str]:

@@ -7,6 +7,7 @@ line that says why.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -113,6 +114,22 @@ def summary(report: dict[str, Any]) -> list[str]:
     return [*lines, *failures(report)]
 
 
+def _notes(system: System, measured: quality.Quality) -> list[str]:
+    """What the figures alone do not say."""
+    notes = []
+    if system.config.quality.clip is not None:
+        notes.append(
+            "`quality.clip` was not used: the ground truth of this prompt is known."
+        )
+    blank = float((measured.wanted - quality.GREY).square().mean())
+    if measured.psnr < -10 * math.log10(max(blank, 1e-12)):
+        notes.append(
+            "Collapsed, or not there yet: an empty image is nearer to the ground "
+            "truth. Take more steps or a smaller learning rate."
+        )
+    return notes
+
+
 def _describe_mesh(found: dict[str, Any]) -> str:
     count = found["bodies"]
     parts = [f"{found['faces']} faces in {count} {'body' if count == 1 else 'bodies'}"]
@@ -160,6 +177,7 @@ def _judge(
     if measured is None:
         return
     report["quality"] = measured.figures()
+    report["notes"] = _notes(system, measured)
 
     def write() -> str:
         both = torch.cat([measured.pictures, measured.wanted])

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     import trimesh
 
 PREVIEW_VIEWS = 4
+LOOKS = ("eval_", "n_test_views", "n_val_views", "isosurface_")
+"""How settings begin that only look at a result, so that a resumed run may differ."""
 
 
 class System(Problem):
@@ -44,6 +46,18 @@ class System(Problem):
     def __init__(self, config: Config, device: torch.device | None = None) -> None:
         super().__init__(config, device)
         self.cameras = read(RandomCameras, config.data, "data")
+
+    def about(self) -> dict[str, Any]:
+        """Seed, system and cameras, without what only looks at the result."""
+
+        def kept(section: Any) -> Any:
+            if not isinstance(section, dict):
+                return section
+            return {k: kept(v) for k, v in section.items() if not k.startswith(LOOKS)}
+
+        config = self.config
+        sections = {"system": kept(config.system), "data": kept(config.data)}
+        return {"system_type": config.system_type, "seed": config.seed, **sections}
 
     @property
     def num_steps(self) -> int:

@@ -232,6 +232,7 @@ class DreamGaussian(Distillation):
             decay=decay.at if decay.factor < 1 else None,
             precision=self.config.trainer.precision,
             seed=self.config.seed,
+            about=self.about(),
         )
 
     @torch.no_grad()

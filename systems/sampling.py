@@ -12,6 +12,7 @@ from torch import Tensor
 
 import dreampropeller as dp
 from dreampropeller.adapters.diffusers import measure, sample, worst_picture
+from systems.files import written
 from systems.guidance.prompts import PromptConfig
 from systems.images import save_picture, save_sheet
 from systems.problem import Problem
@@ -205,7 +206,8 @@ class Sampling(Problem):
         del y
         enlarged = max(1, 256 // self._images.shape[-1])
         columns = min(4, len(self._images))
-        save_sheet(self._images, folder / "sample.png", columns, scale=enlarged)
+        with written(folder / "sample.png") as part:
+            save_sheet(self._images, part, columns, scale=enlarged)
         cells, columns = self._strip.picture(self.num_steps)
         save_picture(cells, folder / "strip.png", columns)
         return {"sampler": asdict(self.settings.sampler)}

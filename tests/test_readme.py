@@ -107,14 +107,16 @@ def run(command: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
 
 def commands() -> Iterator[Any]:
     """Shell commands, and whether they run here."""
+    seen: set[str] = set()
     for block in blocks("bash", "sh", "shell", "console"):
         runs = True
         for line in block.text.replace("\\\n", " ").splitlines():
             if line.startswith(NOT_RUN):
                 assert line.removeprefix(NOT_RUN).strip(), f"{block}: say why"
                 runs = False
-            for command in shlex.split(line, comments=True) and [line]:
-                yield pytest.param(command, runs, id=f"{block} {command[:40]}")
+            if line not in seen and shlex.split(line, comments=True):
+                seen.add(line)  # the same elsewhere need not run again
+                yield pytest.param(line, runs, id=f"{block} {line[:40]}")
 
 
 @pytest.mark.parametrize(("line", "runs"), list(commands()))

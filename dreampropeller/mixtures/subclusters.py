@@ -8,9 +8,9 @@ $$H = \frac{p(z')}{p(z)} \frac{f(X_l) f(X_r)}{f(X)}, \qquad \text{for the Dirich
   process}\ \ \alpha\, \frac{\Gamma(n_l) \Gamma(n_r)}{\Gamma(n)} \frac{f(X_l)
   f(X_r)}{f(X)};$$
 
-two clusters propose to merge with $1/H$ of the split that would undo it: they become the
-sub-clusters of the merged one. The published code multiplies this with the probability
-that a *random* division finds the two clusters,
+two clusters propose to merge with $1/H$ of the split that would undo it: they become
+the sub-clusters of the merged one. The published code multiplies this with the
+probability that a *random* division finds the two clusters,
 
 $$\frac{\Gamma(\alpha)}{\Gamma(\alpha + n)}
   \frac{\Gamma(n_b + \alpha/2)\, \Gamma(n_c + \alpha/2)}{\Gamma(\alpha/2)^2},$$

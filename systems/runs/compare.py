@@ -176,7 +176,10 @@ def _rivals(path: Path, overrides: Sequence[str], fast: Run) -> list[dict[str, A
                 for factor in RATES
             ]
             best = max(tried, key=lambda entry: _rank(entry))
-            found.append({"name": name, "views": count, "steps": few, **best})
+            # Beyond the rates that were tried it might do better still.
+            edge = best in (tried[0], tried[-1])
+            plan = {"name": name, "views": count, "steps": few, "edge": edge}
+            found.append({**plan, **best})
     return found
 
 

@@ -24,11 +24,11 @@ import torch
 import yaml
 
 import dreampropeller as dp
-from dreampropeller import checkpoint
+from dreampropeller import checkpoint, identity
 from dreampropeller.precision import LOSS_SCALE, Precision
 from systems.files import named, written
 from systems.problem import Problem
-from systems.settings.config import Config
+from systems.settings.config import Config, load
 from systems.settings.reader import ConfigError, to_section
 
 CHECKPOINTS = "ckpts"
@@ -39,9 +39,11 @@ def open_folder(config: Config) -> Path:
     """Make a run's folder and describe the run in it; a resumed run keeps its own.
 
     Raises:
+        CheckpointError: Another process runs there.
         ConfigError: It cannot be written.
     """
     folder = _make(config) if config.resume is None else folder_of(config.resume)
+    checkpoint.lock(folder)
     write_setup(folder, config)
     print(f"Writing to {folder}")
     return folder
@@ -80,6 +82,21 @@ def folder_of(resume: str) -> Path:
         )
     folder = path.parent if path.is_file() else path
     return folder.parent if folder.name == CHECKPOINTS else folder
+
+
+def load_config(path: Path | None, overrides: Sequence[str]) -> Config:
+    """The config of a command line: of a file, or of the run that `resume=…` names.
+
+    What a file leaves open (`???`) and the run knows is taken from the run.
+
+    Raises:
+        ConfigError: There is none, or a setting cannot be used.
+    """
+    if path is None:
+        return load(config_of(overrides), overrides)
+    resumes = any(override.startswith("resume=") for override in overrides)
+    known = config_of(overrides) if resumes else None
+    return load(path, overrides, known if known and known.exists() else None)
 
 
 def config_of(overrides: Sequence[str]) -> Path:
@@ -124,6 +141,19 @@ def start_of(problem: Problem) -> dp.SolverState[Any] | None:
     if config.resume is None:
         return None
     state = load_state(config.resume, problem)
+    found, wanted = state.problem.get("about"), identity.plain(problem.about())
+    differ = identity.differences(found, wanted) if found else ""
+    if differ:
+        raise ConfigError(
+            f"`{config.resume}` made another thing: {differ}. Resume it with the "
+            "settings of its `config.yaml`, or start a new run without `resume`."
+        )
+    if state.step > problem.num_steps:
+        raise ConfigError(
+            f"`{config.resume}` has reached step {state.step}, more than the "
+            f"{problem.num_steps} steps asked for: write "
+            f"`trainer.max_steps={state.step}` or more."
+        )
     precision = Precision(str(config.trainer.precision), problem.device)
     if precision.scales and LOSS_SCALE not in state.y:
         raise ConfigError(

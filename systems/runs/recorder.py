@@ -66,6 +66,7 @@ class Recorder(abc.ABC):
             except dp.NotConverged as error:
                 if self.leads:
                     self.save(error.solution.state)
+                    self.stopped(error.solution)
                 raise
             if self.leads:
                 self.save(solution.state)
@@ -93,6 +94,10 @@ class Recorder(abc.ABC):
     @abc.abstractmethod
     def save(self, state: dp.SolverState[Any]) -> None:
         """Write a checkpoint."""
+
+    def stopped(self, solution: dp.Solution[Any]) -> None:
+        """Say what can be done with a run that failed; by default nothing is said."""
+        del solution
 
     @abc.abstractmethod
     def finish(self, solution: dp.Solution[Any]) -> None:
@@ -224,9 +229,17 @@ class FolderRecorder(Recorder):
             **made,
             **results.report_of(self.folder, self.config, solution),
         }
+        found = results.collapses(history.lines(self.folder), solution.value)
+        report["notes"] = [*made.get("notes", []), *found]
         viewer.add(self.folder, report, self.problem.title)
         folders.write_json(self.folder / "report.json", report)
         print(results.summary(self.folder, self.problem, report))
+
+    def stopped(self, solution: dp.Solution[Any]) -> None:
+        """Say how to resume or look at a run that failed."""
+        assert self.folder is not None
+        made = {"steps": solution.state.step}
+        print("\n".join(results.next_steps(self.folder, self.problem, made)))
 
     def _elapsed(self) -> float:
         """Wall-clock seconds of the run, loading and writing included."""
@@ -242,7 +255,7 @@ class FolderRecorder(Recorder):
             step = iteration.begin + offset
             if step % every:
                 continue
-            entry = {"step": step, **{key: round(v, 6) for key, v in aux.items()}}
+            entry = {"step": step, **{key: _rounded(v) for key, v in aux.items()}}
             self._metrics.write(json.dumps(entry) + "\n")
             for key, value in aux.items():
                 self._board.add_scalar(f"train/{key}", value, step)
@@ -276,6 +289,11 @@ class FolderRecorder(Recorder):
         save_picture(images, self.folder / "preview.png")
         sheet = torch.cat(list(images), -1)
         self._board.add_image("preview", sheet.clamp(0, 1), state.step)
+
+
+def _rounded(value: float) -> float | None:
+    """Six decimals; JSON has no infinity and no NaN."""
+    return round(value, 6) if math.isfinite(value) else None
 
 
 def _number(value: float) -> float | None:

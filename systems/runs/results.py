@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import math
+import shlex
+import statistics
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +17,8 @@ from systems.runs import folders, history
 from systems.settings.config import Config
 from systems.settings.reader import to_section
 
+GROWTH = 100.0
+"""How much larger than at first a loss may be at the end."""
 SECONDS = ("seconds", "solving_seconds", "device_seconds", "seconds_by_phase")
 """The part of a report that is null where the run's metrics were lost."""
 
@@ -61,9 +67,52 @@ def summary(folder: Path, problem: Problem, report: dict[str, Any]) -> str:
             f"{report['evaluations']} evaluations, {report['seconds']:.1f} s on "
             f"{report['workers']} worker(s). {report['result']}"
         ]
-        if report["workers"] == 1 and report["evaluations"] > 1.2 * report["steps"]:
+        if report["workers"] == 1 and report["evaluations"] > report["steps"]:
             lines.append(
                 "On one worker the sequential run is faster: it takes "
                 f"{report['steps']} evaluations (`solver.name=sequential`)."
             )
-    return "\n".join([*lines, *problem.summary(report), f"Look into {folder}"])
+    lines += [*problem.summary(report), *report.get("notes", [])]
+    return "\n".join([*lines, *next_steps(folder, problem, report)])
+
+
+def next_steps(folder: Path, problem: Problem, report: dict[str, Any]) -> list[str]:
+    """What can be done with a run now, as commands."""
+    place = shlex.quote(str(folder))
+    lines = []
+    if "resume" in problem.sections:
+        if report["steps"] < problem.num_steps:
+            lines.append(f"Resume: python launch.py --train resume={place}")
+        if "turntable" not in report:
+            lines.append(f"Render: python launch.py --test resume={place}")
+        if not isinstance(report.get("mesh"), list):
+            lines.append(f"Export: python launch.py --export resume={place}")
+    return [*lines, f"Look into {folder}"]
+
+
+def collapses(lines: Sequence[dict[str, Any]], y: dp.State) -> list[str]:
+    """Sentences about a run that went astray; none where nothing speaks against it.
+
+    Args:
+        lines: Of its metrics.
+        y: The last state.
+    """
+    advice = "Take a smaller learning rate (`system.optimizer.args.lr`)."
+    broken = [
+        name
+        for name, tensor in y.items()
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all()
+    ]
+    if broken:
+        return [f"Collapsed: `{broken[0]}` is no longer finite. {advice}"]
+    losses = [line["loss"] for line in lines if "loss" in line]
+    few = max(1, len(losses) // 10)
+    first, last = losses[:few], losses[-few:]
+    if None in last:
+        return [f"Collapsed: the loss is no longer finite. {advice}"]
+    usual = max((abs(loss) for loss in first if loss is not None), default=math.inf)
+    if losses and statistics.median(map(abs, last)) > GROWTH * usual:
+        return [
+            f"Collapsed: the loss went from {usual:.3g} to {last[-1]:.3g}. {advice}"
+        ]
+    return []

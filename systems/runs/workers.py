@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import signal
+import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -112,6 +113,19 @@ def _rank(
 ) -> int:
     leads = os.environ["RANK"] == "0"
     return work(config, folder if leads else None, leads)
+
+
+def complain(text: str) -> None:
+    """Say what is wrong, on standard error; the ranks of a machine say it once."""
+    mine = os.environ.get("TORCHELASTIC_ERROR_FILE")  # in a folder for each rank
+    if mine is not None:
+        try:
+            (Path(mine).parent.parent / "said").touch(exist_ok=False)
+        except FileExistsError:
+            return
+        except OSError:  # better twice than never
+            pass
+    print(f"error: {text}", file=sys.stderr)
 
 
 def last_words(error: dp.WorkerError) -> str:

@@ -211,9 +211,10 @@ class Config:
 
     Args:
         name: Of the experiment: a folder in `exp_root_dir`.
-        system_type: A key of `systems.SYSTEMS`.
+        system_type: A key of `systems.PROBLEMS`.
         system: The system's own section, read by its class.
         data: Cameras; read by the system.
+        data_type: Kind of the cameras.
         tag: Of the run: `name/tag@time` is its folder.
         exp_root_dir: Where results go.
         seed: Of everything random.
@@ -256,7 +257,9 @@ class Config:
             )
 
 
-def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+def load(
+    path: str | Path, overrides: Sequence[str] = (), known: Path | None = None
+) -> Config:
     """Read a config file, threestudio's too, and apply dotted overrides.
 
     Settings of threestudio that change nothing here are named on standard error.
@@ -264,6 +267,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     Args:
         path: A YAML file.
         overrides: Such as ``"solver.window.size=4"``.
+        known: Another config, for values that the first leaves open (`???`).
 
     Raises:
         ConfigError: The file cannot be read, or a setting cannot be used.
@@ -271,7 +275,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     config = open_yaml(path)
     override(config, overrides)
     with resolvers():
-        absent = missing(config)
+        absent = missing(config, open_yaml(known) if known else None)
         try:
             settings = to_mapping(config)
         except ConfigError as error:

@@ -105,9 +105,11 @@ def open_yaml(path: str | Path) -> DictConfig:
     """
     path = Path(path)
     if not path.is_file():
-        near = sorted(str(file) for file in path.parent.glob("*.yaml"))
-        near = near or sorted(str(file) for file in Path("configs").glob("*.yaml"))
-        hint = difflib.get_close_matches(str(path), near, n=3, cutoff=0.3) or near[:5]
+        places = dict.fromkeys((path.parent, Path("configs")))
+        files = [file for place in places for file in sorted(place.glob("[!.]*.yaml"))]
+        near = {file.stem: str(file) for file in reversed(files)}
+        names = difflib.get_close_matches(path.stem, near, n=3, cutoff=0.5)
+        hint = [near[name] for name in names] or list(near.values())[::-1][:8]
         raise ConfigError(
             f"There is no config `{path}`."
             + (
@@ -167,10 +169,14 @@ def to_mapping(config: DictConfig) -> dict[str, Any]:
     return {str(key): value for key, value in mapping.items()}
 
 
-def missing(config: DictConfig) -> list[str]:
+def missing(config: DictConfig, known: DictConfig | None = None) -> list[str]:
     """A sentence for each value that is still to be written (`???`).
 
     Something stands in its place afterwards, so that what refers to it can be resolved.
+
+    Args:
+        config: Changed in place.
+        known: Has some of the values.
 
     Raises:
         ConfigError: A value refers to one that is not there.
@@ -179,9 +185,13 @@ def missing(config: DictConfig) -> list[str]:
         keys = sorted(OmegaConf.missing_keys(config))
     except OmegaConfBaseException as error:  # a value refers to one that is not there
         raise ConfigError(f"The config cannot be read: {_first_line(error)}") from error
+    absent: list[str] = []
     for key in keys:
-        OmegaConf.update(config, key, "missing")
-    return [_missing(key) for key in keys]
+        value = None if known is None else OmegaConf.select(known, key)
+        OmegaConf.update(config, key, "missing" if value is None else value)
+        if value is None:
+            absent.append(_missing(key))
+    return absent
 
 
 def read(kind: type[T], section: Any, where: str) -> T:
@@ -358,19 +368,24 @@ _NAMES = {
 
 def _wrong(where: str, value: Any, hint: Any) -> ConfigError:
     found = "empty" if value is None else f"`{value}`"
-    return ConfigError(f"`{where}` is {found}: write {_describe(hint)}.")
+    return ConfigError(f"`{where}` is {found}: write {describe_type(hint)}.")
 
 
-def _describe(hint: Any) -> str:
+def describe_type(hint: Any) -> str:
+    """What a field of a type takes, in words."""
+    if hint is Any:
+        return "a number or a schedule"
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
         return " or ".join(
-            "null" if a is type(None) else _describe(a) for a in arguments
+            "null" if a is type(None) else describe_type(a) for a in arguments
         )
     if origin is typing.Literal:
         return " or ".join(map(str, arguments))
+    if origin is dict:
+        return "a section"
     if origin is tuple:
-        return f"[{', '.join(_describe(a) for a in arguments)}]"
+        return f"[{', '.join(describe_type(a) for a in arguments)}]"
     return _NAMES.get(hint, str(hint))
 
 

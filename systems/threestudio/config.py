@@ -9,7 +9,7 @@ from pathlib import Path
 from omegaconf import DictConfig, OmegaConf
 
 from systems.settings.config import DispatchConfig, SolverConfig, override
-from systems.settings.reader import ConfigError, read
+from systems.settings.reader import open_yaml, read
 
 _OURS = ("backend", "threestudio", "solver", "dispatch")
 
@@ -53,9 +53,7 @@ def split(
     path: Path, overrides: Sequence[str]
 ) -> tuple[BackendConfig, DictConfig, list[str]]:
     """Take our settings out of a config: ours, the file's rest, dotted settings."""
-    config = OmegaConf.load(path)
-    if not isinstance(config, DictConfig):
-        raise ConfigError(f"`{path}` must hold `key: value` lines.")
+    config = open_yaml(path)
     blocks = OmegaConf.create({k: config.pop(k) for k in _OURS if k in config})
     own = [o for o in overrides if o.split("=")[0].split(".")[0] in _OURS]
     override(blocks, own)

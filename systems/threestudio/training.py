@@ -46,8 +46,11 @@ def run(path: Path | None, trains: bool, overrides: Sequence[str]) -> int:
             "In the checkout, run `python launch.py --config RUN/configs/parsed.yaml "
             "--test resume=RUN/ckpts/last.ckpt` (or `--export`, `--validate`)."
         )
-    if path is None or not path.is_file():
-        raise ConfigError(f"There is no config `{path}`: name a YAML of threestudio.")
+    if path is None:
+        raise ConfigError(
+            "Which config? With `backend=threestudio`, name a YAML of threestudio: "
+            "`--config <checkout>/configs/dreamfusion-sd.yaml`."
+        )
     ours, theirs, dotted = split(path, overrides)
     count = ours.dispatch.num_workers
     asked: Any = OmegaConf.merge(theirs, OmegaConf.from_dotlist(dotted))

@@ -91,9 +91,9 @@ def score(asked: Sequence[Prompt], seen: Judgement) -> dict[str, object]:
         for i, p in zip(seen.colours.tolist(), asked, strict=True)
     ]
 
-    def share(right: Sequence[bool], chosen: Sequence[bool]) -> float:
+    def share(right: Sequence[bool], chosen: Sequence[bool]) -> float | None:
         kept = [r for r, c in zip(right, chosen, strict=True) if c]
-        return round(sum(kept) / len(kept), 4) if kept else float("nan")
+        return round(sum(kept) / len(kept), 4) if kept else None
 
     groups = {
         "trained pairs": [p.trained for p in asked],
@@ -257,7 +257,7 @@ def evaluate(weights: Path, file: Path, to: Path, count: int, seed: int) -> str:
         if training.exists():
             report["training"] = json.loads(training.read_text())
         report |= second_list(prior, judge, 2 * count, seed, to)
-    text = json.dumps(report, indent=2, ensure_ascii=False) + "\n"
+    text = json.dumps(report, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     (to / "evaluation.json").write_text(text, encoding="utf-8")
     (to / "confusion.md").write_text(table, "utf-8")
     save_sheet(beside_truth(prior), to / "samples.png", columns=16, scale=2)

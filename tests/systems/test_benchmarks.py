@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
+import os
+import shlex
 import subprocess
 import sys
 import time
@@ -15,6 +18,7 @@ import torch
 
 import dreampropeller as dp
 from benchmarks import (
+    pareto,
     runs,
     sampling,
     sensitivity,
@@ -38,6 +42,33 @@ def test_gpu_figures_are_refused_without_a_gpu(tmp_path: Path) -> None:
     assert done.returncode == 2
     assert "no CUDA device" in done.stderr
     assert not list(tmp_path.iterdir())
+
+
+def test_meshes_are_measured_from_their_files(tmp_path: Path) -> None:
+    """And a state that is there is not solved again: here one of a plain ball."""
+    from safetensors.torch import save_file
+
+    system = build(
+        load(TOYBOX, [*SMALL, "system.prompt_processor.prompt=a red sphere"])
+    )
+    y = system.trajectory().init()[0]
+    side = torch.linspace(-1.1, 1.1, 8)
+    radius = torch.cartesian_prod(side, side, side).norm(dim=-1).reshape(8, 8, 8)
+    # Raw density 10 · 10 · (0.65 − r) before softplus: ln 2 at the true radius.
+    y["geometry.grid"][0, 0] = 10 * (0.65 - radius) - (1 - radius / 0.8)
+    save_file(y, tmp_path / "state.safetensors")
+    (tmp_path / "a_red_sphere").mkdir()
+    (tmp_path / "state.safetensors").rename(
+        tmp_path / "a_red_sphere" / "state.safetensors"
+    )
+    sizes = [s for s in SMALL if "prompt" not in s]
+    done = command("meshes", "--count", "1", "--to", str(tmp_path), "--set", *sizes)
+    assert done.returncode == 0, done.stderr
+    entry = json.loads(done.stdout.splitlines()[0])
+    assert entry["bodies"] == 1
+    assert entry["iou_3d"] > 0.7  # the grid is coarse
+    assert "one body in 1 of 1" in (tmp_path / "table.md").read_text()
+    assert (tmp_path / "sheet.png").exists()
 
 
 def test_the_gpu_command_fills_its_file(tmp_path: Path) -> None:
@@ -85,6 +116,94 @@ def test_tuning_picks_the_fewest_steps_near_the_plateau() -> None:
     text, steps, rate = tune.table(entries)
     assert (steps, rate) == (50, 0.1)
     assert "**22.6 / 0.50**" in text
+
+
+RESULTS = Path("benchmarks/results")
+
+
+COMMANDS = sorted(path.parent for path in RESULTS.glob("*/commands.txt"))
+
+
+@pytest.mark.parametrize("folder", COMMANDS, ids=lambda path: path.name)
+def test_published_logs_are_what_their_commands_give(folder: Path) -> None:
+    """Run by run: none is missing, and none comes from elsewhere."""
+    found: set[str] = set()
+    for line in (folder / "commands.txt").read_text(encoding="utf-8").splitlines():
+        python, option, name, *options = shlex.split(line)
+        assert (python, option) == ("python", "-m")
+        module = importlib.import_module(name)
+        wanted = module.jobs(module.make_parser().parse_args(options))
+        found |= {runs._key(job) for job in wanted}
+    assert found == set(runs._read(folder / "runs.jsonl"))
+
+
+def test_published_tables_are_written_over_only_by_name(tmp_path: Path) -> None:
+    """`--logged` shows fewer rows of a published log, and leaves its table alone."""
+    folder = RESULTS / "pareto_rates"
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    (line, *_) = (folder / "commands.txt").read_text().splitlines()
+    name, *options = shlex.split(line)[2:]
+    options += ["--logged", "--to", str(folder.resolve())]
+    done = subprocess.run(
+        [sys.executable, "-m", name, *options],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(Path.cwd()), *sys.path])},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    text = (tmp_path / "outputs" / "pareto_rates" / "table.md").read_text()
+    assert "Cost: 6 runs" in text
+    assert "on a machine that the log does not name, one thread each" in text
+    parser = argparse.ArgumentParser()
+    runs.add_places(parser, "x")
+    for options, place in (
+        (["--to", str(tmp_path)], tmp_path),
+        (["--to", str(folder), "--tables", str(tmp_path / "t")], tmp_path / "t"),
+    ):
+        assert runs.tables_of(parser.parse_args(options)) == place
+
+
+def test_a_log_says_where_its_rows_were_made(tmp_path: Path) -> None:
+    jobs = [runs.job(TOYBOX, "a red mug", f"trainer.max_steps={n}") for n in (3, 4)]
+    log = tmp_path / "log.jsonl"
+    log.write_text(json.dumps({**jobs[0], "seconds": 3600}))  # before rows said so
+    entries = runs.run_all(jobs, log, 1, how=_hour)
+    assert "machine" not in entries[0]
+    assert entries[1]["machine"] == runs.machine()
+    assert f"torch {torch.__version__}" in runs.machine()
+    assert runs.cost(entries) == (
+        "Cost: 2 runs, 2.00 core-hours on a machine that the log does not name and "
+        f"{runs.machine()}, one thread each."
+    )
+
+
+def _hour(job: runs.Job) -> dict[str, Any]:
+    return {**job, "seconds": 3600}
+
+
+def test_the_best_rate_at_the_edge_is_marked() -> None:
+    assert runs.at_edge(0.1, [0.1, 0.2, 0.4])
+    assert runs.at_edge(0.4, [0.1, 0.2, 0.4])
+    assert not runs.at_edge(0.2, [0.1, 0.2, 0.4])
+    assert not runs.at_edge(0.1, [0.1])
+    labels = {"regime": "r", "predictor": "", "shape": "mug", "seed": 0, "iou": 0.5}
+    entries = [
+        {**labels, "row": row, "window": 8, "rate": rate, "psnr": psnr}
+        | {"iterations": 5, "evaluations": 5}
+        for row, rate, psnr in (
+            (pareto.PLAIN, 0.1, 25.0),
+            ("T/8 steps", 0.1, 20.0),
+            ("T/8 steps", 0.2, 22.0),
+            ("T/8 steps", 0.4, 21.0),
+            ("T/32 steps", 0.2, 18.0),
+            ("T/32 steps", 0.4, 19.0),
+        )
+    ]
+    text = pareto.table(pareto.points(entries))
+    assert "| T/8 steps |  | 8 | 0.2 | 1 |" in text
+    assert "| T/32 steps |  | 8 | 0.4 (the edge of those tried) | 1 |" in text
 
 
 def test_runs_are_made_once(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 import launch
+from systems.runs import compare
 from systems.runs.report import figures
 from systems.runs.report.runs import open_run, quality_over_time, system_of
 from tests.systems.scenes import SMALL, TOYBOX, small
@@ -76,6 +77,10 @@ def test_rivals_have_the_same_budget(comparison: dict[str, Any]) -> None:
     assert few["steps"] == wide["steps"] == iterations
     assert few["views"] == 1 < wide["views"] == round(12 / iterations)
     assert all(rival["quality"]["psnr"] > 0 for rival in (few, wide))
+    rate = small().config.system["optimizer"]["args"]["lr"]
+    for rival in (few, wide):
+        least, most = compare.RATES[0] * rate, compare.RATES[-1] * rate
+        assert rival["edge"] == (rival["rate"] in (least, most))
 
 
 def test_quality_over_time_ends_with_the_report(page: Path) -> None:
@@ -105,12 +110,17 @@ def test_verdict_says_where_a_rival_wins(rival: float, said: str) -> None:
         return {"quality": {"psnr": psnr}, "workers": 1}
 
     gain = {"iterations": 6.0, "wall_clock": 0.5, "device_seconds": 2.0}
-    rivals = [{"name": "4 steps", "rate": 0.1, **run(rival)}]
+    rivals = [
+        {"name": "4 steps", "rate": 0.1, "edge": False, **run(rival)},
+        {"name": "4 steps", "rate": 0.2, "edge": True, **run(rival)},
+    ]
     told = figures.verdict(run(20.5), run(20.0), gain, rivals)
     assert "2.00x slower" in told[0]
     assert "does not pay" in told[0]
     assert "0.5 dB worse than the sequential" in told[1]
     assert said in told[2]
+    assert "(learning rate 0.1)" in told[2]
+    assert "(learning rate 0.2, the edge of those tried)" in told[3]
     unknown = figures.verdict(
         {"quality": "not measured"}, {"quality": "not measured", "workers": 2}, gain, []
     )
@@ -227,6 +237,11 @@ def test_page_in_a_browser(page: Path, chromium: Any, width: int, height: int) -
     # Readable on a phone: nothing sticks out, text is not tiny.
     inner, outer = view.evaluate("[document.documentElement.scrollWidth, innerWidth]")
     assert inner <= outer
+    ends = view.evaluate(
+        "[...document.querySelectorAll('td')].map(c => c.getBoundingClientRect().right)"
+    )
+    assert len(ends) > 20
+    assert max(ends) <= outer  # no column is hidden
     button = view.get_by_role("button")
     button.scroll_into_view_if_needed()
     paused = "document.querySelector('video').paused"

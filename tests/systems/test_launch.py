@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,7 +22,9 @@ import yaml
 import launch
 from dreampropeller import checkpoint
 from systems import artefacts, build
+from systems.runs import compare
 from systems.runs.folders import folder_of
+from systems.runs.report.runs import open_run
 from tests.helpers import tree_equal
 from tests.systems.scenes import SMALL, TOYBOX
 
@@ -112,6 +116,7 @@ def test_a_run_leaves_everything_behind(finished: Path) -> None:
     assert [line["step"] for line in lines if "step" in line] == list(range(12))
     strides = [line["stride"] for line in lines if "stride" in line]
     assert sum(strides) == 12
+    assert by_hand(finished) == {name: report[name] for name in by_hand(finished)}
     assert len(strides) == report["iterations"]
     # The first step alone, then the steps evaluated again say how good guesses were.
     assert strides[0] == 1
@@ -119,6 +124,7 @@ def test_a_run_leaves_everything_behind(finished: Path) -> None:
     settings = yaml.safe_load((finished / "config.yaml").read_text())
     assert settings["system"]["prompt_processor"]["prompt"] == "a red mushroom"
     assert settings["system"]["guidance"]["max_step_percent"][3] == 12  # resolved
+    assert "problems" not in settings
 
 
 def test_the_resolved_config_is_a_config(finished: Path, tmp_path: Path) -> None:
@@ -133,8 +139,6 @@ def test_the_resolved_config_is_a_config(finished: Path, tmp_path: Path) -> None
 
 
 def test_test_and_export_look_at_a_finished_run(finished: Path, tmp_path: Path) -> None:
-    import shutil
-
     copy = tmp_path / "copy"
     shutil.copytree(finished, copy)
     for name in ("turntable.mp4", "truth.png", "mesh.glb", "mesh.obj"):
@@ -171,6 +175,35 @@ def test_a_run_is_not_resumed_in_half_precision_from_full(
     assert (finished / "config.yaml").read_text() == before
 
 
+def by_hand(folder: Path) -> dict[str, Any]:
+    """The numbers of a report, from its metrics alone."""
+    made: dict[int, dict[str, Any]] = {}
+    seconds = 0.0
+    for text in (folder / "metrics.jsonl").read_text().splitlines():
+        line = json.loads(text)
+        seconds = line.get("elapsed", seconds)
+        if "iteration" in line:
+            made = {n: old for n, old in made.items() if n < line["iteration"]}
+            made[line["iteration"]] = line
+    lines = [made[n] for n in range(1, len(made) + 1)]
+    phases = {name for line in lines for name in line["seconds"]}
+    strides = [line["stride"] for line in lines]
+    return {
+        "steps": sum(strides),
+        "iterations": len(lines),
+        "strides": strides,
+        "steps_per_iteration": round(sum(strides) / len(lines), 3),
+        "evaluations": lines[-1]["evaluations"],
+        "seconds": round(seconds, 2),
+        "solving_seconds": round(lines[-1]["solving"], 3),
+        "device_seconds": round(lines[-1]["solving"], 3),  # one worker
+        "seconds_by_phase": {
+            phase: round(sum(line["seconds"].get(phase, 0) for line in lines), 3)
+            for phase in phases
+        },
+    }
+
+
 @pytest.mark.parametrize("precision", ["32-true", "16-mixed"])
 def test_resumed_run_equals_the_undisturbed_one(tmp_path: Path, precision: str) -> None:
     settings = (
@@ -187,6 +220,19 @@ def test_resumed_run_equals_the_undisturbed_one(tmp_path: Path, precision: str) 
     assert train(tmp_path / "unused", *settings, f"resume={whole}") == 0
     assert tree_equal(checkpoint.load(whole / "ckpts").y, end)
     assert len((whole / "command.txt").read_text().splitlines()) == 2
+    # What was made twice counts once; the seconds are those of both parts.
+    report = json.loads((whole / "report.json").read_text())
+    assert by_hand(whole) == {name: report[name] for name in by_hand(whole)}
+    assert report["solving_seconds"] > 0
+    assert open_run(whole).seconds_at(12) == pytest.approx(
+        report["solving_seconds"], abs=1e-3
+    )
+    # Nothing is left to do; nothing is forgotten.
+    assert launch.main(["--train", f"resume={whole}"]) == 0
+    again = json.loads((whole / "report.json").read_text())
+    assert {**again, "seconds": 0} == {**report, "seconds": 0}
+    assert again["seconds"] >= report["seconds"]
+    assert by_hand(whole) == {name: again[name] for name in by_hand(whole)}
     assert folder_of(str(files[0])) == whole
 
 
@@ -274,8 +320,6 @@ def test_full_disk_while_measuring(
     finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """`/dev/full` is a disk without space: the metrics go there."""
-    import shutil
-
     copy = tmp_path / "copy"
     shutil.copytree(finished, copy)
     (copy / "metrics.jsonl").unlink()
@@ -361,6 +405,9 @@ def test_preview_shows_the_mesh_below_the_volume(finished: Path) -> None:
         (["system.guidance.pretrained_model_name_or_path=./no"], "no folder `./no`"),
         (["system.optimizer.name=LBFGS"], "write Adam or"),
         (["system.optimizer.args.lr=fast"], "In `system.optimizer`"),
+        (["system.optimizer.args.lr=nan"], "write a learning rate, such as 0.01"),
+        (["system.optimizer.args.lr=.inf"], "write finite numbers"),
+        (["system_type=zero123-system"], "`backend=threestudio threestudio.root="),
         (["system.optimizer.args.momentum=0.9"], "In `system.optimizer`"),
         (["system.optimizer.params.geo.lr=0.1"], "system.optimizer.params.geo"),
         (["tag"], "`tag` is no setting: write `key=value`"),
@@ -390,6 +437,63 @@ def test_mistakes_are_answered_in_a_few_lines(
     assert not list(tmp_path.iterdir())  # refused before anything was made
 
 
+def test_a_resumed_run_knows_its_prompt(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also where a config is named, which leaves the prompt open."""
+    copy = tmp_path / "copy"
+    shutil.copytree(finished, copy)
+    small = [setting for setting in FEW if setting != PROMPT]
+    arguments = ["--config", TOYBOX, "--train", f"resume={copy}", *small]
+    assert launch.main([*arguments, "system.geometry.isosurface_threshold=2"]) == 0
+    said = capsys.readouterr().out
+    assert "12 steps" in said
+    assert f"Look into {copy}" in said
+    assert "Resume" not in said
+
+
+def test_a_wrong_key_is_said_once_by_all_ranks() -> None:
+    command = ["-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
+    arguments = ["launch.py", "--config", TOYBOX, "--train", PROMPT, "dta.width=3"]
+    done = subprocess.run(
+        [sys.executable, *command, *arguments],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode
+    assert done.stderr.count("error: There is no setting `dta`") == 1
+
+
+def test_settings_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert launch.main(["--settings"]) == 0
+    text = capsys.readouterr().out
+    known = set(re.findall(r"^([\w.]+): .* \[.*\]$", text, re.M))
+    assert "    Steps tried at once; " in text
+    assert "solver.window.size: a whole number or auto [8]" in text
+    for path in (ROOT / "configs").glob("*.yaml"):
+        config = yaml.safe_load(path.read_text())
+        named = {name for name, _ in compare._flat(config)}
+        free = ("system.optimizer.args.", "system.optimizer.params.", "data")
+        assert {n for n in named if not n.startswith(free)} <= known, path
+    # Every setting says what it is.
+    bare = re.findall(r"^[\w.]+: .* \[.*\]\n(?!    )", text, re.M)
+    assert [line for line in bare if "_type" not in line] == []
+    assert launch.main(["--settings", "solver.window"]) == 0
+    assert len(re.findall(r"^solver", capsys.readouterr().out, re.M)) == 3
+    assert launch.main(["--settings", "solver.widow"]) == 2
+    assert "Did you mean `solver.window`" in capsys.readouterr().err
+
+
+def test_help_keeps_its_line_breaks(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        launch.main(["--help"])
+    text = capsys.readouterr().out
+    assert "--train \\\n        system.prompt_processor.prompt=" in text
+    assert "--settings [SECTION]" in text
+
+
 def test_mistakes_in_files(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], finished: Path
 ) -> None:
@@ -403,6 +507,8 @@ def test_mistakes_in_files(
     (half / "ckpts" / whole.name).write_bytes(whole.read_bytes()[:5000])
     config = ["--config", str(finished / "config.yaml")]
     other = "system.geometry.resolution=9"
+    mug, short = "system.prompt_processor.prompt=a blue mug", "trainer.max_steps=1"
+    before = (finished / "config.yaml").read_text()
     cases: list[tuple[list[str], str]] = [
         (["--config", "configs/dreamfuson-toybox.yaml", "--train"], "Did you mean"),
         (["--config", str(broken), "--train"], "no YAML that can be read"),
@@ -410,8 +516,16 @@ def test_mistakes_in_files(
         ([*config, "--test", f"resume={half}"], "no checkpoint that can be read"),
         ([*config, "--test", f"resume={tmp_path}"], "no checkpoint that can be read"),
         ([*config, "--test", f"resume={finished}", other], "does not fit this config"),
+        ([*config, "--train", f"resume={finished}", mug], "made another thing"),
+        ([*config, "--train", f"resume={finished}", short], "has reached step"),
         ([*config, "--export"], "Nothing to look at: name a run"),
         (["--train"], "Which config?"),
+        (["--config", "nope.yaml", "--train"], "`configs/dreamfusion-toybox.yaml`"),
+        (["--train", "backend=threestudio"], "name a YAML of threestudio"),
+        (
+            ["--config", "nope.yaml", "--train", "backend=threestudio"],
+            "There is no config `nope.yaml`",
+        ),
     ]
     for arguments, message in cases:
         with pytest.warns() if "half" in str(arguments) else _nothing():
@@ -419,6 +533,7 @@ def test_mistakes_in_files(
         error = capsys.readouterr().err
         assert message in error, (arguments, error)
         assert len(error) < 900
+    assert (finished / "config.yaml").read_text() == before
 
 
 def _nothing() -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -119,7 +120,8 @@ def test_distance_falls_with_more_points_towards_nought() -> None:
 
 
 def test_figures_of_a_mesh_of_two_bodies() -> None:
-    two = trimesh.util.concatenate([ball(0.3, (0.5, 0, 0)), ball(0.2, (-0.5, 0, 0))])
+    balls = [ball(0.3, (0.5, 0, 0)), ball(0.2, (-0.5, 0, 0))]
+    two: Any = trimesh.util.concatenate(balls)
     two.metadata["level"] = 3.25
     found = measure_mesh(two).figures()
     volume = 4 / 3 * math.pi * (0.3**3 + 0.2**3)

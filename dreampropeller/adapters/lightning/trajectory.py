@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from dreampropeller.adapters.lightning.host import Host, Keyed, Settings
+from dreampropeller.identity import Fingerprint, plain, shape_of
 from dreampropeller.trajectory import Drift, Parents, Trajectory
 from dreampropeller.tree import Nest, State, copy_nest
 
@@ -85,6 +86,18 @@ class LightningTrajectory(Trajectory[Nest]):
         self.host.open(module, data, settings)
         self.module = module
         self._initial, self._initial_carry = self.host.initial()
+        self._fingerprint = {
+            "module": type(module).__qualname__,
+            "state": {name: shape_of(value) for name, value in self._initial.items()},
+            "carry": plain(self._initial_carry),
+            "seed": seed,
+            "precision": str(precision),
+            "clip": [gradient_clip_val, gradient_clip_algorithm],
+        }
+
+    def fingerprint(self) -> Fingerprint:
+        """The module's class, names and shapes, its fresh optimizers, the seed."""
+        return {**super().fingerprint(), **self._fingerprint}
 
     def init(self) -> tuple[State, Nest]:
         """The module's parameters and buffers, and its fresh optimizers' memory."""

@@ -101,7 +101,8 @@ def verdict(
             continue
         unit = "dB" if mine[0] == "psnr" else "points of CLIP score"
         ahead = theirs[1] - mine[1]
-        how = f"{rival['name']} (learning rate {rival['rate']:g})"
+        edge = ", the edge of those tried" if rival["edge"] else ""
+        how = f"{rival['name']} (learning rate {rival['rate']:g}{edge})"
         if ahead > NOTICEABLE:
             told.append(f"A rival wins: {how} is {ahead:.1f} {unit} better.")
         elif ahead > -NOTICEABLE:
