@@ -1,12 +1,12 @@
 r"""Gradient descent with any torch optimizer, as a trajectory.
 
 The state holds the parameters and the evolving buffers, the carry what the optimizers
-and schedulers remember, and (Eq. 10 of `docs/method.md`)
+and schedulers remember, and (Eq. 18 of `docs/method.md`)
 
 $$\mathrm{drift}(t, \theta) = \nabla_\theta\, \ell(t, \theta), \qquad
   \mathrm{update} = \text{clip, optimizer step, scheduler step}.$$
 
-Buffers follow Eq. 11: the drift reports what the evaluation did to them, a new value
+Buffers follow Eq. 19: the drift reports what the evaluation did to them, a new value
 where an element changed (integers: the increment), and the update writes just that.
 """
 
@@ -38,7 +38,7 @@ Loss: TypeAlias = Callable[[int, State], Any]
 
 
 class OptimizationTrajectory(Trajectory[Nest]):
-    """Parameters rolled out by `torch.optim` (Eq. 10); buffers by Eq. 11.
+    """Parameters rolled out by `torch.optim` (Eq. 18); buffers by Eq. 19.
 
     Equals the loop ``loss.backward(); clip; optimizer.step(); scheduler.step()`` bit
     for bit under `Sequential` (`test_optimization.py`).

@@ -141,6 +141,12 @@ class Sampling(Problem):
                 "`system.sampler.batched` puts a window on one device, and "
                 f"there are {config.dispatch.count} workers: choose one."
             )
+        needs = {"piadm-ode": "ddim", "piadm-sde": "ddpm"}.get(config.solver.name)
+        if needs and self.settings.sampler.scheduler != needs:
+            raise ConfigError(
+                f"`solver.name={config.solver.name}` integrates with {needs.upper()}: "
+                f"write `system.sampler.scheduler={needs}`."
+            )
         self._strip = Strip()
         self._images = torch.empty(0)
 
@@ -159,6 +165,8 @@ class Sampling(Problem):
         solver = self.config.solver.build()
         if not isinstance(solver, dp.PicardSolver):
             return solver
+        if isinstance(solver.window, dp.BlockWindow):
+            return solver  # it looks at no errors
         held = solver.predictor == dp.Momentum()
         predictor = dp.Momentum(0.0) if held else solver.predictor
         return replace(solver, predictor=predictor, norm=worst_picture)

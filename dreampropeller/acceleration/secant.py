@@ -1,4 +1,4 @@
-r"""Drifts corrected to the states they are used at (Eqs. 18 and 19).
+r"""Drifts corrected to the states they are used at (Eqs. 12 and 13).
 
 An iteration uses the drift $g_j$ of a guess $\hat y_j$ at another state $y_j$, rolled
 out from the anchor. With a diagonal estimate $\Lambda$ of the drift's slope it uses
@@ -48,7 +48,7 @@ class SecantMemory(Memory):
 
 @dataclass(frozen=True)
 class Secant(Acceleration[SecantMemory]):
-    r"""Correct the drifts of guesses by the slopes seen between iterations (Eq. 18).
+    r"""Correct the drifts of guesses by the slopes seen between iterations (Eq. 12).
 
     A slot that was not accepted is evaluated again, so slopes cost no evaluation. A
     guess that equals its state is not corrected: at threshold 0 the result is that of
@@ -112,7 +112,7 @@ class Secant(Acceleration[SecantMemory]):
     def correct(
         self, memory: SecantMemory, drift: State, y: State, guess: State
     ) -> State:
-        """Add the slopes times the state's distance from the guess (Eq. 18)."""
+        """Add the slopes times the state's distance from the guess (Eq. 12)."""
         moved = {
             name: torch.addcmul(
                 widened(drift[name]), slope, widened(y[name]) - widened(guess[name])

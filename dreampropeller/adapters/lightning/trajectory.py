@@ -1,6 +1,6 @@
 r"""Any `LightningModule` with automatic optimisation, as a trajectory.
 
-One step of `Trainer.fit` is (Eq. 10 of `docs/method.md`)
+One step of `Trainer.fit` is (Eq. 18 of `docs/method.md`)
 
 $$\mathrm{drift}(t, \theta) = \nabla_\theta\, \mathtt{training\_step}(b_t, t), \qquad
   \mathrm{update} = \text{optimizer step, scheduler step},$$
@@ -24,7 +24,7 @@ from dreampropeller.tree import Nest, State, copy_nest
 
 
 class LightningTrajectory(Trajectory[Nest]):
-    """A LightningModule's training run (Eq. 10); buffers by Eq. 11.
+    """A LightningModule's training run (Eq. 18); buffers by Eq. 19.
 
     `Sequential` equals the module's own `Trainer.fit` bit for bit on CPU, given the
     same random numbers at each step (`tests/adapters/test_lightning.py`).
