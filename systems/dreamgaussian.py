@@ -14,7 +14,7 @@ import bisect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float
@@ -22,13 +22,12 @@ from torch import Tensor, nn
 
 import dreampropeller as dp
 from systems.distillation import Distillation
-from systems.dreamfusion import PROMPT_PROCESSORS
 from systems.guidance.base import Guidance
 from systems.guidance.priors import check
-from systems.guidance.prompts import PromptConfig
+from systems.guidance.prompts import PROMPT_PROCESSORS, PromptConfig
 from systems.guidance.table import GUIDANCES
 from systems.optimizer import OptimizerConfig
-from systems.scene.cameras import Views
+from systems.scene.cameras import RandomCameras, Views
 from systems.scene.gaussians import ply
 from systems.scene.gaussians.density import Density
 from systems.scene.gaussians.growth import GrowthConfig
@@ -41,9 +40,9 @@ from systems.scene.gaussians.splats import of_state
 from systems.scene.gaussians.trajectory import GrowingGaussians
 from systems.scene.isosurface import extract_mesh
 from systems.scene.regularisers import REGULARISERS
-from systems.settings.checks import at_least, one_of
+from systems.settings.checks import at_least
 from systems.settings.config import Config
-from systems.settings.reader import choose, read
+from systems.settings.reader import part, read
 from systems.settings.schedules import Schedule, check_schedule, value_at
 
 SPLATS = "geometry."
@@ -111,8 +110,8 @@ class DreamGaussianConfig(SplatSceneConfig):
         loss: Weights.
     """
 
-    prompt_processor: PromptConfig
-    guidance: dict[str, Any]
+    prompt_processor: PromptConfig = field(metadata=part(PROMPT_PROCESSORS))
+    guidance: Any = field(metadata=part(GUIDANCES))
     optimizer: OptimizerConfig
     densify: GrowthConfig = field(default_factory=GrowthConfig)
     position_decay: DecayConfig = field(default_factory=DecayConfig)
@@ -123,7 +122,6 @@ class DreamGaussianConfig(SplatSceneConfig):
     loss: SplatLossConfig = field(default_factory=SplatLossConfig)
 
     def __post_init__(self) -> None:
-        one_of("prompt_processor_type", self.prompt_processor_type, PROMPT_PROCESSORS)
         sides, steps = list(self.resolutions), list(self.resolution_milestones)
         if len(sides) != len(steps) or steps != sorted(steps):
             raise ValueError(
@@ -134,7 +132,7 @@ class DreamGaussianConfig(SplatSceneConfig):
         for side in sides:
             at_least("resolutions", side, 1)
         named = self.prompt_processor.pretrained_model_name_or_path
-        used = self.guidance.get("pretrained_model_name_or_path")
+        used = self.guidance.pretrained_model_name_or_path
         if named not in (None, used):
             raise ValueError(
                 f"`prompt_processor` names the model `{named}` and `guidance` "
@@ -146,16 +144,15 @@ class DreamGaussianConfig(SplatSceneConfig):
 class DreamGaussian(Distillation):
     """Text to 3D by score distillation of growing splats."""
 
+    section_types: ClassVar[Mapping[str, type]] = {
+        "data": RandomCameras,
+        "system": DreamGaussianConfig,
+    }
+
     def __init__(self, config: Config, device: torch.device | None = None) -> None:
         super().__init__(config, device)
         self.settings = read(DreamGaussianConfig, config.system, "system")
-        self._guidance = choose(
-            GUIDANCES, self.settings.guidance_type, "system.guidance_type"
-        )
-        self._guidance_config = read(
-            self._guidance.Config, self.settings.guidance, "system.guidance"
-        )
-        check(self._guidance_config.pretrained_model_name_or_path, [self.title])
+        check(self.settings.guidance.pretrained_model_name_or_path, [self.title])
         with self.random.scope(0, "scene"):
             self._scene = SplatScene(self.settings, self.device).to(self.device)
         self.settings.optimizer.check(self._scene)
@@ -179,8 +176,8 @@ class DreamGaussian(Distillation):
 
     def load_guidance(self) -> Guidance:
         """See `Distillation.load_guidance`."""
-        return self._guidance.load(
-            self._guidance_config, self.settings.prompt_processor, self.device
+        return GUIDANCES[self.settings.guidance_type].load(
+            self.settings.guidance, self.settings.prompt_processor, self.device
         )
 
     def weights(self, step: int) -> dict[str, float]:

@@ -17,7 +17,7 @@ from systems.scene.gaussians.splats import Gaussians
 from systems.scene.renderers.base import Rendering
 from systems.scene.renderers.splats import Pinhole, choose_backend, rasterize
 from systems.settings.checks import one_of
-from systems.settings.reader import choose, read
+from systems.settings.reader import part
 
 GEOMETRIES = {"gaussian-splatting": Gaussians}
 """Splats by the name configs use, which is threestudio-3dgs's."""
@@ -55,11 +55,11 @@ class SplatSceneConfig:
     """
 
     geometry_type: str = "gaussian-splatting"
-    geometry: dict[str, Any] = field(default_factory=dict)
+    geometry: Any = field(metadata=part(GEOMETRIES))
     background_type: str = "random-color-background"
-    background: dict[str, Any] = field(default_factory=dict)
+    background: Any = field(metadata=part(BACKGROUNDS))
     renderer_type: str = "diff-gaussian-rasterizer"
-    renderer: dict[str, Any] = field(default_factory=dict)
+    renderer: Any = field(metadata=part(RENDERERS))
 
 
 @dataclass(frozen=True)
@@ -90,16 +90,10 @@ class SplatScene(nn.Module):
 
     def __init__(self, config: SplatSceneConfig, device: torch.device) -> None:
         super().__init__()
-        kind = choose(GEOMETRIES, config.geometry_type, "system.geometry_type")
-        self.geometry = kind(read(kind.Config, config.geometry, "system.geometry"))
-        behind: Any = choose(
-            BACKGROUNDS, config.background_type, "system.background_type"
-        )
-        self.background = behind(
-            read(behind.Config, config.background, "system.background")
-        )
-        settings = choose(RENDERERS, config.renderer_type, "system.renderer_type")
-        self.renderer = read(settings, config.renderer, "system.renderer")
+        self.geometry = GEOMETRIES[config.geometry_type](config.geometry)
+        behind: Any = BACKGROUNDS[config.background_type]
+        self.background = behind(config.background)
+        self.renderer = config.renderer
         choose_backend(self.renderer.rasterizer, device)
 
     def forward(

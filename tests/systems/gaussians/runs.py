@@ -21,6 +21,7 @@ from systems.scene.gaussians.scene import (
     SplatSceneConfig,
 )
 from systems.scene.gaussians.trajectory import GrowingGaussians
+from systems.settings.reader import read
 
 STEPS = 60
 CPU = torch.device("cpu")
@@ -43,9 +44,8 @@ RELOCATION = GrowthConfig(
 
 
 def scene(count: int, opacity: float = 0.1) -> SplatScene:
-    config = SplatSceneConfig(
-        geometry={"num_splats": count, "radius": 0.5, "opacity": opacity}
-    )
+    geometry = {"num_splats": count, "radius": 0.5, "opacity": opacity}
+    config = read(SplatSceneConfig, {"geometry": geometry}, "system")
     with RANDOM.scope(count, "scene"):
         return SplatScene(config, CPU)
 
