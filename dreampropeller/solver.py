@@ -203,11 +203,13 @@ def _begin(
     state: SolverState[Any] | None,
 ) -> SolverState[Any]:
     """The state of step 0, or a copy of the one to continue from."""
-    if state is not None:
-        return solver.adopt(replace(state, carry=copy_nest(state.carry)))
-    y, carry = trajectory.init()
-    state = solver.init(y, carry)
-    if next_jump(trajectory, -1) == 0:
+    if state is None:
+        state, fresh = solver.init(*trajectory.init()), True
+    else:
+        # At the end of a shorter trajectory, the jump there was left out.
+        fresh = state.problem.get("num_steps") == state.step < trajectory.num_steps
+        state = solver.adopt(replace(state, carry=copy_nest(state.carry)))
+    if fresh and next_jump(trajectory, state.step - 1) == state.step:
         state = _jump(trajectory, solver, dispatcher, state)
     return state
 

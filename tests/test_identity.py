@@ -17,7 +17,7 @@ import dreampropeller as dp
 from dreampropeller import checkpoint
 from dreampropeller.checkpoint import CheckpointError
 from dreampropeller.identity import AnotherProblem
-from tests.helpers import tree_equal
+from tests.helpers import TOYS, tree_equal
 
 SOLVER = dp.PicardSolver(dp.SlidingWindow(3), dp.FixedThreshold(0))
 
@@ -79,6 +79,20 @@ def test_solver_and_length_may_differ(tmp_path: Path) -> None:
         found = dp.solve(trajectory, solver, state=state)
         assert tree_equal(found.value, straight)
         assert found.state.run == state.run
+
+
+def test_a_longer_run_takes_the_jump_at_the_end_of_the_shorter_one() -> None:
+    def growing(num_steps: int) -> dp.Trajectory[Any]:
+        trajectory = TOYS["growing"].make()
+        trajectory.num_steps = num_steps
+        return trajectory
+
+    whole = growing(TOYS["growing"].make().num_steps)
+    jump = whole.next_jump(0)
+    short = dp.solve(growing(jump), SOLVER).state
+    assert short.step == jump
+    long = dp.solve(whole, SOLVER, state=short)
+    assert tree_equal(long.value, dp.solve(whole, dp.Sequential()).value)
 
 
 def test_on_purpose_it_goes() -> None:

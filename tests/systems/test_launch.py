@@ -32,6 +32,7 @@ ROOT = Path(__file__).parent.parent.parent
 PROMPT = SMALL[0]
 FEW = (*SMALL, "trainer.max_steps=12", "trainer.val_check_interval=4")
 FILES = {
+    ".lock",
     "config.yaml",
     "command.txt",
     "environment.json",
@@ -214,7 +215,7 @@ def test_resumed_run_equals_the_undisturbed_one(tmp_path: Path, precision: str) 
     assert train(tmp_path / "whole", *settings) == 0
     whole = run_folder(tmp_path / "whole")
     end = checkpoint.load(whole / "ckpts").y
-    files = sorted((whole / "ckpts").iterdir())
+    files = sorted((whole / "ckpts").glob("step-*"))
     for file in files[len(files) // 2 :]:
         file.unlink()
     assert train(tmp_path / "unused", *settings, f"resume={whole}") == 0
@@ -506,7 +507,7 @@ def test_mistakes_in_files(
     words.write_text("- a list\n")
     half = tmp_path / "half"
     (half / "ckpts").mkdir(parents=True)
-    (whole,) = (finished / "ckpts").iterdir()
+    (whole,) = (finished / "ckpts").glob("step-*")
     (half / "ckpts" / whole.name).write_bytes(whole.read_bytes()[:5000])
     config = ["--config", str(finished / "config.yaml")]
     other = "system.geometry.resolution=9"
