@@ -109,7 +109,7 @@ def main() -> None:
     clock = time.process_time()
     solution = dp.solve(trajectory, made.solver())
     seconds = round(time.process_time() - clock, 1)
-    made.export(folder, solution.value)
+    ply.save(folder / "splats.ply", of_state(solution.value))
     loaded = system(folder / "splats.ply")
     views = fixed_views(64)
     again = loaded.scene.state_dict()

@@ -1,4 +1,4 @@
-r"""What an evaluation did to the buffers of a state, as part of its drift (Eq. 11).
+r"""What an evaluation did to the buffers of a state, as part of its drift (Eq. 19).
 
 A state holds tensors that are not optimised but evolve (an occupancy grid). The drift
 reports what the evaluation at the guess did to them, and the update writes just that:
@@ -19,7 +19,7 @@ from dreampropeller.tree import State, differs
 
 
 def buffer_drift(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> State:
-    """What an evaluation did to its buffers (Eq. 11); untouched ones are absent.
+    """What an evaluation did to its buffers (Eq. 19); untouched ones are absent.
 
     Args:
         before: The buffers at the guess.
@@ -57,7 +57,7 @@ def buffer_drift(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> S
 
 
 def updated_buffers(y: State, drift: State) -> State:
-    """The buffers an update writes (Eq. 11): those the drift reports a change of."""
+    """The buffers an update writes (Eq. 19): those the drift reports a change of."""
     written: State = {}
     for name, value in drift.items():
         if name not in y:

@@ -8,13 +8,15 @@ disk and then renamed, so a reader sees all of it or nothing.
 from __future__ import annotations
 
 import contextlib
+import errno
+import fcntl
 import json
 import os
 import re
 import warnings
 import zlib
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -25,7 +27,10 @@ from dreampropeller.component import Memory
 from dreampropeller.solution import SolverState, Stats
 from dreampropeller.tree import decode, encode, record_name
 
-FORMAT = 2
+FORMAT = 3
+LOCK = ".lock"
+"""Name of the file that a writing process holds."""
+_LOCKS: dict[Path, TextIO] = {}
 _NAME = re.compile(r"step-(\d+)\.safetensors")
 
 
@@ -54,11 +59,13 @@ def save(
         The file, ``step-<step>.safetensors``.
 
     Raises:
-        CheckpointError: It could not be written; earlier ones are intact.
+        CheckpointError: It could not be written, the folder holds checkpoints of
+            another run, or another process writes there; earlier ones are intact.
     """
     if keep < 1:
         raise ValueError(f"`keep` is {keep}: keep at least 1 checkpoint.")
     folder = Path(folder)
+    _refuse_other_run(folder, state.run)
     path = folder / f"step-{state.step:08d}.safetensors"
     structure, leaves = encode(
         state, lambda field: not lean or field.metadata.get("lean", True)
@@ -70,6 +77,7 @@ def save(
     }
     header = {
         "format": FORMAT,
+        "run": state.run,
         "structure": structure,
         "devices": [leaf.device.type for leaf in leaves],
         "checksums": {key: _checksum(array) for key, array in arrays.items()},
@@ -77,6 +85,7 @@ def save(
     part = path.with_suffix(".part")
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        lock(folder)
         save_file(arrays, part, metadata={"dreampropeller": json.dumps(header)})
         with open(part, "rb") as file:
             os.fsync(file.fileno())
@@ -94,6 +103,52 @@ def save(
         with contextlib.suppress(OSError):
             old.unlink()
     return path
+
+
+def lock(folder: Path) -> None:
+    """Keep a folder for this process until it ends; once is enough.
+
+    Raises:
+        CheckpointError: Another process has it.
+    """
+    folder = folder.resolve()
+    if folder in _LOCKS:
+        return
+    file = open(folder / LOCK, "w", encoding="utf-8")  # noqa: SIM115, held on purpose
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        file.close()
+        if error.errno in (errno.EAGAIN, errno.EACCES):
+            raise CheckpointError(
+                f"Another process writes to `{folder}`: wait until it has ended, or "
+                "name another folder."
+            ) from error
+        return  # a file system without locks
+    _LOCKS[folder] = file
+
+
+def run_of(folder: Path) -> str:
+    """The name of the run whose checkpoints a folder holds; empty: none is known."""
+    for path in _newest_first(folder) if folder.is_dir() else []:
+        with contextlib.suppress(OSError, SafetensorError, KeyError, ValueError):
+            return _header(path).get("run", "")
+    return ""
+
+
+def _refuse_other_run(folder: Path, run: str) -> None:
+    other = run_of(folder) if run else ""
+    if other not in ("", run):
+        raise CheckpointError(
+            f"`{folder}` holds checkpoints of another run, which would be removed: "
+            "name another folder, resume that run with `state=checkpoint.load("
+            f'"{folder}")`, or remove them yourself.'
+        )
+
+
+def _header(path: Path) -> dict[str, Any]:
+    with safe_open(path, framework="pt") as file:
+        return json.loads((file.metadata() or {})["dreampropeller"])
 
 
 def load(

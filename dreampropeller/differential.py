@@ -19,7 +19,7 @@ $$v' = q v + \tfrac{1 - q}{g} S + B_v, \qquad
 
 The score is the drift, everything else the update. `Sequential` is the sequential form,
 `SlidingWindow` the sliding one, and `BlockWindow` makes it PIADM: blocks of time of
-length O(1), each iterated a fixed number of times.
+length O(1), each iterated a fixed number of times (`dreampropeller.piadm`).
 
 References:
     Chen, Ren, Ying and Rotskoff, NeurIPS 2024, arXiv 2405.15986.
@@ -124,7 +124,7 @@ class Grid:
     def blocks(self) -> list[list[SmallStep]]:
         """The small steps of every block."""
         span = self.horizon - self.stop
-        count = math.ceil(span / self.block - 1e-9)
+        count = max(1, math.ceil(span / self.block - 1e-9))
         ends = [self.horizon - span * n / count for n in range(count + 1)]
         return [
             self._block(ends[n], ends[n + 1], last=n + 1 == count) for n in range(count)
@@ -132,7 +132,7 @@ class Grid:
 
     def _block(self, begin: float, end: float, *, last: bool) -> list[SmallStep]:
         if not last:
-            count = math.ceil((begin - end) / self.step - 1e-9)
+            count = max(1, math.ceil((begin - end) / self.step - 1e-9))
             e = (begin - end) / count
             return [SmallStep(begin - e * m, e) for m in range(count)]
         steps, s = [], begin

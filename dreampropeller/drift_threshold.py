@@ -1,7 +1,7 @@
 r"""A threshold that promises something about the drift, not about the state.
 
 A step may be accepted while the drift at its guess is close to the drift at its final
-state, relative to the drift itself (Eq. 12 of `docs/method.md`). That error is
+state, relative to the drift itself (Eq. 9 of `docs/method.md`). That error is
 estimated for nearly nothing: a slot that was not accepted is evaluated again at a new
 guess, same step, same random numbers, and the two drifts give a secant.
 """
@@ -20,6 +20,7 @@ from dreampropeller.checks import is_number, is_whole
 from dreampropeller.component import FULL, Memory
 from dreampropeller.rollout import Evaluation, Rollout
 from dreampropeller.threshold import Threshold
+from dreampropeller.trajectory import Parents
 from dreampropeller.tree import State, moving, norms
 
 ROUNDING = 64
@@ -52,7 +53,7 @@ class DriftMemory(Memory):
 
 @dataclass(frozen=True)
 class DriftThreshold(Threshold[DriftMemory]):
-    r"""Accept a guess while its drift is off by at most a share of itself (Eq. 12).
+    r"""Accept a guess while its drift is off by at most a share of itself (Eq. 9).
 
     With $g, g'$ the drifts of one step at two guesses that are $d$ apart (the root of
     the solver's norm) and $\lVert\cdot\rVert$ the root of the sum of squares,
@@ -71,7 +72,7 @@ class DriftThreshold(Threshold[DriftMemory]):
     those measured in the last `memory` iterations that measured any: timestep, noise
     and camera make the secants of different steps differ by a factor of two to three,
     those of one step by 1.3 to 1.5 (one standard deviation, measured, see
-    `docs/pareto.md`), and they change along a run. While there is no secant, one step
+    `docs/results.md`), and they change along a run. While there is no secant, one step
     is accepted. When everything passes, the last slot is held back now and then to get
     one (`hold_every`); never in a window of one step, which is `Sequential`. Beside
     `Secant` the drifts are the corrected ones: what is left of the error is what
@@ -100,7 +101,7 @@ class DriftThreshold(Threshold[DriftMemory]):
         memory: Iterations whose secants are remembered.
         warmup: Steps at the start of a run that are judged by δ / 4. While a shape is
             still being decided, an error can send the run to another one (measured on
-            hash grids, see `docs/pareto.md`). 0: the same δ from the start.
+            hash grids, see `docs/results.md`). 0: the same δ from the start.
     """
 
     value: float = 0.2
@@ -224,6 +225,15 @@ class DriftThreshold(Threshold[DriftMemory]):
         first, last = rollout.states[0], rollout.states[-1]
         path = {n: last[n] - first[n] for n in moving(first, rollout.used[-1])}
         return replace(memory, held=held, moved=norms(path))
+
+    def jumped(
+        self, memory: DriftMemory, y: State, parents: Parents | None
+    ) -> DriftMemory:
+        """Trust the secants of before, where it is known what the rows were."""
+        del y
+        if parents is None:
+            return self.init()
+        return replace(memory, held={}, own={}, measured=None)
 
     def diagnostics(self, memory: DriftMemory) -> dict[str, float]:
         """The secant of a step without its own, and the error measured last."""

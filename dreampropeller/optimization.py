@@ -1,12 +1,12 @@
 r"""Gradient descent with any torch optimizer, as a trajectory.
 
 The state holds the parameters and the evolving buffers, the carry what the optimizers
-and schedulers remember, and (Eq. 10 of `docs/method.md`)
+and schedulers remember, and (Eq. 18 of `docs/method.md`)
 
 $$\mathrm{drift}(t, \theta) = \nabla_\theta\, \ell(t, \theta), \qquad
   \mathrm{update} = \text{clip, optimizer step, scheduler step}.$$
 
-Buffers follow Eq. 11: the drift reports what the evaluation did to them, a new value
+Buffers follow Eq. 19: the drift reports what the evaluation did to them, a new value
 where an element changed (integers: the increment), and the update writes just that.
 """
 
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from dreampropeller.buffers import buffer_drift, updated_buffers
 from dreampropeller.guard import Guard
+from dreampropeller.identity import Fingerprint, plain, shape_of
 from dreampropeller.optimizers import (
     OptimizerFactory,
     Optimizers,
@@ -37,7 +38,7 @@ Loss: TypeAlias = Callable[[int, State], Any]
 
 
 class OptimizationTrajectory(Trajectory[Nest]):
-    """Parameters rolled out by `torch.optim` (Eq. 10); buffers by Eq. 11.
+    """Parameters rolled out by `torch.optim` (Eq. 18); buffers by Eq. 19.
 
     Equals the loop ``loss.backward(); clip; optimizer.step(); scheduler.step()`` bit
     for bit under `Sequential` (`test_optimization.py`).
@@ -60,6 +61,8 @@ class OptimizationTrajectory(Trajectory[Nest]):
             one optimizer only.
         seed: The global generators are seeded with (seed, step) during `loss`, so that
             dropout and `torch.randn` replay; None leaves them alone.
+        about: What else must be the same for a run to be resumed (a prompt, a data
+            set), JSON values by name; it goes into the fingerprint.
 
     Raises:
         ValueError: An optimizer needs a closure, a scheduler a metric, a parameter
@@ -81,6 +84,7 @@ class OptimizationTrajectory(Trajectory[Nest]):
         clip_grad_value: float | None = None,
         precision: str | int = "32-true",
         seed: int | None = 0,
+        about: Mapping[str, Any] | None = None,
     ) -> None:
         if num_steps < 1:
             raise ValueError(f"`num_steps` is {num_steps}: write at least 1.")
@@ -101,6 +105,15 @@ class OptimizationTrajectory(Trajectory[Nest]):
             {name: self._initial[name] for name in params}, optimizer, scheduler
         )
         self._initial_carry = copy_nest(self._optimizers.export())
+        self._fingerprint = {
+            "state": {name: shape_of(value) for name, value in self._initial.items()},
+            **self._optimizers.fingerprint(),
+            "clip_grad_norm": clip_grad_norm,
+            "clip_grad_value": clip_grad_value,
+            "precision": str(precision),
+            "seed": seed,
+            "about": plain(about or {}),
+        }
         device = next(iter(self._initial.values())).device
         self._precision = Precision(str(precision), device)
         if self._precision.scales and self._optimizers.count > 1:
@@ -160,6 +173,10 @@ class OptimizationTrajectory(Trajectory[Nest]):
         return self
 
     _module: nn.Module | None = None
+
+    def fingerprint(self) -> Fingerprint:
+        """Names and shapes, optimizers and schedulers with their settings, the seed."""
+        return {**super().fingerprint(), **self._fingerprint}
 
     def init(self) -> tuple[State, Nest]:
         """The initial parameters and buffers, and the fresh optimizers' memory."""

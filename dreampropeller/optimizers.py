@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from dreampropeller.identity import Fingerprint, plain
 from dreampropeller.tree import Nest, State, copy_nest
 
 Params: TypeAlias = dict[str, nn.Parameter]
@@ -85,6 +86,29 @@ class Optimizers:
             "schedulers": [
                 None if scheduler is None else _memory(scheduler.state_dict())
                 for scheduler in self._schedulers
+            ],
+        }
+
+    def fingerprint(self) -> Fingerprint:
+        """Classes, groups and settings of optimizers and schedulers, as they are."""
+        memory = self.export()
+        return {
+            "optimizers": [
+                {
+                    "class": type(optimizer).__qualname__,
+                    "parameters": names,
+                    "groups": plain(memory["optimizers"][index]["groups"]),
+                    "sizes": [len(group["params"]) for group in optimizer.param_groups],
+                }
+                for index, (optimizer, names) in enumerate(
+                    zip(self._optimizers, self._names, strict=True)
+                )
+            ],
+            "schedulers": [
+                {"class": type(scheduler).__qualname__, "state": plain(state)}
+                for scheduler, state in zip(
+                    self._schedulers, memory["schedulers"], strict=True
+                )
             ],
         }
 

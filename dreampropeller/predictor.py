@@ -84,7 +84,7 @@ class MomentumMemory(Memory):
 
 @dataclass(frozen=True)
 class Momentum(Predictor[MomentumMemory]):
-    r"""Roll the update on with the running mean of the accepted drifts (Eq. 9).
+    r"""Roll the update on with the running mean of the accepted drifts (Eq. 10).
 
     $\bar g \leftarrow \beta \bar g + (1 - \beta) g$, corrected for its start at zero as
     in Adam. Only entries that follow the state (same name, same shape, floating) are
@@ -208,7 +208,7 @@ class FittedMemory(Memory):
 
 @dataclass(frozen=True)
 class FittedMomentum(Predictor[FittedMemory]):
-    r"""Extrapolate along momentum, by a fraction fitted to recent iterations (Eq. 13).
+    r"""Extrapolate along momentum, by a fraction fitted to recent iterations (Eq. 11).
 
     $\hat y_j = y + \alpha\,(\hat y^{\text{momentum}}_j - y)$ lies between `RepeatLast`
     ($\alpha = 0$) and `Momentum` ($\alpha = 1$). When the middle one of the new slots

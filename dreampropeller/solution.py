@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
 from dreampropeller.component import FULL, LEAN
+from dreampropeller.identity import Fingerprint
 from dreampropeller.tree import Aux, State
 
 C = TypeVar("C")
@@ -62,6 +63,8 @@ class SolverState(Generic[C]):
         predictor: The predictor's memory.
         acceleration: The acceleration's memory.
         stats: The cost so far.
+        run: The name of the run; empty: none was given.
+        problem: The trajectory's fingerprint; empty: it is not known.
     """
 
     step: int = field(metadata=LEAN)
@@ -73,6 +76,8 @@ class SolverState(Generic[C]):
     predictor: Any = field(default=None, metadata=LEAN)
     acceleration: Any = field(default=None, metadata=LEAN)
     stats: Stats = field(default_factory=Stats, metadata=LEAN)
+    run: str = field(default="", metadata=LEAN)
+    problem: Fingerprint = field(default_factory=dict, metadata=LEAN)
 
 
 @dataclass(frozen=True)

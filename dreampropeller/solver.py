@@ -3,12 +3,14 @@ r"""The only loop: iterate a solver until the anchor reaches the last step."""
 from __future__ import annotations
 
 import abc
+import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeVar
 
 import torch
 
+from dreampropeller import allocator, identity
 from dreampropeller.dispatch.base import Dispatcher, InlineDispatcher
 from dreampropeller.solution import (
     Iteration,
@@ -151,20 +153,20 @@ def solve(
     Raises:
         NotConverged: The last step was not reached and `throw` is set; what was
             reached is in its `solution`.
+        AnotherProblem: `state` belongs to another problem.
         WorkerError: A rank failed (distributed dispatchers only).
     """
     listeners = [on_iteration] if callable(on_iteration) else on_iteration or ()
     detail = ""
-    with dispatcher(trajectory) as workers:
-        if state is None:
-            y, carry = trajectory.init()
-            state = solver.init(y, carry)
-            if next_jump(trajectory, -1) == 0:
-                state = _jump(trajectory, solver, workers, state)
-        else:
-            state = solver.adopt(replace(state, carry=copy_nest(state.carry)))
-        result = Result.SUCCESS
-        iterations = 0
+    problem = trajectory.fingerprint()
+    if state is not None:
+        _check_problem(state, problem)
+    with contextlib.ExitStack() as stack:
+        workers = stack.enter_context(dispatcher(trajectory))
+        state = _begin(trajectory, solver, workers, state)
+        state.run, state.problem = state.run or identity.new_run(), problem
+        stack.enter_context(allocator.reused(state.y))
+        run, result, iterations = state.run, Result.SUCCESS, 0
         while state.step < trajectory.num_steps:
             if max_iterations is not None and iterations >= max_iterations:
                 result = Result.MAX_ITERATIONS
@@ -176,6 +178,7 @@ def solve(
                 result, detail = Result.NON_FINITE, f" {error}"
                 break
             iterations += 1
+            state.run, state.problem = run, problem
             if state.step == jump < trajectory.num_steps:
                 state = _jump(trajectory, solver, workers, state)
             answers = [listener(state, iteration) for listener in listeners]
@@ -191,6 +194,30 @@ def solve(
             solution,
         )
     return solution
+
+
+def _begin(
+    trajectory: Trajectory[Any],
+    solver: Solver,
+    dispatcher: Dispatcher,
+    state: SolverState[Any] | None,
+) -> SolverState[Any]:
+    """The state of step 0, or a copy of the one to continue from."""
+    if state is not None:
+        return solver.adopt(replace(state, carry=copy_nest(state.carry)))
+    y, carry = trajectory.init()
+    state = solver.init(y, carry)
+    if next_jump(trajectory, -1) == 0:
+        state = _jump(trajectory, solver, dispatcher, state)
+    return state
+
+
+def _check_problem(state: SolverState[Any], problem: identity.Fingerprint) -> None:
+    """Refuse a state of another problem; more steps than it began with may follow."""
+    found = dict(state.problem)
+    if found and found.get("num_steps", 0) <= problem["num_steps"]:
+        found["num_steps"] = problem["num_steps"]
+    identity.check(found, problem)
 
 
 def _jump(

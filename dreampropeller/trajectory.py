@@ -17,6 +17,7 @@ from typing import Generic, Protocol, TypeVar, runtime_checkable
 import torch
 from torch import Tensor
 
+from dreampropeller.identity import Fingerprint
 from dreampropeller.tree import Aux, State
 
 C = TypeVar("C")
@@ -109,6 +110,10 @@ class Trajectory(abc.ABC, Generic[C]):
         """
         del step
         return y, carry, None
+
+    def fingerprint(self) -> Fingerprint:
+        """What must be the same for a state to be continued (`identity`)."""
+        return {"trajectory": type(self).__qualname__, "num_steps": self.num_steps}
 
     def error_scale(self, step: int) -> float:
         """The unit of the error of the state at a step; default 1."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import abc
+import bisect
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -151,3 +153,83 @@ class AdaptiveWindow(Window[AdaptiveMemory]):
         """The mean stride goes on."""
         del y, parents
         return memory
+
+
+@dataclass(frozen=True)
+class BlockMemory(Memory):
+    """Memory of a `BlockWindow`.
+
+    Attributes:
+        step: Steps accepted so far.
+        rounds: Iterations of the present block.
+    """
+
+    step: int = 0
+    rounds: int = 0
+
+
+@dataclass(frozen=True)
+class BlockWindow(Window[BlockMemory]):
+    """Whole blocks of steps, each iterated a fixed number of times (PIADM).
+
+    Errors are not looked at: a block of m steps is accepted after min(depth, m)
+    iterations. With a depth of at least m it is exact, for after k iterations the first
+    k steps are; with the depth 1 its steps all use the score at its start.
+
+    Args:
+        boundaries: Where blocks end, in steps, ascending: as
+            `DiffusionTrajectory.boundaries`; beyond the last one is one more block. Or
+            the length of equal blocks.
+        depth: Iterations of a block, K.
+
+    References:
+        Chen et al. 2024, arXiv 2405.15986, Algorithms 1 and 2.
+    """
+
+    boundaries: Sequence[int] | int
+    depth: int
+
+    def __post_init__(self) -> None:
+        if not is_whole(self.depth) or self.depth < 1:
+            raise ValueError(
+                f"`depth` is {self.depth!r}: write a whole number, at least 1."
+            )
+        if isinstance(self.boundaries, int):
+            ends = [0] if self.boundaries < 1 else [0, self.boundaries]
+        else:
+            ends = [0, *self.boundaries]
+        if len(ends) == 1 or any(b <= a for a, b in itertools.pairwise(ends)):
+            raise ValueError(
+                f"`boundaries` are {self.boundaries!r}: write ascending steps above 0, "
+                "as [20, 40, 60], or the length of all blocks, as 20."
+            )
+
+    def init(self) -> BlockMemory:
+        """At the start of the first block."""
+        return BlockMemory()
+
+    def length(self, memory: BlockMemory, remaining: int) -> int:
+        """The steps to the end of the block, cut by what remains."""
+        if isinstance(self.boundaries, int):
+            return min(self.boundaries - memory.step % self.boundaries, remaining)
+        at = bisect.bisect_right(self.boundaries, memory.step)
+        if at == len(self.boundaries):
+            return remaining
+        return min(self.boundaries[at] - memory.step, remaining)
+
+    def stride(self, memory: BlockMemory, passed: Sequence[bool]) -> int:
+        """Nothing until the depth is reached, then all."""
+        return len(passed) if memory.rounds + 1 >= min(self.depth, len(passed)) else 0
+
+    def after(self, memory: BlockMemory, rollout: Rollout) -> BlockMemory:
+        """Count the iteration, or begin the next block."""
+        if rollout.stride:
+            return BlockMemory(memory.step + rollout.stride)
+        return BlockMemory(memory.step, memory.rounds + 1)
+
+    def jumped(
+        self, memory: BlockMemory, y: State, parents: Parents | None
+    ) -> BlockMemory:
+        """A jump ends a block."""
+        del y, parents
+        return BlockMemory(memory.step)

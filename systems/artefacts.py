@@ -42,7 +42,8 @@ def write(
     if not mesh:
         report.pop("mesh", None)  # it was only wanted for the preview
     else:
-        report |= system.export(folder, y)
+        for name, make in system.exports(folder, y).items():
+            attempt(report, name, make)
     if mesh and surface is not None:
         attempt(report, "mesh", lambda: [p.name for p in save_mesh(surface, folder)])
         attempt(

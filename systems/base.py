@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +16,7 @@ from dreampropeller.precision import LOSS_SCALE
 from systems import artefacts
 from systems.problem import Problem
 from systems.scene.cameras import RandomCameras, Views
+from systems.scene.isosurface import Silhouettes
 from systems.settings.config import Config
 from systems.settings.reader import ConfigError, read
 
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
     import trimesh
 
 PREVIEW_VIEWS = 4
+LOOKS = ("eval_", "n_test_views", "n_val_views", "isosurface_")
+"""How settings begin that only look at a result, so that a resumed run may differ."""
 
 
 class System(Problem):
@@ -43,6 +46,18 @@ class System(Problem):
     def __init__(self, config: Config, device: torch.device | None = None) -> None:
         super().__init__(config, device)
         self.cameras = read(RandomCameras, config.data, "data")
+
+    def about(self) -> dict[str, Any]:
+        """Seed, system and cameras, without what only looks at the result."""
+
+        def kept(section: Any) -> Any:
+            if not isinstance(section, dict):
+                return section
+            return {k: kept(v) for k, v in section.items() if not k.startswith(LOOKS)}
+
+        config = self.config
+        sections = {"system": kept(config.system), "data": kept(config.data)}
+        return {"system_type": config.system_type, "seed": config.seed, **sections}
 
     @property
     def num_steps(self) -> int:
@@ -103,11 +118,22 @@ class System(Problem):
         """Write turntable, quality and mesh; see `systems.artefacts`."""
         return artefacts.write(folder, self, y)
 
-    def export(self, folder: Path, y: dp.State) -> dict[str, Any]:
-        """Write what a state is made of, beside its mesh; default: nothing.
+    def silhouettes(self, y: dp.State) -> Silhouettes:
+        """Opacity of a state along the rays of a few views all around."""
+        views = self.cameras.around()
+        origins, directions = views.cameras.rays(views.height, views.width)
+        seen = [self.render(y, views.one(i))[1] for i in range(len(views.cameras))]
+        return Silhouettes(
+            origins.expand_as(directions).reshape(-1, 3),
+            directions.reshape(-1, 3),
+            torch.cat(seen).flatten(),
+        )
+
+    def exports(self, folder: Path, y: dp.State) -> dict[str, Callable[[], Any]]:
+        """What a state is written as besides its mesh, by name; default: nothing.
 
         Returns:
-            Its part of the report.
+            Functions that write a file and return what the report says of it.
         """
         del folder, y
         return {}

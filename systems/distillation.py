@@ -98,4 +98,5 @@ class Distillation(System):
             self.config.trainer.max_steps,
             precision=self.config.trainer.precision,
             seed=self.config.seed,
+            about=self.about(),
         )

@@ -26,7 +26,7 @@ from systems.guidance.prompts import PROMPT_PROCESSORS, PromptConfig
 from systems.guidance.table import GUIDANCES
 from systems.optimizer import OptimizerConfig
 from systems.scene.cameras import RandomCameras, Views
-from systems.scene.isosurface import Silhouettes, extract_mesh
+from systems.scene.isosurface import extract_mesh
 from systems.scene.renderers.volume import Rendering
 from systems.scene.scene import Scene, SceneConfig
 from systems.settings.config import Config
@@ -176,17 +176,6 @@ class DreamFusion(Distillation):
             colour,
             geometry.config.radius,
             geometry.config.isosurface_resolution,
-            self._silhouettes(y) if threshold == "auto" else threshold,
+            self.silhouettes(y) if threshold == "auto" else threshold,
             self.scene.renderer.config.step_size,
-        )
-
-    def _silhouettes(self, y: dp.State) -> Silhouettes:
-        """Opacity of a state along the rays of a few views all around."""
-        views = self.cameras.around()
-        origins, directions = views.cameras.rays(views.height, views.width)
-        seen = [self.render(y, views.one(i))[1] for i in range(len(views.cameras))]
-        return Silhouettes(
-            origins.expand_as(directions).reshape(-1, 3),
-            directions.reshape(-1, 3),
-            torch.cat(seen).flatten(),
         )

@@ -28,7 +28,7 @@ from systems.guidance.prompts import PROMPT_PROCESSORS, PromptConfig
 from systems.guidance.table import GUIDANCES
 from systems.optimizer import OptimizerConfig
 from systems.scene.cameras import RandomCameras, Views
-from systems.scene.gaussians import ply
+from systems.scene.gaussians import ply, viewer
 from systems.scene.gaussians.density import Density
 from systems.scene.gaussians.growth import GrowthConfig
 from systems.scene.gaussians.scene import (
@@ -176,9 +176,9 @@ class DreamGaussian(Distillation):
 
     def load_guidance(self) -> Guidance:
         """See `Distillation.load_guidance`."""
-        return GUIDANCES[self.settings.guidance_type].load(
-            self.settings.guidance, self.settings.prompt_processor, self.device
-        )
+        settings = self.settings
+        guidance = GUIDANCES[settings.guidance_type]
+        return guidance.load(settings.guidance, settings.prompt_processor, self.device)
 
     def weights(self, step: int) -> dict[str, float]:
         """See `Distillation.weights`."""
@@ -232,6 +232,7 @@ class DreamGaussian(Distillation):
             decay=decay.at if decay.factor < 1 else None,
             precision=self.config.trainer.precision,
             seed=self.config.seed,
+            about=self.about(),
         )
 
     @torch.no_grad()
@@ -250,6 +251,7 @@ class DreamGaussian(Distillation):
     def mesh(self, y: dp.State) -> Any:
         """The surface of the splats' density, coloured by the splats around it."""
         settings = self.scene.geometry.config
+        threshold = settings.isosurface_threshold
         density = Density({n: v.cpu() for n, v in of_state(y).items()})
         low, high = density.box
         radius = float(torch.maximum(-low, high).amax().clamp(1e-3, 1e3))
@@ -258,14 +260,20 @@ class DreamGaussian(Distillation):
             lambda points: density(points)[1],
             radius,
             settings.isosurface_resolution,
-            settings.isosurface_threshold,
+            self.silhouettes(y) if isinstance(threshold, str) else threshold,
         )
         return simplified(surface, settings.max_faces)
 
-    def export(self, folder: Path, y: dp.State) -> dict[str, Any]:
-        """Write the splats as ``splats.ply``, in the layout of 3DGS."""
-        ply.save(folder / "splats.ply", of_state(y))
-        return {"splats": "splats.ply", "num_splats": len(y[SPLATS + "means"])}
+    def exports(self, folder: Path, y: dp.State) -> dict[str, Callable[[], Any]]:
+        """The splats, in the layout of 3DGS and as a page; see `System.exports`."""
+        splats = of_state(y)
+
+        def files() -> list[str]:
+            ply.save(folder / "splats.ply", splats)
+            viewer.write(folder / "splats.html", splats, self.title)
+            return ["splats.ply", "splats.html"]
+
+        return {"splats": files, "num_splats": lambda: len(splats["means"])}
 
 
 class _Loss(nn.Module):
@@ -295,5 +303,6 @@ def simplified(mesh: Any, max_faces: int) -> Any:
         fewer.vertices,
         fewer.faces,
         vertex_colors=mesh.visual.vertex_colors[nearest],
+        metadata=dict(mesh.metadata),
         process=False,
     )

@@ -91,6 +91,10 @@ class Problem(abc.ABC):
         """
         del y, where
 
+    def about(self) -> dict[str, Any]:
+        """What must be the same for a run to be resumed; part of the fingerprint."""
+        return {}
+
     def preview(self, y: dp.State) -> Float[Tensor, "images 3 height width"] | None:
         """Images of a state for the progress preview; None: there are none."""
         del y

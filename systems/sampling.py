@@ -12,6 +12,7 @@ from torch import Tensor
 
 import dreampropeller as dp
 from dreampropeller.adapters.diffusers import measure, sample, worst_picture
+from systems.files import written
 from systems.guidance.prompts import PromptConfig
 from systems.images import save_picture, save_sheet
 from systems.problem import Problem
@@ -140,6 +141,12 @@ class Sampling(Problem):
                 "`system.sampler.batched` puts a window on one device, and "
                 f"there are {config.dispatch.count} workers: choose one."
             )
+        needs = {"piadm-ode": "ddim", "piadm-sde": "ddpm"}.get(config.solver.name)
+        if needs and self.settings.sampler.scheduler != needs:
+            raise ConfigError(
+                f"`solver.name={config.solver.name}` integrates with {needs.upper()}: "
+                f"write `system.sampler.scheduler={needs}`."
+            )
         self._strip = Strip()
         self._images = torch.empty(0)
 
@@ -158,6 +165,8 @@ class Sampling(Problem):
         solver = self.config.solver.build()
         if not isinstance(solver, dp.PicardSolver):
             return solver
+        if isinstance(solver.window, dp.BlockWindow):
+            return solver  # it looks at no errors
         held = solver.predictor == dp.Momentum()
         predictor = dp.Momentum(0.0) if held else solver.predictor
         return replace(solver, predictor=predictor, norm=worst_picture)
@@ -205,7 +214,8 @@ class Sampling(Problem):
         del y
         enlarged = max(1, 256 // self._images.shape[-1])
         columns = min(4, len(self._images))
-        save_sheet(self._images, folder / "sample.png", columns, scale=enlarged)
+        with written(folder / "sample.png") as part:
+            save_sheet(self._images, part, columns, scale=enlarged)
         cells, columns = self._strip.picture(self.num_steps)
         save_picture(cells, folder / "strip.png", columns)
         return {"sampler": asdict(self.settings.sampler)}

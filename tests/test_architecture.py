@@ -19,7 +19,8 @@ SCIENCE = {"scipy", "sklearn", "joblib", "threadpoolctl"}
 """What the extra `mixtures` brings."""
 
 LAYERS = {
-    "states": "dreampropeller/{tree,rng,timer,checks,buffers,guard}.py",
+    "states": "dreampropeller/{tree,rng,timer,checks,buffers,guard,identity,allocator}"
+    ".py",
     "problem": "dreampropeller/{trajectory,optim*,precision,host,differential}.py",
     "control": "dreampropeller/{component,rollout,window,predictor,*threshold}.py "
     "dreampropeller/acceleration/*",

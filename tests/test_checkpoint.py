@@ -143,7 +143,7 @@ def test_another_format_is_refused(
 ) -> None:
     path = checkpoint.save(tmp_path, small(1))
     monkeypatch.setattr(checkpoint, "FORMAT", 99)
-    with pytest.raises(CheckpointError, match="format 2, and this version reads 99"):
+    with pytest.raises(CheckpointError, match="format 3, and this version reads 99"):
         checkpoint.load(path)
 
 

@@ -297,7 +297,7 @@ def test_a_checkpoint_goes_on_as_if_nothing_had_happened(
         assert tree_equal(resumed.state.threshold, whole.state.threshold)
 
 
-def test_what_is_remembered_at_a_jump_is_forgotten() -> None:
+def test_secants_outlive_a_jump_and_what_belongs_to_steps_does_not() -> None:
     memories: dict[int, Any] = {}
     solver = PicardSolver(SlidingWindow(5), DriftThreshold(1e6))
     solve(
@@ -306,8 +306,26 @@ def test_what_is_remembered_at_a_jump_is_forgotten() -> None:
         on_iteration=lambda state, _: memories.update({state.step: state.threshold}),
     )
     assert {5, 9} <= memories.keys()
-    assert memories[5] == memories[9] == solver.threshold.init()
+    for step in (5, 9):
+        assert memories[step].secants
+        assert not memories[step].held
+        assert not memories[step].own
     assert memories[1].held
+    forgotten = solver.threshold.jumped(memories[5], {}, None)
+    assert forgotten == solver.threshold.init()
+
+
+def test_the_first_iteration_after_a_jump_trusts_the_secants_of_before() -> None:
+    """And not one step alone, which it is while there is none."""
+    begins: dict[int, int] = {}
+    solver = PicardSolver(SlidingWindow(3), DriftThreshold(1e6))
+    solve(
+        TOYS["growing"].make(),
+        solver,
+        on_iteration=lambda _, it: begins.update({it.begin: it.stride}),
+    )
+    assert begins[0] == 1
+    assert begins[5] == 3
 
 
 def test_relative_threshold_counts_optimizer_steps() -> None:

@@ -22,6 +22,7 @@ from dreampropeller import (
     checkpoint,
     solve,
 )
+from dreampropeller.acceleration.secant import SecantMemory
 from dreampropeller.solution import Iteration
 from tests.helpers import JUMPS, TOYS, make_quadratic, noise, rolled_out, tree_equal
 
@@ -107,21 +108,34 @@ def test_a_state_is_continued_with_and_without() -> None:
         assert tree_equal(end.value, TOYS["quadratic-adam"].loop()[-1])
 
 
-def test_a_jump_forgets_the_slopes() -> None:
-    learnt = 0
+def test_slopes_follow_their_rows_through_a_jump() -> None:
+    learnt: dict[int, Any] = {}
 
     def look(state: SolverState[Any], iteration: Iteration) -> None:
-        nonlocal learnt
         del iteration
-        if state.step in JUMPS:
-            assert state.acceleration == Secant().init()
-        learnt += bool(state.acceleration.products)
+        learnt[state.step] = state.acceleration, len(state.y["points"])
 
     solver = PicardSolver(
         SlidingWindow(12), FixedThreshold(1e-12), acceleration=Secant()
     )
     solve(TOYS["growing"].make(), solver, on_iteration=look)
-    assert learnt
+    assert {5, 9} <= learnt.keys()
+    for step in (5, 9):  # the last row of these jumps is new
+        memory, rows = learnt[step]
+        assert memory.squares["points"].shape == (rows,)
+        assert memory.squares["points"][:-1].all()
+        assert not memory.squares["points"][-1]
+        assert not memory.held
+
+
+def test_without_a_row_map_slopes_are_forgotten() -> None:
+    y = {"a": torch.ones(3), "b": torch.ones(2)}
+    memory = SecantMemory({}, dict(y), dict(y))
+    after = Secant().jumped(memory, y, {"a": torch.tensor([2, -1, 0])})
+    assert after.products["a"].tolist() == [1, 0, 1]
+    assert torch.equal(after.products["b"], y["b"])
+    assert Secant().jumped(memory, {"b": y["b"]}, {}).products.keys() == {"b"}
+    assert Secant().jumped(memory, y, None) == Secant().init()
 
 
 def seen_twice(

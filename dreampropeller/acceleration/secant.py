@@ -1,4 +1,4 @@
-r"""Drifts corrected to the states they are used at (Eqs. 18 and 19).
+r"""Drifts corrected to the states they are used at (Eqs. 12 and 13).
 
 An iteration uses the drift $g_j$ of a guess $\hat y_j$ at another state $y_j$, rolled
 out from the anchor. With a diagonal estimate $\Lambda$ of the drift's slope it uses
@@ -25,7 +25,8 @@ from dreampropeller.acceleration.base import Acceleration
 from dreampropeller.checks import is_number
 from dreampropeller.component import FULL, Memory
 from dreampropeller.rollout import Evaluation, Rollout
-from dreampropeller.tree import State, moving, widened
+from dreampropeller.trajectory import Parents
+from dreampropeller.tree import State, moving, take_rows, widened
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ class SecantMemory(Memory):
 
 @dataclass(frozen=True)
 class Secant(Acceleration[SecantMemory]):
-    r"""Correct the drifts of guesses by the slopes seen between iterations (Eq. 18).
+    r"""Correct the drifts of guesses by the slopes seen between iterations (Eq. 12).
 
     A slot that was not accepted is evaluated again, so slopes cost no evaluation. A
     guess that equals its state is not corrected: at threshold 0 the result is that of
@@ -111,7 +112,7 @@ class Secant(Acceleration[SecantMemory]):
     def correct(
         self, memory: SecantMemory, drift: State, y: State, guess: State
     ) -> State:
-        """Add the slopes times the state's distance from the guess (Eq. 18)."""
+        """Add the slopes times the state's distance from the guess (Eq. 12)."""
         moved = {
             name: torch.addcmul(
                 widened(drift[name]), slope, widened(y[name]) - widened(guess[name])
@@ -131,6 +132,25 @@ class Secant(Acceleration[SecantMemory]):
             for slot in rollout.repeated
         }
         return SecantMemory(held, memory.products, memory.squares)
+
+    def jumped(
+        self, memory: SecantMemory, y: State, parents: Parents | None
+    ) -> SecantMemory:
+        """Follow the rows; new ones have no slope. Without a map none has."""
+        if parents is None:
+            return self.init()
+        products, squares = (
+            {
+                name: moved
+                for name, value in sums.items()
+                for moved in [
+                    take_rows(value, parents[name]) if name in parents else value
+                ]
+                if name in y and y[name].shape == moved.shape
+            }
+            for sums in (memory.products, memory.squares)
+        )
+        return SecantMemory({}, products, squares)
 
 
 def _add(sums: State, name: str, value: Tensor) -> None:

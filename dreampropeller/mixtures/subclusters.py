@@ -9,20 +9,19 @@ $$H = \frac{p(z')}{p(z)} \frac{f(X_l) f(X_r)}{f(X)}, \qquad \text{for the Dirich
   f(X_r)}{f(X)};$$
 
 two clusters propose to merge with $1/H$ of the split that would undo it: they become
-the sub-clusters of the merged one. The published code multiplies this with the
-probability that a *random* division finds the two clusters,
+the sub-clusters of the merged one. The published code has the probability that a
+*random* division finds the two clusters as a further factor,
 
 $$\frac{\Gamma(\alpha)}{\Gamma(\alpha + n)}
   \frac{\Gamma(n_b + \alpha/2)\, \Gamma(n_c + \alpha/2)}{\Gamma(\alpha/2)^2},$$
 
-so that a Gaussian once cut in two is hardly ever put together again (10 Gaussians from
-30 random clusters: 36 were left). That factor is left out here.
+with which a Gaussian once cut in two is hardly ever put together again.
 
 All clusters propose in the same sweep, and a cluster that loses its points is deleted.
 This mixes fast and **does not leave the posterior invariant**: `ExactChain` does.
 
 New sub-clusters are the two halves of their cluster, first across the direction of
-largest variance, and in random directions when a division has been refused for a while.
+largest variance, and every other time in a random direction if it has been refused.
 
 References:
     Chang and Fisher, "Parallel sampling of DP mixture models using sub-cluster splits",
@@ -47,8 +46,11 @@ from dreampropeller.mixtures.random import log_dirichlet
 
 SETTLE = 4
 """Sweeps that sub-clusters settle in before their cluster may split or merge."""
+TINY = 0.02
+"""A cluster with this share of another's points joins it without disturbing it."""
 RESTART = 10
 """Sweeps after which sub-clusters that were refused begin anew."""
+_PER_CLUSTER = ("age", "tries", "since")
 
 
 class SubclusterChain(Chain):
@@ -67,6 +69,7 @@ class SubclusterChain(Chain):
         self.sums = self.gather(2 * self.labels, 2 * self.num_clusters)
         self.age = np.zeros(self.num_clusters, int)  # sweeps; 0: no sub-clusters yet
         self.tries = np.zeros(self.num_clusters, int)
+        self.since = np.zeros(self.num_clusters, int)  # sweeps since the last move
         self.moved = 0  # the last sweep in which a split or merge was accepted
 
     def statistics(self) -> Statistics:
@@ -109,6 +112,7 @@ class SubclusterChain(Chain):
         self.sub = torch.cat([result["sub"] for result in found])
         self.sums = total([result["statistics"] for result in found])
         self.age += 1
+        self.since += 1
 
     def _halves(
         self, whole: Statistics, rng: np.random.Generator
@@ -124,7 +128,7 @@ class SubclusterChain(Chain):
             for name, value in drawn.items()
         }
         if len(new):
-            principal = torch.from_numpy(self.tries == 0)[new]
+            principal = torch.from_numpy(self.tries % 2 == 0)[new]
             halves = self.family.halves(take(whole, new), rng, principal)
             for side, half in enumerate(halves):
                 for name, value in half.items():
@@ -142,7 +146,8 @@ class SubclusterChain(Chain):
         to[keep] = torch.arange(len(keep))
         self.labels = to[self.labels]
         self.sums = take(self.sums, torch.stack([2 * keep, 2 * keep + 1], 1).ravel())
-        self.age, self.tries = self.age[keep.numpy()], self.tries[keep.numpy()]
+        for name in _PER_CLUSTER:
+            setattr(self, name, getattr(self, name)[keep.numpy()])
         self.num_clusters = len(keep)
         self.prior.remove(keep.tolist())
 
@@ -150,7 +155,7 @@ class SubclusterChain(Chain):
         self, counts: np.ndarray, rng: np.random.Generator
     ) -> list[tuple[int, int]]:
         """The pairs that merge; a cluster is in at most one."""
-        ready = np.flatnonzero(self.age >= SETTLE)
+        ready = np.flatnonzero(self.since >= SETTLE)
         if len(ready) < 2:
             return []
         first, second = (ready[side] for side in np.triu_indices(len(ready), 1))
@@ -160,16 +165,23 @@ class SubclusterChain(Chain):
         gain = union - f[first] - f[second]
         chance = np.log(1 - rng.random(len(first)))
         cells = counts.reshape(self.groups, -1, 2).sum(2)
+        sizes = cells.sum(0)
         joined: list[tuple[int, int]] = []
+        hosts: set[int] = set()
         used: set[int] = set()
-        for at in range(len(gain)):
+        for at in np.argsort(-gain):
             a, b = int(first[at]), int(second[at])
-            if a in used or b in used:
-                continue
             ratio = gain[at] - self.prior.merge_ratio(a, b, cells[:, a], cells[:, b])
-            if chance[at] < ratio:
-                joined.append((a, b))
-                used |= {a, b}
+            if chance[at] >= ratio or used & {a, b}:
+                continue
+            if sizes[a] < sizes[b]:
+                a, b = b, a
+            tiny = sizes[b] <= TINY * sizes[a]
+            if b in hosts or (a in hosts and not tiny):
+                continue
+            joined.append((a, b))
+            hosts.add(a)
+            used |= {b} if tiny else {a, b}
         return joined
 
     def _splits(
@@ -205,26 +217,39 @@ class SubclusterChain(Chain):
         """Apply the moves: every sub-cluster gets a new cluster and a new side."""
         sides: list[list[tuple[int, ...]]]
         sides = [[(2 * k,), (2 * k + 1,)] for k in range(num)]
+        sizes = self.sums["n"].view(-1, 2).sum(1).tolist()
         for a, b in joined:
-            sides[a] = [(2 * a, 2 * a + 1), (2 * b, 2 * b + 1)]
+            if sizes[b] <= TINY * sizes[a]:
+                sides[a][0] += (2 * b, 2 * b + 1)
+            else:
+                sides[a] = [(2 * a, 2 * a + 1), (2 * b, 2 * b + 1)]
         for k, share in divided:
             sides[k] = [(2 * k,), ()]
             sides.append([(2 * k + 1,), ()])
             self.prior.split(k, share)
         new = [*[k for k, _ in divided], *range(num, len(sides))]
-        age, tries = (np.zeros(len(sides), int) for _ in range(2))
-        age[:num], tries[:num] = self.age, self.tries
-        age[new] = tries[new] = 0
-        for a, b in sorted(joined, key=lambda pair: -pair[1]):
-            self.prior.merge(a, b)  # from the back, so that indices stay valid
-            last = len(sides) - 1
-            age[a] = 1
-            tries[a] = 0
-            for values in (sides, age, tries):
-                values[b] = values[last]
-            sides.pop()
-        self.age, self.tries = age[: len(sides)], tries[: len(sides)]
+        values = {name: np.zeros(len(sides), int) for name in _PER_CLUSTER}
+        for name, value in values.items():
+            value[:num] = getattr(self, name)
+            value[new] = 0
+        for a, b in joined:
+            if sizes[b] > TINY * sizes[a]:
+                values["age"][a], values["tries"][a], values["since"][a] = 1, -1, 0
+        self._drop([sides, *values.values()], joined)
+        for name, value in values.items():
+            setattr(self, name, value[: len(sides)])
         self._relabel(sides)
+
+    def _drop(self, values: list[Any], joined: list[tuple[int, int]]) -> None:
+        """Take the second cluster of each pair out of the lists, and of the prior."""
+        at = list(range(len(values[0])))  # where each cluster is now
+        for a, b in joined:
+            last = len(values[0]) - 1
+            self.prior.merge(at[a], at[b])
+            for value in values:
+                value[at[b]] = value[last]
+            values[0].pop()
+            at[at.index(last)], at[b] = at[b], -1
 
     def _relabel(self, sides: list[list[tuple[int, ...]]]) -> None:
         to = torch.zeros(2 * self.num_clusters, dtype=torch.long)
@@ -244,8 +269,7 @@ class SubclusterChain(Chain):
             **super().state(),
             "sub": self.sub,
             "sums": self.sums,
-            "age": self.age.tolist(),
-            "tries": self.tries.tolist(),
+            **{name: getattr(self, name).tolist() for name in _PER_CLUSTER},
             "moved": self.moved,
         }
 
@@ -253,7 +277,8 @@ class SubclusterChain(Chain):
         """Continue from a state."""
         super().load(state)
         self.sub, self.sums, self.moved = state["sub"], state["sums"], state["moved"]
-        self.age, self.tries = (np.array(state[name]) for name in ("age", "tries"))
+        for name in _PER_CLUSTER:
+            setattr(self, name, np.array(state[name]))
 
 
 def _marginal_of_unions(

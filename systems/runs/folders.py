@@ -24,7 +24,7 @@ import torch
 import yaml
 
 import dreampropeller as dp
-from dreampropeller import checkpoint
+from dreampropeller import checkpoint, identity
 from dreampropeller.precision import LOSS_SCALE, Precision
 from systems.files import named, written
 from systems.problem import Problem
@@ -39,9 +39,11 @@ def open_folder(config: Config) -> Path:
     """Make a run's folder and describe the run in it; a resumed run keeps its own.
 
     Raises:
+        CheckpointError: Another process runs there.
         ConfigError: It cannot be written.
     """
     folder = _make(config) if config.resume is None else folder_of(config.resume)
+    checkpoint.lock(folder)
     write_setup(folder, config)
     print(f"Writing to {folder}")
     return folder
@@ -139,6 +141,19 @@ def start_of(problem: Problem) -> dp.SolverState[Any] | None:
     if config.resume is None:
         return None
     state = load_state(config.resume, problem)
+    found, wanted = state.problem.get("about"), identity.plain(problem.about())
+    differ = identity.differences(found, wanted) if found else ""
+    if differ:
+        raise ConfigError(
+            f"`{config.resume}` made another thing: {differ}. Resume it with the "
+            "settings of its `config.yaml`, or start a new run without `resume`."
+        )
+    if state.step > problem.num_steps:
+        raise ConfigError(
+            f"`{config.resume}` has reached step {state.step}, more than the "
+            f"{problem.num_steps} steps asked for: write "
+            f"`trainer.max_steps={state.step}` or more."
+        )
     precision = Precision(str(config.trainer.precision), problem.device)
     if precision.scales and LOSS_SCALE not in state.y:
         raise ConfigError(

@@ -68,7 +68,10 @@ class SolverConfig:
     A section holds a `name` and the arguments of the core's class of that name.
 
     Args:
-        name: "picard", or "sequential" for one step after the other.
+        name: "picard", or "sequential" for one step after the other. With `--sample`
+            also "piadm-ode" (with DDIM) and "piadm-sde" (with DDPM): blocks of
+            `window.size` steps, each iterated `depth` times.
+        depth: Iterations of a block of PIADM.
         window: How many steps are tried: "sliding", "adaptive" or "auto".
         threshold: What error counts as converged: "drift", "ema" or "fixed".
         predictor: First guess of a new step: "momentum", "repeat_last", or "auto",
@@ -79,6 +82,7 @@ class SolverConfig:
     """
 
     name: str = "picard"
+    depth: int = 4
     window: dp.Window[Any] | AutoWindow = field(
         default=dp.SlidingWindow(8), metadata=named(WINDOWS)
     )
@@ -94,7 +98,8 @@ class SolverConfig:
     )
 
     def __post_init__(self) -> None:
-        one_of("name", self.name, ("picard", "sequential"))
+        one_of("name", self.name, ("picard", "sequential", "piadm-ode", "piadm-sde"))
+        at_least("depth", self.depth, 1)
         one_of("non_finite", self.non_finite, ("raise", "skip"))
         self.resolved(1).build()  # what does not go together is refused here
 
@@ -110,6 +115,11 @@ class SolverConfig:
         if self.name == "sequential":
             return dp.Sequential(non_finite=non_finite)
         assert isinstance(self.window, dp.Window), "`load` resolves `auto`"
+        if self.name.startswith("piadm"):
+            size = self.window.length(self.window.init(), sys.maxsize)
+            return dp.PicardSolver(
+                dp.BlockWindow(size, self.depth), dp.FixedThreshold(0)
+            )
         return dp.PicardSolver(
             self.window,
             self.threshold,

@@ -137,7 +137,9 @@ def classifier(arguments: argparse.Namespace) -> None:
     from systems.toybox.classifier import train as fit
     from systems.toybox.views import ViewSet, build_shard, open_shards
 
-    model = fit(open_shards(arguments.folder / "views"), arguments.steps)
+    begun = None if arguments.source is None else load(arguments.source)
+    views = open_shards(arguments.folder / "views")
+    model = fit(views, arguments.steps, arguments.seed, begun)
     save(model, arguments.to, {})
     layers, cameras = build_shard(0, seed=2)
     score = accuracy(load(arguments.to), ViewSet((layers,), cameras), seed=2)
@@ -265,7 +267,9 @@ def make_parser() -> argparse.ArgumentParser:
     add("--seed", type=int, default=0)
     parts["export"].add_argument("--to", type=Path, default=SECOND_WEIGHTS)
     add = parts["classifier"].add_argument
-    add("--steps", type=int, default=4000)
+    add("--steps", type=int, default=9000)
+    add("--from", dest="source", type=Path, help="a classifier to go on with")
+    add("--seed", type=int, default=1, help="another one to go on with")
     add("--to", type=Path, default=FOLDER / "classifier" / "model.safetensors")
     add = parts["evaluate"].add_argument
     add("--weights", default="toybox", help="toybox, toybox2 or a pipeline folder")

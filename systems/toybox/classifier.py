@@ -2,9 +2,9 @@
 
 The first one, for the first prior, tells 16 objects and 8 colours at 32×32. The second
 one tells all objects, colours and finishes at 64×64, and from which azimuth an object
-with a front is seen. It is trained on views of its own (other seeds than the prior's),
-every pair among them. `python -m systems.toybox classifier` trains it and reports its
-accuracy on renders it has not seen.
+with a front is seen. It is trained on the prior's views, in every pair of colour and
+object. `python -m systems.toybox classifier` trains it and reports its accuracy on
+renders it has not seen.
 """
 
 from __future__ import annotations
@@ -187,17 +187,22 @@ def loss_of(model: Classifier, made: Labelled) -> Tensor:
     return loss + 2 * (miss * _FRONT[made.objects]).mean()
 
 
-def train(views: ViewSet, steps: int, seed: int = 1) -> Classifier:
+def train(
+    views: ViewSet, steps: int, seed: int = 1, model: Classifier | None = None
+) -> Classifier:
     """Fit the second classifier.
 
     Args:
         views: Of every object.
         steps: Optimizer steps, each on `BATCH` views in new colours.
-        seed: Of initial weights, batches and noise.
+        seed: Of initial weights, batches and noise; another one to go on with.
+        model: A classifier to go on with; default: a new one.
     """
     random = StepRandom(seed)
-    with random.scope(0, "initial weights"):
-        model = Classifier()
+    if model is None:
+        with random.scope(0, "initial weights"):
+            model = Classifier()
+    model.train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, weight_decay=1e-2)
     for step in (bar := tqdm(range(steps), desc="classifier", mininterval=5)):
         generator = random.generator(step, "batch")

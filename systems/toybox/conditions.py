@@ -130,10 +130,11 @@ class Conditions:
                 "`image_camera` is the camera of the reference image, and `camera` is "
                 "taken relative to it: give `image` and `camera` too."
             )
-        for name, given in (("camera", camera), ("image", image)):
-            if given is not None and len(given) not in (1, count):
+        given = {"camera": camera, "image": image, "image_camera": image_camera}
+        for name, value in given.items():
+            if value is not None and len(value) not in (1, count):
                 raise ValueError(
-                    f"`{name}` holds {len(given)} views for {count} images: give one, "
+                    f"`{name}` holds {len(value)} views for {count} images: give one, "
                     "or one for each."
                 )
         if camera is not None:
@@ -144,8 +145,8 @@ class Conditions:
                 image.float(), (PATCH * side,) * 2, mode="bilinear", antialias=True
             )
             reference = to_blocks(images * 2 - 1).expand(count, -1, -1, -1)
-        given = 1 if camera is None else len(camera)
-        numbers = labels(given, camera, image_camera, image is not None)
+        shown = max(len(c) for c in (camera, image_camera, [0]) if c is not None)
+        numbers = labels(shown, camera, image_camera, image is not None)
         return cls(numbers.expand(count, LABELS), reference)
 
     def without_image(self) -> Conditions:

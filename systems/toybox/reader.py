@@ -150,9 +150,12 @@ def _colours(
     marks = [i for i, t in enumerate(terms) if t.kind in ("adjective", "noun")]
     thing = next(i for i, t in enumerate(terms) if t.kind == "object")
     if len(names) == 2:
-        # "White striped red mug", as against "red and white striped mug", "red mug
-        # with white stripes" and "red mug striped with white".
-        swapped = colours[0][0] < marks[0] < colours[1][0] < thing
+        # "Mug with white stripes, red" and "white striped red mug", as against "red
+        # mug with white stripes", "red and white striped mug" and "red mug striped
+        # with white".
+        first, second = colours[0][0], colours[1][0]
+        named = terms[marks[0]].kind == "noun" and first == marks[0] - 1
+        swapped = named or first < marks[0] < second < thing
         return (names[1], names[0]) if swapped else (names[0], names[1])
     if not names:
         return None, None

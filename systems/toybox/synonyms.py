@@ -58,7 +58,7 @@ VIEW_WORDS: Mapping[str, str] = {
 }
 NORMAL_MAP = ("normal map", "normals", "surface normals")
 FILLERS = (
-    *("a", "an", "the", "some", "one", "single", "of", "in", "and", "with", "is"),
+    *("a", "an", "the", "some", "one", "single", "of", "in", "and", "with", "on"),
     *("dslr", "photo", "photograph", "picture", "image", "render", "rendering"),
     *("rendered", "rendered image", "rendered photo", "3d", "3 d", "model", "toy"),
     *("high quality", "highest quality", "best quality", "quality", "high", "highly"),

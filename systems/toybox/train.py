@@ -6,7 +6,9 @@ $$v = \alpha_t\,\epsilon - \sigma_t\,x, \qquad x_t = \alpha_t\,x + \sigma_t\,\ep
 
 (T. Salimans and J. Ho, 2022, arXiv 2202.00512, section 4). The square error of a
 timestep weighs $\min(r, 5) / (r + 1)$ with the signal-to-noise ratio $r = \alpha_t^2 /
-\sigma_t^2$ (T. Hang et al., 2023, arXiv 2303.09556, for v). What is exported is the
+\sigma_t^2$ (T. Hang et al., 2023, arXiv 2303.09556, for v), but at least 0.1: camera
+and reference image decide what is seen where $r$ is near zero, and without a floor the
+channels of the reference hardly learned (docs/toybox.md). What is exported is the
 exponential moving average of the weights.
 
 The learning rate is constant, so that a run can go on for as long as one likes; before
@@ -50,6 +52,7 @@ WARM_UP = 150
 DECAY_SHARE = 0.1
 EMA_DECAY = 0.9995
 GAMMA = 5.0
+LEAST_WEIGHT = 0.1
 CHECKPOINT_EVERY = 180.0
 
 
@@ -166,7 +169,8 @@ class Run:
         error = (velocity.float() - target).square().mean((1, 2, 3))
         kept = self.scheduler.alphas_cumprod.to(x)[t]
         snr = kept / (1 - kept)
-        return (snr.clamp(max=GAMMA) / (snr + 1) * error).mean()
+        weight = (snr.clamp(max=GAMMA) / (snr + 1)).clamp(min=LEAST_WEIGHT)
+        return (weight * error).mean()
 
     def save(self, path: Path) -> None:
         """Write everything needed to go on; the old file stays until it is whole."""

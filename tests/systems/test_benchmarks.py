@@ -44,6 +44,33 @@ def test_gpu_figures_are_refused_without_a_gpu(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+def test_meshes_are_measured_from_their_files(tmp_path: Path) -> None:
+    """And a state that is there is not solved again: here one of a plain ball."""
+    from safetensors.torch import save_file
+
+    system = build(
+        load(TOYBOX, [*SMALL, "system.prompt_processor.prompt=a red sphere"])
+    )
+    y = system.trajectory().init()[0]
+    side = torch.linspace(-1.1, 1.1, 8)
+    radius = torch.cartesian_prod(side, side, side).norm(dim=-1).reshape(8, 8, 8)
+    # Raw density 10 · 10 · (0.65 − r) before softplus: ln 2 at the true radius.
+    y["geometry.grid"][0, 0] = 10 * (0.65 - radius) - (1 - radius / 0.8)
+    save_file(y, tmp_path / "state.safetensors")
+    (tmp_path / "a_red_sphere").mkdir()
+    (tmp_path / "state.safetensors").rename(
+        tmp_path / "a_red_sphere" / "state.safetensors"
+    )
+    sizes = [s for s in SMALL if "prompt" not in s]
+    done = command("meshes", "--count", "1", "--to", str(tmp_path), "--set", *sizes)
+    assert done.returncode == 0, done.stderr
+    entry = json.loads(done.stdout.splitlines()[0])
+    assert entry["bodies"] == 1
+    assert entry["iou_3d"] > 0.7  # the grid is coarse
+    assert "one body in 1 of 1" in (tmp_path / "table.md").read_text()
+    assert (tmp_path / "sheet.png").exists()
+
+
 def test_the_gpu_command_fills_its_file(tmp_path: Path) -> None:
     missing = tmp_path / "missing.yaml"
     done = command(

@@ -511,6 +511,8 @@ def test_mistakes_in_files(
     (half / "ckpts" / whole.name).write_bytes(whole.read_bytes()[:5000])
     config = ["--config", str(finished / "config.yaml")]
     other = "system.geometry.resolution=9"
+    mug, short = "system.prompt_processor.prompt=a blue mug", "trainer.max_steps=1"
+    before = (finished / "config.yaml").read_text()
     cases: list[tuple[list[str], str]] = [
         (["--config", "configs/dreamfuson-toybox.yaml", "--train"], "Did you mean"),
         (["--config", str(broken), "--train"], "no YAML that can be read"),
@@ -518,6 +520,8 @@ def test_mistakes_in_files(
         ([*config, "--test", f"resume={half}"], "no checkpoint that can be read"),
         ([*config, "--test", f"resume={tmp_path}"], "no checkpoint that can be read"),
         ([*config, "--test", f"resume={finished}", other], "does not fit this config"),
+        ([*config, "--train", f"resume={finished}", mug], "made another thing"),
+        ([*config, "--train", f"resume={finished}", short], "has reached step"),
         ([*config, "--export"], "Nothing to look at: name a run"),
         (["--train"], "Which config?"),
         (["--config", "nope.yaml", "--train"], "`configs/dreamfusion-toybox.yaml`"),
@@ -533,6 +537,7 @@ def test_mistakes_in_files(
         error = capsys.readouterr().err
         assert message in error, (arguments, error)
         assert len(error) < 900
+    assert (finished / "config.yaml").read_text() == before
 
 
 def _nothing() -> Any:

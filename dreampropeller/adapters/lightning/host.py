@@ -1,7 +1,7 @@
 r"""A live module that is evaluated in place, one state at a time.
 
 The module stays one live object: a state is written into its own tensors before an
-evaluation, and what the evaluation did to the buffers is read back (Eq. 11 of
+evaluation, and what the evaluation did to the buffers is read back (Eq. 19 of
 `docs/method.md`). Nothing is cloned or pickled. Its plain attributes are put back
 before each evaluation, so steps may come in any order.
 
@@ -260,7 +260,7 @@ class Host:
             yield name, self.module.get_submodule(path), key
 
     def buffer_drift(self, y: State) -> State:
-        """What the evaluation at a state did to the module's buffers (Eq. 11)."""
+        """What the evaluation at a state did to the module's buffers (Eq. 19)."""
         after = {name: owner._buffers[key] for name, owner, key in self._buffers()}
         born = sorted(after.keys() - y.keys())
         if born:

@@ -1,6 +1,6 @@
 r"""Any `LightningModule` with automatic optimisation, as a trajectory.
 
-One step of `Trainer.fit` is (Eq. 10 of `docs/method.md`)
+One step of `Trainer.fit` is (Eq. 18 of `docs/method.md`)
 
 $$\mathrm{drift}(t, \theta) = \nabla_\theta\, \mathtt{training\_step}(b_t, t), \qquad
   \mathrm{update} = \text{optimizer step, scheduler step},$$
@@ -18,12 +18,13 @@ from typing import Any
 import torch
 
 from dreampropeller.adapters.lightning.host import Host, Keyed, Settings
+from dreampropeller.identity import Fingerprint, plain, shape_of
 from dreampropeller.trajectory import Drift, Parents, Trajectory
 from dreampropeller.tree import Nest, State, copy_nest
 
 
 class LightningTrajectory(Trajectory[Nest]):
-    """A LightningModule's training run (Eq. 10); buffers by Eq. 11.
+    """A LightningModule's training run (Eq. 18); buffers by Eq. 19.
 
     `Sequential` equals the module's own `Trainer.fit` bit for bit on CPU, given the
     same random numbers at each step (`tests/adapters/test_lightning.py`).
@@ -85,6 +86,18 @@ class LightningTrajectory(Trajectory[Nest]):
         self.host.open(module, data, settings)
         self.module = module
         self._initial, self._initial_carry = self.host.initial()
+        self._fingerprint = {
+            "module": type(module).__qualname__,
+            "state": {name: shape_of(value) for name, value in self._initial.items()},
+            "carry": plain(self._initial_carry),
+            "seed": seed,
+            "precision": str(precision),
+            "clip": [gradient_clip_val, gradient_clip_algorithm],
+        }
+
+    def fingerprint(self) -> Fingerprint:
+        """The module's class, names and shapes, its fresh optimizers, the seed."""
+        return {**super().fingerprint(), **self._fingerprint}
 
     def init(self) -> tuple[State, Nest]:
         """The module's parameters and buffers, and its fresh optimizers' memory."""

@@ -10,6 +10,7 @@ $$\mathrm{drift}(t, \theta) = (\nabla_\theta \ell,\ \text{statistics of the view
 A step k that changes the structure is a jump: `jump(k)` runs the system's own whole
 step, after which `drift(k)` is empty and `update(k)` the identity. The Adam update of
 such a step is lost upstream (its gradients sit on replaced parameters) and so here.
+Rows are found again by what they hold (`parents_of`), for the solver's memories.
 
 Statistics (sums of screen-space gradients, counts, largest radii) are kept in the
 carry, and each accepted step adds its own exactly once.
@@ -28,6 +29,7 @@ from torch import Tensor
 from dreampropeller.adapters.lightning import optimizers as configured
 from dreampropeller.adapters.lightning import trainer
 from dreampropeller.adapters.lightning.host import Host
+from dreampropeller.adapters.threestudio.rows import parents_of
 from dreampropeller.adapters.threestudio.system import (
     check_system,
     is_updated,
@@ -183,15 +185,14 @@ class GrowingHost(Host):
             "statistics": {n: t.clone() for n, t in self._statistics().items()},
         }
         optimizer.state.clear()
-        moved = {n: t for n, t in after.items() if t.shape != y[n].shape}
-        grown = moved or {n: after[n] for n in self.parameters}
-        # The system does not say where its rows came from: all start anew.
-        parents = {
-            n: torch.full((len(t),), -1, dtype=torch.int64, device=t.device)
-            for n, t in grown.items()
-            if t.ndim
-        }
-        return after, carry, parents
+        old, new = len(y["geometry._xyz"]), len(after["geometry._xyz"])
+        names = [
+            name
+            for name in self.parameters
+            if y[name].shape[:1] == (old,) and after[name].shape[:1] == (new,)
+        ]
+        rows = parents_of(y, after, names)
+        return after, carry, dict.fromkeys(names, rows)
 
     def update(
         self, step: int, y: State, carry: Nest, drift: State

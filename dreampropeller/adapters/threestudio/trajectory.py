@@ -18,7 +18,7 @@ from dreampropeller.adapters.threestudio.system import SystemHost
 
 
 class ThreestudioTrajectory(LightningTrajectory):
-    """A threestudio system's training run (Eqs. 10 and 11).
+    """A threestudio system's training run (Eqs. 18 and 19).
 
     The state holds every parameter of the system's optimizer (geometry, material,
     background, renderer, and LoRA layers where guidance trains them) and all buffers,

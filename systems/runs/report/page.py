@@ -9,6 +9,7 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
+from systems.files import written
 from systems.runs.report import curves
 from systems.runs.report.runs import Run
 
@@ -68,7 +69,8 @@ def write(
         ),
         setup=html.escape(_setup(comparison)),
     )
-    path.write_text(text, encoding="utf-8")
+    with written(path) as part:
+        part.write_text(text, encoding="utf-8")
 
 
 def _numbers(comparison: Mapping[str, Any]) -> str:

@@ -19,7 +19,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from dreampropeller.tree import State
+from dreampropeller.tree import State, take_rows
 from systems.scene.gaussians.shapes import axes
 from systems.settings.checks import at_least, one_of
 
@@ -113,9 +113,7 @@ class Rows:
 
     def take(self, value: Float[Tensor, "old ..."]) -> Float[Tensor, "rows ..."]:
         """What is kept for each row; that of the born is zero."""
-        taken = value[self.parents]
-        taken[self.born] = 0
-        return taken
+        return take_rows(value, self.parents.masked_fill(self.born, -1))
 
 
 def nothing_seen(splats: int, like: Tensor) -> State:

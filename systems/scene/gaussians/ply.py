@@ -7,7 +7,6 @@ channels), `f_rest_0…` (the others, channel by channel), `opacity` (a logit),
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor
 
 from dreampropeller.tree import State
+from systems.files import written
 from systems.scene.gaussians.harmonics import MAX_DEGREE, num_coefficients
 
 _TYPES = {
@@ -61,7 +61,7 @@ class _Header:
 
 
 def save(path: Path, splats: State, normals: bool = True) -> None:
-    """Write splats, in one go: a reader never sees half a file.
+    """Write splats.
 
     Args:
         path: Ends in ``.ply``.
@@ -90,10 +90,8 @@ def save(path: Path, splats: State, normals: bool = True) -> None:
             "end_header\n",
         ]
     )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"part-{path.name}")
-    part.write_bytes(header.encode() + rows.astype("<f4").tobytes())
-    os.replace(part, path)
+    with written(path) as part:
+        part.write_bytes(header.encode() + rows.astype("<f4").tobytes())
 
 
 def describe(path: Path) -> tuple[int, int]:

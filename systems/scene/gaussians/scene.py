@@ -91,8 +91,8 @@ class SplatScene(nn.Module):
     def __init__(self, config: SplatSceneConfig, device: torch.device) -> None:
         super().__init__()
         self.geometry = GEOMETRIES[config.geometry_type](config.geometry)
-        behind: Any = BACKGROUNDS[config.background_type]
-        self.background = behind(config.background)
+        background: Any = BACKGROUNDS[config.background_type]
+        self.background = background(config.background)
         self.renderer = config.renderer
         choose_backend(self.renderer.rasterizer, device)
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from dreampropeller.tree import State
 from systems.scene.gaussians import ply
 from systems.scene.gaussians.harmonics import MAX_DEGREE, num_coefficients
-from systems.settings.checks import at_least
+from systems.settings.checks import at_least, one_of
 
 NAMES = ("means", "scales", "quats", "opacities", "sh0", "shN")
 """The parameters, by gsplat's names; `shN` is there for degrees above 0 only."""
@@ -42,7 +42,8 @@ class GaussianConfig:
             to 3; null: the file's, or 0.
         opacity: Of new splats.
         max_splats: Growth stops there, and a file with more is refused.
-        isosurface_threshold: Density of the surface of the mesh.
+        isosurface_threshold: Density at the surface of the mesh; "auto" takes the one
+            whose silhouettes are those of the splats. (DreamGaussian's is 1.)
         isosurface_resolution: Grid points along each side of the mesh's cube.
         max_faces: The mesh is simplified to so many; 0: it is not.
     """
@@ -53,7 +54,7 @@ class GaussianConfig:
     sh_degree: int | None = None
     opacity: float = 0.1
     max_splats: int = 1_000_000
-    isosurface_threshold: float = 1.0
+    isosurface_threshold: float | str = "auto"
     isosurface_resolution: int = 128
     max_faces: int = 100_000
 
@@ -62,6 +63,10 @@ class GaussianConfig:
         at_least("max_splats", self.max_splats, 1)
         at_least("isosurface_resolution", self.isosurface_resolution, 8)
         at_least("max_faces", self.max_faces, 0)
+        if isinstance(self.isosurface_threshold, str):
+            one_of(
+                "isosurface_threshold", self.isosurface_threshold, ("auto", "a number")
+            )
         if not self.radius > 0:
             raise ValueError(f"`radius` is {self.radius}: write a number above 0.")
         if not 0 < self.opacity < 1:

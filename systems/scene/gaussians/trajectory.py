@@ -62,6 +62,7 @@ class GrowingGaussians(dp.OptimizationTrajectory):
         decay: Callable[[int], float] | None = None,
         precision: str | int = "32-true",
         seed: int = 0,
+        about: Mapping[str, Any] | None = None,
     ) -> None:
         if str(precision) in ("16-mixed", "16"):
             raise ValueError(
@@ -106,6 +107,7 @@ class GrowingGaussians(dp.OptimizationTrajectory):
             scheduler=None if decay is None else scheduler,
             precision=precision,
             seed=seed,
+            about=about,
         )
 
     _means: int

@@ -44,8 +44,11 @@ RELOCATION = GrowthConfig(
 
 
 def scene(count: int, opacity: float = 0.1) -> SplatScene:
-    geometry = {"num_splats": count, "radius": 0.5, "opacity": opacity}
-    config = read(SplatSceneConfig, {"geometry": geometry}, "system")
+    config = read(
+        SplatSceneConfig,
+        {"geometry": {"num_splats": count, "radius": 0.5, "opacity": opacity}},
+        "system",
+    )
     with RANDOM.scope(count, "scene"):
         return SplatScene(config, CPU)
 

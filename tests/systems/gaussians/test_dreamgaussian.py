@@ -78,7 +78,13 @@ def test_training_leaves_splats_a_mesh_and_a_film(tmp_path: Path) -> None:
     (folder,) = (tmp_path / "dreamgaussian-toybox").iterdir()
     report = json.loads((folder / "report.json").read_text())
     written = {path.name for path in folder.iterdir()}
-    assert {"splats.ply", "mesh.glb", "mesh.obj", "turntable.mp4"} <= written
+    assert {
+        "splats.ply",
+        "splats.html",
+        "mesh.glb",
+        "mesh.obj",
+        "turntable.mp4",
+    } <= written
     assert report["num_splats"] == ply.describe(folder / "splats.ply")[0] > 40
     before = (folder / "splats.ply").read_bytes()
     (folder / "splats.ply").unlink()
@@ -97,7 +103,7 @@ def test_exported_splats_render_as_before(tmp_path: Path) -> None:
     drift = trajectory.make_drift(torch.device("cpu"))
     for step in range(3):
         y, carry = trajectory.update(step, y, carry, drift(step, y)[0])
-    system.export(tmp_path, y)
+    system.exports(tmp_path, y)["splats"]()
     loaded = small(f"system.geometry.initial={tmp_path / 'splats.ply'}")
     views = fixed_views(24)
     for index in (0, 5):

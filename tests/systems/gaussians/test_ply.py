@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import re
 from pathlib import Path
 
 import gsplat
@@ -9,7 +11,7 @@ import pytest
 import torch
 
 from dreampropeller.tree import State
-from systems.scene.gaussians import ply, splats
+from systems.scene.gaussians import ply, splats, viewer
 from systems.scene.gaussians.splats import GaussianConfig, Gaussians
 from tests.helpers import tree_equal
 
@@ -152,3 +154,18 @@ def test_more_splats_than_memory_are_refused(
         Gaussians(GaussianConfig(initial=str(path)))
     with pytest.raises(ValueError, match=r"a smaller `system\.geometry\.num_splats`"):
         Gaussians(GaussianConfig(num_splats=50))
+
+
+def test_the_page_holds_the_most_opaque_splats(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(viewer, "MOST", 4)
+    written = some(1)
+    viewer.write(tmp_path / "a.html", written, "a <red> mug")
+    page = (tmp_path / "a.html").read_text()
+    assert "a &lt;red&gt; mug: 4 splats" in page
+    (data,) = re.findall(r'atob\("([A-Za-z0-9+/=]+)"\)', page)
+    rows = torch.frombuffer(bytearray(base64.b64decode(data)), dtype=torch.float32)
+    best = written["opacities"].topk(4).indices
+    assert torch.equal(rows.view(4, 8)[:, :3], written["means"][best])
+    assert torch.equal(rows.view(4, 8)[:, 6], written["opacities"][best].sigmoid())

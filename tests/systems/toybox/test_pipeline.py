@@ -143,6 +143,11 @@ def test_both_branches_of_text_guidance_keep_the_camera(
     )
     assert (relative.without_image().labels == 0).all()
     assert relative.labels[0, 1 + CAMERA] == 1
+    # One camera to look from, several reference images.
+    several = torch.rand(2, 3, 64, 64)
+    moved = Conditions.of(2, 32, _cameras(70.0), several, _cameras(0.0, 70.0)).labels
+    assert torch.equal(moved[:1], relative.labels)
+    assert not torch.equal(moved[1], moved[0])
 
 
 def test_a_window_of_samples_of_a_camera_is_the_pipelines_own(

@@ -1,0 +1,55 @@
+"""Where the rows of grown Gaussians came from, found by comparing them.
+
+A system that splits, clones and prunes does not say which row became which. But a row
+that stays keeps its numbers, and a new one inherits all but its place and size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from dreampropeller.tree import State
+
+OWN = ("_xyz", "_scaling")
+"""Ends of the names of what a new Gaussian does not inherit."""
+
+
+def parents_of(before: State, after: State, names: Sequence[str]) -> Tensor:
+    """The old row of each new row.
+
+    Args:
+        before: The state before the growth.
+        after: The state after it.
+        names: The tensors whose rows are Gaussians.
+
+    Returns:
+        Row numbers, int64, shape ``(rows,)``: the old row that equals the new one bit
+        by bit, else the one that it inherited from; −1 where there is none, or where
+        several would do.
+    """
+    inherited = [name for name in names if not name.endswith(OWN)]
+    found = _equal_rows(before, after, names)
+    kin = _equal_rows(before, after, inherited) if inherited else found
+    return torch.where(found >= 0, found, kin)
+
+
+def _equal_rows(before: State, after: State, names: Sequence[str]) -> Tensor:
+    table: dict[bytes, int] = {}
+    for row, key in enumerate(_keys(before, names)):
+        table[key] = -1 if key in table else row
+    rows = [table.get(key, -1) for key in _keys(after, names)]
+    return torch.tensor(rows, dtype=torch.int64, device=after[names[0]].device)
+
+
+def _keys(state: State, names: Sequence[str]) -> list[bytes]:
+    """The bytes of each row."""
+    parts = [
+        state[name].detach().cpu().contiguous().flatten(1).view(torch.uint8)
+        if state[name].ndim > 1
+        else state[name].detach().cpu().contiguous()[:, None].view(torch.uint8)
+        for name in names
+    ]
+    return [row.tobytes() for row in torch.cat(parts, 1).numpy()]

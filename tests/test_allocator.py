@@ -1,0 +1,47 @@
+"""Freed memory of large states is used again during a solve, and given back."""
+
+from __future__ import annotations
+
+import resource
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from dreampropeller import allocator
+
+pytestmark = pytest.mark.skipif(
+    not sys.platform.startswith("linux"), reason="a property of glibc"
+)
+SIZE = 12_000_000  # floats: 48 MB, more than glibc keeps by itself
+
+
+def page_faults() -> int:
+    """Fresh pages that five copies of a large tensor cost."""
+    x = torch.ones(SIZE)
+    x.clone()
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(5):
+        x.clone()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+
+def resident() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1])
+
+
+def test_copies_of_large_tensors_cost_no_fresh_pages_inside() -> None:
+    state = {"x": torch.ones(SIZE)}
+    plain, held = page_faults(), resident()
+    with allocator.reused(state), allocator.reused(state):
+        inside = page_faults()
+    assert plain > 5 * 4 * SIZE / 4096 * 0.9
+    assert inside < plain / 50
+    assert page_faults() > 0.9 * plain
+    assert resident() < held + 1000, "it was given back"
+
+
+def test_small_states_change_nothing() -> None:
+    with allocator.reused({"x": torch.ones(10), "n": torch.tensor(3)}):
+        assert page_faults() > 5 * 4 * SIZE / 4096 * 0.9

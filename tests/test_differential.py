@@ -1,0 +1,250 @@
+"""Reverse diffusions: integrators, corrector, blocks of fixed depth."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from typing import Literal
+
+import pytest
+import torch
+from torch import Tensor
+
+from dreampropeller import BlockWindow, FixedThreshold, PicardSolver, solve
+from dreampropeller.differential import (
+    Corrector,
+    DiffusionTrajectory,
+    Grid,
+    langevin_covariance,
+)
+from dreampropeller.piadm import piadm
+from dreampropeller.scores import DenoiserScore, GaussianMixtureScore
+
+Kind = Literal["sde", "ode"]
+GRID = Grid(horizon=3.0, step=0.1, stop=0.05)
+CASES: list[tuple[Kind, Corrector | None]] = [
+    ("sde", None),
+    ("ode", None),
+    ("ode", Corrector(0.4, 2, 5)),
+]
+each = pytest.mark.parametrize(("kind", "corrector"), CASES)
+
+
+def noise(num: int, dim: int, seed: int = 0) -> Tensor:
+    source = torch.Generator().manual_seed(seed)
+    return torch.randn(num, dim, generator=source, dtype=torch.float64)
+
+
+def two(dim: int) -> GaussianMixtureScore:
+    means = torch.zeros(2, dim, dtype=torch.float64)
+    means[:, 0] = torch.tensor([1.5, -1.5])
+    variances = torch.linspace(0.1, 1, dim, dtype=torch.float64).expand(2, dim)
+    return GaussianMixtureScore(torch.tensor([0.3, 0.7]).double(), means, variances)
+
+
+def normal(s: float, x: Tensor) -> Tensor:
+    """The score of a standard normal, at every time."""
+    del s
+    return -x
+
+
+@each
+def test_full_depth_is_the_sequential_loop_bit_for_bit(
+    kind: Kind, corrector: Corrector | None
+) -> None:
+    start = noise(3, 2)
+    whole = piadm(
+        two(2), start, GRID, kind, corrector=corrector, form="sequential", seed=4
+    )
+    deep = piadm(two(2), start, GRID, kind, corrector=corrector, depth=99, seed=4)
+    assert torch.equal(deep.value["x"], whole.value["x"])
+    shallow = piadm(two(2), start, GRID, kind, corrector=corrector, depth=1, seed=4)
+    assert not torch.equal(shallow.value["x"], whole.value["x"])
+
+
+@each
+def test_after_k_iterations_the_first_k_steps_are_exact(
+    kind: Kind, corrector: Corrector | None
+) -> None:
+    for depth in (1, 2, 4):
+        grid = Grid(horizon=0.9, step=0.1, stop=0.1)
+        trajectory = DiffusionTrajectory(two(2), noise(3, 2), grid, kind, corrector, 1)
+        exact = []
+        state, carry = trajectory.init()
+        drift = trajectory.make_drift(torch.device("cpu"))
+        for step in range(trajectory.num_steps):
+            exact.append(state["x"])
+            state, carry = trajectory.update(step, state, carry, drift(step, state)[0])
+        seen: dict[int, Tensor] = {}
+        count = 0
+
+        def recorded(s: float, x: Tensor, seen: dict[int, Tensor] = seen) -> Tensor:
+            nonlocal count
+            seen[count] = x
+            count += 1
+            return two(2)(s, x)
+
+        trajectory.score = recorded
+        window = BlockWindow(trajectory.boundaries, depth + 1)
+        solve(trajectory, PicardSolver(window, FixedThreshold(0)))
+        size = trajectory.boundaries[0]
+        for k in range(depth + 1):  # iteration k + 1 sees the guesses after k
+            for m in range(min(k + 1, size)):
+                assert torch.equal(seen[k * size + m], exact[m])
+
+
+@each
+def test_rounds_and_calls_are_counted(kind: Kind, corrector: Corrector | None) -> None:
+    trajectory = DiffusionTrajectory(two(2), noise(1, 2), GRID, kind, corrector)
+    stats = piadm(two(2), noise(1, 2), GRID, kind, corrector=corrector, depth=3).stats
+    assert stats.num_iterations == 3 * len(trajectory.boundaries)
+    assert stats.num_evaluations == 3 * trajectory.num_steps
+
+
+def test_grid_steps_cover_the_time_and_shrink_towards_the_data() -> None:
+    blocks = Grid(horizon=5.0, step=0.2, stop=1e-3).blocks()
+    assert len(blocks) == 5
+    flat = [small for block in blocks for small in block]
+    assert sum(small.length for small in flat) == pytest.approx(5.0 - 1e-3)
+    for one, after in itertools.pairwise(flat):
+        assert one.time - one.length == pytest.approx(after.time)
+    assert all(small.length <= 0.2 * min(1, small.time) + 1e-12 for small in blocks[-1])
+
+
+def test_ode_leaves_a_standard_normal_alone() -> None:
+    start = noise(5, 3)
+    end = piadm(normal, start, GRID, "ode", form="sequential").value["x"]
+    torch.testing.assert_close(end, start, rtol=1e-13, atol=1e-13)
+
+
+def test_sde_keeps_the_variance_of_a_standard_normal_to_first_order() -> None:
+    errors = []
+    for step in (0.2, 0.1, 0.05):
+        variance = 1.0
+        for small in Grid(4.0, step, 1.0, 1e-2).blocks()[0]:
+            e = small.length
+            growth = math.exp(e / 2) - 2 * math.expm1(e / 2)
+            variance = growth**2 * variance + math.expm1(e)
+        errors.append(abs(variance - 1))
+    assert errors[0] / errors[1] == pytest.approx(2, rel=0.2)
+    assert errors[1] / errors[2] == pytest.approx(2, rel=0.2)
+    end = piadm(normal, noise(40_000, 1), Grid(1.5, 0.05, stop=0.5), "sde", depth=30)
+    assert float(end.value["x"].var()) == pytest.approx(1, abs=0.06)
+
+
+def test_two_half_steps_of_the_corrector_are_one() -> None:
+    for g, e in ((2.0, 0.1), (0.7, 1.5), (1e-3, 0.01), (2.0, 1e-3)):
+        half_u, half_v, half_uv = langevin_covariance(g, e / 2)
+        q, r = math.exp(-g * e / 2), -math.expm1(-g * e / 2) / g
+        whole = langevin_covariance(g, e)
+        both = (
+            half_u + 2 * r * half_uv + r**2 * half_v + half_u,
+            q**2 * half_v + half_v,
+            q * (half_uv + r * half_v) + half_uv,
+        )
+        assert both == pytest.approx(whole, rel=1e-6)
+
+
+@each
+def test_samples_have_the_law_of_the_data(
+    kind: Kind, corrector: Corrector | None
+) -> None:
+    score, num = two(2), 2000
+    grid = Grid(horizon=6.0, step=0.05, stop=1e-2)
+    end = piadm(score, noise(num, 2), grid, kind, corrector=corrector, depth=8)
+    x, source = end.value["x"], torch.Generator().manual_seed(5)
+    exact = score.sample(1e-2, num, source)
+    assert energy_p_value(x[:600], exact[:600]) > 0.01
+    assert float((x[:, 0] > 0).double().mean()) == pytest.approx(0.3, abs=0.04)
+
+
+def test_corrector_keeps_the_law_it_starts_from() -> None:
+    score, source = two(2), torch.Generator().manual_seed(1)
+    start = score.sample(0.5, 3000, source)
+    grid = Grid(horizon=0.5 + 1e-9, step=1e-9, stop=0.5)
+    corrector = Corrector(time=2.0, blocks=2, steps=60)
+    end = piadm(score, start, grid, "ode", corrector=corrector, form="sequential")
+    exact = score.sample(0.5, 600, source)
+    assert energy_p_value(end.value["x"][:600], exact) > 0.01
+    assert float((end.value["x"] - start).square().mean()) > 0.2  # it moves
+
+
+def energy_p_value(x: Tensor, y: Tensor, permutations: int = 199) -> float:
+    """The permutation p-value of the energy distance between two samples."""
+    both = torch.cat([x, y])
+    distances = torch.cdist(both, both)
+    source = torch.Generator().manual_seed(0)
+    sign = torch.cat([torch.ones(len(x)), -torch.ones(len(y))]).double()
+
+    def statistic(sign: Tensor) -> float:
+        return float(-(sign @ distances @ sign))
+
+    found = statistic(sign)
+    others = [
+        statistic(sign[torch.randperm(len(sign), generator=source)])
+        for _ in range(permutations)
+    ]
+    return (1 + sum(other >= found for other in others)) / (permutations + 1)
+
+
+def rounds(dim: int, kind: Kind) -> tuple[int, int]:
+    """The smallest depth with an error below 1e-4, and the longest block's steps."""
+    step = 2 / dim if kind == "sde" else 1 / math.sqrt(dim)
+    grid = Grid(horizon=math.log(dim) + 2, step=min(step, 1.0), stop=1e-2)
+    start, score = noise(1, dim), two(dim)
+    exact = piadm(score, start, grid, kind, form="sequential").value["x"]
+    trajectory = DiffusionTrajectory(score, start, grid, kind)
+    ends = [0, *trajectory.boundaries]
+    most = max(b - a for a, b in itertools.pairwise(ends))
+    for depth in range(1, most + 1):
+        end = piadm(score, start, grid, kind, depth=depth).value["x"]
+        if float((end - exact).square().mean()) <= 1e-4:
+            return depth, most
+    raise AssertionError("the full depth is exact")
+
+
+@pytest.mark.parametrize("kind", ["sde", "ode"])
+def test_depth_grows_much_slower_than_the_steps_of_a_block(kind: Kind) -> None:
+    few, short = rounds(4, kind)
+    many, long = rounds(32, kind)
+    assert long >= 2 * short
+    assert many <= few + 5
+    assert many / few < (long / short) ** 0.75
+
+
+def test_denoiser_score_is_that_of_the_predicted_noise() -> None:
+    alphas = torch.linspace(0.999, 0.01, 50).double()
+    mixture = two(2)
+
+    def denoiser(x: Tensor, timestep: Tensor) -> Tensor:
+        s = float(-alphas[timestep].log())
+        return -mixture(s, x) * math.sqrt(-math.expm1(-s))
+
+    score = DenoiserScore(denoiser, alphas)
+    assert score.horizon == pytest.approx(-math.log(0.01))
+    x = noise(4, 2)
+    s = float(-alphas[20].log())
+    torch.testing.assert_close(score(s, x), mixture(s, x))
+
+
+def test_bad_settings_get_a_sentence() -> None:
+    start = noise(1, 2)
+    with pytest.raises(ValueError, match="belongs to the ODE"):
+        piadm(normal, start, GRID, "sde", corrector=Corrector())
+    with pytest.raises(ValueError, match="write a time before `horizon`"):
+        Grid(horizon=1.0, step=0.1, stop=2.0)
+    with pytest.raises(ValueError, match="`depth` is 0"):
+        BlockWindow([3], 0)
+    with pytest.raises(ValueError, match="ascending"):
+        BlockWindow([3, 3], 1)
+    with pytest.raises(ValueError, match="'sliding'"):
+        piadm(normal, start, GRID, form="fast")
+
+
+def test_sliding_window_reaches_the_sequential_samples() -> None:
+    start = noise(2, 2)
+    whole = piadm(two(2), start, GRID, form="sequential")
+    slid = piadm(two(2), start, GRID, form="sliding", window=8, tolerance=1e-10)
+    error = float((slid.value["x"] - whole.value["x"]).square().mean())
+    assert error < 1e-6
+    assert slid.stats.num_iterations < whole.stats.num_iterations
