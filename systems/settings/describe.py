@@ -79,7 +79,7 @@ def settings(kind: type, where: str, owner: str = "") -> Iterator[Setting]:
             for word, part in table.items():
                 whose = ", ".join(filter(None, (owner, f"{name}.name={word}")))
                 if dataclasses.is_dataclass(part):
-                    yield from settings(part, name, whose)
+                    yield from settings(typing.cast(type, part), name, whose)
         elif dataclasses.is_dataclass(hint):
             yield from settings(typing.cast(type, hint), name, owner)
         else:
