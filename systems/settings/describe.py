@@ -13,7 +13,12 @@ from typing import Any
 
 import yaml
 
-from systems.settings.reader import ConfigError, describe_type, settings_class
+from systems.settings.reader import (
+    ConfigError,
+    describe_type,
+    section_name,
+    settings_class,
+)
 
 WIDTH = 88
 
@@ -65,6 +70,16 @@ def settings(kind: type, where: str, owner: str = "") -> Iterator[Setting]:
                 chosen = f"{name}_type={' or '.join(words)}"
                 whose = f"{owner}, {chosen}" if owner else chosen
                 yield from settings(part, name, whose)
+        elif "names" in entry.metadata:
+            table = entry.metadata["names"]
+            chosen = section_name(entry, entry.default)
+            meaning = meanings.get(entry.name, "")
+            words = " or ".join(table)
+            yield Setting(f"{name}.name", words, chosen, meaning, owner)
+            for word, part in table.items():
+                whose = ", ".join(filter(None, (owner, f"{name}.name={word}")))
+                if dataclasses.is_dataclass(part):
+                    yield from settings(part, name, whose)
         elif dataclasses.is_dataclass(hint):
             yield from settings(typing.cast(type, hint), name, owner)
         else:
@@ -129,5 +144,8 @@ def _default(entry: dataclasses.Field[Any]) -> str:
         value = list(value)
     if value == "":
         return '""'
-    written = yaml.safe_dump(value, default_flow_style=True, width=1000)
+    try:
+        written = yaml.safe_dump(value, default_flow_style=True, width=1000)
+    except yaml.YAMLError:  # a function, for example
+        return getattr(value, "__name__", str(value))
     return written.removesuffix("\n").removesuffix("\n...")
