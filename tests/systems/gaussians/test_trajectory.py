@@ -115,7 +115,7 @@ def test_a_killed_run_resumes_to_the_same_bits(step: int, tmp_path: Path) -> Non
     context = multiprocessing.get_context("spawn")
     process = context.Process(target=solve_until_killed, args=(tmp_path, step))
     process.start()
-    process.join(120)
+    process.join(600)
     assert process.exitcode == -9
     state = checkpoint.load(tmp_path)
     assert state.step == step
