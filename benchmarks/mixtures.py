@@ -155,8 +155,8 @@ def text(sweeps: int) -> list[dict]:
     rows = []
     groups = [tokens(counts[i]) for i in np.flatnonzero(train)]
     model = HDPMixture(
-        (1.0, 1.0), (1.0, 1.0), prior=Dirichlet(0.1), method="subcluster",
-        n_sweeps=sweeps, patience=None, init_components=20,
+        (1.0, 1.0), (1.0, 1.0), prior=Dirichlet(0.1), method="exact",
+        n_sweeps=sweeps, n_proposals=1, init_components=20,
     )  # fmt: skip
     start = time.process_time()
     model.fit(groups)

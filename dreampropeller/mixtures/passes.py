@@ -96,7 +96,7 @@ def subcluster_pass(
     points: dict[str, Tensor],
     shared: dict[str, Any],
 ) -> Result:
-    """Labels, sub-labels and the statistics of all sub-clusters.
+    r"""Labels, sub-labels with their $\ln q$ per cluster, and sub-clusters' statistics.
 
     `shared["halves"]` holds the two sub-components of every cluster, one `Params` for
     the left ones and one for the right; `best` takes the likeliest label instead.
@@ -111,6 +111,7 @@ def subcluster_pass(
         labels = choose(logits, uniforms(*key, "labels", number, size))
     u = uniforms(*key, "sublabels", number, size)
     sub = torch.zeros_like(labels)
+    log_q = torch.zeros(len(logits), dtype=torch.float64)
     order = torch.argsort(labels, stable=True)
     ends = torch.bincount(labels, minlength=len(logits)).cumsum(0).tolist()
     for k, (start, end) in enumerate(zip([0, *ends], ends, strict=False)):
@@ -120,11 +121,14 @@ def subcluster_pass(
         pair = {name: value[k] for name, value in shared["halves"].items()}
         own = family.log_likelihood(family.rows(block, index), pair)
         own.add_(shared["log_halves"][k].float().to(own.device)[:, None])
+        log_p = torch.log_softmax(own.double(), 0).cpu()
         sub[index] = choose(own, u[index])
+        log_q[k] = log_p.gather(0, sub[index][None]).sum()
     num = 2 * len(logits)
     return {
         "label": labels,
         "sub": sub,
+        "log_q": log_q,
         "statistics": family.statistics(block, 2 * labels + sub, num),
     }
 

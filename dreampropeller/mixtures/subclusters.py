@@ -4,18 +4,18 @@ into.
 A sweep draws labels and sub-labels in one pass. A cluster whose sub-clusters have had
 time to settle proposes to split into them, with
 
-$$H = \frac{p(z')}{p(z)} \frac{f(X_l) f(X_r)}{f(X)}, \qquad \text{for the Dirichlet
-  process}\ \ \alpha\, \frac{\Gamma(n_l) \Gamma(n_r)}{\Gamma(n)} \frac{f(X_l)
-  f(X_r)}{f(X)};$$
+$$H = \frac{p(z')}{p(z)} \frac{f(X_l) f(X_r)}{f(X)\, q}, \qquad \text{for the Dirichlet
+  process}\ \ \frac{p(z')}{p(z)} = \alpha\, \frac{\Gamma(n_l) \Gamma(n_r)}{\Gamma(n)},$$
 
-two clusters propose to merge with $1/H$ of the split that would undo it: they become
-the sub-clusters of the merged one. The published code has the probability that a
-*random* division finds the two clusters as a further factor,
+where $q$ is the probability of the sub-labels drawn. The published code leaves $q$ out,
+and so never cuts a set that looks like one broad Gaussian (50 overlapping clusters in
+two dimensions: 1 found). Two clusters merge with $1/H$ in which $q$ is the probability
+that a *random* division finds them, as published,
 
-$$\frac{\Gamma(\alpha)}{\Gamma(\alpha + n)}
+$$q = \frac{\Gamma(\alpha)}{\Gamma(\alpha + n)}
   \frac{\Gamma(n_b + \alpha/2)\, \Gamma(n_c + \alpha/2)}{\Gamma(\alpha/2)^2},$$
 
-with which a Gaussian once cut in two is hardly ever put together again.
+or 1 where one cluster has at most a fiftieth of the other's points.
 
 All clusters propose in the same sweep, and a cluster that loses its points is deleted.
 This mixes fast and **does not leave the posterior invariant**: `ExactChain` does.
@@ -35,6 +35,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from scipy.special import betaln
 from torch import Tensor
 
 from dreampropeller.mixtures.blocks import Blocks
@@ -70,6 +71,7 @@ class SubclusterChain(Chain):
         self.age = np.zeros(self.num_clusters, int)  # sweeps; 0: no sub-clusters yet
         self.tries = np.zeros(self.num_clusters, int)
         self.since = np.zeros(self.num_clusters, int)  # sweeps since the last move
+        self.log_q = [0.0] * self.num_clusters
         self.moved = 0  # the last sweep in which a split or merge was accepted
 
     def statistics(self) -> Statistics:
@@ -111,6 +113,8 @@ class SubclusterChain(Chain):
         self.labels = torch.cat([result["label"] for result in found])
         self.sub = torch.cat([result["sub"] for result in found])
         self.sums = total([result["statistics"] for result in found])
+        log_q = total([{"log_q": result["log_q"]} for result in found])["log_q"]
+        self.log_q = log_q.tolist()
         self.age += 1
         self.since += 1
 
@@ -146,6 +150,7 @@ class SubclusterChain(Chain):
         to[keep] = torch.arange(len(keep))
         self.labels = to[self.labels]
         self.sums = take(self.sums, torch.stack([2 * keep, 2 * keep + 1], 1).ravel())
+        self.log_q = [self.log_q[k] for k in keep.tolist()]
         for name in _PER_CLUSTER:
             setattr(self, name, getattr(self, name)[keep.numpy()])
         self.num_clusters = len(keep)
@@ -165,18 +170,20 @@ class SubclusterChain(Chain):
         gain = union - f[first] - f[second]
         chance = np.log(1 - rng.random(len(first)))
         cells = counts.reshape(self.groups, -1, 2).sum(2)
-        sizes = cells.sum(0)
+        sizes = cells.sum(0).tolist()
         joined: list[tuple[int, int]] = []
         hosts: set[int] = set()
         used: set[int] = set()
         for at in np.argsort(-gain):
             a, b = int(first[at]), int(second[at])
             ratio = gain[at] - self.prior.merge_ratio(a, b, cells[:, a], cells[:, b])
-            if chance[at] >= ratio or used & {a, b}:
-                continue
             if sizes[a] < sizes[b]:
                 a, b = b, a
             tiny = sizes[b] <= TINY * sizes[a]
+            if not tiny:
+                ratio += _log_random_division(sizes[a], sizes[b], self.prior.mass)
+            if chance[at] >= ratio or used & {a, b}:
+                continue
             if b in hosts or (a in hosts and not tiny):
                 continue
             joined.append((a, b))
@@ -201,7 +208,7 @@ class SubclusterChain(Chain):
             if k in busy or self.age[k] < SETTLE or not left.sum() or not right.sum():
                 continue
             ratio, share = self.prior.split_ratio(k, left, right, rng)
-            if chance < ratio + f[k]:
+            if chance < ratio + f[k] - self.log_q[k]:
                 divided.append((k, share))
             elif self.age[k] >= RESTART:
                 self.age[k] = 0
@@ -292,3 +299,9 @@ def _marginal_of_unions(
         pair = add(take(whole, one), take(whole, two))
         found.append(chain.family.log_marginal(pair).numpy())
     return np.concatenate(found)
+
+
+def _log_random_division(left: int, right: int, mass: float) -> float:
+    """Probability of a division by a Dirichlet–multinomial of mass/2 and mass/2."""
+    whole = betaln(left + mass / 2, right + mass / 2) - betaln(mass / 2, mass / 2)
+    return float(whole)
