@@ -117,7 +117,7 @@ def documents() -> tuple[sparse.csr_matrix, list[str]]:
 
     text = [re.sub(r"[^a-z ]", " ", topics[name].lower()) for name in sorted(topics)]
     counter = CountVectorizer(min_df=4, max_df=0.5, stop_words="english")
-    counts = counter.fit_transform(text)
+    counts: Any = counter.fit_transform(text)
     keep = np.flatnonzero(np.asarray(counts.sum(1)).ravel() >= 40)
     return sparse.csr_matrix(counts)[keep], list(counter.get_feature_names_out())
 
@@ -149,12 +149,13 @@ def perplexity(words: np.ndarray, held: Any) -> float:
 
 def text(sweeps: int) -> list[dict]:
     """Held-out perplexity of topics beside latent Dirichlet allocation."""
-    counts, names = documents()
+    found, names = documents()
+    counts: Any = found
     train = np.arange(counts.shape[0]) % 5 != 0
     seen, held = halves(counts[~train], 0)
     rows = []
     groups = [tokens(counts[i]) for i in np.flatnonzero(train)]
-    model = HDPMixture(
+    model: Any = HDPMixture(
         (1.0, 1.0), (1.0, 1.0), prior=Dirichlet(0.1), method="exact",
         n_sweeps=sweeps, n_proposals=1, init_components=20,
     )  # fmt: skip

@@ -33,7 +33,7 @@ def target(dim: int) -> GaussianMixtureScore:
 
 def measure(
     dim: int, kind: Literal["sde", "ode"], tolerance: float, samples: int
-) -> dict[str, float]:
+) -> dict[str, str | int | float]:
     """Depth, rounds, calls and states in memory, beside the sequential steps."""
     step = min(1.0, 2 / dim if kind == "sde" else 1 / math.sqrt(dim))
     grid = Grid(horizon=math.log(dim / 0.1) + 2, step=step, stop=1e-2)
@@ -62,7 +62,7 @@ def measure(
     raise AssertionError("the full depth is exact")
 
 
-def fit(rows: list[dict[str, float]]) -> dict[str, float]:
+def fit(rows: list[dict[str, float]]) -> dict[str, str | int | float]:
     """Power of K in d, and R² of N·K against log² d."""
     d = np.array([row["dim"] for row in rows], float)
     depth = np.array([row["depth"] for row in rows], float)

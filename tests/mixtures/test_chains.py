@@ -11,7 +11,7 @@ import pytest
 import torch
 from sklearn.metrics import normalized_mutual_info_score as nmi
 
-import dreampropeller
+from dreampropeller.dispatch.launcher import launch_workers
 from dreampropeller.mixtures import NIW, Dirichlet, DPMixture, HDPMixture, fitting
 from dreampropeller.mixtures.blocks import Blocks, JobBlocks, RankBlocks
 from dreampropeller.mixtures.chain import Chain
@@ -85,7 +85,7 @@ def test_labels_do_not_depend_on_the_number_of_workers() -> None:
             blocks.close()
             assert torch.equal(chain.labels, alone.labels)
             assert chain.history.log_joint == alone.history.log_joint  # bit for bit
-    for found in dreampropeller.launch_workers(ranks, num_workers=2):
+    for found in launch_workers(ranks, num_workers=2):
         for (labels, log_joint), alone in zip(found, one, strict=True):
             assert torch.equal(labels, alone.labels)
             assert log_joint == alone.history.log_joint
