@@ -65,7 +65,17 @@ class Problem(abc.ABC):
         raise TypeError(f"`{type(self).__name__}` has no trajectory of its own.")
 
     def solver(self) -> dp.Solver:
-        """The solver the config asks for."""
+        """The solver the config asks for.
+
+        Raises:
+            ConfigError: It is a sampler's.
+        """
+        name = self.config.solver.name
+        if name.startswith("piadm"):
+            raise ConfigError(
+                f"`solver.name` is `{name}`, which samples images: write `picard` or "
+                "`sequential`, or `--sample` with `configs/sample-toybox.yaml`."
+            )
         return self.config.solver.build()
 
     def solve(

@@ -50,7 +50,7 @@ class DistributedDispatcher(Dispatcher):
     """Spreads the window over the ranks of a process group.
 
     Run the program under `torchrun`, or start it with
-    `dreampropeller.dispatch.launcher.launch`. A process group that exists is used and
+    `dreampropeller.launch_workers`. A process group that exists is used and
     kept; otherwise one is made from torchrun's environment and closed at the end: gloo
     on CPU, NCCL between GPUs. Inline and distributed solves are equal bit for bit on
     CPU at the same thread count (`test_dispatch.py`). Where a machine has more ranks
@@ -109,7 +109,7 @@ class DistributedDispatcher(Dispatcher):
                 f"`DistributedDispatcher` found no process group and no "
                 f"`{missing[0]}` in the environment. Start the program with `torchrun "
                 "--nproc-per-node=2 …`, or through "
-                "`dreampropeller.dispatch.launcher.launch`."
+                "`dreampropeller.launch_workers`."
             )
         device = process_group.local_device()
         if device.type == "cuda":

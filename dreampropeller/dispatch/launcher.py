@@ -23,7 +23,7 @@ from dreampropeller.dispatch.base import WorkerError
 
 R = TypeVar("R")
 _STARTED_WHILE_IMPORTED = 87
-"""Exit code of a process that reads its script and finds a call of `launch` in it."""
+"""Exit code of a process that reads its script and finds `launch_workers` in it."""
 
 
 def launch_workers(function: Callable[..., R], *args: Any, num_workers: int) -> list[R]:
@@ -64,8 +64,9 @@ def launch_workers(function: Callable[..., R], *args: Any, num_workers: int) -> 
             rank, failure = error.get_first_failure()
             if failure.exitcode == _STARTED_WHILE_IMPORTED:
                 raise WorkerError(
-                    "Every process imports the script that calls `launch`, and would "
-                    'call it again: put the call under `if __name__ == "__main__":`.'
+                    "Every process imports the script that calls `launch_workers`, and "
+                    "would call it again: "
+                    'put the call under `if __name__ == "__main__":`.'
                 ) from None
             raise WorkerError(
                 f"Rank {rank} failed (exit code {failure.exitcode}):\n{_text(failure)}"

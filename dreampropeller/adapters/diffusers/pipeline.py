@@ -54,7 +54,7 @@ def sample(
 
     Args:
         pipeline: Stable Diffusion, DeepFloyd IF, the toybox, or another pipeline whose
-            U-Net is asked once a step; with a scheduler of `sampling.HISTORY`.
+            U-Net is asked once a step; with a scheduler of `trajectory.HISTORY`.
         prompt: As for the pipeline.
         num_inference_steps: As for the pipeline.
         window: Steps tried at once.
