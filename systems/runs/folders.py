@@ -25,7 +25,6 @@ import yaml
 
 import dreampropeller as dp
 from dreampropeller import checkpoint, identity
-from dreampropeller.precision import LOSS_SCALE, Precision
 from systems.files import named, written
 from systems.problem import Problem
 from systems.settings.config import Config, load
@@ -127,6 +126,18 @@ def load_state(resume: str, problem: Problem) -> dp.SolverState[Any]:
         path = path / CHECKPOINTS
     state = checkpoint.load(path, device=problem.device)
     problem.check_state(state.y, path)
+    return state
+
+
+def load_own_state(problem: Problem) -> dp.SolverState[Any]:
+    """The state that `resume` names, if it made what the config asks for.
+
+    Raises:
+        CheckpointError: It cannot be read.
+        ConfigError: It belongs to another config, or made another thing.
+    """
+    resume = str(problem.config.resume)
+    state = load_state(resume, problem)
     found, wanted = state.problem.get("about"), identity.plain(problem.about())
     differ = identity.differences(found, wanted) if found else ""
     if differ:
@@ -147,7 +158,7 @@ def start_of(problem: Problem) -> dp.SolverState[Any] | None:
     config = problem.config
     if config.resume is None:
         return None
-    state = load_state(config.resume, problem)
+    state = load_own_state(problem)
     steps = state.problem.get("num_steps", state.step)
     if steps > problem.num_steps:
         raise ConfigError(
@@ -158,15 +169,8 @@ def start_of(problem: Problem) -> dp.SolverState[Any] | None:
     begun = state.problem.get("precision", str(config.trainer.precision))
     if begun != str(config.trainer.precision):
         raise ConfigError(
-            f"`trainer.precision` is `{config.trainer.precision}`, and the run "
-            f"`{config.resume}` began with `{begun}`: write that one."
-        )
-    precision = Precision(str(config.trainer.precision), problem.device)
-    if precision.scales and LOSS_SCALE not in state.y:
-        raise ConfigError(
-            f"`trainer.precision` is `{config.trainer.precision}`, but the run "
-            f"`{config.resume}` has no loss scale: write the precision it began with, "
-            "as in its `config.yaml`."
+            f"`trainer.precision` is `{config.trainer.precision}`: write the precision "
+            f"it began with, `{begun}`, to resume `{config.resume}`."
         )
     return state
 

@@ -75,7 +75,7 @@ def look(config: Config, film: bool) -> int:
             "with the `config.yaml` in it."
         )
     system = build(config)
-    state = folders.load_state(config.resume, system)
+    state = folders.load_own_state(system)
     folder = folders.folder_of(config.resume)
     made = artefacts.write(folder, system, state.y, film=film, mesh=not film)
     viewer.add(folder, {**folders.report(folder), **made}, system.title)

@@ -48,10 +48,11 @@ def deviation(system: System, a: dp.State, b: dp.State) -> dict[str, float | Non
         return math.sqrt(float(torch.stack(squares).sum()))
 
     apart, covered = distance(a, b), distance(b, start)
-    known = apart is not None and covered is not None
     return {
         "psnr": round(-10 * math.log10(error), 2) if error else None,
-        "relative": apart / max(covered, 1e-30) if known else None,
+        "relative": (
+            None if apart is None or covered is None else apart / max(covered, 1e-30)
+        ),
         "bitwise": float(all(torch.equal(a[name], b[name]) for name in b)),
     }
 
