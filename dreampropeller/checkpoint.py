@@ -1,8 +1,8 @@
-"""The whole solver state to and from disk, atomically and without pickle.
+"""Checkpoints of the whole solver state, atomic and without pickle.
 
-A checkpoint is one safetensors file: tensors as such, everything else as JSON in its
-header, with a checksum of each tensor. It is written under another name, flushed to the
-disk and then renamed, so a reader sees all of it or nothing.
+A checkpoint is one safetensors file. It holds tensors as such and everything else as
+JSON in its header, with a checksum per tensor. It is written under another name,
+flushed to the disk and then renamed, so a reader sees all of it or nothing.
 """
 
 from __future__ import annotations
@@ -44,23 +44,25 @@ def save(
     """Write a checkpoint and remove older ones.
 
     A run that resumes from a full checkpoint equals the uninterrupted run bit for bit.
-    A lean one holds state, carry and what was learnt, without guesses, held drifts and
-    past iterations: three times the parameters with Adam, up to six with the default
-    predictors and accelerations. The run resumes with the first iteration's small
-    stride, so its strides differ; at threshold 0 its result does not.
+    A lean checkpoint holds state, carry and the components' estimates, without guesses,
+    held drifts and past iterations. Its size is three times the parameters with Adam,
+    up to six with the default predictors and accelerations. The run resumes with the
+    first iteration's small stride, so its strides differ; at threshold 0 its result
+    does not.
 
     Args:
-        folder: Where checkpoints of this run are kept; it is made if need be.
-        state: What to write.
-        keep: How many to keep. Two or more, so that there is one to fall back to.
-        lean: Leave out the fields that are marked so (`component.FULL`).
+        folder: Folder of the run's checkpoints; it is made if missing.
+        state: Solver state to write.
+        keep: Number of checkpoints to keep. Two or more leave one to fall back to.
+        lean: Leave out the fields marked `component.FULL`.
 
     Returns:
         The file, ``step-<step>.safetensors``.
 
     Raises:
-        CheckpointError: It could not be written, the folder holds checkpoints of
-            another run, or another process writes there; earlier ones are intact.
+        CheckpointError: The file could not be written, the folder holds checkpoints of
+            another run, or another process writes there. Earlier checkpoints are
+            intact.
     """
     if keep < 1:
         raise ValueError(f"`keep` is {keep}: keep at least 1 checkpoint.")
@@ -106,10 +108,10 @@ def save(
 
 
 def lock(folder: Path) -> None:
-    """Keep a folder for this process until it ends; once is enough.
+    """Lock a folder for this process until it ends; repeated calls have no effect.
 
     Raises:
-        CheckpointError: Another process has it.
+        CheckpointError: Another process holds the lock.
     """
     folder = folder.resolve()
     if folder in _LOCKS:
@@ -129,7 +131,7 @@ def lock(folder: Path) -> None:
 
 
 def run_of(folder: Path) -> str:
-    """The name of the run whose checkpoints a folder holds; empty: none is known."""
+    """The name of the run whose checkpoints a folder holds; empty if unknown."""
     for path in _newest_first(folder) if folder.is_dir() else []:
         with contextlib.suppress(OSError, SafetensorError, KeyError, ValueError):
             return _header(path).get("run", "")
@@ -157,13 +159,13 @@ def load(
     """Read a checkpoint: a file, or the newest readable one of a folder.
 
     Args:
-        path: A file `save` wrote, or the folder that holds it. In a folder, a damaged
-            newest checkpoint is passed over with a warning.
-        device: Where tensors that were on a GPU go; default: the current GPU. Tensors
+        path: A file that `save` wrote, or its folder. In a folder, a damaged newest
+            checkpoint is skipped with a warning.
+        device: Device of tensors that were on a GPU; default: the current GPU. Tensors
             that were on the CPU stay there.
 
     Raises:
-        CheckpointError: There is none, or none can be read.
+        CheckpointError: There is no checkpoint, or none can be read.
     """
     path = Path(path)
     if not path.is_dir():
@@ -187,7 +189,8 @@ def _read(path: Path, device: torch.device | str | None) -> SolverState[Any]:
     try:
         with safe_open(path, framework="pt") as file:
             header = json.loads((file.metadata() or {})["dreampropeller"])
-            # Cloned: mapped memory has other alignments, and CPU kernels round by them.
+            # Cloned: mapped memory is aligned differently, which changes the rounding
+            # of CPU kernels.
             arrays = {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118
     except (OSError, SafetensorError, KeyError, ValueError) as error:
         raise CheckpointError(
