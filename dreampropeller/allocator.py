@@ -1,6 +1,6 @@
-"""Memory of large tensors that is kept for the next one, during a solve on the CPU.
+"""Reuse of the memory of large tensors during a solve on the CPU.
 
-A solve makes and drops states of the same sizes all the time. glibc maps a block of
+A solve constantly allocates and frees states of the same sizes. glibc maps a block of
 more than 32 MiB anew at each allocation and unmaps it when it is freed, so that a copy
 pays for fresh pages each time: three to five times the copy itself (12.6 M parameters,
 measured). Inside `reused`, freed blocks stay with the process; at the end they go back
@@ -28,7 +28,7 @@ _open = 0
 
 @contextlib.contextmanager
 def reused(nest: Nest) -> Iterator[None]:
-    """Keep freed memory inside the block, where a tensor of the nest is large."""
+    """Keep freed memory inside the block if a tensor of the nest is large."""
     global _open
     libc = _glibc() if any(_is_large(tensor) for tensor in tensors(nest)) else None
     if libc is None:
