@@ -243,7 +243,7 @@ def _calling(stand_in: Callable[..., Any], original: Any) -> Callable[..., Any]:
 
 
 _OWN: dict[tuple[int, str], Any] = {}
-"""What stands under a name of an object by itself while it is replaced."""
+"""The attribute of the object itself while it is replaced."""
 
 
 def _put_back(owner: Any, name: str, own: Any) -> None:

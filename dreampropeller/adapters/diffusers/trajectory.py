@@ -45,7 +45,7 @@ HISTORY: Mapping[str, tuple[str, ...]] = {
     "DDIMParallelScheduler": (),
     "DPMSolverMultistepScheduler": ("model_outputs", "lower_order_nums", "_step_index"),
 }
-"""What the `step` of each known scheduler changes, which becomes the carry."""
+"""Attributes that the `step` of each known scheduler changes: the carry."""
 
 
 def check_scheduler(scheduler: Any, form: str = "semi-linear") -> None:
