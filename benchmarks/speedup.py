@@ -35,7 +35,7 @@ WIDE = 32
 """The widest window, for the default threshold only."""
 DEFAULT = "default (drift, 0.2, secant)"
 RIVAL = 8
-"""The k of the rivals."""
+"""The factors k of the rivals."""
 RATES = (0.5, 1.0, 2.0, 4.0, 8.0)
 FIXED = 1e-4
 EMA = ("solver.threshold.name=ema", "solver.threshold.value=1e-5")

@@ -20,7 +20,7 @@ from torch import Tensor
 from dreampropeller.tree import Nest, tensors
 
 LARGE = 1 << 25
-"""Bytes from which glibc maps every block for itself, whatever it is told."""
+"""Size in bytes from which glibc maps every block separately, by any setting."""
 _TRIM_THRESHOLD, _MMAP_MAX = -1, -4  # of <malloc.h>
 _DEFAULTS = {_TRIM_THRESHOLD: 128 << 10, _MMAP_MAX: 1 << 16}
 _open = 0

@@ -29,7 +29,7 @@ from dreampropeller.tree import decode, encode, record_name
 
 FORMAT = 3
 LOCK = ".lock"
-"""Name of the file that a writing process holds."""
+"""Name of the lock file of the writing process."""
 _LOCKS: dict[Path, TextIO] = {}
 _NAME = re.compile(r"step-(\d+)\.safetensors")
 

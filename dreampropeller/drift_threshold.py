@@ -24,7 +24,7 @@ from dreampropeller.trajectory import Parents
 from dreampropeller.tree import State, moving, norms
 
 ROUNDING = 64
-"""Relative changes of a drift below so many units in the last place say nothing."""
+"""Units in the last place below which a relative change of a drift is ignored."""
 
 
 @dataclass(frozen=True)

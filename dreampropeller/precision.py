@@ -20,7 +20,7 @@ from torch import Tensor
 from dreampropeller.tree import State
 
 LOSS_SCALE = "precision/scale"
-"""Its name in a state."""
+"""Name of the loss scale in a state."""
 _FOUND_INF = "precision/found_inf"
 _INITIAL_EXPONENT = 16
 _GROWTH_INTERVAL = 2000

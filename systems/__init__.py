@@ -22,7 +22,7 @@ PROBLEMS = {
     "dreamgaussian-system": "systems.dreamgaussian.DreamGaussian",
     "diffusion-sampling": "systems.sampling.Sampling",
 }
-"""Problems by the names configs use. Imported when asked for: they are heavy."""
+"""Problems by their names in configs; imported on use, because they are heavy."""
 _OWN = ("system", "data")
 """Sections of `Config` that a problem reads itself."""
 

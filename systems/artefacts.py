@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from systems.base import System
 
 FAILED, NONE = "failed: ", "none: "
-"""How the line of an artefact that is not there begins."""
+"""Prefix of the line of an artefact that failed."""
 
 _log = logging.getLogger(__name__)
 

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 PREVIEW_VIEWS = 4
 LOOKS = ("eval_", "n_test_views", "n_val_views", "isosurface_")
-"""How settings begin that only look at a result, so that a resumed run may differ."""
+"""Prefixes of settings that affect only the output; a resumed run may differ."""
 
 
 class System(Problem):

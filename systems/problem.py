@@ -35,9 +35,9 @@ class Problem(abc.ABC):
     """
 
     option: ClassVar[str] = "--train"
-    """The option of `launch.py` that runs it."""
+    """The option of `launch.py` that runs the problem."""
     sections: ClassVar[frozenset[str]]
-    """Settings of `Config` that it reads besides `COMMON`."""
+    """Settings of `Config` that the problem reads besides `COMMON`."""
     section_types: ClassVar[Mapping[str, type]]
     """The classes of those sections that `Config` leaves to the problem."""
 

@@ -26,7 +26,7 @@ SCHEDULERS = {
     "dpm++": "DPMSolverMultistepScheduler",
 }
 ROWS, COLUMNS = 24, 26
-"""Most iterations and steps that a strip shows."""
+"""Largest numbers of iterations and steps in a strip."""
 ACCEPTED, TRIED, EMPTY = (0.1, 0.7, 0.2), (1.0, 0.6, 0.0), (1.0, 1.0, 1.0)
 
 

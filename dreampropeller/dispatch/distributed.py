@@ -43,7 +43,7 @@ class _Meeting(enum.IntEnum):
 
 
 _WORD = 8
-"""Integers in a meeting's message."""
+"""Number of integers in a meeting's message."""
 
 
 class DistributedDispatcher(Dispatcher):

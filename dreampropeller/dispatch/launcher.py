@@ -23,7 +23,7 @@ from dreampropeller.dispatch.base import WorkerError
 
 R = TypeVar("R")
 _STARTED_WHILE_IMPORTED = 87
-"""Exit code of a process that reads its script and finds a call of `launch` in it."""
+"""Exit code of a worker whose script calls `launch` while being imported."""
 
 
 def launch_workers(function: Callable[..., R], *args: Any, num_workers: int) -> list[R]:

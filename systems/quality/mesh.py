@@ -27,10 +27,10 @@ from systems.toybox.render import RADIUS
 from systems.toybox.truth import Truth
 
 GRID = 96
-"""Points a side of the grid that volumes are counted on."""
+"""Points per side of the grid that volumes are counted on."""
 SAMPLES = 30_000
 """Points drawn from each surface; the distance of equal surfaces is then 0.005 to 0.007
-and not nought, since the points differ."""
+and not zero, because the points differ."""
 
 
 @dataclass(frozen=True)

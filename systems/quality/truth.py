@@ -32,9 +32,9 @@ if TYPE_CHECKING:
 
 NUM_VIEWS = 16
 GREY = 0.5
-"""Midway between black and white: no body colour hides in it, none stands out most."""
+"""Midway between black and white, distinct from every body colour."""
 SIZE = 32
-"""What the embedded prior knows; rendered at twice this size and averaged."""
+"""Image size of the embedded prior; rendered at twice this size and averaged."""
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ from systems.runs import folders, history, results, viewer
 from systems.runs.stopping import Stop
 
 STOP = "stop"
-"""Name of the file in the run folder that asks to stop."""
+"""Name of the file in the run folder that requests a stop."""
 
 
 class Recorder(abc.ABC):

@@ -18,9 +18,9 @@ from systems.settings.config import Config
 from systems.settings.reader import to_section
 
 GROWTH = 100.0
-"""How much larger than at first a loss may be at the end."""
+"""Largest factor between the last and the first loss."""
 SECONDS = ("seconds", "solving_seconds", "device_seconds", "seconds_by_phase")
-"""The part of a report that is null where the run's metrics were lost."""
+"""The entries of a report that are null if the run's metrics were lost."""
 
 
 def report_of(

@@ -22,7 +22,7 @@ from systems.settings.reader import Foreign
 from systems.settings.schedules import values_of
 
 ANY: tuple[Any, ...] = ()
-"""In `SETTINGS`: whatever the value, the object is the same."""
+"""In `SETTINGS`: any value is accepted, because it has no effect on the object."""
 _NO: tuple[Any, ...] = (None, False, 0)
 
 SETTINGS: Mapping[str, Mapping[str, tuple[Any, ...]]] = {
@@ -216,7 +216,7 @@ VALUES: Mapping[str, Callable[[Any], bool]] = {
         value in (None, "pred", "finite_difference_laplacian")
     ),
 }
-"""Settings that we have, and what threestudio lets them be and we do not."""
+"""Settings that exist here, and values that only threestudio supports."""
 
 DATA_TYPES = ("random-camera-datamodule",)
 

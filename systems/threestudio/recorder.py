@@ -22,7 +22,7 @@ from systems.settings.reader import ConfigError, to_section
 from systems.threestudio.config import BackendConfig
 
 _STATES = "dreampropeller"
-"""Folder in `ckpts/` for what a run goes on from."""
+"""Folder in `ckpts/` of the states that a run resumes from."""
 
 
 def load_state(path: str) -> dp.SolverState[Any]:

@@ -20,7 +20,7 @@ from systems.base import System
 from systems.runs.report.runs import Run
 
 NOTICEABLE = 0.2
-"""Decibels; less is called the same quality."""
+"""Difference in decibels below which qualities count as equal."""
 
 
 def deviation(system: System, a: dp.State, b: dp.State) -> dict[str, float | None]:

@@ -20,7 +20,7 @@ from systems.scene.gaussians.shapes import axes
 
 EXTENT = 3.33
 FAINT = 0.005
-"""Splats of less opacity are left out, as in DreamGaussian."""
+"""Opacity below which a splat is ignored, as in DreamGaussian."""
 BLOCKS = 16
 """Blocks along the longest side of the points' box."""
 

@@ -24,7 +24,7 @@ from systems.scene.gaussians.shapes import axes
 from systems.settings.checks import at_least, one_of
 
 SHRINK = 1.6
-"""The halves of a split have its scales divided by this."""
+"""Divisor of the scales of the halves of a split."""
 STRATEGIES = ("densify", "relocate", "none")
 
 

@@ -24,7 +24,7 @@ from systems.scene.gaussians.growth import GrowthConfig, Rows
 from systems.scene.gaussians.shapes import covariances
 
 MOST = 51
-"""More than so many splats in one place are counted as so many."""
+"""Largest number of splats counted at one position."""
 SHARPNESS, TRANSPARENT = 100.0, 0.995
 """Of the logistic curve from opaque splats, which do not move, to transparent ones."""
 

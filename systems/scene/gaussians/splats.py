@@ -24,7 +24,7 @@ from systems.settings.checks import at_least, one_of
 NAMES = ("means", "scales", "quats", "opacities", "sh0", "shN")
 """The parameters, by gsplat's names; `shN` is there for degrees above 0 only."""
 NEIGHBOURS = 3
-"""A new splat is as large as its mean distance from so many neighbours."""
+"""Number of neighbours whose mean distance is the size of a new splat."""
 COPIES = 12
 """What a run keeps of each splat at least: parameters, moments, a window's states."""
 

@@ -16,7 +16,7 @@ from systems.files import written
 from systems.scene.gaussians.harmonics import Y0
 
 MOST = 200_000
-"""The most opaque splats of a larger scene are shown alone."""
+"""Largest number of splats shown; of a larger scene, the most opaque ones."""
 
 
 def write(path: Path, splats: State, title: str) -> None:
