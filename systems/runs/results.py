@@ -18,7 +18,7 @@ from systems.settings.config import Config
 from systems.settings.reader import to_section
 
 GROWTH = 100.0
-"""Largest factor between the last and the first loss."""
+"""Ratio of the last to the first losses above which a run counts as diverged."""
 SECONDS = ("seconds", "solving_seconds", "device_seconds", "seconds_by_phase")
 """The entries of a report that are null if the run's metrics were lost."""
 
