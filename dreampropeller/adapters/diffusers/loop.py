@@ -218,7 +218,7 @@ def _ignore(count: int) -> None:
 def _replaced(
     owner: Any, name: str, stand_in: Callable[..., Any] | None
 ) -> Iterator[None]:
-    """Call `stand_in(original, …)` in place of a method, inside the block.
+    """Call `stand_in(original, …)` instead of a method, inside the block.
 
     None replaces it by None: a module compiled by its `compile()` otherwise never uses
     its `forward`.
