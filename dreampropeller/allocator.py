@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import os
 import sys
 from collections.abc import Iterator
 
@@ -21,8 +22,9 @@ from dreampropeller.tree import Nest, tensors
 
 LARGE = 1 << 25
 """Size in bytes from which glibc maps every block separately, by any setting."""
-_TRIM_THRESHOLD, _MMAP_MAX = -1, -4  # of <malloc.h>
-_DEFAULTS = {_TRIM_THRESHOLD: 128 << 10, _MMAP_MAX: 1 << 16}
+_TRIM_THRESHOLD, _MMAP_THRESHOLD, _MMAP_MAX = -1, -3, -4  # of <malloc.h>
+_AFTER = {_TRIM_THRESHOLD: 2 * LARGE, _MMAP_THRESHOLD: LARGE, _MMAP_MAX: 1 << 16}
+"""The limits of glibc's own rule; setting one turns that rule off permanently."""
 _open = 0
 
 
@@ -42,7 +44,7 @@ def reused(nest: Nest) -> Iterator[None]:
     finally:
         _open -= 1
         if not _open:  # solves may be nested
-            for option, value in _DEFAULTS.items():
+            for option, value in _AFTER.items():
                 libc.mallopt(option, value)
             libc.malloc_trim(0)
 
@@ -52,8 +54,9 @@ def _is_large(tensor: Tensor) -> bool:
 
 
 def _glibc() -> ctypes.CDLL | None:
-    if not sys.platform.startswith("linux"):
-        return None
+    own = any(name.startswith("MALLOC_") for name in os.environ)
+    if own or not sys.platform.startswith("linux"):
+        return None  # whoever sets malloc's options knows why
     libc = ctypes.CDLL(None)
     known = hasattr(libc, "gnu_get_libc_version") and hasattr(libc, "malloc_trim")
     return libc if known else None

@@ -16,7 +16,7 @@ import re
 import warnings
 import zlib
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -30,7 +30,7 @@ from dreampropeller.tree import decode, encode, record_name
 FORMAT = 3
 LOCK = ".lock"
 """Name of the lock file of the writing process."""
-_LOCKS: dict[Path, TextIO] = {}
+_LOCKS: dict[Path, int] = {}
 _NAME = re.compile(r"step-(\d+)\.safetensors")
 
 
@@ -41,7 +41,7 @@ class CheckpointError(RuntimeError):
 def save(
     folder: str | Path, state: SolverState[Any], keep: int = 2, lean: bool = False
 ) -> Path:
-    """Write a checkpoint and remove older ones.
+    """Write a checkpoint and remove older ones, and later ones that a resume gave up.
 
     A run that resumes from a full checkpoint equals the uninterrupted run bit for bit.
     A lean checkpoint holds state, carry and the components' estimates, without guesses,
@@ -101,7 +101,11 @@ def save(
             f"{error}. Earlier checkpoints are intact. Free some space there, or write "
             "to another folder."
         ) from error
-    for old in _newest_first(folder)[keep:]:
+    others = _newest_first(folder)
+    # Beyond this step: left by a part of the run that resuming gave up.
+    given_up = [other for other in others if other > path and state.run]
+    kept = [path, *(other for other in others if other not in (path, *given_up))]
+    for old in [*given_up, *kept[keep:]]:
         with contextlib.suppress(OSError):
             old.unlink()
     return path
@@ -115,12 +119,16 @@ def lock(folder: Path) -> None:
     """
     folder = folder.resolve()
     if folder in _LOCKS:
-        return
-    file = open(folder / LOCK, "w", encoding="utf-8")  # noqa: SIM115, held on purpose
+        held = os.fstat(_LOCKS[folder])
+        with contextlib.suppress(OSError):
+            if os.path.samestat(held, os.stat(folder / LOCK)):
+                return
+        unlock(folder)  # the folder was removed, and made again
+    file = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
-        file.close()
+        os.close(file)
         if error.errno in (errno.EAGAIN, errno.EACCES):
             raise CheckpointError(
                 f"Another process writes to `{folder}`: wait until it has ended, or "
@@ -128,6 +136,13 @@ def lock(folder: Path) -> None:
             ) from error
         return  # a file system without locks
     _LOCKS[folder] = file
+
+
+def unlock(folder: Path) -> None:
+    """Let other processes write to a folder again."""
+    file = _LOCKS.pop(folder.resolve(), None)
+    if file is not None:
+        os.close(file)
 
 
 def run_of(folder: Path) -> str:

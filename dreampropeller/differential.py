@@ -36,6 +36,7 @@ import torch
 from torch import Tensor
 
 from dreampropeller.checks import is_number, is_whole
+from dreampropeller.identity import Fingerprint, plain, shape_of
 from dreampropeller.rng import StepRandom
 from dreampropeller.trajectory import Drift, Trajectory
 from dreampropeller.tree import Aux, State
@@ -188,6 +189,15 @@ class DiffusionTrajectory(Trajectory[State]):
                 for _ in range(corrector.blocks):
                     self._append(small)
         self.num_steps = len(self.steps)
+        self._seed = seed
+
+    def fingerprint(self) -> Fingerprint:
+        """The grid, the kind, the corrector and the seed; not the score."""
+        times = [(step.kind, step.time, step.length) for step in self.steps]
+        own = {"kind": self.kind, "steps": plain(times), "seed": self._seed}
+        corrector = None if self.corrector is None else vars(self.corrector)
+        more = {"corrector": plain(corrector), "start": shape_of(self.start)}
+        return {**super().fingerprint(), **own, **more}
 
     def _append(self, block: Sequence[SmallStep]) -> None:
         self.steps += block
@@ -198,15 +208,9 @@ class DiffusionTrajectory(Trajectory[State]):
         x = self.start.clone()
         return {"x": x}, {} if self.corrector is None else {"v": torch.zeros_like(x)}
 
-    def make_drift(
-        self, device: torch.device, shard: tuple[int, int] = (0, 1)
-    ) -> Drift:
+    def make_drift(self, device: torch.device) -> Drift:
         """The score at a step's time."""
         del device
-        if shard[1] > 1:
-            raise ValueError(
-                "A score is not a sum over views: write `num_shards=1` for it."
-            )
 
         def drift(step: int, y: State) -> tuple[State, Aux]:
             with torch.no_grad():

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     import trimesh
 
 PREVIEW_VIEWS = 4
-LOOKS = ("eval_", "n_test_views", "n_val_views", "isosurface_")
+LOOKS = ("eval_", "n_test_views", "n_val_views", "isosurface_", "max_faces")
 """Prefixes of settings that affect only the output; a resumed run may differ."""
 
 

@@ -52,7 +52,7 @@ class LossConfig:
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
-            check_schedule(name, value)
+            check_schedule(name, value, 0)
 
 
 @dataclass(frozen=True, kw_only=True)

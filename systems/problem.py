@@ -66,7 +66,17 @@ class Problem(abc.ABC):
         raise TypeError(f"`{type(self).__name__}` has no trajectory of its own.")
 
     def solver(self) -> dp.Solver:
-        """The solver that the config describes."""
+        """The solver that the config describes.
+
+        Raises:
+            ConfigError: The solver samples images.
+        """
+        name = self.config.solver.name
+        if name.startswith("piadm"):
+            raise ConfigError(
+                f"`solver.name` is `{name}`, which samples images: write `picard` or "
+                "`sequential`, or `--sample` with `configs/sample-toybox.yaml`."
+            )
         return self.config.solver.build()
 
     def solve(

@@ -211,7 +211,7 @@ def test_failed_write_keeps_the_earlier_ones(tmp_path: Path) -> None:
 def test_old_ones_are_removed_and_none_is_half_written(tmp_path: Path) -> None:
     for step in range(5):
         checkpoint.save(tmp_path, small(step), keep=2)
-    names = sorted(path.name for path in tmp_path.iterdir())
+    names = sorted(path.name for path in tmp_path.glob("step-*"))
     assert names == ["step-00000003.safetensors", "step-00000004.safetensors"]
     with pytest.raises(ValueError, match="`keep` is 0"):
         checkpoint.save(tmp_path, small(5), keep=0)

@@ -125,7 +125,7 @@ def test_ranks_end_when_their_launcher_is_killed(tmp_path: Path) -> None:
     code = (
         "import sys\n"
         "from tests.ranks import wait_for_the_end\n"
-        "from dreampropeller import launch\n"
+        "from dreampropeller import launch_workers\n"
         "if __name__ == '__main__':\n"
         "    launch_workers(wait_for_the_end, sys.argv[1], num_workers=2)\n"
     )
@@ -214,7 +214,7 @@ def test_a_script_of_several_processes_says_what_is_amiss(
         timeout=240,
     )
     if message is None:
-        assert done.stdout == "solved\n" * 2, done.stderr
+        assert done.stdout.count("solved") == 2, done.stderr  # by two ranks at once
         return
     assert done.returncode == 1
     assert message in done.stderr.strip().splitlines()[-1], done.stderr

@@ -102,7 +102,8 @@ def test_own_components_are_solved_with_saved_and_resumed(
     assert whole.stats.num_iterations < 12
     for pause in range(1, whole.stats.num_iterations):
         half = solve(TOYS[name].make(), OWN, max_iterations=pause, throw=False)
-        state = checkpoint.load(checkpoint.save(tmp_path, half.state))
+        path = checkpoint.save(tmp_path / str(pause), half.state)
+        state = checkpoint.load(path)
         assert type(state.threshold) is Largest
         resumed = solve(TOYS[name].make(), OWN, state=state)
         assert tree_equal(resumed.value, whole.value)
@@ -157,7 +158,8 @@ def test_a_block_accepts_nothing_until_its_depth(
     assert tree_equal(solution.carry, solve(TOYS[name].make(), Sequential()).carry)
     for pause in (1, 2, 4):
         half = solve(TOYS[name].make(), solver, max_iterations=pause, throw=False)
-        state = checkpoint.load(checkpoint.save(tmp_path, half.state))
+        path = checkpoint.save(tmp_path / str(pause), half.state)
+        state = checkpoint.load(path)
         resumed = solve(TOYS[name].make(), solver, state=state)
         assert tree_equal(resumed.value, solution.value)
         assert resumed.stats == solution.stats

@@ -113,6 +113,25 @@ def test_checkpoints_of_another_run_stay(tmp_path: Path) -> None:
     assert checkpoint.load(tmp_path).step == 6
 
 
+def test_a_branch_that_was_given_up_goes(tmp_path: Path) -> None:
+    states: list[dp.SolverState[Any]] = []
+    for count in (1, 2, 4):
+        more = {"state": states[-1]} if states else {}
+        state = dp.solve(
+            problem(), SOLVER, max_iterations=count, throw=False, **more
+        ).state
+        states.append(state)
+        checkpoint.save(tmp_path, state, keep=9)
+    first, _, last = states
+    resumed = dp.solve(
+        problem(), SOLVER, state=first, max_iterations=1, throw=False
+    ).state
+    assert first.step < resumed.step < last.step
+    path = checkpoint.save(tmp_path, resumed, keep=1)
+    assert [path] == list(tmp_path.glob("step-*"))
+    assert checkpoint.load(tmp_path).step == resumed.step
+
+
 def test_two_processes_do_not_write_to_one_folder(tmp_path: Path) -> None:
     checkpoint.save(tmp_path, half(problem()))
     code = (

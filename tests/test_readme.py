@@ -29,7 +29,7 @@ PAGES = sorted(
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 GUARD = 'if __name__ == "__main__":'
 NOT_RUN = "# not run: "
-TEST_COMMAND = 'pip install -e ".[dev]" && pytest'
+TEST_COMMAND = 'pip install -e ".[dev]" && pytest -n 2'
 """The one command that neither runs here nor says why: it is what runs this file."""
 
 

@@ -50,8 +50,8 @@ class DistributedDispatcher(Dispatcher):
     """Spreads the window over the ranks of a process group.
 
     Run the program under `torchrun`, or start it with
-    `dreampropeller.dispatch.launcher.launch`. An existing process group is used and
-    kept. Otherwise one is made from torchrun's environment and closed at the end: gloo
+    `dreampropeller.launch_workers`. An existing process group is used and kept.
+    Otherwise one is made from torchrun's environment and closed at the end: gloo
     on CPU, NCCL between GPUs. Inline and distributed solves are equal bit for bit on
     CPU at the same thread count (`test_dispatch.py`). If a machine has more ranks than
     GPUs, the ranks share them over gloo. NCCL has been run on a single GPU only.
@@ -109,7 +109,7 @@ class DistributedDispatcher(Dispatcher):
                 f"`DistributedDispatcher` found no process group and no "
                 f"`{missing[0]}` in the environment. Start the program with `torchrun "
                 "--nproc-per-node=2 …`, or through "
-                "`dreampropeller.dispatch.launcher.launch`."
+                "`dreampropeller.launch_workers`."
             )
         device = process_group.local_device()
         if device.type == "cuda":

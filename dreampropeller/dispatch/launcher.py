@@ -23,7 +23,7 @@ from dreampropeller.dispatch.base import WorkerError
 
 R = TypeVar("R")
 _STARTED_WHILE_IMPORTED = 87
-"""Exit code of a worker whose script calls `launch` while being imported."""
+"""Exit code of a worker whose script calls `launch_workers` during import."""
 
 
 def launch_workers(function: Callable[..., R], *args: Any, num_workers: int) -> list[R]:
@@ -65,8 +65,9 @@ def launch_workers(function: Callable[..., R], *args: Any, num_workers: int) -> 
             rank, failure = error.get_first_failure()
             if failure.exitcode == _STARTED_WHILE_IMPORTED:
                 raise WorkerError(
-                    "Every process imports the script that calls `launch`, and would "
-                    'call it again: put the call under `if __name__ == "__main__":`.'
+                    "Every process imports the script that calls `launch_workers`, and "
+                    "would call it again: "
+                    'put the call under `if __name__ == "__main__":`.'
                 ) from None
             raise WorkerError(
                 f"Rank {rank} failed (exit code {failure.exitcode}):\n{_text(failure)}"

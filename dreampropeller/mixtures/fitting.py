@@ -130,9 +130,10 @@ def _check(chain: Chain, labels: Tensor) -> None:
 def fingerprint(chain: Chain) -> str:
     """The values that a resumed chain must share: data, seed and method."""
     x = chain.blocks.x
-    data = x.data if sparse.issparse(x) else np.ascontiguousarray(x)
+    parts = [x.data, x.indices, x.indptr] if sparse.issparse(x) else [x]
     digest = hashlib.blake2b(digest_size=8)
-    digest.update(np.ascontiguousarray(data).tobytes())
+    for part in parts:
+        digest.update(np.ascontiguousarray(part).tobytes())
     digest.update(chain.group.numpy().tobytes())
     digest.update(f"{x.shape}/{chain.seed}/{type(chain).__name__}".encode())
     return digest.hexdigest()

@@ -20,6 +20,7 @@ import torch
 from tqdm import tqdm
 
 import dreampropeller as dp
+from dreampropeller import identity
 from systems import build, quality
 from systems.runs import folders
 from systems.runs.report import figures, page
@@ -263,22 +264,15 @@ def _report(folder: Path, runs: dict[str, Run], rivals: list[dict[str, Any]]) ->
 def _differences(a: Config, b: Config) -> list[str]:
     """Settings besides solver and dispatch in which two runs differ."""
     out = ("solver", "dispatch", "checkpoint", "resume", "tag", "exp_root_dir", "name")
-    pairs = zip(_flat(to_section(a)), _flat(to_section(b)), strict=False)
+    one, other = (
+        identity.flat({k: v for k, v in to_section(config).items() if k not in out})
+        for config in (a, b)
+    )
     return [
-        f"they differ in `{key}`: {one} and {other}"
-        for (key, one), (_, other) in pairs
-        if one != other and key.partition(".")[0] not in out
+        f"they differ in `{key}`: {one.get(key)} and {other.get(key)}"
+        for key in sorted(one.keys() | other.keys())
+        if one.get(key) != other.get(key)
     ]
-
-
-def _flat(settings: dict[str, Any], before: str = "") -> list[tuple[str, Any]]:
-    entries: list[tuple[str, Any]] = []
-    for key, value in sorted(settings.items()):
-        name = f"{before}{key}"
-        entries += (
-            _flat(value, f"{name}.") if isinstance(value, dict) else [(name, value)]
-        )
-    return entries
 
 
 def _text(rows: list[list[str]]) -> str:

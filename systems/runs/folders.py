@@ -127,6 +127,13 @@ def load_state(resume: str, problem: Problem) -> dp.SolverState[Any]:
         path = path / CHECKPOINTS
     state = checkpoint.load(path, device=problem.device)
     problem.check_state(state.y, path)
+    found, wanted = state.problem.get("about"), identity.plain(problem.about())
+    differ = identity.differences(found, wanted) if found else ""
+    if differ:
+        raise ConfigError(
+            f"`{resume}` made another thing: {differ}. Write the settings of its "
+            "`config.yaml`, or start a new run without `resume`."
+        )
     return state
 
 
@@ -141,18 +148,18 @@ def start_of(problem: Problem) -> dp.SolverState[Any] | None:
     if config.resume is None:
         return None
     state = load_state(config.resume, problem)
-    found, wanted = state.problem.get("about"), identity.plain(problem.about())
-    differ = identity.differences(found, wanted) if found else ""
-    if differ:
+    steps = state.problem.get("num_steps", state.step)
+    if steps > problem.num_steps:
         raise ConfigError(
-            f"`{config.resume}` made another thing: {differ}. Resume it with the "
-            "settings of its `config.yaml`, or start a new run without `resume`."
+            f"`{config.resume}` is a run of {steps} steps, and "
+            f"{problem.num_steps} are asked for: write `trainer.max_steps={steps}` or "
+            "more."
         )
-    if state.step > problem.num_steps:
+    begun = state.problem.get("precision", str(config.trainer.precision))
+    if begun != str(config.trainer.precision):
         raise ConfigError(
-            f"`{config.resume}` has reached step {state.step}, more than the "
-            f"{problem.num_steps} steps asked for: write "
-            f"`trainer.max_steps={state.step}` or more."
+            f"`trainer.precision` is `{config.trainer.precision}`, and the run "
+            f"`{config.resume}` began with `{begun}`: write that one."
         )
     precision = Precision(str(config.trainer.precision), problem.device)
     if precision.scales and LOSS_SCALE not in state.y:

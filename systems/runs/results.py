@@ -61,10 +61,12 @@ def summary(folder: Path, problem: Problem, report: dict[str, Any]) -> str:
     """A run in a few lines."""
     lines = [f"{problem.title}: {report['steps']} steps"]
     if "iterations" in report:
+        known = report["seconds"] is not None
+        seconds = f"{report['seconds']:.1f} s" if known else "unknown seconds"
         lines = [
             f"{report['steps']} steps in {report['iterations']} iterations "
             f"({report['steps_per_iteration']:.2f}x fewer), "
-            f"{report['evaluations']} evaluations, {report['seconds']:.1f} s on "
+            f"{report['evaluations']} evaluations, {seconds} on "
             f"{report['workers']} worker(s). {report['result']}"
         ]
         if report["workers"] == 1 and report["evaluations"] > report["steps"]:

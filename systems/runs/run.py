@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from dreampropeller import checkpoint
 from systems import artefacts, build, build_problem, problem_type
 from systems.runs import folders, results, viewer, workers
 from systems.runs.recorder import FolderRecorder
@@ -39,7 +40,11 @@ def execute(config: Config, option: str = "--train", folder: Path | None = None)
     if config.dispatch.num_workers == 1:
         return work(config, folder)
     folders.start_of(build_problem(config))  # refuse before anything is created
-    return workers.run(work, config, folder or folders.open_folder(config))
+    folder = folder or folders.open_folder(config)
+    try:
+        return workers.run(work, config, folder)
+    finally:
+        checkpoint.unlock(folder)
 
 
 def work(config: Config, folder: Path | None = None, leads: bool = True) -> int:
@@ -50,7 +55,12 @@ def work(config: Config, folder: Path | None = None, leads: bool = True) -> int:
     state = folders.start_of(problem)
     folder = folder or (folders.open_folder(config) if leads else None)
     recorder = FolderRecorder(problem, folder, state)
-    return recorder.run(lambda told: problem.solve(dispatcher, state, told))
+    try:
+        return recorder.run(lambda told: problem.solve(dispatcher, state, told))
+    finally:
+        if folder is not None:
+            checkpoint.unlock(folder)
+            checkpoint.unlock(folder / folders.CHECKPOINTS)
 
 
 def look(config: Config, film: bool) -> int:

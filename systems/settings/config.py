@@ -103,6 +103,11 @@ class SolverConfig:
     def __post_init__(self) -> None:
         one_of("name", self.name, ("picard", "sequential", "piadm-ode", "piadm-sde"))
         at_least("depth", self.depth, 1)
+        if self.depth != SolverConfig.depth and not self.name.startswith("piadm"):
+            raise ValueError(
+                f"`depth` has no effect on `{self.name}`: write `name=piadm-ode` or "
+                "`piadm-sde`, or leave it out."
+            )
         one_of("non_finite", self.non_finite, ("raise", "skip"))
         self.resolved(1).build()  # refuses components that do not fit together
 

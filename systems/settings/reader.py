@@ -275,6 +275,8 @@ def _read_named(entry: dataclasses.Field[Any], section: Any, where: str) -> Any:
     name = str(arguments.pop("name", section_name(entry, entry.default)))
     kind = choose(table, name, _dotted(where, "name"))
     known = _arguments(kind)
+    if type(entry.default) is kind and known:
+        arguments = {**vars(entry.default), **arguments}
     for key in arguments.keys() - known:
         others = [n for n, other in table.items() if key in _arguments(other)]
         if others:

@@ -106,8 +106,10 @@ def test_density_integrates_to_one() -> None:
 def test_sampled_points_have_the_density_of_the_fit() -> None:
     model = DPMixture(n_sweeps=40).fit(X)
     drawn, labels = model.sample(2000)
-    assert set(labels) == {0, 1}
-    for k in range(2):
+    common = [k for k in range(model.n_components_) if (model.labels_ == k).sum() > 5]
+    assert len(common) == 2
+    assert np.isin(labels, common).mean() > 0.9
+    for k in common:
         own, seen = drawn[labels == k], X[model.labels_ == k]
         assert np.abs(own.mean(0) - seen.mean(0)).max() < 1
         result: Any = stats.ks_2samp(own[:, 0], seen[:, 0])

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import launch
 from systems.runs import compare
@@ -99,6 +100,24 @@ def test_deviation_is_relative_to_the_way_that_was_covered() -> None:
     assert found["relative"] == pytest.approx(1)
     assert found["bitwise"] == 0
     assert figures.deviation(system, moved, moved)["psnr"] is None
+
+
+def test_a_state_that_grew_has_images_but_no_distance() -> None:
+    system = small()
+    start, _ = system.trajectory().init()
+    name = next(n for n, v in start.items() if v.is_floating_point())
+    grown = {**start, name: torch.cat([start[name], start[name]])}
+    whole = system.render
+    system.render = lambda y, views, grey=None: whole(start, views, grey)
+    found = figures.deviation(system, grown, start)
+    assert found == {"psnr": None, "relative": None, "bitwise": 0}
+
+
+def test_differences_are_those_of_settings_by_name() -> None:
+    one = small("solver.name=sequential", "data.batch_size=2")
+    other = small("solver.threshold.name=ema", "data.batch_size=3")
+    said = compare._differences(one.config, other.config)
+    assert said == ["they differ in `data.batch_size`: 2 and 3"]
 
 
 @pytest.mark.parametrize(
@@ -245,8 +264,9 @@ def test_page_in_a_browser(page: Path, chromium: Any, width: int, height: int) -
     button = view.get_by_role("button")
     button.scroll_into_view_if_needed()
     paused = "document.querySelector('video').paused"
-    before = view.evaluate(paused)  # a browser stops films that are out of sight
-    button.click()
-    until(view, paused if not before else f"!{paused}")
-    assert button.inner_text() == ("Pause" if before else "Play")
+    view.evaluate("document.querySelectorAll('video').forEach(v => v.pause())")
+    for now, said in ((f"!{paused}", "Pause"), (paused, "Play")):
+        button.click()
+        until(view, now)
+        until(view, f"document.querySelector('button').innerText == '{said}'")
     view.close()

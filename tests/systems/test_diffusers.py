@@ -178,7 +178,7 @@ def test_acceleration_reaches_the_solver_and_stays_close(sd: Any) -> None:
         tolerance=1e-3,
         acceleration=dp.Anderson(memory=3),
         generator=noise(),
-        on_iteration=lambda state, _: depth.append(len(state.acceleration)),
+        on_iteration=lambda state, _: depth.append(len(state.acceleration.records)),
         **arguments,
     ).images
     assert max(depth) == 3

@@ -117,7 +117,7 @@ def test_the_strip_shows_what_was_asked_and_accepted() -> None:
         (["system.sampler.shape=round"], "There is no setting `system.sampler.shape`"),
         (["system.prompt_processor.prompt=a red dragon"], "does not know `dragon`"),
         (["system_type=dreamfusion-system"], "`--sample` does not run"),
-        (["resume=outputs"], "sets `resume`, without effect on `--sample`"),
+        (["resume=outputs"], "There is nothing to resume at `outputs`"),
         (
             ["dispatch.num_workers=2", "system.sampler.batched=true"],
             "choose one",

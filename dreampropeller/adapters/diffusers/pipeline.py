@@ -54,7 +54,7 @@ def sample(
 
     Args:
         pipeline: Stable Diffusion, DeepFloyd IF, the toybox, or another pipeline that
-            calls its U-Net once per step; with a scheduler of `sampling.HISTORY`.
+            calls its U-Net once per step; with a scheduler of `trajectory.HISTORY`.
         prompt: As for the pipeline.
         num_inference_steps: As for the pipeline.
         window: Number of steps evaluated at once.

@@ -32,6 +32,7 @@ import torch
 from torch import Tensor
 
 from dreampropeller.adapters.diffusers.guidance import guided
+from dreampropeller.identity import Fingerprint, plain, shape_of
 from dreampropeller.trajectory import Trajectory
 from dreampropeller.tree import Aux, Nest, State
 
@@ -195,6 +196,18 @@ class SamplingTrajectory(Trajectory[Nest]):
         self._step = _Step(scheduler, self.timesteps, {"eta": eta, **settings})
         self._draws = self._record(generator)
 
+    def fingerprint(self) -> Fingerprint:
+        """Timesteps, form, scheduler with its settings, and what is drawn."""
+        return {
+            **super().fingerprint(),
+            "timesteps": self.timesteps.tolist(),
+            "form": self.form,
+            "scheduler": self._step.name,
+            "settings": plain(dict(self._step.scheduler.config)),
+            "step": plain(self._step.settings),
+            "latents": shape_of(self.latents),
+        }
+
     def init(self) -> tuple[State, Nest]:
         """The latents, and the history before the first step."""
         return {"x": self.latents.clone()}, self._step.history()
@@ -305,7 +318,7 @@ class _Step:
         self._start = {name: getattr(scheduler, name) for name in self._fields}
         known = inspect.signature(scheduler.step).parameters
         self._timesteps = timesteps
-        self._settings = {n: v for n, v in settings.items() if n in known}
+        self.settings = {n: v for n, v in settings.items() if n in known}
         self.learns_variance = learns_variance(scheduler)
 
     def history(self) -> Nest:
@@ -328,7 +341,7 @@ class _Step:
             x,
             generator=generators if len(generators) > 1 else generators[0],
             return_dict=False,
-            **self._settings,
+            **self.settings,
         )[0]
         return after, {name: getattr(self.scheduler, name) for name in self._fields}
 

@@ -12,7 +12,7 @@ it.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -72,6 +72,7 @@ class LightningTrajectory(Trajectory[Nest]):
         device: torch.device | str | None = None,
         random: Keyed | None = None,
         host: Host | None = None,
+        about: Mapping[str, Any] | None = None,
     ) -> None:
         settings = Settings(
             num_steps=num_steps,
@@ -94,6 +95,7 @@ class LightningTrajectory(Trajectory[Nest]):
             "seed": seed,
             "precision": str(precision),
             "clip": [gradient_clip_val, gradient_clip_algorithm],
+            "about": plain(about or {}),
         }
 
     def fingerprint(self) -> Fingerprint:

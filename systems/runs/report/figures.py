@@ -41,13 +41,17 @@ def deviation(system: System, a: dp.State, b: dp.State) -> dict[str, float | Non
     start, _ = system.trajectory().init()
     floating = [name for name, tensor in b.items() if tensor.is_floating_point()]
 
-    def distance(x: dp.State, y: dp.State) -> float:
+    def distance(x: dp.State, y: dp.State) -> float | None:
+        if any(x[name].shape != y[name].shape for name in floating):
+            return None  # a state that grew has no distance to another number of rows
         squares = [(x[n] - y[n]).double().square().sum() for n in floating]
         return math.sqrt(float(torch.stack(squares).sum()))
 
+    apart, covered = distance(a, b), distance(b, start)
+    known = apart is not None and covered is not None
     return {
         "psnr": round(-10 * math.log10(error), 2) if error else None,
-        "relative": distance(a, b) / max(distance(b, start), 1e-30),
+        "relative": apart / max(covered, 1e-30) if known else None,
         "bitwise": float(all(torch.equal(a[name], b[name]) for name in b)),
     }
 

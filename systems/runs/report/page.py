@@ -183,6 +183,8 @@ def rows(comparison: Mapping[str, Any]) -> list[list[str]]:
             if name not in apart
             else "equal, bit for bit"
             if apart[name]["bitwise"]
+            else "of another size"
+            if apart[name]["relative"] is None
             else f"{apart[name]['relative']:.2%}"
             for name in names
         ],

@@ -69,13 +69,20 @@ def open_run(folder: str | Path) -> Run:
             f"({error}). Finish it with `python launch.py --train "
             f"resume={folder}`."
         ) from error
+    config = load(folder / folders.CONFIG)
+    if report["steps"] < config.trainer.max_steps:
+        raise ConfigError(
+            f"`{folder}` is not finished: it has reached step {report['steps']} of "
+            f"{config.trainer.max_steps}. Finish it with `python launch.py --train "
+            f"resume={folder}`."
+        )
     iterations = history.iterations(history.lines(folder))
     if not report.get("solving_seconds") or len(iterations) != report["iterations"]:
         raise ConfigError(
             f"`{folder}` does not say how long all of its iterations took, so it "
             f"cannot be compared: its `{history.FILE}` is not whole. Run it again."
         )
-    return Run(folder, load(folder / folders.CONFIG), report, iterations)
+    return Run(folder, config, report, iterations)
 
 
 def quality_over_time(run: Run, system: System) -> list[dict[str, float]]:
