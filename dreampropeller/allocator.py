@@ -56,7 +56,7 @@ def _is_large(tensor: Tensor) -> bool:
 def _glibc() -> ctypes.CDLL | None:
     own = any(name.startswith("MALLOC_") for name in os.environ)
     if own or not sys.platform.startswith("linux"):
-        return None  # whoever sets malloc's options knows why
+        return None  # the user's own malloc options take precedence
     libc = ctypes.CDLL(None)
     known = hasattr(libc, "gnu_get_libc_version") and hasattr(libc, "malloc_trim")
     return libc if known else None

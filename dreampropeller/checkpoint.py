@@ -41,7 +41,7 @@ class CheckpointError(RuntimeError):
 def save(
     folder: str | Path, state: SolverState[Any], keep: int = 2, lean: bool = False
 ) -> Path:
-    """Write a checkpoint and remove older ones, and later ones that a resume gave up.
+    """Write a checkpoint; remove older ones, and later ones from before a resume.
 
     A run that resumes from a full checkpoint equals the uninterrupted run bit for bit.
     A lean checkpoint holds state, carry and the components' estimates, without guesses,
@@ -102,7 +102,7 @@ def save(
             "to another folder."
         ) from error
     others = _newest_first(folder)
-    # Beyond this step: left by a part of the run that resuming gave up.
+    # Beyond this step: from a part of the run that was abandoned by resuming.
     given_up = [other for other in others if other > path and state.run]
     kept = [path, *(other for other in others if other not in (path, *given_up))]
     for old in [*given_up, *kept[keep:]]:
@@ -123,7 +123,7 @@ def lock(folder: Path) -> None:
         with contextlib.suppress(OSError):
             if os.path.samestat(held, os.stat(folder / LOCK)):
                 return
-        unlock(folder)  # the folder was removed, and made again
+        unlock(folder)  # the folder was removed and made again
     file = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

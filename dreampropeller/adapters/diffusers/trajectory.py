@@ -197,7 +197,7 @@ class SamplingTrajectory(Trajectory[Nest]):
         self._draws = self._record(generator)
 
     def fingerprint(self) -> Fingerprint:
-        """Timesteps, form, scheduler with its settings, and what is drawn."""
+        """Timesteps, form, scheduler with its settings, and the random draws."""
         return {
             **super().fingerprint(),
             "timesteps": self.timesteps.tolist(),
