@@ -1,14 +1,17 @@
-r"""The front door: a config becomes an object.
+r"""Run a config: make, compare, test or export a 3D object, or sample images.
 
     python launch.py --config configs/dreamfusion-toybox.yaml --train \
         system.prompt_processor.prompt="a red mushroom"
 
-`--train` makes it, `--compare` makes it with and without acceleration and says whether
-that pays, `--test resume=RUN` renders and measures it, `--export resume=RUN` writes its
-mesh; `--sample` draws pictures (`configs/sample-toybox.yaml`). Settings follow as
-`key=value`; `dispatch.num_workers=2` starts two processes, and `torchrun launch.py …`
-works too; `--settings [SECTION]` lists all settings. With `backend=threestudio`, config
-and system are those of a threestudio checkout (`docs/threestudio.md`).
+`--train` makes the object. `--compare` makes it with and without acceleration and
+reports whether that pays. `--test resume=RUN` renders and measures it, and
+`--export resume=RUN` writes its mesh. `--sample` samples images
+(`configs/sample-toybox.yaml`).
+
+Settings follow as `key=value`; `--settings [SECTION]` lists all settings.
+`dispatch.num_workers=2` starts two processes, and `torchrun launch.py …` works too.
+With `backend=threestudio`, config and system are those of a threestudio checkout
+(`docs/threestudio.md`).
 """
 
 from __future__ import annotations
@@ -54,7 +57,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run; a user's mistake is a message and exit code 2, never a traceback."""
+    """Run the command line; user errors give a message and exit code 2."""
     arguments, overrides = make_parser().parse_known_args(argv)
     try:
         if arguments.settings is not None:

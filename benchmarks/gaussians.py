@@ -2,10 +2,10 @@
 
     python -m benchmarks.gaussians [--workers 2] [--logged]
 
-Three toybox prompts with two seeds (`configs/dreamgaussian-toybox.yaml`) become a table
+Three toybox prompts with two seeds (`configs/dreamgaussian-toybox.yaml`) give a table
 and a contact sheet in `benchmarks/results/gaussians/`. Growth cuts the windows: with
-one every n steps, a window of w accepts at most n / ceil(n / w) steps an iteration,
-which is given as the ceiling.
+one growth every n steps, a window of w accepts at most n / ceil(n / w) steps per
+iteration, which is reported as the ceiling.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def jobs() -> list[dict[str, Any]]:
 
 
 def solve(wanted: runs.Job) -> dict[str, Any]:
-    """Solve a job, measure images and mesh, and keep a strip of images."""
+    """Solve a job, measure images and mesh, and save a strip of images."""
     system = build(load(wanted["config"], wanted["settings"]))
     truth = quality.truth_of(system)
     assert truth is not None
@@ -90,20 +90,20 @@ def solve(wanted: runs.Job) -> dict[str, Any]:
 
 
 def name_of(wanted: runs.Job) -> str:
-    """Of a run's file."""
+    """File name of a run."""
     words = f"{wanted['prompt']} {wanted['row']} {wanted['seed']}"
     return words.replace(" ", "-")
 
 
 def save(image: Tensor, path: Path) -> None:
-    """Write an image, four times as large."""
+    """Write an image, magnified four times."""
     path.parent.mkdir(parents=True, exist_ok=True)
     large = image.repeat_interleave(4, -1).repeat_interleave(4, -2)
     Image.fromarray(to_bytes(large)).save(path)
 
 
 def table(entries: list[dict[str, Any]]) -> str:
-    """Means over prompts and seeds that every row has, as Markdown."""
+    """Means over the prompts and seeds common to all rows, as Markdown."""
     settings = load(CONFIG, [f"system.prompt_processor.prompt={PROMPTS[0]}", *SETTINGS])
     steps, every = settings.trainer.max_steps, settings.system["densify"]["interval"]
     lines = [
@@ -135,7 +135,7 @@ def table(entries: list[dict[str, Any]]) -> str:
 
 
 def sheet(entries: list[dict[str, Any]]) -> Image.Image:
-    """The truth, then the rows, for each prompt and seed that is complete."""
+    """The ground truth, then the rows, for each complete prompt and seed."""
     strips = []
     for seed in SEEDS:
         for name in PROMPTS:
@@ -154,7 +154,7 @@ def sheet(entries: list[dict[str, Any]]) -> Image.Image:
 
 
 def main() -> None:
-    """Run what is missing, and write table and sheet."""
+    """Run the missing jobs, and write table and sheet."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--logged", action="store_true", help="only what was run")

@@ -32,7 +32,7 @@ RESULTS = Path("outputs/gpu")
 
 
 def run(config: str, prompt: str, settings: list[str], to: Path) -> dict[str, Any]:
-    """One run of `launch.py`: its report, or why there is none."""
+    """One run of `launch.py`: its report, or the reason of its failure."""
     before = set(to.rglob("report.json"))
     command = [
         *(sys.executable, "launch.py", "--config", config, "--train"),

@@ -1,9 +1,9 @@
-"""The meshes of sixteen fixed prompts, measured and drawn from the files alone.
+"""The meshes of sixteen fixed prompts, measured and rendered from their files.
 
 `python -m benchmarks.meshes` solves each scored prompt with the default config, writes
 its `mesh.glb`, reads it back, prints a table and writes a contact sheet: for each
 prompt three shaded views of the file, then the same first view of the ground truth.
-A final state that is already there is not solved again (`docs/main_job.md`).
+An existing final state is not solved again (`docs/main_job.md`).
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def table(entries: list[dict[str, Any]]) -> str:
 
 
 def state_of(system: System, path: Path) -> dp.State:
-    """The final state of a run, from a file if it is there."""
+    """The final state of a run, from a file if it exists."""
     if not path.exists():
         solution = dp.solve(system.trajectory(), system.solver(), throw=False)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -66,7 +66,7 @@ def state_of(system: System, path: Path) -> dp.State:
 
 
 def true_mesh(wanted: Truth) -> Any:
-    """The ground truth as a mesh like ours."""
+    """The ground truth as a mesh, extracted like ours."""
     found = wanted.mesh()
     return trimesh.Trimesh(
         found.vertices.numpy(),
@@ -77,7 +77,7 @@ def true_mesh(wanted: Truth) -> Any:
 
 
 def views(system: System) -> Views:
-    """Of the sheet: as the turntable, from the front left and two more sides."""
+    """Views of the sheet: as the turntable, from the front left and two more sides."""
     found = system.cameras.turntable(VIEWS)
     found.cameras.azimuth.add_(35.0)
     return Views(found.cameras, found.cameras.axes()[0], SIZE, SIZE)

@@ -1,11 +1,11 @@
-"""Dirichlet process mixtures beside scikit-learn's variational ones.
+"""Dirichlet process mixtures compared with scikit-learn's variational mixtures.
 
     python -m benchmarks.mixtures gaussians --to benchmarks/results/mixtures.jsonl
     python -m benchmarks.mixtures million --n-jobs 2
     python -m benchmarks.mixtures text
 
-Both use one thread (`million`: two processes). Seconds are of processor time, which
-does not depend on what else the machine does, except for `million` (by the clock).
+Both use one thread (`million`: two processes). Seconds are processor time, which does
+not depend on the load of the machine, except for `million` (wall-clock).
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ from dreampropeller.mixtures import Dirichlet, DPMixture, HDPMixture
 def gaussians(
     n: int, dim: int, num: int, seed: int = 0
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Gaussians of random covariance; centres 10 standard deviations from the origin.
+    """Gaussians of random covariance, centres spread by 10 standard deviations.
 
-    Along every axis, that is; in two dimensions 50 of them overlap somewhat.
+    The spread is per axis; in two dimensions 50 of them overlap somewhat.
     """
     rng = np.random.default_rng(seed)
     centres = rng.normal(size=(num, dim)) * 10
@@ -50,10 +50,10 @@ def gaussians(
 
 
 def timed(model: Any, x: Any) -> tuple[Any, float]:
-    """The fitted model, and processor seconds in one thread."""
+    """The fitted model, and processor seconds on one thread."""
     torch.set_num_threads(1)
     with threadpool_limits(1), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that 100 iterations were not enough
+        warnings.simplefilter("ignore")  # warnings that 100 iterations were not enough
         start = time.process_time()
         model.fit(x)
         return model, time.process_time() - start
@@ -95,7 +95,7 @@ def compare(n: int, dim: int, num: int, components: tuple[int, ...]) -> list[dic
 
 
 def million(n_jobs: int) -> dict:
-    """A million points in eight dimensions, by the clock."""
+    """A million points in eight dimensions, wall-clock."""
     x, truth = gaussians(1_000_000, 8, 20)
     start = time.perf_counter()
     model = DPMixture(random_state=0, n_jobs=n_jobs).fit(x)
@@ -123,7 +123,7 @@ def documents() -> tuple[sparse.csr_matrix, list[str]]:
 
 
 def halves(counts: sparse.csr_matrix, seed: int) -> tuple[Any, Any]:
-    """Every document's words divided at random into seen and held out."""
+    """Every document's words, split at random into training and held-out words."""
     rng = np.random.default_rng(seed)
     seen = counts.copy()
     seen.data = rng.binomial(counts.data.astype(int), 0.5)
@@ -142,13 +142,13 @@ def tokens(row: Any) -> sparse.csr_matrix:
 
 
 def perplexity(words: np.ndarray, held: Any) -> float:
-    """Of held-out words under distributions ``(documents, vocabulary)``."""
+    """Perplexity of held-out words under distributions ``(documents, vocabulary)``."""
     log = held.multiply(np.log(words)).sum()
     return float(np.exp(-log / held.sum()))
 
 
 def text(sweeps: int) -> list[dict]:
-    """Held-out perplexity of topics beside latent Dirichlet allocation."""
+    """Held-out perplexity of topics, compared with latent Dirichlet allocation."""
     found, names = documents()
     counts: Any = found
     train = np.arange(counts.shape[0]) % 5 != 0
@@ -197,7 +197,7 @@ def text(sweeps: int) -> list[dict]:
 
 
 def main() -> None:
-    """Run what is asked for, and append its rows to a file."""
+    """Run a benchmark, and append its rows to a file."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("what", choices=["gaussians", "million", "text"])
     parser.add_argument("--points", type=int, nargs="+", default=[10_000, 100_000])

@@ -1,7 +1,7 @@
-"""What the solver itself costs: an iteration at 12.6 M parameters, split by phase.
+"""Overhead of the solver: an iteration at 12.6 M parameters, by phase.
 
-The drift is replaced by a sleep, so everything else in an iteration is our own. The
-optimizer steps a sequential run makes too are timed beside it and taken off.
+The drift is replaced by a sleep, so the rest of an iteration is overhead. The optimizer
+steps, which a sequential run makes too, are timed separately and subtracted.
 
     python benchmarks/overhead.py                   # inline
     python benchmarks/overhead.py --num-workers 2   # two processes, gloo
@@ -53,7 +53,7 @@ class Sleeping(OptimizationTrajectory):
         self.seconds = seconds
 
     def make_drift(self, device: torch.device) -> Drift:
-        """Sleep, then hand out a copy of the same gradients."""
+        """Sleep, then return a copy of the same gradients."""
         del device
 
         def drift(step: int, y: State) -> tuple[State, dict[str, float]]:
@@ -81,7 +81,7 @@ def optimizer_step(steps: int) -> float:
 def measure(
     window: int, seconds: float, iterations: int, predictor: str, distributed: bool
 ) -> list[dict[str, Any]]:
-    """Seconds by phase of each iteration, after two to warm up."""
+    """Seconds by phase of each iteration, after two warm-up iterations."""
     torch.set_num_threads(1)
     trajectory = Sleeping(window * (iterations + 2), seconds)
     rows: list[dict[str, Any]] = []
@@ -105,7 +105,7 @@ def measure(
 
 
 def report(rows: list[dict[str, Any]], window: int, step: float) -> dict[str, Any]:
-    """Medians by phase, and what is left after drift and optimizer steps."""
+    """Medians by phase, and the overhead beyond drift and optimizer steps."""
     names = sorted({name for row in rows for name in row})
     medians = {n: statistics.median(row.get(n, 0.0) for row in rows) for n in names}
     wall = medians["wall"]
@@ -126,14 +126,14 @@ def report(rows: list[dict[str, Any]], window: int, step: float) -> dict[str, An
 
 
 def peak_memory(window: int) -> dict[str, Any]:
-    """Peak resident memory of a solve, less what the process held, in parameters."""
+    """Peak resident memory of a solve above that before it, in parameter sizes."""
     torch.set_num_threads(1)
     size = 4 * sum(torch.Size(shape).numel() for shape in TABLES.values())
     trajectory = Sleeping(window * 4, 0.0)
-    # Resident now (Linux), not at most so far: importing torch peaks higher.
+    # Current resident memory (Linux), not its peak: importing torch peaks higher.
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     before = pages * resource.getpagesize()
-    # Half the window passes at most: the carry at the stride is kept beside the last.
+    # At most half of the window passes, so the carry at the stride is kept too.
     solver = PicardSolver(SlidingWindow(window), EMAThreshold(1e-30, 0.9, "median"))
     solve(trajectory, solver)
     after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

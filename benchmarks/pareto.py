@@ -1,7 +1,7 @@
 """Quality against iterations, over thresholds, predictors and windows.
 
 `python -m benchmarks.pareto` solves a prompt with every threshold, predictor and
-window in two regimes, beside the sequential run, the exact solve and the rivals (a k-th
+window in two regimes, beside the sequential run, the exact solve and the rivals (1/k
 of the steps, k times the views, each at the best of five learning rates). A regime is
 `name:steps:learning rate`: *tuned* is the result of `benchmarks.tune`, *threestudio*
 takes more and smaller steps, at the learning rate of threestudio's DreamFusion config.
@@ -119,16 +119,16 @@ def jobs(arguments: argparse.Namespace) -> list[Entry]:
 
 
 def load_views(arguments: argparse.Namespace) -> int:
-    """Views a step of the config."""
+    """Views per step of the config."""
     prompt = f"system.prompt_processor.prompt={runs.prompt_of(arguments.objects[0])}"
     return int(load(arguments.config, [prompt, *arguments.set]).data["batch_size"])
 
 
 def points(entries: Sequence[Entry]) -> list[Entry]:
-    """One point a row and window: means over prompts and seeds; rivals at their best.
+    """One point per row and window: means over prompts and seeds; rivals at their best.
 
-    `factor` counts iterations from the steps of the plain loops of the same regime,
-    prompts and seeds; `gain` is the PSNR against theirs.
+    `factor` is the number of steps of the sequential runs of the same regime, prompts
+    and seeds over the number of iterations; `gain` is the difference of the PSNR.
     """
     plain = {_problem(e): e for e in entries if e["row"] == PLAIN}
     cells: dict[tuple[Any, ...], list[Entry]] = defaultdict(list)
@@ -186,7 +186,7 @@ def table(found: Sequence[Entry]) -> str:
 
 
 def plot(found: Sequence[Entry], path: Path) -> None:
-    """Loss of quality against the factor, a panel a regime; rivals are crosses.
+    """Loss of quality against the factor, a panel per regime; rivals are crosses.
 
     A colour for each threshold, a line style for each predictor, a point for each
     window; losses are linear up to 0.3 dB and logarithmic beyond.

@@ -1,4 +1,4 @@
-"""Rounds of PIADM against the dimension: how deep blocks must be iterated.
+"""Rounds of PIADM against the dimension: the depth that blocks need.
 
     python -m benchmarks.piadm --to benchmarks/results/piadm.jsonl
 
@@ -34,7 +34,7 @@ def target(dim: int) -> GaussianMixtureScore:
 def measure(
     dim: int, kind: Literal["sde", "ode"], tolerance: float, samples: int
 ) -> dict[str, str | int | float]:
-    """Depth, rounds, calls and states in memory, beside the sequential steps."""
+    """Depth, rounds, calls and states in memory, and the sequential steps."""
     step = min(1.0, 2 / dim if kind == "sde" else 1 / math.sqrt(dim))
     grid = Grid(horizon=math.log(dim / 0.1) + 2, step=step, stop=1e-2)
     source = torch.Generator().manual_seed(0)

@@ -1,11 +1,11 @@
-"""Splats of an object in another colour take the colour of the prompt.
+"""Refinement of splats: an object of another colour takes the prompt's colour.
 
     python -m benchmarks.refine_splats
 
 2,000 splats are put on the surface of a blue mushroom and fitted to its images. Their
-ply file is where "a red mushroom" starts from. What comes out is exported, loaded and
-rendered again. Figures and a strip of images (the fit, the refined splats, the truth)
-go to `benchmarks/results/gaussians/`.
+ply file is the start of "a red mushroom". The result is exported, loaded and rendered
+again. Figures and a strip of images (the fit, the refined splats, the ground truth) go
+to `benchmarks/results/gaussians/`.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def on_surface(wanted: Truth, count: int) -> dp.State:
 
 
 def system(initial: Path, *settings: str) -> DreamGaussian:
-    """Starts from a file, under the new prompt."""
+    """The system that starts from a file, under the new prompt."""
     made = build(
         load(
             CONFIG,
@@ -74,7 +74,7 @@ def system(initial: Path, *settings: str) -> DreamGaussian:
 
 
 def fitted(start: DreamGaussian, wanted: Truth) -> dp.State:
-    """The splats after some steps on images of an object."""
+    """The splats fitted to images of an object."""
 
     def loss(
         step: int, y: dp.State
@@ -97,7 +97,7 @@ def fitted(start: DreamGaussian, wanted: Truth) -> dp.State:
 
 
 def main() -> None:
-    """Fit, refine, export, load; write what was measured."""
+    """Fit, refine, export and load; write the figures."""
     folder = FOLDER / "refine"
     old, new = truth(BEFORE), truth(AFTER)
     ply.save(folder / "surface.ply", on_surface(old, COUNT))

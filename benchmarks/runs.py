@@ -1,4 +1,4 @@
-"""Runs for the tables: solve a job, measure it, and never solve it twice.
+"""Runs for the tables: solve a job once, and measure it.
 
 A job is a config with settings. Its entry in the log holds the job, the quality of the
 result, its cost and its time; an interrupted benchmark resumes from the log.
@@ -26,16 +26,16 @@ from systems.toybox.captions import SCORED, caption
 
 Job = Mapping[str, Any]
 OLD_NAME = ("solver.threshold.name=paper", "solver.threshold.name=ema")
-"""What a setting is called in logs of before, and now."""
+"""Names of settings in older logs, and their current names."""
 ROOT = Path(__file__).parent.parent
 TRACKED = (ROOT / "benchmarks", ROOT / "docs")
-"""Folders of published files: nothing is written over there unless it is named."""
+"""Folders of published files, overwritten only if they are named explicitly."""
 EDGE = " (the edge of those tried)"
-"""Beside the learning rate of a rival that might have done better at another."""
+"""Mark of a rival whose best learning rate is at the edge of those tried."""
 
 
 def add_places(parser: argparse.ArgumentParser, name: str) -> None:
-    """The options that say where runs are logged, and where tables and plots go."""
+    """Add the options for the log, and for the folder of tables and plots."""
     parser.add_argument(
         "--to",
         type=Path,
@@ -50,7 +50,7 @@ def add_places(parser: argparse.ArgumentParser, name: str) -> None:
 
 
 def tables_of(arguments: argparse.Namespace) -> Path:
-    """The folder of table and plot; a published one only if it is named."""
+    """The folder of table and plot; a published one only if it is named explicitly."""
     if arguments.tables is not None:
         folder = arguments.tables
     else:
@@ -62,24 +62,24 @@ def tables_of(arguments: argparse.Namespace) -> Path:
 
 
 def at_edge(rate: float, rates: Sequence[float]) -> bool:
-    """Whether the best learning rate is the least or the largest of several."""
+    """Whether the best learning rate is the smallest or the largest of several."""
     return len(set(rates)) > 1 and rate in (min(rates), max(rates))
 
 
 def machine() -> str:
-    """Where a run is made."""
+    """Description of this machine."""
     found = environment()
     return f"{found['gpu'] or found['processor']}, torch {found['packages']['torch']}"
 
 
 def machines(entries: Sequence[Job]) -> str:
-    """Where runs were made, as their log says."""
+    """Machines of the runs, from their log."""
     names = [e.get("machine", "a machine that the log does not name") for e in entries]
     return " and ".join(dict.fromkeys(names)) or "no machine yet"
 
 
 def cost(entries: Sequence[Job]) -> str:
-    """What the runs of a table cost, and where: as their log has it."""
+    """Cost and machines of the runs of a table, from their log."""
     return (
         f"Cost: {len(entries)} runs, {hours(entries):.2f} core-hours on "
         f"{machines(entries)}, one thread each."
@@ -93,13 +93,13 @@ def prompt_of(name: str) -> str:
 
 
 def job(config: str, prompt: str, *settings: str, **labels: Any) -> dict[str, Any]:
-    """A run to make.
+    """A job: a run to make.
 
     Args:
         config: Path of a YAML file.
-        prompt: What to make.
-        *settings: Such as ``"trainer.max_steps=50"``.
-        **labels: What the table needs to know of it.
+        prompt: Prompt of the run.
+        *settings: Overrides, such as ``"trainer.max_steps=50"``.
+        **labels: Labels of the run for the table.
     """
     return {
         "config": config,
@@ -110,13 +110,13 @@ def job(config: str, prompt: str, *settings: str, **labels: Any) -> dict[str, An
 
 
 def solve(wanted: Job) -> dict[str, Any]:
-    """Solve a job on this process and measure the result."""
+    """Solve a job in this process and measure the result."""
     entry, _ = solved(wanted)
     return entry
 
 
 def solved(wanted: Job) -> tuple[dict[str, Any], quality.Quality]:
-    """The same, with the pictures."""
+    """The same, with the images."""
     system = build(load(wanted["config"], wanted["settings"]))
     truth = quality.truth_of(system)
     assert truth is not None, "benchmarks need prompts of the toybox"
@@ -140,7 +140,7 @@ def run_all(
     workers: int,
     how: Callable[[Job], dict[str, Any]] = solve,
 ) -> list[dict[str, Any]]:
-    """Run the jobs that the log does not have, in processes of one thread.
+    """Run the jobs missing from the log, in processes of one thread.
 
     Returns:
         An entry for each job, in their order.
@@ -160,7 +160,7 @@ def run_all(
     ):
         for entry in pool.imap_unordered(how, todo):
             entry = {**entry, "machine": where}
-            file.write("\n" + json.dumps(entry))  # a torn line before stays alone
+            file.write("\n" + json.dumps(entry))  # keeps apart from an incomplete line
             file.flush()
             bar.update(_steps(entry))
     known = _read(log)
@@ -170,13 +170,13 @@ def run_all(
 def logged(
     jobs: Sequence[Job], log: Path, problem: Callable[[Job], Any], plain: str
 ) -> list[dict[str, Any]]:
-    """The entries of those jobs that the log has, in their order; runs nothing.
+    """The log's entries of the jobs, in their order; runs nothing.
 
     Args:
-        jobs: What would be run.
+        jobs: The jobs.
         log: The log.
-        problem: What a run and its plain loop have in common.
-        plain: The row of plain loops; entries whose problem has none are left out.
+        problem: The labels that a run shares with its sequential run.
+        plain: The row of sequential runs; entries whose problem has none are left out.
     """
     known = _read(log)
     entries = [{**known[_key(e)], **e} for e in jobs if _key(e) in known]
@@ -213,6 +213,6 @@ def _read(log: Path) -> dict[str, dict[str, Any]]:
         try:
             entry = json.loads(line)
         except ValueError:  # also of an empty line
-            continue  # the run was killed while it wrote; the job is made again
+            continue  # the run was killed while writing; the job is repeated
         known[_key(entry)] = entry
     return known

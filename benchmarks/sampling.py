@@ -66,7 +66,7 @@ Job = dict[str, Any]
 
 
 class Bench:
-    """The trained U-Net in Stable Diffusion's clothes, and its ways of sampling."""
+    """The trained U-Net in a Stable Diffusion pipeline, and its samplers."""
 
     def __init__(self) -> None:
         self.prior = toybox.load()
@@ -81,7 +81,7 @@ class Bench:
 
     def pipeline(self, kind: Any, sampler: str) -> Any:
         """A pipeline class around the U-Net."""
-        # Stable Diffusion's pipeline insists on these; diffusers' ParaDiGMS would clip.
+        # Stable Diffusion's pipeline requires these; diffusers' ParaDiGMS would clip.
         scheduler = SAMPLERS[sampler][0].from_config(
             self.prior.scheduler.config, clip_sample=False, steps_offset=1
         )
@@ -100,7 +100,7 @@ class Bench:
         return whole
 
     def arguments(self, job: Job) -> dict[str, Any]:
-        """What every pipeline is called with."""
+        """Arguments of every pipeline call."""
         judged = job["part"] == "prompts"  # diffusers' ParaDiGMS cannot rescale
         return {
             **({"guidance_rescale": toybox.GUIDANCE_RESCALE} if judged else {}),
@@ -124,7 +124,7 @@ class Bench:
         )
         options = {"parallel": job["window"], "tolerance": job["tolerance"]}
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # it is deprecated: known
+            warnings.simplefilter("ignore", FutureWarning)  # deprecated, as is known
             return whole(**options, **self.arguments(job)).images
 
     def ours(self, job: Job) -> Tensor:
@@ -133,7 +133,7 @@ class Bench:
         self.calls.clear()
 
         def forget(state: Any, iteration: dp.Iteration) -> None:
-            if iteration.begin == 0:  # before it, the pipeline's own call is read
+            if iteration.begin == 0:  # before it, the pipeline's own call is recorded
                 del state, self.calls[:-1]
 
         return sample(
@@ -148,7 +148,7 @@ class Bench:
         ).images
 
     def run(self, job: Job) -> Job:
-        """One job: what it cost, how far it is from sequential, what it shows."""
+        """Run a job: cost, error against sequential, and classification."""
         method: Callable[[Job], Tensor] = {
             "sequential": self.own,
             "diffusers": self.diffusers,
@@ -163,7 +163,7 @@ class Bench:
         return {
             **job,
             "iterations": len(calls),
-            "evaluations": sum(calls) // 2,  # guidance asks twice
+            "evaluations": sum(calls) // 2,  # guidance evaluates twice
             "seconds": round(seconds, 2),
             "error": float((latents - reference).square().mean().sqrt()),
             "object": int(seen.objects[0]),
@@ -175,13 +175,13 @@ class Bench:
         key = f"{job['sampler']}/{job['prompt']}/{job['seed']}"
         if job["method"] == "sequential":
             self.kept[key] = latents
-        if key not in self.kept:  # an interrupted run has not kept it
+        if key not in self.kept:  # missing after an interruption
             self.kept[key] = self.own(job)
         return self.kept[key]
 
 
 def jobs() -> Iterator[Job]:
-    """All runs, the most telling first."""
+    """All runs, the most informative first."""
     yield from against_published(0, ("ddim-100", "ddpm-100"))
     yield from multistep()
     yield from judged(0, 32)
@@ -221,8 +221,8 @@ def grid() -> Iterator[Job]:
     for sampler in ("ddim-100", "ddpm-100"):
         for window in (16, 8, 32, 100):
             if window == 100 and sampler == "ddpm-100":
-                continue  # a minute a run
-            small = () if window == 8 else (0.003, 0.01)  # to compare at equal error
+                continue  # takes a minute per run
+            small = () if window == 8 else (0.003, 0.01)  # compares at equal error
             for tolerance in (*small, 0.03, 0.1, 0.3):
                 for method in METHODS if window < 100 else METHODS[1::2]:
                     one: Job = {"part": "grid", "sampler": sampler, "seed": 0}
@@ -231,7 +231,7 @@ def grid() -> Iterator[Job]:
 
 
 def judged(begin: int, end: int) -> Iterator[Job]:
-    """Prompts whose samples the classifier judges."""
+    """Prompts whose samples are classified."""
     for number, prompt in list(enumerate(prompts(end)))[begin:]:
         one: Job = {"part": "prompts", "sampler": "ddim-50", "seed": number}
         one |= {"prompt": prompt.text}
@@ -240,13 +240,13 @@ def judged(begin: int, end: int) -> Iterator[Job]:
 
 
 def identity(job: Job) -> tuple[Any, ...]:
-    """What makes two jobs the same."""
+    """The key by which two jobs are equal."""
     names = ("part", "sampler", "method", "prompt", "seed", "window", "tolerance")
     return tuple(job[name] for name in names)
 
 
 def work(log: Path, todo: Iterable[Job], hours: float) -> None:
-    """Do what the log does not hold yet, until the time is over."""
+    """Run the jobs missing from the log, until the time is over."""
     log.parent.mkdir(parents=True, exist_ok=True)
     known = {identity(entry) for entry in read(log)}
     rest = [job for job in todo if identity(job) not in known]
@@ -270,7 +270,7 @@ def read(log: Path) -> list[Job]:
 
 
 def table(entries: list[Job], part: str) -> str:
-    """A part of the log as Markdown, seeds averaged."""
+    """A part of the log as Markdown, averaged over seeds."""
     names = ("sampler", "method", "window", "tolerance")
     groups: dict[tuple[Any, ...], list[Job]] = {}
     for entry in entries:
@@ -292,7 +292,7 @@ def table(entries: list[Job], part: str) -> str:
 
 
 def crossed(entries: list[Job]) -> str:
-    """The grid as Markdown, a column a method: iterations / error."""
+    """The grid as Markdown, a column per method: iterations / error."""
     cells: dict[tuple[Any, ...], dict[str, str]] = {}
     for entry in entries:
         if entry["part"] == "grid":
@@ -333,7 +333,7 @@ def agreement(entries: list[Job]) -> str:
 
 
 def plot(entries: list[Job], path: Path) -> None:
-    """Iterations over error, a point a tolerance, for each sampler and window."""
+    """Iterations over error, a point per tolerance, for each sampler and window."""
     import matplotlib
 
     matplotlib.use("agg")
@@ -371,7 +371,7 @@ def plot(entries: list[Job], path: Path) -> None:
             panel.set(title=f"{sampler}, window {window}", xscale="log")
             panel.set(xlabel="error", ylabel="iterations")
     lines, names = axes[0, 0].get_legend_handles_labels()
-    axes[-1, -1].legend(lines, names, loc="center")  # nothing is measured there
+    axes[-1, -1].legend(lines, names, loc="center")  # an empty panel
     figure.savefig(path, dpi=100)
     plt.close(figure)
 

@@ -32,7 +32,7 @@ Entry = dict[str, Any]
 
 @dataclass(frozen=True)
 class Case:
-    """A system to be right for: a config, a learning rate, settings."""
+    """A system to test: a config, a learning rate, settings."""
 
     config: str
     rate: float
@@ -51,7 +51,7 @@ CASES = {
 
 
 def jobs(arguments: argparse.Namespace) -> list[Entry]:
-    """Every run: the plain loop of a case, then its thresholds."""
+    """Every run: the sequential run of a case, then its thresholds."""
     plain: list[tuple[float | None, list[str]]] = [(None, ["solver.name=sequential"])]
     ours = [
         (

@@ -3,7 +3,7 @@
 `python -m benchmarks.side_by_side` solves a prompt twice from the same seed, records
 PSNR against the ground truth and an image after chosen numbers of iterations, and
 writes a figure and a log. An iteration of the accelerated run evaluates a whole window
-of gradients: it takes the time of one where each step of the window has its own device.
+of gradients, in the time of one gradient if each step of the window has its own device.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ PROMPT = "a red mushroom"
 SHOWN = (5, 10, 20)
 """Numbers of iterations after which an image is shown, besides the last."""
 MEASURED = (1, 2, 3, 5, 7, 10, 13, 16, 20, 25, 30, 40, 60, 80, 110, 150)
-"""Those after which PSNR is measured; the last iteration is measured too."""
+"""Numbers of iterations after which PSNR is measured, besides the last."""
 SIZE = 96
 VIEW = 2
 RUNS = {"sequential": ["solver.name=sequential"], "accelerated": []}
@@ -37,13 +37,13 @@ RUNS = {"sequential": ["solver.name=sequential"], "accelerated": []}
 
 @dataclass
 class Record:
-    """What a run looked like on its way.
+    """Progress of a run.
 
     Attributes:
-        psnr: By number of iterations, dB.
-        images: By number of iterations, shape ``(3, size, size)``.
-        iterations: All iterations of the run.
-        evaluations: All gradients of the run.
+        psnr: PSNR by number of iterations, dB.
+        images: Images by number of iterations, shape ``(3, size, size)``.
+        iterations: Number of iterations of the run.
+        evaluations: Number of gradients of the run.
     """
 
     psnr: dict[int, float] = field(default_factory=dict)
@@ -61,7 +61,7 @@ class Record:
 
 
 def solve(config: str, settings: Sequence[str]) -> tuple[Record, Tensor]:
-    """Solve a problem and record it; the second result is the ground truth's image."""
+    """Solve a problem and record it; also returns the ground-truth image."""
     system = build(load(config, settings))
     assert isinstance(system, System)
     truth = quality.truth_of(system)

@@ -1,11 +1,11 @@
-"""Speed-up and quality of the accelerated run, beside the rivals of the same budget.
+"""Speed-up and quality of the accelerated run, and of rivals of the same budget.
 
 `python -m benchmarks.speedup` runs the default config over 6 prompts and 2 seeds:
 
 - the sequential run;
 - the config's own threshold, `ema` (median and mean) and a fixed one at
   windows 4, 8 and 16 (the config's at 32 too);
-- sequential runs of a k-th of the steps, with the same views or k times as many, each
+- sequential runs of 1/k of the steps, with the same views or k times as many, each
   at the best of five learning rates.
 
 It writes a table and a plot. An interrupted benchmark resumes from its log; `--logged`
@@ -32,10 +32,10 @@ OBJECTS = ("sphere", "mushroom", "mug", "house", "rocket", "fish")
 SEEDS = (0, 1)
 WINDOWS = (4, 8, 16)
 WIDE = 32
-"""The widest window, of the default alone."""
+"""The widest window, for the default threshold only."""
 DEFAULT = "default (drift, 0.2, secant)"
 RIVAL = 8
-"""The k of the rivals."""
+"""The factors k of the rivals."""
 RATES = (0.5, 1.0, 2.0, 4.0, 8.0)
 FIXED = 1e-4
 EMA = ("solver.threshold.name=ema", "solver.threshold.value=1e-5")
@@ -55,7 +55,7 @@ Entry = dict[str, Any]
 
 
 def jobs(arguments: argparse.Namespace) -> list[Entry]:
-    """Every run that is asked for, and where its images go."""
+    """Every requested run, and the folder of its images."""
     return [
         {**job, "pictures": str(arguments.to / "pictures")}
         for job in _all_jobs(
@@ -112,14 +112,14 @@ def _all_jobs(
             rate=value,
             seed=seed,
         )
-        for seed in seeds  # interrupted, it has the first seeds whole
+        for seed in seeds  # an interrupted run completes the first seeds
         for row, window, value, chosen in rows
         for name in objects
     ]
 
 
 def solve(job: runs.Job) -> Entry:
-    """Solve a job, and keep its pictures to compare with other runs' ones."""
+    """Solve a job, and save its images for comparison with other runs."""
     entry, found = runs.solved(job)
     file = pictures_of(job)
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -128,15 +128,15 @@ def solve(job: runs.Job) -> Entry:
 
 
 def pictures_of(entry: runs.Job) -> Path:
-    """The file of a run's pictures, in the folder it names."""
+    """The file of a run's images, in the folder that it names."""
     name = hashlib.sha256(repr(entry["settings"]).encode()).hexdigest()[:16]
     return Path(entry["pictures"]) / f"{name}.pt"
 
 
 def deviation(entry: Entry, plain: dict[tuple[str, int], Entry]) -> float:
-    """PSNR of a run's pictures against the plain loop's; infinite when equal.
+    """PSNR of a run's images against its sequential run's; infinite if equal.
 
-    NaN when they are not there: a log can be kept without them.
+    NaN if the images are missing, because a log can be kept without them.
     """
     files = [pictures_of(e) for e in (entry, plain[entry["prompt"], entry["seed"]])]
     if not all(file.exists() for file in files):
@@ -147,7 +147,7 @@ def deviation(entry: Entry, plain: dict[tuple[str, int], Entry]) -> float:
 
 
 def best_rates(entries: list[Entry]) -> list[Entry]:
-    """Of a rival, the entries at the learning rate with the best mean PSNR."""
+    """The entries of a rival at the learning rate with the best mean PSNR."""
     by_rate: dict[float, list[Entry]] = defaultdict(list)
     for entry in entries:
         by_rate[entry["rate"]].append(entry)
@@ -155,7 +155,7 @@ def best_rates(entries: list[Entry]) -> list[Entry]:
 
 
 def summarise(entries: list[Entry]) -> list[Entry]:
-    """A line for each row of the table; losses are against the same plain loops."""
+    """A line per row of the table; losses refer to the same sequential runs."""
     plain = {(e["prompt"], e["seed"]): e for e in entries if e["row"] == PLAIN}
     groups: dict[tuple[str, int | None], list[Entry]] = defaultdict(list)
     for entry in entries:
@@ -184,7 +184,7 @@ def summarise(entries: list[Entry]) -> list[Entry]:
 
 
 def other_seed(entries: list[Entry]) -> str:
-    """How far plain loops of the first two seeds are apart."""
+    """Deviation between the sequential runs of the first two seeds."""
     plain = {(e["prompt"], e["seed"]): e for e in entries if e["row"] == PLAIN}
     first, *others = sorted({seed for _, seed in plain})
     if not others:
@@ -220,7 +220,7 @@ def table(lines: list[Entry]) -> str:
 
 
 def plot(lines: list[Entry], path: Path) -> None:
-    """Quality against iterations; points of a window bear its size."""
+    """Quality against iterations; points are labelled with the window size."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import NullFormatter, ScalarFormatter
 

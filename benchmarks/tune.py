@@ -2,8 +2,8 @@
 
 `python -m benchmarks.tune` solves a few prompts sequentially for every pair of step
 count and learning rate, and writes a table. The tuned step count is the smallest whose
-mean PSNR, at the best learning rate, is within 0.5 dB of the best of all cells: what an
-accelerated run is compared with (`benchmarks/results/main_job.md`). An interrupted
+mean PSNR, at the best learning rate, is within 0.5 dB of the best of all cells. It is
+the baseline of accelerated runs (`benchmarks/results/main_job.md`). An interrupted
 benchmark resumes from its log.
 """
 
@@ -19,7 +19,7 @@ STEPS = (25, 50, 100, 200, 400)
 RATES = (0.01, 0.02, 0.04, 0.08, 0.16)
 OBJECTS = ("mushroom", "mug", "house", "rocket")
 WITHIN = 0.5
-"""Decibels from the plateau."""
+"""Tolerated distance from the best PSNR, in decibels."""
 
 
 def table(entries: list[dict[str, Any]]) -> tuple[str, int, float]:

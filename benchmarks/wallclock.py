@@ -1,4 +1,4 @@
-"""Wall-clock of one worker and of several, beside the sequential run.
+"""Wall-clock of one worker and of several, compared with the sequential run.
 
 `python -m benchmarks.wallclock` runs `launch.py` for each variant in turn, and repeats
 the whole round several times, so that a slow period of the machine affects all of them.
@@ -37,7 +37,7 @@ def ways(
     workers: Sequence[int] = WORKERS,
     threads: Sequence[int] = THREADS,
 ) -> dict[str, list[str]]:
-    """What is compared, and its settings; no worker without a step of the window."""
+    """The variants and their settings; no worker without a step of the window."""
     found = {
         f"plain loop, {_count(count, 'thread')}": [
             "solver.name=sequential",
@@ -62,7 +62,7 @@ def _count(number: int, noun: str) -> str:
 
 
 def run(config: str, settings: list[str], threads: int, to: Path) -> dict[str, Any]:
-    """The report of one run, on at most so many threads a process."""
+    """The report of one run, on at most `threads` threads per process."""
     before = set(to.rglob("report.json"))
     subprocess.run(
         [
@@ -143,7 +143,7 @@ def main() -> None:
 
 
 def _write(rounds: list[Round], arguments: argparse.Namespace) -> str:
-    """The table and the rounds behind it, after each of them."""
+    """Write the table and its rounds, after each round."""
     machine = next(iter(rounds[0].values()))["environment"]
     where = f"{machine['processor']}, {machine['cores']} cores"
     if machine["gpu"]:

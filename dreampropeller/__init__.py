@@ -4,9 +4,9 @@ The public names in five groups: problem, solver, control, dispatch, report;
 `docs/method.md` holds the mathematics.
 """
 
-# ruff: noqa: I001, the groups are the order
+# ruff: noqa: I001, sorted by group
 
-# Problem: what is to be solved.
+# Problem: the trajectory to solve.
 from dreampropeller.optimization import OptimizationTrajectory as OptimizationTrajectory
 from dreampropeller.rng import StepRandom as StepRandom
 from dreampropeller.trajectory import Drift as Drift
@@ -15,7 +15,7 @@ from dreampropeller.trajectory import Trajectory as Trajectory
 from dreampropeller.tree import Aux as Aux
 from dreampropeller.tree import State as State
 
-# Solver: how it is solved.
+# Solver: the method.
 from dreampropeller import checkpoint as checkpoint
 from dreampropeller.checkpoint import CheckpointError as CheckpointError
 from dreampropeller.picard import PicardSolver as PicardSolver
@@ -25,7 +25,7 @@ from dreampropeller.solver import Sequential as Sequential
 from dreampropeller.solver import Solver as Solver
 from dreampropeller.solver import solve as solve
 
-# Control: what a Picard iteration tries, accepts and predicts.
+# Control: window, threshold, predictor and acceleration of a Picard iteration.
 from dreampropeller.acceleration.anderson import Anderson as Anderson
 from dreampropeller.acceleration.base import Acceleration as Acceleration
 from dreampropeller.acceleration.base import Proposal as Proposal
@@ -46,7 +46,7 @@ from dreampropeller.window import BlockWindow as BlockWindow
 from dreampropeller.window import SlidingWindow as SlidingWindow
 from dreampropeller.window import Window as Window
 
-# Dispatch: where drifts are evaluated.
+# Dispatch: the devices that evaluate drifts.
 from dreampropeller.calibration import Calibration as Calibration
 from dreampropeller.calibration import calibrate as calibrate
 from dreampropeller.calibration import choose_solver as choose_solver
@@ -59,7 +59,7 @@ from dreampropeller.dispatch.distributed import (
 )
 from dreampropeller.dispatch.launcher import launch_workers as launch_workers
 
-# Report: what a solve did and gave.
+# Report: the solution of a solve and its cost.
 from dreampropeller.solution import Iteration as Iteration
 from dreampropeller.solution import NotConverged as NotConverged
 from dreampropeller.solution import Result as Result

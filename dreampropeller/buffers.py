@@ -1,7 +1,7 @@
-r"""What an evaluation did to the buffers of a state, as part of its drift (Eq. 19).
+r"""Changes of the buffers of a state, as part of the drift (Eq. 19).
 
 A state holds tensors that are not optimised but evolve (an occupancy grid). The drift
-reports what the evaluation at the guess did to them, and the update writes just that:
+reports the changes that the evaluation at the guess made, and the update writes them:
 
 $$b \leftarrow \begin{cases} b' & \text{where } b' \ne \hat b \\ b & \text{else}
   \end{cases} \quad \text{(floating, boolean)}, \qquad
@@ -19,11 +19,11 @@ from dreampropeller.tree import State, differs
 
 
 def buffer_drift(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> State:
-    """What an evaluation did to its buffers (Eq. 19); untouched ones are absent.
+    """Changes of the buffers in an evaluation (Eq. 19); unchanged ones are absent.
 
     Args:
         before: The buffers at the guess.
-        after: The same names after the evaluation, among others.
+        after: The state after the evaluation, with the same names among others.
 
     Returns:
         For floating and boolean buffers `name` (the new value) and `name/changed`
@@ -57,7 +57,7 @@ def buffer_drift(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> S
 
 
 def updated_buffers(y: State, drift: State) -> State:
-    """The buffers an update writes (Eq. 19): those the drift reports a change of."""
+    """The buffers that an update writes (Eq. 19): those with a change in the drift."""
     written: State = {}
     for name, value in drift.items():
         if name not in y:

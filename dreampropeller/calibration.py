@@ -1,11 +1,12 @@
-r"""Does a window pay on one device? Measured, recorded, and only then believed.
+r"""Whether a window pays on one device, measured once and recorded.
 
-On one device the window's drifts share the device: a batched window of $P$ steps costs
-$s_P$ seconds and accepts $\bar n \le P$ of them, a plain step costs $s_1$. The gain is
+On one device all drifts of the window share it: a batched window of $P$ steps takes
+$s_P$ seconds and accepts $\bar n \le P$ of them, a sequential step takes $s_1$ seconds.
+The gain is
 
 $$\frac{s_1}{s_P / \bar n},$$
 
-sequential seconds a step over parallel ones; above 1 the window pays.
+the sequential seconds per step over the parallel ones; above 1 the window pays.
 """
 
 from __future__ import annotations
@@ -30,14 +31,14 @@ from dreampropeller.tree import device_of
 
 @dataclass(frozen=True)
 class Calibration:
-    """What a window was measured to cost on a device, for one kind of trajectory.
+    """The measured cost of a window on a device, for one kind of trajectory.
 
     Args:
-        device: The device's name.
-        threads: CPU threads in use.
-        window: Steps tried at once.
-        sequential: Seconds a step of the plain loop.
-        batched: Seconds a step, accepted ones alone, of the batched window.
+        device: Name of the device.
+        threads: Number of CPU threads in use.
+        window: Number of steps evaluated at once.
+        sequential: Seconds per step of the sequential run.
+        batched: Seconds per accepted step of the batched window.
     """
 
     device: str
@@ -48,19 +49,19 @@ class Calibration:
 
     @property
     def gain(self) -> float:
-        """How many times faster the batched window is; below 1 it is slower."""
+        """Speed-up of the batched window; below 1 it is slower."""
         return self.sequential / self.batched
 
     def save(self, path: str | Path) -> None:
-        """Record it as JSON."""
+        """Record the calibration as JSON."""
         Path(path).write_text(json.dumps(asdict(self), indent=2) + "\n", "utf-8")
 
     @classmethod
     def load(cls, path: str | Path) -> Calibration:
-        """Read a record.
+        """Read a recorded calibration.
 
         Raises:
-            ValueError: It is none.
+            ValueError: The file holds no calibration.
         """
         try:
             return cls(**json.loads(Path(path).read_text("utf-8")))
@@ -73,7 +74,7 @@ class Calibration:
 
 @dataclass(frozen=True)
 class Choice:
-    """How to solve on one device, and why."""
+    """The solver to use on one device, and the reason."""
 
     solver: Solver
     dispatcher: type[Dispatcher]
@@ -83,14 +84,14 @@ class Choice:
 def calibrate(
     trajectory: Trajectory[Any], solver: PicardSolver, iterations: int = 4
 ) -> Calibration:
-    """Measure a solver's batched window against the plain loop.
+    """Measure a solver's batched window against the sequential run.
 
-    Each runs from step 0: one unmeasured iteration, then so many measured ones.
+    Each runs from step 0: one unmeasured iteration, then `iterations` measured ones.
 
     Args:
-        trajectory: What is to be solved, or one like it.
-        solver: Its window is what is measured.
-        iterations: Iterations measured of each.
+        trajectory: The trajectory to solve, or a similar one.
+        solver: Solver whose window is measured.
+        iterations: Number of measured iterations of each run.
     """
     if iterations < 1:
         raise ValueError(f"`iterations` is {iterations}: measure 1 or more.")
@@ -110,12 +111,12 @@ def choose_solver(
     calibration: Calibration | None,
     device: torch.device | None = None,
 ) -> Choice:
-    """The plain loop on one device, unless a calibration shows that the window pays.
+    """`Sequential` on one device, unless a calibration shows that the window pays.
 
     Args:
-        solver: What is wanted.
-        calibration: A record of this device and window; None: there is none.
-        device: Where the state lives; default: the CPU.
+        solver: The solver to use if its window pays.
+        calibration: Calibration of this device and window; None if there is none.
+        device: Device of the state; default: the CPU.
     """
     name, threads = _name(device or torch.device("cpu")), torch.get_num_threads()
     if calibration is None:
@@ -140,7 +141,7 @@ def choose_solver(
 
 
 def _steps(solver: PicardSolver) -> int:
-    """Steps its window tries at once, at the start of a long solve."""
+    """Steps that the solver's window evaluates at once, initially."""
     return solver.window.length(solver.window.init(), sys.maxsize)
 
 
@@ -150,7 +151,7 @@ def _seconds(
     dispatcher: type[Dispatcher],
     iterations: int,
 ) -> float:
-    """Seconds a step over the first iterations, the very first left out."""
+    """Seconds per step over the first iterations, without the very first."""
     marks: list[tuple[float, int]] = []
 
     def mark(state: Any, _: Any) -> None:

@@ -1,8 +1,8 @@
-"""The whole solver state to and from disk, atomically and without pickle.
+"""Checkpoints of the whole solver state, atomic and without pickle.
 
-A checkpoint is one safetensors file: tensors as such, everything else as JSON in its
-header, with a checksum of each tensor. It is written under another name, flushed to the
-disk and then renamed, so a reader sees all of it or nothing.
+A checkpoint is one safetensors file. It holds tensors as such and everything else as
+JSON in its header, with a checksum per tensor. It is written under another name,
+flushed to the disk and then renamed, so a reader sees all of it or nothing.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from dreampropeller.tree import decode, encode, record_name
 
 FORMAT = 3
 LOCK = ".lock"
-"""Name of the file that a writing process holds."""
+"""Name of the lock file of the writing process."""
 _LOCKS: dict[Path, int] = {}
 _NAME = re.compile(r"step-(\d+)\.safetensors")
 
@@ -41,26 +41,28 @@ class CheckpointError(RuntimeError):
 def save(
     folder: str | Path, state: SolverState[Any], keep: int = 2, lean: bool = False
 ) -> Path:
-    """Write a checkpoint and remove older ones, and later ones that a resume gave up.
+    """Write a checkpoint; remove older ones, and later ones from before a resume.
 
     A run that resumes from a full checkpoint equals the uninterrupted run bit for bit.
-    A lean one holds state, carry and what was learnt, without guesses, held drifts and
-    past iterations: three times the parameters with Adam, up to six with the default
-    predictors and accelerations. The run resumes with the first iteration's small
-    stride, so its strides differ; at threshold 0 its result does not.
+    A lean checkpoint holds state, carry and the components' estimates, without guesses,
+    held drifts and past iterations. Its size is three times the parameters with Adam,
+    up to six with the default predictors and accelerations. The run resumes with the
+    first iteration's small stride, so its strides differ; at threshold 0 its result
+    does not.
 
     Args:
-        folder: Where checkpoints of this run are kept; it is made if need be.
-        state: What to write.
-        keep: How many to keep. Two or more, so that there is one to fall back to.
-        lean: Leave out the fields that are marked so (`component.FULL`).
+        folder: Folder of the run's checkpoints; it is made if missing.
+        state: Solver state to write.
+        keep: Number of checkpoints to keep. Two or more leave one to fall back to.
+        lean: Leave out the fields marked `component.FULL`.
 
     Returns:
         The file, ``step-<step>.safetensors``.
 
     Raises:
-        CheckpointError: It could not be written, the folder holds checkpoints of
-            another run, or another process writes there; earlier ones are intact.
+        CheckpointError: The file could not be written, the folder holds checkpoints of
+            another run, or another process writes there. Earlier checkpoints are
+            intact.
     """
     if keep < 1:
         raise ValueError(f"`keep` is {keep}: keep at least 1 checkpoint.")
@@ -100,7 +102,7 @@ def save(
             "to another folder."
         ) from error
     others = _newest_first(folder)
-    # Beyond this step: left by a part of the run that resuming gave up.
+    # Beyond this step: from a part of the run that was abandoned by resuming.
     given_up = [other for other in others if other > path and state.run]
     kept = [path, *(other for other in others if other not in (path, *given_up))]
     for old in [*given_up, *kept[keep:]]:
@@ -110,10 +112,10 @@ def save(
 
 
 def lock(folder: Path) -> None:
-    """Keep a folder for this process until it ends; once is enough.
+    """Lock a folder for this process until it ends; repeated calls have no effect.
 
     Raises:
-        CheckpointError: Another process has it.
+        CheckpointError: Another process holds the lock.
     """
     folder = folder.resolve()
     if folder in _LOCKS:
@@ -121,7 +123,7 @@ def lock(folder: Path) -> None:
         with contextlib.suppress(OSError):
             if os.path.samestat(held, os.stat(folder / LOCK)):
                 return
-        unlock(folder)  # the folder was removed, and made again
+        unlock(folder)  # the folder was removed and made again
     file = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -144,7 +146,7 @@ def unlock(folder: Path) -> None:
 
 
 def run_of(folder: Path) -> str:
-    """The name of the run whose checkpoints a folder holds; empty: none is known."""
+    """The name of the run whose checkpoints a folder holds; empty if unknown."""
     for path in _newest_first(folder) if folder.is_dir() else []:
         with contextlib.suppress(OSError, SafetensorError, KeyError, ValueError):
             return _header(path).get("run", "")
@@ -172,13 +174,13 @@ def load(
     """Read a checkpoint: a file, or the newest readable one of a folder.
 
     Args:
-        path: A file `save` wrote, or the folder that holds it. In a folder, a damaged
-            newest checkpoint is passed over with a warning.
-        device: Where tensors that were on a GPU go; default: the current GPU. Tensors
+        path: A file that `save` wrote, or its folder. In a folder, a damaged newest
+            checkpoint is skipped with a warning.
+        device: Device of tensors that were on a GPU; default: the current GPU. Tensors
             that were on the CPU stay there.
 
     Raises:
-        CheckpointError: There is none, or none can be read.
+        CheckpointError: There is no checkpoint, or none can be read.
     """
     path = Path(path)
     if not path.is_dir():
@@ -202,7 +204,8 @@ def _read(path: Path, device: torch.device | str | None) -> SolverState[Any]:
     try:
         with safe_open(path, framework="pt") as file:
             header = json.loads((file.metadata() or {})["dreampropeller"])
-            # Cloned: mapped memory has other alignments, and CPU kernels round by them.
+            # Cloned: mapped memory is aligned differently, which changes the rounding
+            # of CPU kernels.
             arrays = {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118
     except (OSError, SafetensorError, KeyError, ValueError) as error:
         raise CheckpointError(

@@ -1,4 +1,4 @@
-"""The life cycle of what keeps a memory: threshold, window, predictor, acceleration.
+"""Components with a memory: threshold, window, predictor and acceleration.
 
 A component is frozen; what it learns is a *memory*, which the solver passes in and out:
 
@@ -7,7 +7,7 @@ A component is frozen; what it learns is a *memory*, which the solver passes in 
     memory = component.after(memory, rollout)        once a stride is accepted
     memory = component.jumped(memory, y, parents)    after a jump
 
-What a component does beside this has a verb of its own (`bound`, `length`, `extend`,
+Its other methods depend on the kind of component (`bound`, `length`, `extend`,
 `correct`). A memory is a frozen dataclass derived from `Memory`, so that checkpoints
 can store it; its fields are nests (`dreampropeller.tree`).
 """
@@ -45,7 +45,7 @@ M = TypeVar("M")
 
 
 class Component(Generic[M]):
-    """Something that may keep a memory of type `M`; by default it keeps nothing."""
+    """A part of the solver with a memory of type `M`; default: no memory."""
 
     def init(self) -> M:
         """The memory at the start of a solve; default: None."""
@@ -63,12 +63,12 @@ class Component(Generic[M]):
         return memory
 
     def jumped(self, memory: M, y: State, parents: Parents | None) -> M:
-        """The memory after a jump; default: it starts anew.
+        """The memory after a jump; default: that of a new start.
 
         Args:
-            memory: The memory before.
+            memory: The memory before the jump.
             y: The state after the jump.
-            parents: Where its rows came from; None: the rows are the same.
+            parents: Origin of its rows; None: the rows are the same.
         """
         del memory, y, parents
         return self.init()

@@ -1,4 +1,4 @@
-r"""The reverse diffusion as a trajectory: exponential integrators and a corrector.
+r"""Reverse diffusion as a trajectory: exponential integrators and a corrector.
 
 The forward process $dx_s = -\tfrac12 x_s\,ds + dw_s$ turns data into noise; its law at
 time $s$ has the score $S(s, x)$. Backward in time, with $s = T - t$,
@@ -17,7 +17,7 @@ g v)\,dt + \sqrt{2g}\,db$; its step is, with $q = e^{-ge}$,
 $$v' = q v + \tfrac{1 - q}{g} S + B_v, \qquad
   u' = u + \tfrac{1 - q}{g} v + \tfrac1g \bigl(e - \tfrac{1 - q}{g}\bigr) S + B_u.$$
 
-The score is the drift, everything else the update. `Sequential` is the sequential form,
+The score is the drift; the rest is the update. `Sequential` is the sequential form,
 `SlidingWindow` the sliding one, and `BlockWindow` makes it PIADM: blocks of time of
 length O(1), each iterated a fixed number of times (`dreampropeller.piadm`).
 
@@ -50,10 +50,10 @@ class Corrector:
     r"""Underdamped Langevin dynamics at fixed time, after every block of the ODE.
 
     Args:
-        time: Its total time, of order $1/\sqrt L$ for scores of Lipschitz constant L.
-        blocks: Blocks it is cut into; each begins with a fresh velocity.
-        steps: Small steps of a block.
-        friction: $g$.
+        time: Total time, of order $1/\sqrt L$ for scores of Lipschitz constant L.
+        blocks: Number of blocks; each begins with a fresh velocity.
+        steps: Number of small steps per block.
+        friction: Friction $g$.
     """
 
     time: float = 0.5
@@ -77,8 +77,8 @@ class SmallStep:
     """One step of the recurrence.
 
     Attributes:
-        time: The forward time $s$ whose score is its drift.
-        length: $e$.
+        time: Forward time $s$ whose score is the drift.
+        length: Length $e$ of the step.
         kind: "predictor" or "corrector".
         first: Whether a corrector block begins here, with a fresh velocity.
     """
@@ -94,11 +94,11 @@ class Grid:
     r"""Blocks of small steps from $s = T$ to $s = \eta$.
 
     Args:
-        horizon: $T$; the law there is taken for a standard normal.
-        step: The longest small step; in the last block a step is at most `step` times
-            the time left, for there the score changes on that scale.
-        block: The longest block $h$.
-        stop: $\eta$, where to stop early.
+        horizon: Final forward time $T$, whose law is approximated by a standard normal.
+        step: Length of the longest small step. In the last block a step is at most
+            `step` times the remaining time, the scale on which the score changes.
+        block: Length $h$ of the longest block.
+        stop: Time $\eta$ of early stopping.
     """
 
     horizon: float
@@ -151,10 +151,10 @@ class DiffusionTrajectory(Trajectory[State]):
         score: The score; a pure function, called as ``score(s, x)``.
         start: The noise, shape ``(samples, ...)``.
         grid: Blocks and small steps.
-        kind: "sde" or "ode".
-        corrector: Corrects the ODE after every block; None: not at all.
-        seed: Of all noise after the start. The noise of a step is keyed by the step, so
-            it is the same in all Picard iterations.
+        kind: Kind of the dynamics: "sde" or "ode".
+        corrector: Corrector of the ODE after every block; None: no corrector.
+        seed: Seed of all noise after the start. The noise of a step is keyed by the
+            step, so it is the same in all Picard iterations.
     """
 
     def __init__(
@@ -176,7 +176,7 @@ class DiffusionTrajectory(Trajectory[State]):
         self.corrector = corrector
         self.random = StepRandom(seed)
         self.steps: list[SmallStep] = []
-        self.boundaries: list[int] = []  # where blocks end, in steps
+        self.boundaries: list[int] = []  # ends of the blocks, in steps
         for block in grid.blocks():
             self._append(block)
             if corrector is not None:

@@ -1,9 +1,9 @@
-r"""A threshold that promises something about the drift, not about the state.
+r"""A threshold on the relative error of the drift instead of the state.
 
 A step may be accepted while the drift at its guess is close to the drift at its final
-state, relative to the drift itself (Eq. 9 of `docs/method.md`). That error is
-estimated for nearly nothing: a slot that was not accepted is evaluated again at a new
-guess, same step, same random numbers, and the two drifts give a secant.
+state, relative to the drift itself (Eq. 9 of `docs/method.md`). The estimate of that
+error costs almost nothing: a slot that was not accepted is evaluated again at a new
+guess, with the same step and random numbers, and the two drifts give a secant.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from dreampropeller.trajectory import Parents
 from dreampropeller.tree import State, moving, norms
 
 ROUNDING = 64
-"""Relative changes of a drift below so many units in the last place say nothing."""
+"""Units in the last place below which a relative change of a drift is ignored."""
 
 
 @dataclass(frozen=True)
@@ -33,12 +33,12 @@ class DriftMemory(Memory):
 
     Attributes:
         held: Drifts of the steps that will be evaluated again, each with the distance
-            of the next guess from the one it belongs to.
-        moved: Displacement over the window before, by tensor.
+            from its guess to the next guess.
+        moved: Displacement over the previous window, by tensor.
         own: Secants κ of the steps that were evaluated twice, by step.
-        secants: Those of the last iterations that measured any.
-        age: Iterations since the last measurement.
-        measured: The median error found in this iteration; None: nothing was measured.
+        secants: Secants of the last iterations that measured any.
+        age: Number of iterations since the last measurement.
+        measured: Median error measured in this iteration; None if there was none.
         step: The anchor's step.
     """
 
@@ -53,7 +53,7 @@ class DriftMemory(Memory):
 
 @dataclass(frozen=True)
 class DriftThreshold(Threshold[DriftMemory]):
-    r"""Accept a guess while its drift is off by at most a share of itself (Eq. 9).
+    r"""Accept a guess while the relative error of its drift is at most δ (Eq. 9).
 
     With $g, g'$ the drifts of one step at two guesses that are $d$ apart (the root of
     the solver's norm) and $\lVert\cdot\rVert$ the root of the sum of squares,
@@ -63,44 +63,50 @@ class DriftThreshold(Threshold[DriftMemory]):
       \kappa = \frac{1}{d} \Bigl(\sum_p a_p r_p^2\Bigr)^{1/2},
       \qquad \text{accept while}\quad \kappa\, d_i \le \delta ,$$
 
-    over the tensors $p$ of the state, with $a_p$ the share of the squared way through
-    the window before that $p$ went: an optimizer that scales gradients (Adam) moves a
-    tensor as its learning rate says, however loud its gradient is. For a single tensor
-    it is the Euclidean relative error, and close to it for plain gradient descent.
+    over the tensors $p$ of the state, with $a_p$ the share of tensor $p$ in the squared
+    displacement over the previous window: with an optimizer that scales gradients
+    (Adam) the displacement follows the learning rate, not the gradient magnitude. For a
+    single tensor $\kappa d$ is the Euclidean relative error, and it is close to it for
+    plain gradient descent.
 
-    $\kappa$ is the step's own if it was evaluated twice, else the upper quartile of
-    those measured in the last `memory` iterations that measured any: timestep, noise
-    and camera make the secants of different steps differ by a factor of two to three,
-    those of one step by 1.3 to 1.5 (one standard deviation, measured, see
+    $\kappa$ is the step's own if it was evaluated twice. Otherwise it is the upper
+    quartile of the secants in the last `memory` iterations that measured any. Timestep,
+    noise and camera make the secants of different steps differ by a factor of two to
+    three, those of one step by 1.3 to 1.5 (one standard deviation, measured, see
     `docs/results.md`), and they change along a run. While there is no secant, one step
-    is accepted. When everything passes, the last slot is held back now and then to get
-    one (`hold_every`); never in a window of one step, which is `Sequential`. Beside
-    `Secant` the drifts are the corrected ones: what is left of the error is what
-    counts.
+    is accepted. When everything passes, the last slot is held back at intervals to
+    measure one (`hold_every`), but never in a window of one step, which is
+    `Sequential`. With `Secant` the drifts are the corrected ones, so the remaining
+    error counts.
 
-    Where it fails: errors of successive steps that point the same way add up, and no
-    bound on a single drift sees it (a smaller δ leaves less to add up: at window 64 and
-    small steps take 0.05); nor does it see how much of a window's path was overshot
-    (`Secant` does). Secants are measured over larger distances than those they
-    judge, so a drift with jumps (an occupancy grid's refresh, a clipped gradient) is
-    judged by its average slope. A drift that is mostly noise makes the promise weaker:
-    its norm, the unit here, is then larger than the part that matters, and it falls
-    when views are added. The unit is at least the window's median, so a step with a
-    quiet drift may be off by more than δ of its own. A tensor that gets hardly any
-    gradient but moves (Adam) counts by its way, so how parameters are split into
-    tensors matters. A drift that jumps over a tiny distance gives a secant that is much
-    too large, for `memory` iterations. Between two measurements a sudden change goes
-    unseen. It holds the drifts of the slots that were not accepted, at most one state a
-    slot.
+    Limitations:
+
+    - Errors of successive steps in the same direction add up, which a bound on a single
+      drift cannot see. A smaller δ reduces the sum: at window 64 and small steps use
+      0.05. Nor does it see how much of a window's path was overshot (`Secant` does).
+    - Secants are measured over larger distances than those they are applied to, so a
+      drift with jumps (an occupancy grid's refresh, a clipped gradient) is rated by its
+      average slope. A drift that jumps over a tiny distance gives a secant that is much
+      too large, for `memory` iterations. A sudden change between two measurements goes
+      unnoticed.
+    - A noisy drift weakens the bound: its norm, the unit here, is then larger than the
+      relevant part, and it falls when views are added. The unit is at least the
+      window's median, so the error of a step with a small drift may exceed δ of its
+      own.
+    - A tensor with hardly any gradient that moves nevertheless (Adam) counts by its
+      displacement, so the split of parameters into tensors matters.
+    - The drifts of the slots that were not accepted are held, at most one state per
+      slot.
 
     Args:
-        value: The largest relative error of a drift δ, at least 0. 0 compares states
+        value: Largest relative error δ of a drift, at least 0. 0 compares states
             bit by bit, as `FixedThreshold(0)` does.
-        hold_every: Slots of which one is held back for a secant: one in
-            $\max(2, \lceil \mathtt{hold\_every} / w \rceil)$ iterations; at least 1.
-        memory: Iterations whose secants are remembered.
-        warmup: Steps at the start of a run that are judged by δ / 4. While a shape is
-            still being decided, an error can send the run to another one (measured on
+        hold_every: Number of slots of which one is held back for a secant, at least 1:
+            with window $w$, one slot in $\max(2, \lceil \mathtt{hold\_every} / w
+            \rceil)$ iterations.
+        memory: Number of iterations whose secants are kept.
+        warmup: Number of steps at the start of a run that use δ / 4. While the shape is
+            still forming, an error can lead to another shape (measured on
             hash grids, see `docs/results.md`). 0: the same δ from the start.
     """
 
@@ -132,11 +138,11 @@ class DriftThreshold(Threshold[DriftMemory]):
 
     @property
     def measures_guesses(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """Whether secants are measured, which a tolerance of zero does without."""
+        """Whether secants are measured; a tolerance of zero needs none."""
         return not self.exact
 
     def init(self) -> DriftMemory:
-        """No secant yet."""
+        """The memory before any secant."""
         return DriftMemory()
 
     def before(self, memory: DriftMemory, evaluation: Evaluation) -> DriftMemory:
@@ -187,7 +193,7 @@ class DriftThreshold(Threshold[DriftMemory]):
                 yield step, error, distance, _rounding(part)
 
     def bound(self, memory: DriftMemory) -> float:
-        """The tolerance: δ, a quarter of it while the run warms up."""
+        """The tolerance: δ, or δ / 4 during the warm-up."""
         return self.value / 4 if memory.step < self.warmup else self.value
 
     def error(self, memory: DriftMemory, step: int, distance: float) -> float:
@@ -199,7 +205,7 @@ class DriftThreshold(Threshold[DriftMemory]):
         return _slope(memory, step) * math.sqrt(distance)
 
     def most(self, memory: DriftMemory, length: int, remaining: int) -> int:
-        """One step while there is no secant; a slot less when one is due."""
+        """One step while there is no secant; one slot fewer when a secant is due."""
         if self.exact:
             return length
         if not memory.secants:
@@ -229,14 +235,14 @@ class DriftThreshold(Threshold[DriftMemory]):
     def jumped(
         self, memory: DriftMemory, y: State, parents: Parents | None
     ) -> DriftMemory:
-        """Trust the secants of before, where it is known what the rows were."""
+        """Keep the secants if the old rows are known."""
         del y
         if parents is None:
             return self.init()
         return replace(memory, held={}, own={}, measured=None)
 
     def diagnostics(self, memory: DriftMemory) -> dict[str, float]:
-        """The secant of a step without its own, and the error measured last."""
+        """The secant of a step without its own, and the last measured error."""
         if self.exact or not memory.secants:
             return {}
         found = {"secant": _slope(memory, -1)}
@@ -253,7 +259,7 @@ def _slope(memory: DriftMemory, step: int) -> float:
 
 
 def _moving(y: State, drift: State) -> State:
-    """The entries a drift is measured by: what moves the state, if anything does."""
+    """The entries that measure a drift: those that move the state, if any does."""
     floating = {n: v for n, v in drift.items() if v.is_floating_point()}
     return moving(y, drift) or floating
 
@@ -261,10 +267,10 @@ def _moving(y: State, drift: State) -> State:
 def _relative(
     change: dict[str, float], unit: dict[str, float], moved: dict[str, float]
 ) -> float:
-    """The error of a drift, tensors weighted by the squared way they moved.
+    """The relative error of a drift, tensors weighted by squared displacement.
 
-    Where none is known to have moved, by their drift, which makes it Euclidean; NaN
-    where there is no drift.
+    If no displacement is known, they are weighted by their squared drift, which makes
+    the error Euclidean. NaN if there is no drift.
     """
     known = {name: size for name, size in unit.items() if size > 0}
     ways = {name: moved.get(name, 0.0) for name in known}

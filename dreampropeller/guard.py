@@ -1,4 +1,4 @@
-"""Notices an evaluation that writes into the parameters it is given."""
+"""Detection of evaluations that write into their parameters."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from torch import Tensor
 class Guard:
     """Refuses writes into parameters: a drift is a function of step and state.
 
-    By torch's version counters: a write through `.data` is not seen, and a tensor made
-    under `torch.inference_mode` has no counter.
+    It uses torch's version counters: a write through `.data` is not seen, and a tensor
+    made under `torch.inference_mode` has no counter.
 
     Args:
-        parameters: By name, as they are before the evaluation.
-        trainable: Names of those that an optimizer holds.
+        parameters: Parameters by name, before the evaluation.
+        trainable: Names of the parameters that an optimizer holds.
     """
 
     def __init__(
@@ -29,10 +29,10 @@ class Guard:
         self._trainable = trainable
 
     def check(self) -> None:
-        """Call it after the evaluation.
+        """Check the parameters after the evaluation.
 
         Raises:
-            ValueError: A parameter was written into; says what to do instead.
+            ValueError: A parameter was written into; the message says what to do.
         """
         for name, (tensor, version) in self._seen.items():
             if tensor._version == version:

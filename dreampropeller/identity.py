@@ -1,8 +1,8 @@
-"""Which run, and which problem, a solver state belongs to.
+"""Identity of the run and of the problem that a solver state belongs to.
 
-A run has a random name. A problem has a *fingerprint*: what must be the same for a
-state to be continued, as a mapping of JSON values. Solver, dispatcher and more steps
-may differ: they change how, where and how far a trajectory is solved, not what it is.
+A run has a random name. A problem has a *fingerprint*: the values that must agree for a
+state to be resumed, as a mapping of JSON values. Solver, dispatcher and a larger number
+of steps may differ, because they do not change the trajectory itself.
 """
 
 from __future__ import annotations
@@ -17,23 +17,23 @@ Fingerprint: TypeAlias = dict[str, Any]
 
 
 class AnotherProblem(ValueError):
-    """A state is to be continued that belongs to another problem."""
+    """The state to resume from belongs to another problem."""
 
 
 def new_run() -> str:
-    """The name of a run that begins now."""
+    """A name for a new run."""
     return uuid.uuid4().hex
 
 
 def check(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
-    """Refuse to continue a state of another problem.
+    """Refuse to resume from a state of another problem.
 
     Args:
-        found: The fingerprint that the state carries; empty: it is not known.
-        wanted: That of the trajectory at hand.
+        found: Fingerprint of the state; empty if unknown.
+        wanted: Fingerprint of the trajectory.
 
     Raises:
-        AnotherProblem: Names what differs.
+        AnotherProblem: Names the differences.
     """
     differ = differences(found, wanted) if found else ""
     if differ:
@@ -45,7 +45,7 @@ def check(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
 
 
 def differences(before: Any, now: Any, most: int = 6) -> str:
-    """What differs between two nests, such as "`lr` was 0.1 and is 0.2"; or nothing."""
+    """Differences of two nests, such as "`lr` was 0.1 and is 0.2"; empty if equal."""
     old, new = flat(before), flat(now)
     differ = [
         f"`{name}` was {old.get(name, 'absent')!r} and is {new.get(name, 'absent')!r}"
@@ -71,7 +71,7 @@ def flat(value: Any, where: str = "") -> dict[str, Any]:
 
 
 def plain(value: Any) -> Any:
-    """A value as JSON holds it: tensors and other objects by what they are."""
+    """A value as JSON; tensors and other objects by their description."""
     if isinstance(value, Mapping):
         return {str(name): plain(child) for name, child in value.items()}
     if isinstance(value, (list, tuple)):

@@ -1,13 +1,13 @@
 r"""Gradient descent with any torch optimizer, as a trajectory.
 
-The state holds the parameters and the evolving buffers, the carry what the optimizers
-and schedulers remember, and (Eq. 18 of `docs/method.md`)
+The state holds the parameters and the evolving buffers. The carry holds the memory of
+optimizers and schedulers, and (Eq. 18 of `docs/method.md`)
 
 $$\mathrm{drift}(t, \theta) = \nabla_\theta\, \ell(t, \theta), \qquad
   \mathrm{update} = \text{clip, optimizer step, scheduler step}.$$
 
-Buffers follow Eq. 19: the drift reports what the evaluation did to them, a new value
-where an element changed (integers: the increment), and the update writes just that.
+Buffers follow Eq. 19: the drift reports the changes that the evaluation made, which are
+new values of changed elements (integers: the increment), and the update writes them.
 """
 
 from __future__ import annotations
@@ -38,37 +38,38 @@ Loss: TypeAlias = Callable[[int, State], Any]
 
 
 class OptimizationTrajectory(Trajectory[Nest]):
-    """Parameters rolled out by `torch.optim` (Eq. 18); buffers by Eq. 19.
+    """Parameters updated by `torch.optim` (Eq. 18), buffers by Eq. 19.
 
     Equals the loop ``loss.backward(); clip; optimizer.step(); scheduler.step()`` bit
     for bit under `Sequential` (`test_optimization.py`).
 
     Args:
-        loss: ``(step, y)`` gives a scalar loss, or the loss and scalars to log. `y`
+        loss: ``(step, y)`` returns a scalar loss, or the loss and scalars to log. `y`
             holds parameters that require gradients and buffers; buffers may be changed
             in place or replaced in `y`.
         params: The initial parameters by name.
-        optimizer: A factory: parameters by name give one optimizer or several.
+        optimizer: Factory of one optimizer or several, called with the parameters by
+            name.
         num_steps: The number of steps.
         buffers: Evolving tensors that are not optimised (an occupancy grid).
-        scheduler: A factory: an optimizer gives its scheduler, or None. A sequence
-            holds one factory (or None) for each optimizer.
-        clip_grad_norm: Largest norm of all gradients together.
+        scheduler: Factory of a scheduler (or None), called with an optimizer. A
+            sequence holds one factory (or None) per optimizer.
+        clip_grad_norm: Largest norm of all gradients taken together.
         clip_grad_value: Largest absolute value of a gradient entry.
-        precision: "32-true", "bf16-mixed" or "16-mixed": the loss is evaluated under
-            autocast; with "16-mixed" the loss scale is part of the state, and a step
-            whose gradients overflow is not taken (it counts), as with `GradScaler`;
-            one optimizer only.
+        precision: "32-true", "bf16-mixed" or "16-mixed"; the loss is evaluated under
+            autocast. With "16-mixed" the loss scale is part of the state, and a step
+            whose gradients overflow is skipped (it counts), as with `GradScaler`; one
+            optimizer only.
         seed: The global generators are seeded with (seed, step) during `loss`, so that
-            dropout and `torch.randn` replay; None leaves them alone.
-        about: What else must be the same for a run to be resumed (a prompt, a data
-            set), JSON values by name; it goes into the fingerprint.
+            dropout and `torch.randn` replay; None leaves them unchanged.
+        about: Further values that a resumed run must share (a prompt, a data set):
+            JSON values by name, included in the fingerprint.
 
     Raises:
-        ValueError: An optimizer needs a closure, a scheduler a metric, a parameter
-            belongs to no state, or there is no such precision (or not with several
-            optimizers).
-        TypeError: An optimizer remembers something a checkpoint could not restore.
+        ValueError: An optimizer needs a closure, a scheduler needs a metric, a
+            parameter belongs to no state, or the precision is unknown (or not
+            available with several optimizers).
+        TypeError: An optimizer's memory cannot be restored from a checkpoint.
     """
 
     def __init__(
@@ -133,16 +134,16 @@ class OptimizationTrajectory(Trajectory[Nest]):
         num_steps: int,
         **options: Any,
     ) -> OptimizationTrajectory:
-        """Wrap the body of an existing loop: ``(step, module)`` gives its loss.
+        """Wrap the body of an existing loop: ``(step, module)`` returns its loss.
 
-        The module's own tensors are replaced during a call and stay as they are;
-        `module.load_state_dict(solution.value, strict=False)` takes the result over.
+        The module's own tensors are replaced during a call and are not changed;
+        `module.load_state_dict(solution.value, strict=False)` loads the result.
         Parameters that do not require gradients are frozen and not part of the state;
-        one that is written into during a call is refused.
+        writing into one during a call is refused.
 
         Args:
-            module: What is optimised.
-            loss: The body of the loop up to the loss.
+            module: The module to optimise.
+            loss: The body of the loop, up to the loss.
             optimizer: See the class.
             num_steps: See the class.
             **options: Further arguments of the class.
@@ -185,7 +186,7 @@ class OptimizationTrajectory(Trajectory[Nest]):
         return y, copy_nest(self._initial_carry)
 
     def make_drift(self, device: torch.device) -> Drift:
-        """The gradient of the loss, and what its evaluation did to the buffers."""
+        """The gradient of the loss, and the changes of the buffers."""
         if self._module is not None:
             self._module.to(device)
         return self._drift

@@ -1,4 +1,4 @@
-"""Torch optimizers and schedulers whose whole memory is passed in and out."""
+"""Torch optimizers and schedulers whose memory is an argument and a result."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ class Optimizers:
     """Private optimizers, lent their memory for one step.
 
     `Optimizer.load_state_dict` aliases the tensors it is given (torch ≥ 2.1), so a
-    saved state would move on with the optimizer. Here the carry *is* the memory: it is
-    lent to the optimizers for one step, and whoever keeps a carry copies it.
+    saved state would change with the optimizer. Here the carry *is* the memory: it is
+    lent to the optimizers for one step, so a carry must be copied to be kept.
     """
 
     def __init__(
@@ -59,7 +59,7 @@ class Optimizers:
 
     @property
     def count(self) -> int:
-        """How many optimizers there are."""
+        """The number of optimizers."""
         return len(self._optimizers)
 
     def export(self) -> Nest:
@@ -125,10 +125,9 @@ class Optimizers:
         Args:
             y: The state before the step.
             carry: The memory.
-            gradients: By name; a parameter without one stays.
-            due: The schedulers that move at this step, one for each optimizer; default:
-                all do.
-            skip: Leave the optimizers out, as torch's `GradScaler` does on overflow.
+            gradients: Gradients by name; a parameter without one is not changed.
+            due: Whether the scheduler of each optimizer steps; default: all do.
+            skip: Skip the optimizers, as torch's `GradScaler` does on overflow.
         """
         self._load(carry)
         copy_gradients = self._writes_gradients or not self._probed
@@ -180,7 +179,7 @@ def dense(name: str, gradient: Tensor) -> Tensor:
     """A gradient, unless it is sparse.
 
     Raises:
-        ValueError: It is; optimizers and distances here read every entry.
+        ValueError: The gradient is sparse; optimizers and distances read every entry.
     """
     if gradient.is_sparse:
         raise ValueError(
@@ -238,8 +237,8 @@ def _required_arguments(step: Callable[..., Any]) -> bool:
 def _memory(state: dict[str, Any]) -> dict[str, Any]:
     """The part of a scheduler's state that can change.
 
-    What no nest holds (functions, the counter of milestones) is a setting and stays in
-    the scheduler. Nested schedulers keep their own state under `_schedulers`.
+    Values that a nest cannot hold (functions, the counter of milestones) are settings
+    and stay in the scheduler. Nested schedulers keep their state under `_schedulers`.
     """
     kept: dict[str, Any] = {}
     for key, value in state.items():

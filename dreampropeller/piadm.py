@@ -33,17 +33,19 @@ def piadm(
     r"""Sample by PIADM-SDE or PIADM-ODE, or by the same integrator in another form.
 
     Args:
-        score: $S(s, x)$: a `GaussianMixtureScore`, a `DenoiserScore`, any function.
+        score: Score $S(s, x)$: `GaussianMixtureScore`, `DenoiserScore` or a function.
         start: Standard normal noise, shape ``(samples, ...)``.
         grid: Blocks and small steps.
-        kind: "sde" or "ode".
-        depth: Picard iterations of a block, $K$; the form "block" alone uses it.
-        corrector: Corrects the ODE after every block; the published algorithm has one.
-        seed: Of the noise after the start.
-        form: "block" is PIADM, "sliding" a sliding window, "sequential" the plain loop.
-        window: The size of the sliding window.
-        tolerance: The mean square error that passes in the sliding window.
-        dispatcher: Where the scores are evaluated; by default one after the other.
+        kind: Kind of the dynamics: "sde" or "ode".
+        depth: Number $K$ of Picard iterations per block, for the form "block" only.
+        corrector: Corrector of the ODE after every block; the published algorithm has
+            one.
+        seed: Seed of the noise after the start.
+        form: Solver: "block" is PIADM, "sliding" a sliding window, "sequential" the
+            sequential run.
+        window: Size of the sliding window.
+        tolerance: Largest mean square error that passes in the sliding window.
+        dispatcher: Dispatcher of the scores; default: one after another.
 
     Returns:
         The solution; `value["x"]` holds the samples, `stats` rounds and calls.

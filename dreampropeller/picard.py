@@ -38,27 +38,27 @@ from dreampropeller.window import Window
 
 @dataclass(frozen=True)
 class PicardSolver(Solver):
-    """Solve a window of steps at once, and slide on by the steps that converged.
+    """Solve a window of steps at once, and slide it by the steps that converged.
 
     `FixedThreshold(0)`, or a window of 1 at any threshold, equals `Sequential` bit for
     bit on CPU; at threshold 0 the first k steps are exact after k iterations
     (`test_picard.py`).
 
     Args:
-        window: How many steps to try and to accept.
-        threshold: What error counts as converged; default: `DriftThreshold`, which
-            needs no tuning to the problem's scale.
-        predictor: How a new slot is guessed: "repeat_last", "momentum", "auto", or a
+        window: Number of steps to evaluate and to accept.
+        threshold: Error up to which a step counts as converged; default:
+            `DriftThreshold`, which needs no tuning to the problem's scale.
+        predictor: Initial guess of a new slot: "repeat_last", "momentum", "auto", or a
             `Predictor`.
         norm: Distance of a new state from its guess, a scalar tensor; default: the mean
             square over the floating entries (Eq. 6). A threshold of zero ignores it and
             compares every entry.
-        non_finite: What to do with a drift that is not finite at the anchor: "raise",
-            or "skip" to leave the state as it is and go on (the step counts). At a
-            guess it only cuts the window: a bad guess is no error.
-        acceleration: An `Acceleration`, which learns from past iterations: `Secant`
+        non_finite: Rule for a non-finite drift at the anchor: "raise", or "skip" to
+            leave the state unchanged and continue (the step counts). At a guess it
+            only cuts the window, because a bad guess is not an error.
+        acceleration: An `Acceleration`, which learns from past iterations. `Secant`
             corrects drifts to the states they are used at; `Anderson` corrects the
-            guesses that did not pass, for smooth deterministic drifts; None: the
+            guesses that did not pass, for smooth deterministic drifts. None: the
             published iteration.
     """
 
@@ -93,7 +93,7 @@ class PicardSolver(Solver):
 
     @property
     def components(self) -> dict[str, Component[Any]]:
-        """What keeps a memory, by its name in `SolverState`."""
+        """The components that keep a memory, by their names in `SolverState`."""
         return {
             "threshold": self.threshold,
             "window": self.window,
@@ -119,7 +119,7 @@ class PicardSolver(Solver):
     def jumped(
         self, state: SolverState[Any], parents: Parents | None
     ) -> SolverState[Any]:
-        """Drop the guesses; memories follow the rows as far as they can."""
+        """Drop the guesses, and map the rows of the memories where possible."""
         memories = {
             name: one.jumped(getattr(state, name), state.y, parents)
             for name, one in self.components.items()
@@ -175,7 +175,7 @@ class PicardSolver(Solver):
         dispatcher: Dispatcher,
         state: SolverState[Any],
     ) -> Evaluation:
-        """Act 1: the drifts of a window of guesses, up to the first bad one."""
+        """Act 1: the drifts of a window of guesses, up to the first non-finite one."""
         remaining = next_jump(trajectory, state.step) - state.step
         length = self.window.length(state.window, remaining)
         guesses = _fill([state.y, *state.guesses], length + 1)
@@ -201,7 +201,7 @@ class PicardSolver(Solver):
     def _learn(
         self, verb: str, state: SolverState[Any], seen: Evaluation, timer: Timer
     ) -> SolverState[Any]:
-        """Show an iteration to every component, `before` or `after` its rollout."""
+        """Update every component's memory, `before` or `after` the rollout."""
         memories: dict[str, Any] = {}
         for name, component in self.components.items():
             with timer.phase(name):
@@ -216,7 +216,7 @@ class PicardSolver(Solver):
         seen: Evaluation,
         bound: float,
     ) -> tuple[Rollout, _Carries]:
-        """Act 2: update from the anchor on, and compare with the guesses."""
+        """Act 2: roll out from the anchor, and compare with the guesses."""
         most = self.threshold.most(state.threshold, len(seen.steps), seen.remaining)
         with timer.phase("rollout"):
             y, carry = state.y, copy_nest(state.carry)
@@ -259,7 +259,7 @@ class PicardSolver(Solver):
         rollout: Rollout,
         bound: float,
     ) -> int:
-        """Act 3: the stride, as rank 0 decides it."""
+        """Act 3: the stride, decided by rank 0."""
         passed = [error <= bound for error in rollout.errors]
         proposed = self.window.stride(state.window, passed)
         length, remaining = len(rollout.steps), rollout.remaining
@@ -278,7 +278,7 @@ class PicardSolver(Solver):
         predictor = as_predictor(self.predictor)
         acceleration = self.acceleration or Acceleration()
         proposal = acceleration.propose(state.acceleration, trajectory, rollout)
-        # Devices of different makes may decide differently: rank 0 does.
+        # Devices of different models may decide differently, so rank 0 decides.
         trusted, choice = dispatcher.agree(
             [proposal.trusted, predictor.choice(state.predictor)]
         )
@@ -301,7 +301,7 @@ class PicardSolver(Solver):
         )
 
     def _diagnostics(self, state: SolverState[Any]) -> dict[str, float]:
-        """What the components estimate, by name."""
+        """The estimates of the components, by name."""
         return {
             key: value
             for name, component in self.components.items()
@@ -320,9 +320,9 @@ class PicardSolver(Solver):
 
 @dataclass
 class _Carries:
-    """The carry where the solve may go on: at the start, a likely stride, the end.
+    """The carry where the solve may continue: at the start, a likely stride, the end.
 
-    And, where the acceleration asks for it, before each update.
+    If the acceleration needs it, also the carry before each update.
     """
 
     start: Nest

@@ -20,21 +20,21 @@ from torch import Tensor
 from dreampropeller.tree import State
 
 LOSS_SCALE = "precision/scale"
-"""Its name in a state."""
+"""Name of the loss scale in a state."""
 _FOUND_INF = "precision/found_inf"
 _INITIAL_EXPONENT = 16
 _GROWTH_INTERVAL = 2000
 
 
 class Precision:
-    """The `precision` of a trainer: autocast, and a loss scale where one is needed.
+    """The `precision` of a trainer: autocast, and a loss scale if needed.
 
     Args:
         name: "32-true", "bf16-mixed" or "16-mixed" (also "32" and "16").
-        device: Where the module lives.
+        device: Device of the module.
 
     Raises:
-        ValueError: Another precision.
+        ValueError: The precision is unknown.
     """
 
     def __init__(self, name: str, device: torch.device) -> None:
@@ -55,7 +55,7 @@ class Precision:
         self.scales = self._dtype is torch.float16
 
     def init(self) -> State:
-        """The loss scale at the start, when there is one; int64, shape ``(2,)``."""
+        """The initial loss scale, if there is one; int64, shape ``(2,)``."""
         if not self.scales:
             return {}
         return {LOSS_SCALE: torch.tensor([_INITIAL_EXPONENT, 0], device=self._device)}
@@ -74,8 +74,8 @@ class Precision:
         """Divide the scale out of gradients, in place.
 
         Returns:
-            What the drift has to say of it: whether one of them overflowed, in which
-            case the step must not be taken. Nothing where there is no scale.
+            The drift's entry: whether a gradient overflowed, so that the step must not
+            be taken. Empty if there is no scale.
         """
         if not self.scales:
             return {}
@@ -98,7 +98,7 @@ class Precision:
             return {}
         exponent, count = y[LOSS_SCALE].unbind()
         overflow = drift.get(_FOUND_INF)
-        if overflow is None:  # a step that was left out, or predicted
+        if overflow is None:  # a skipped or predicted step
             return {}
         grows = ~overflow & (count + 1 == _GROWTH_INTERVAL)
         exponent = exponent + grows.long() - overflow.long()

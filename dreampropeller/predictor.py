@@ -1,4 +1,4 @@
-"""How a guess beyond the rolled-out window is made."""
+"""Predictors: initial guesses of the states beyond the rolled-out window."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ SIXTEENTHS = 16
 
 
 class Predictor(Component[M], abc.ABC):
-    """Guesses the states that follow a rolled-out one."""
+    """Guesses the states that follow a rolled-out state."""
 
     def choice(self, memory: M) -> int:
-        """A decision that all ranks have to share; default: there is none."""
+        """A decision that all ranks must share; default: none."""
         del memory
         return 0
 
     def settle(self, memory: M, choice: int) -> M:
-        """The memory with the shared decision, which is rank 0's."""
+        """The memory with rank 0's decision."""
         del choice
         return memory
 
@@ -53,7 +53,7 @@ class Predictor(Component[M], abc.ABC):
 
 
 class RepeatLast(Predictor[None]):
-    """The published guess: nothing moves."""
+    """The published predictor: repeat the last state."""
 
     def extend(
         self,
@@ -74,8 +74,8 @@ class MomentumMemory(Memory):
     """Memory of a `Momentum`.
 
     Attributes:
-        mean: Sums of the decayed drifts, by name.
-        weight: Their weights, which add up to less than 1 at the start.
+        mean: Decayed sum of the drifts, by name.
+        weight: Sum of their weights, which is below 1 at the start.
     """
 
     mean: State = field(default_factory=dict)
@@ -88,7 +88,7 @@ class Momentum(Predictor[MomentumMemory]):
 
     $\bar g \leftarrow \beta \bar g + (1 - \beta) g$, corrected for its start at zero as
     in Adam. Only entries that follow the state (same name, same shape, floating) are
-    averaged: what a drift reports of a buffer is an event, not a direction. With a
+    averaged: the drift of a buffer is an event, not a direction. With a
     large learning rate the extrapolation can be worse than repeating the last state.
 
     Args:
@@ -105,11 +105,11 @@ class Momentum(Predictor[MomentumMemory]):
             )
 
     def init(self) -> MomentumMemory:
-        """No drift seen yet."""
+        """The memory before any drift."""
         return MomentumMemory()
 
     def after(self, memory: MomentumMemory, rollout: Rollout) -> MomentumMemory:
-        """Average the drifts of the accepted steps in."""
+        """Add the drifts of the accepted steps to the mean."""
         mean, weight = dict(memory.mean), dict(memory.weight)
         owned: set[str] = set()
         for drift in rollout.used[: rollout.stride]:
@@ -130,7 +130,7 @@ class Momentum(Predictor[MomentumMemory]):
     def jumped(
         self, memory: MomentumMemory, y: State, parents: Parents | None
     ) -> MomentumMemory:
-        """Follow the rows; new ones start without a direction."""
+        """Map the rows; the mean drift of new rows is zero."""
         moved = {
             name: take_rows(value, parents[name])
             if parents is not None and name in parents
@@ -153,7 +153,7 @@ class Momentum(Predictor[MomentumMemory]):
         memory: MomentumMemory,
         count: int,
     ) -> tuple[list[State], MomentumMemory]:
-        """Roll out with the mean drift; repeat the state while there is none."""
+        """Roll out with the mean drift; repeat the state while there is no mean."""
         drift = {
             name: mean / memory.weight[name]
             for name, mean in memory.mean.items()
@@ -172,7 +172,7 @@ class Momentum(Predictor[MomentumMemory]):
 
 @dataclass(frozen=True)
 class Probe(Memory):
-    """What both guesses of a step were, to compare them with the state rolled out.
+    """Both guesses of a step, to be compared with its rolled-out state.
 
     Attributes:
         step: The step.
@@ -191,10 +191,10 @@ class FittedMemory(Memory):
 
     Attributes:
         momentum: The running mean of the drifts.
-        fraction: The fraction α, running.
-        used: The fraction in use, in sixteenths: rank 0's.
-        age: Iterations since momentum was last tried.
-        probe: Guesses that will be compared; None: there are none.
+        fraction: Running average of the fraction α.
+        used: The fraction in use, in sixteenths, as decided by rank 0.
+        age: Number of iterations since momentum was last tried.
+        probe: Guesses to be compared; None if there are none.
         residuals: Root-mean-square errors found in this iteration, by name.
     """
 
@@ -212,23 +212,23 @@ class FittedMomentum(Predictor[FittedMemory]):
 
     $\hat y_j = y + \alpha\,(\hat y^{\text{momentum}}_j - y)$ lies between `RepeatLast`
     ($\alpha = 0$) and `Momentum` ($\alpha = 1$). When the middle one of the new slots
-    is rolled out, the α that would have guessed it best (least squares, within 0 and 1)
-    is averaged in, $\alpha \leftarrow 0.7\,\alpha + 0.3\,\alpha^*$, and rounded to
-    sixteenths. It starts at 1. While it rounds to 0, momentum is tried every
-    `probe_every` iterations alone, for its guesses cost as many updates as there are
-    new slots. Two states are kept.
+    is rolled out, the α that would have guessed it best (least squares, from 0 to 1) is
+    averaged, $\alpha \leftarrow 0.7\,\alpha + 0.3\,\alpha^*$, and rounded to
+    sixteenths, so that all ranks agree on it exactly. It starts at 1. While it rounds
+    to 0, momentum is tried only every `probe_every` iterations, because its guesses
+    cost one update per new slot. Two states are kept.
 
     Args:
         decay: See `Momentum`.
-        probe_every: Iterations between two trials of a momentum that is not used, at
-            least 1.
+        probe_every: Number of iterations between two trials of momentum while its
+            fraction is 0, at least 1.
     """
 
     decay: float = 0.9
     probe_every: int = 4
 
     def __post_init__(self) -> None:
-        Momentum(self.decay)  # refuses another decay
+        Momentum(self.decay)  # refuses a decay out of range
         if not is_whole(self.probe_every) or self.probe_every < 1:
             raise ValueError(
                 f"`probe_every` is {self.probe_every!r}: write a whole "
@@ -240,11 +240,11 @@ class FittedMomentum(Predictor[FittedMemory]):
         return Momentum(self.decay)
 
     def init(self) -> FittedMemory:
-        """No residual yet."""
+        """The memory before any residual."""
         return FittedMemory()
 
     def after(self, memory: FittedMemory, rollout: Rollout) -> FittedMemory:
-        """Fit the fraction where a guessed step was rolled out; average the drifts."""
+        """Fit the fraction if a probed step was rolled out; average the drifts."""
         fraction, residuals = self._fitted(memory, rollout)
         return replace(
             memory,
@@ -284,20 +284,20 @@ class FittedMomentum(Predictor[FittedMemory]):
         return round(SIXTEENTHS * memory.fraction)
 
     def settle(self, memory: FittedMemory, choice: int) -> FittedMemory:
-        """Do what rank 0 decided."""
+        """Adopt the fraction that rank 0 decided."""
         return replace(memory, used=choice)
 
     def diagnostics(self, memory: FittedMemory) -> dict[str, float]:
-        """The fraction of momentum's displacement that is guessed.
+        """The fraction of momentum's displacement in the guess.
 
-        In iterations that measured them, the roots of both residuals too.
+        In iterations that measured them, also the roots of both residuals.
         """
         return {"momentum_share": memory.used / SIXTEENTHS, **memory.residuals}
 
     def jumped(
         self, memory: FittedMemory, y: State, parents: Parents | None
     ) -> FittedMemory:
-        """The mean drift follows the rows; guesses of the old structure go."""
+        """Map the rows of the mean drift; drop guesses of the old structure."""
         momentum = self._momentum.jumped(memory.momentum, y, parents)
         return replace(memory, momentum=momentum, probe=None)
 
@@ -310,7 +310,7 @@ class FittedMomentum(Predictor[FittedMemory]):
         memory: FittedMemory,
         count: int,
     ) -> tuple[list[State], FittedMemory]:
-        """Guess, and remember what momentum said of the middle slot."""
+        """Guess the states, and keep the momentum guess of the middle slot."""
         if count == 0:
             return [], memory
         if not memory.used and memory.age + 1 < self.probe_every:
@@ -347,10 +347,10 @@ PREDICTORS: Mapping[str, type[Predictor[Any]]] = {
 
 
 def as_predictor(predictor: str | Predictor[Any]) -> Predictor[Any]:
-    """The predictor of a name.
+    """The predictor with a given name.
 
     Raises:
-        ValueError: There is none of that name.
+        ValueError: There is no predictor of that name.
     """
     if isinstance(predictor, Predictor):
         return predictor

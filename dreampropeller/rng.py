@@ -1,8 +1,8 @@
-r"""Randomness that belongs to the step, not to the call.
+r"""Randomness as a function of the step, not of the call.
 
-A drift must give the same answer whenever and wherever it is evaluated. Every random
+A drift must have the same value whenever and wherever it is evaluated. Every random
 number is therefore drawn from a generator whose seed is a hash of *(seed, step,
-stream)*: asking again, out of order or in another process changes nothing.
+stream)*: repeated evaluation, another order or another process changes nothing.
 """
 
 from __future__ import annotations
@@ -46,9 +46,9 @@ class StepRandom:
 
         Args:
             step: The step on the trajectory.
-            stream: What is drawn: "camera", "noise". Different streams are
-                independent, so adding one never shifts another.
-            device: Where the generator lives. CPU and GPU generators of the same key
+            stream: Name of the random numbers, such as "camera" or "noise". Different
+                streams are independent, so adding one never shifts another.
+            device: Device of the generator. CPU and GPU generators of the same key
                 draw different numbers: draw on CPU what must not depend on the device.
         """
         return torch.Generator(device).manual_seed(self.key(step, stream))
@@ -57,7 +57,7 @@ class StepRandom:
     def scope(self, step: int, stream: str = "global") -> Iterator[None]:
         """Seed the *global* generators inside the block, and restore them after it.
 
-        For code that draws without asking for a generator (dropout, `torch.randn`,
+        For code that draws without a generator argument (dropout, `torch.randn`,
         Python's `random`, numpy where it is loaded). Slower than `generator`, and it
         replays only code that draws in the same order each time.
         """

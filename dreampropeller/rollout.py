@@ -1,4 +1,4 @@
-r"""What one Picard iteration saw: the record that its acts hand on.
+r"""The record of one Picard iteration, passed from act to act.
 
 An iteration evaluates drifts at guesses (`Evaluation`), rolls the recurrence out with
 them and accepts a stride (`Rollout`). Slot $i$ stands for step $t + i$ of the anchor's
@@ -20,14 +20,14 @@ class Evaluation:
     Attributes:
         steps: The steps whose drifts can be used, shape ``(window,)``: all that were
             evaluated, up to the first guess whose drift is not finite.
-        guesses: The anchor and the guesses the drifts were evaluated at, then the last,
-            which is only compared, shape ``(window + 1,)``.
+        guesses: The anchor and the guesses that the drifts were evaluated at, then the
+            last guess, which is only compared, shape ``(window + 1,)``.
         drifts: The drifts as evaluated, finite, shape ``(window,)``.
-        aux: What they logged, shape ``(window,)``.
-        length: Steps evaluated, those behind a bad guess included.
-        remaining: Steps before the next jump or the end.
-        skips: Whether the anchor's drift was not finite: it is empty here, and its
-            update is left out.
+        aux: Scalars that the drifts logged, shape ``(window,)``.
+        length: Number of steps evaluated, including those after a non-finite drift.
+        remaining: Number of steps before the next jump or the end.
+        skips: Whether the anchor's drift was not finite; then it is empty here, and its
+            update is skipped.
     """
 
     steps: Sequence[int]
@@ -51,7 +51,7 @@ class Evaluation:
         carries: Sequence[Nest] = (),
         stride: int = 0,
     ) -> Rollout:
-        """The same with what was rolled out; see `Rollout`."""
+        """The same with the rolled-out states; see `Rollout`."""
         return Rollout(
             **vars(self),
             states=states,
@@ -65,7 +65,7 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Rollout(Evaluation):
-    """A window rolled out from the anchor, and how many of its steps were accepted.
+    """A window rolled out from the anchor, and its number of accepted steps.
 
     Attributes:
         states: The anchor and the states rolled out from it, shape ``(window + 1,)``.
@@ -73,10 +73,10 @@ class Rollout(Evaluation):
             shape ``(window,)``.
         errors: Errors of `states[1:]` against `guesses[1:]`, as the threshold measures
             them, shape ``(window,)``.
-        distances: The same in the solver's norm, shape ``(window,)``.
+        distances: The errors in the solver's norm, shape ``(window,)``.
         carries: The carry before each update, shape ``(window,)``; empty unless the
-            acceleration asks for them. Consumed by whoever uses one.
-        stride: The steps accepted.
+            acceleration needs them. A carry is consumed by its use.
+        stride: Number of accepted steps.
     """
 
     states: Sequence[State] = ()

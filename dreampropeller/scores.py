@@ -2,8 +2,8 @@ r"""Scores $S(s, x)$ of noised data: of a Gaussian mixture, or from a network.
 
 The noised law at forward time $s$ is that of $e^{-s/2} x_0 + \sqrt{1 - e^{-s}}\,
 \varepsilon$, so a model with cumulative products $\bar\alpha$ is at $s = -\ln
-\bar\alpha$, and its answer $\hat\varepsilon$ gives $S = -\hat\varepsilon / \sqrt{1 -
-\bar\alpha}$.
+\bar\alpha$, and its prediction $\hat\varepsilon$ gives
+$S = -\hat\varepsilon / \sqrt{1 - \bar\alpha}$.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ class GaussianMixtureScore:
     $p_s = \sum_i w_i N(e^{-s/2} \mu_i, e^{-s} \lambda_i + 1 - e^{-s})$.
 
     Args:
-        weights: $w$, shape ``(components,)``.
-        means: $\mu$, shape ``(components, dim)``.
-        variances: $\lambda$, shape ``(components, dim)``.
+        weights: Weights $w$, shape ``(components,)``.
+        means: Means $\mu$, shape ``(components, dim)``.
+        variances: Variances $\lambda$, shape ``(components, dim)``.
     """
 
     weights: Tensor
@@ -58,8 +58,8 @@ class GaussianMixtureScore:
 class DenoiserScore:
     r"""The score of a network that predicts the noise.
 
-    Between two timesteps of the schedule the nearest in $s$ is asked; the factor $1 /
-    \sqrt{1 - \bar\alpha}$ is that of $s$ itself.
+    Between two timesteps of the schedule the nearest in $s$ is evaluated; the factor
+    $1 / \sqrt{1 - \bar\alpha}$ is that of $s$ itself.
 
     Args:
         denoiser: Called as ``denoiser(x, timestep)``; returns $\hat\varepsilon$, as

@@ -1,4 +1,4 @@
-"""What a solve carries along and gives back: its state, how it ended, what it cost."""
+"""State, result and cost of a solve."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ class Result(enum.Enum):
 
 @dataclass
 class Stats:
-    """What a solve cost, resumed parts included.
+    """The cost of a solve, resumed parts included.
 
     Attributes:
-        num_evaluations: Drifts evaluated (NFE).
+        num_evaluations: Number of drifts evaluated (NFE).
         strides: Steps accepted in each iteration.
     """
 
@@ -49,9 +49,9 @@ class Stats:
 
 @dataclass
 class SolverState(Generic[C]):
-    """Everything a solve needs to go on; see `dreampropeller.checkpoint`.
+    """Everything that a solve needs to resume; see `dreampropeller.checkpoint`.
 
-    A checkpoint holds every field, a lean one those marked `LEAN`.
+    A checkpoint holds every field, a lean checkpoint those marked `LEAN`.
 
     Attributes:
         step: The anchor's step.
@@ -63,8 +63,8 @@ class SolverState(Generic[C]):
         predictor: The predictor's memory.
         acceleration: The acceleration's memory.
         stats: The cost so far.
-        run: The name of the run; empty: none was given.
-        problem: The trajectory's fingerprint; empty: it is not known.
+        run: The name of the run; empty if there is none.
+        problem: The trajectory's fingerprint; empty if unknown.
     """
 
     step: int = field(metadata=LEAN)
@@ -82,7 +82,7 @@ class SolverState(Generic[C]):
 
 @dataclass(frozen=True)
 class Iteration:
-    """What one iteration did, for `on_iteration`.
+    """Report of one iteration, for `on_iteration`.
 
     Attributes:
         begin: The anchor's step before the iteration.
@@ -91,9 +91,9 @@ class Iteration:
         errors: Error of each rolled-out slot as the threshold measures it, shape
             ``(slots,)``; with `DriftThreshold` the estimated relative drift errors.
         threshold: The largest error that passed; None for the sequential solver.
-        aux: What the drifts logged at the accepted steps, in order.
-        seconds: Where the time went, by phase, in seconds.
-        diagnostics: What threshold and predictor believe, by name.
+        aux: Scalars that the drifts logged at the accepted steps, in order.
+        seconds: Seconds by phase.
+        diagnostics: Estimates of the components, by name.
     """
 
     begin: int
@@ -119,8 +119,8 @@ class Solution(Generic[C]):
         value: The last accepted state.
         carry: The carry at that state.
         result: Why the solve ended.
-        stats: What it cost.
-        state: The whole solver state, to continue from or to save.
+        stats: The cost of the solve.
+        state: The whole solver state, to resume from or to save.
     """
 
     value: State
@@ -131,7 +131,7 @@ class Solution(Generic[C]):
 
 
 class NotConverged(RuntimeError):
-    """The solve ended before the last step; `solution` holds what was reached."""
+    """The solve ended before the last step; `solution` holds the state reached."""
 
     def __init__(self, message: str, solution: Solution[Any]) -> None:
         super().__init__(message)

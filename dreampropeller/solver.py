@@ -37,7 +37,7 @@ class NonFiniteDrift(ArithmeticError):
 
 
 class Solver(abc.ABC):
-    """How the anchor moves on."""
+    """A method that advances the anchor."""
 
     def init(self, y: State, carry: Any) -> SolverState[Any]:
         """The solver's state at step 0."""
@@ -50,31 +50,31 @@ class Solver(abc.ABC):
         dispatcher: Dispatcher,
         state: SolverState[Any],
     ) -> tuple[SolverState[Any], Iteration]:
-        """Move the anchor on, and not past the next jump.
+        """Advance the anchor, at most to the next jump.
 
         Raises:
             NonFiniteDrift: The drift at the anchor is not finite.
         """
 
     def adopt(self, state: SolverState[Any]) -> SolverState[Any]:
-        """A state to continue from, perhaps left by a different solver."""
+        """Adapt a state to resume from, perhaps of a different solver."""
         return state
 
     def jumped(
         self, state: SolverState[Any], parents: Parents | None
     ) -> SolverState[Any]:
-        """Adapt the solver's memory to a jump; guesses of the old structure go."""
+        """Adapt the solver's memory to a jump; drop guesses of the old structure."""
         del parents
         return replace(state, guesses=[])
 
 
 @dataclass(frozen=True)
 class Sequential(Solver):
-    """One step after the other: the baseline and the oracle.
+    """One step after another: the baseline and the reference.
 
     Args:
-        non_finite: What to do with a drift that is not finite: "raise", or "skip" to
-            leave the state as it is and go on (the step counts).
+        non_finite: Rule for a drift that is not finite: "raise", or "skip" to leave the
+            state unchanged and continue (the step counts).
     """
 
     non_finite: NonFinite = "raise"
@@ -131,28 +131,28 @@ def solve(
     """Solve a trajectory.
 
     Args:
-        trajectory: What to solve.
-        solver: How: `PicardSolver`, or `Sequential` for one step after the other.
-        dispatcher: Where drifts are evaluated: a factory called with the trajectory (a
-            `Dispatcher` class, or a `functools.partial` of one). It is opened and
-            closed here.
-        state: Where to continue from (`Solution.state`, or a checkpoint); it stays as
-            it is. Default: step 0.
-        max_iterations: Stop after so many iterations of this call.
-        throw: Raise when the last step was not reached; else look at
+        trajectory: The trajectory to solve.
+        solver: The method: `PicardSolver`, or `Sequential` for one step after another.
+        dispatcher: Factory of the dispatcher that evaluates drifts, called with the
+            trajectory (a `Dispatcher` class, or a `functools.partial` of one). The
+            dispatcher is opened and closed here.
+        state: State to resume from (`Solution.state`, or a checkpoint); it is not
+            changed. Default: step 0.
+        max_iterations: Largest number of iterations of this call.
+        throw: Raise if the last step was not reached; otherwise check
             `solution.result`.
-        on_iteration: Called after each iteration, one function or several, with the
-            solver's state, to look at or to save but not to keep (its carry is
-            consumed by the next iteration), and with what happened. A function that
-            returns `True` stops the solve, any other value is ignored; on several
-            ranks the answer of rank 0 counts.
+        on_iteration: One function or several, called after each iteration with the
+            solver's state and an `Iteration`. The state may be read or saved but not
+            kept, because the next iteration consumes its carry. A function that
+            returns `True` stops the solve; any other value is ignored. On several
+            ranks the return value on rank 0 counts.
 
     Returns:
         The solution.
 
     Raises:
-        NotConverged: The last step was not reached and `throw` is set; what was
-            reached is in its `solution`.
+        NotConverged: The last step was not reached and `throw` is set; `solution` of
+            the error holds the state reached.
         AnotherProblem: `state` belongs to another problem.
         WorkerError: A rank failed (distributed dispatchers only).
     """
@@ -202,7 +202,7 @@ def _begin(
     dispatcher: Dispatcher,
     state: SolverState[Any] | None,
 ) -> SolverState[Any]:
-    """The state of step 0, or a copy of the one to continue from."""
+    """The state at step 0, or a copy of the state to resume from."""
     if state is None:
         state, fresh = solver.init(*trajectory.init()), True
     else:
@@ -215,7 +215,7 @@ def _begin(
 
 
 def _check_problem(state: SolverState[Any], problem: identity.Fingerprint) -> None:
-    """Refuse a state of another problem; more steps than it began with may follow."""
+    """Refuse a state of another problem; the number of steps may have grown."""
     found = dict(state.problem)
     if found and found.get("num_steps", 0) <= problem["num_steps"]:
         found["num_steps"] = problem["num_steps"]

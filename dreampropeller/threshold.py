@@ -1,4 +1,4 @@
-r"""What error counts as converged.
+r"""Thresholds: the error up to which a step counts as converged.
 
 Slot $i$ passes when $e_i \le \varepsilon$ (Eq. 4); a NaN fails. A threshold may learn
 from an iteration's drifts `before` it gives $\varepsilon$, and adapts `after`.
@@ -20,7 +20,7 @@ from dreampropeller.tree import State, mean_square
 
 
 class Threshold(Component[M], abc.ABC):
-    """The largest error that passes, and how it adapts.
+    """The largest error that passes, and its adaptation.
 
     Attributes:
         measures_guesses: Whether a slot's drift is compared with the one at the state
@@ -53,12 +53,12 @@ class Threshold(Component[M], abc.ABC):
         return distance
 
     def most(self, memory: M, length: int, remaining: int) -> int:
-        """The most steps to accept, whatever passes; default: all.
+        """The largest number of steps to accept, whatever passes; default: all.
 
         Args:
             memory: The memory after `before`.
-            length: The steps evaluated, at least 1.
-            remaining: Steps before the next jump or the end.
+            length: Number of steps evaluated, at least 1.
+            remaining: Number of steps before the next jump or the end.
         """
         del memory, remaining
         return length
@@ -69,7 +69,7 @@ class FixedMemory(Memory):
     """Memory of a relative `FixedThreshold`.
 
     Attributes:
-        unit: The median squared update of the iteration before; 0: not known yet.
+        unit: Median squared update of the previous iteration; 0: not yet known.
     """
 
     unit: float = 0.0
@@ -77,22 +77,23 @@ class FixedMemory(Memory):
 
 @dataclass(frozen=True)
 class FixedThreshold(Threshold[FixedMemory | None]):
-    r"""An error that never adapts.
+    r"""A fixed threshold.
 
     The error is absolute, in the units of the norm: the mean square of a parameter's
     change unless another norm is given. It depends on the learning rate and on the
-    scale of the parameters, so it must be chosen for each problem. Zero compares the
+    scale of the parameters, so it must be chosen per problem. Zero compares the
     states bit by bit: the solve then equals `Sequential` (`test_picard.py`).
 
-    With `relative`, the unit is the median squared update of the iteration before (by
-    mean squares, whatever the solver's norm): a guess passes while it is off by at most
-    $\sqrt{v}$ optimizer steps. That is free of the scale of parameters and learning
-    rate, but not of how much the drift changes within a step. In the first iteration
-    there is no unit yet, and only the anchor's step is accepted.
+    With `relative`, the unit is the median squared update of the previous iteration (in
+    mean squares, whatever the solver's norm): a guess passes while its error is at most
+    $\sqrt{v}$ optimizer steps, with $v$ the value. This is independent of the scale of
+    the parameters and of the learning rate, but not of how much the drift changes
+    within a step. In the first iteration there is no unit yet, and only the anchor's
+    step is accepted.
 
     Args:
         value: The largest error that passes, at least 0.
-        relative: Whether `value` counts squared updates.
+        relative: Whether `value` is in units of squared updates.
     """
 
     value: float
@@ -115,11 +116,11 @@ class FixedThreshold(Threshold[FixedMemory | None]):
         return self.relative and not self.exact
 
     def init(self) -> FixedMemory | None:
-        """The unit of a relative value, which is not known yet."""
+        """The unit of a relative value, not yet known."""
         return FixedMemory() if self._has_unit else None
 
     def bound(self, memory: FixedMemory | None) -> float:
-        """The value, in its unit."""
+        """The value times its unit."""
         return self.value * memory.unit if memory else self.value
 
     def most(self, memory: FixedMemory | None, length: int, remaining: int) -> int:
@@ -128,7 +129,7 @@ class FixedThreshold(Threshold[FixedMemory | None]):
         return 1 if memory and not memory.unit else length
 
     def after(self, memory: FixedMemory | None, rollout: Rollout) -> FixedMemory | None:
-        """Measure the updates, when they are the unit."""
+        """Measure the updates if they are the unit."""
         if memory is None:
             return None
         updates = sorted(
@@ -141,7 +142,7 @@ class FixedThreshold(Threshold[FixedMemory | None]):
     def jumped(
         self, memory: FixedMemory | None, y: State, parents: Parents | None
     ) -> FixedMemory | None:
-        """A step is of the same size after a jump."""
+        """Keep the unit: a jump does not change the size of a step."""
         del y, parents
         return memory
 
@@ -161,20 +162,20 @@ class EMAMemory(Memory):
 class EMAThreshold(Threshold[EMAMemory]):
     r"""An exponential moving average of the window's own error (Eq. 8).
 
-    The rule that DreamPropeller was published with.
+    The published rule of DreamPropeller.
 
     After each iteration, $\varepsilon \leftarrow \beta\varepsilon + (1 - \beta) a$ with
     $a$ the window's mean error or the error at its middle *position*
     $\lfloor L/2 \rfloor$ (published as "median"). The rule sets the speed, not the
-    error: the initial value is forgotten within some twenty iterations, about half a
-    window passes whatever the error is, and the distance from the sequential run
-    floats. Use it to reproduce published results.
+    error: the initial value is forgotten within some twenty iterations, about half of
+    the window passes whatever the error is, and the distance from the sequential run is
+    not controlled. Use it to reproduce published results.
 
     Args:
         value: The initial value, in the units of the norm; published for DreamFusion:
             5e-6.
         ema_decay: The decay β, from 0 to 1; published: 0.9.
-        adaptivity: "median" or "mean".
+        adaptivity: The window's error $a$: "median" or "mean".
 
     References:
         Zhou et al. 2024, arXiv 2311.17082, Algorithm 2.
@@ -209,7 +210,7 @@ class EMAThreshold(Threshold[EMAMemory]):
         return memory.value
 
     def after(self, memory: EMAMemory, rollout: Rollout) -> EMAMemory:
-        """Move towards the window's error; a non-finite one teaches nothing."""
+        """Average the window's error; a non-finite one is ignored."""
         errors = rollout.errors
         if self.adaptivity == "median":
             aggregate = errors[len(errors) // 2]
@@ -223,6 +224,6 @@ class EMAThreshold(Threshold[EMAMemory]):
         )
 
     def jumped(self, memory: EMAMemory, y: State, parents: Parents | None) -> EMAMemory:
-        """The value goes on."""
+        """Keep the running value."""
         del y, parents
         return memory

@@ -1,4 +1,4 @@
-"""Seconds by phase, counted when the work is done and not when it is launched."""
+"""Seconds by phase, of completed work instead of launched kernels."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ import torch
 class Timer:
     """Adds up the wall-clock seconds of named phases.
 
-    A phase waits for the GPU on entry and on exit, so that a kernel is counted where it
-    ran. Phases may nest; the inner one's seconds are taken from the outer one's.
+    A phase synchronises with the GPU on entry and on exit, so that a kernel is counted
+    in the phase that launched it. Phases may nest; the seconds of the inner phase are
+    subtracted from the outer.
     """
 
     def __init__(self) -> None:
@@ -22,7 +23,7 @@ class Timer:
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Count the block under `name`."""
+        """Time the block under `name`."""
         _synchronize()
         start = time.perf_counter()
         self._inner.append(0.0)

@@ -1,4 +1,4 @@
-r"""What is to be solved.
+r"""Trajectories: the problems to solve.
 
 A trajectory is the recurrence (Eq. 1 of `docs/method.md`)
 
@@ -6,7 +6,7 @@ $$y_{t+1}, c_{t+1} = \mathrm{update}(t, y_t, c_t, \mathrm{drift}(t, y_t)),
   \qquad t = 0, \dots, T - 1.$$
 
 `drift` is expensive and depends on $y$ alone; `update` is cheap and also sees the
-*carry* $c$ (optimizer moments, multistep history). The solver knows nothing else.
+*carry* $c$ (optimizer moments, multistep history). The solver uses nothing else.
 """
 
 from __future__ import annotations
@@ -63,19 +63,19 @@ class Trajectory(abc.ABC, Generic[C]):
         """Build the drift; called once per worker.
 
         Args:
-            device: Where the states to be evaluated live.
+            device: Device of the states to evaluate.
         """
 
     def make_shard(self, device: torch.device, index: int, count: int) -> Drift:
         """Build one of several drifts whose sum is the drift; default: refused.
 
-        A step's random numbers are drawn for all its views and then sliced. What is
-        not a sum over views (buffers, terms that see no view) is reported by shard 0
-        alone.
+        A step's random numbers are drawn for all its views and then sliced. Parts that
+        are not sums over views (buffers, terms without views) are reported by shard 0
+        only.
 
         Args:
-            device: Where the states to be evaluated live.
-            index: Which slice of the step's views, from 0 to `count` − 1.
+            device: Device of the states to evaluate.
+            index: Index of the slice of the step's views, from 0 to `count` − 1.
             count: The number of slices.
 
         Raises:
@@ -93,7 +93,7 @@ class Trajectory(abc.ABC, Generic[C]):
     def update(self, step: int, y: State, carry: C, drift: State) -> tuple[State, C]:
         """Move from step to step + 1: cheap, deterministic, the same on every rank.
 
-        It may consume the carry it is given; `y` and `drift` must stay as they are.
+        It may consume its carry; `y` and `drift` must not be changed.
         """
 
     def next_jump(self, step: int) -> int:
@@ -105,14 +105,14 @@ class Trajectory(abc.ABC, Generic[C]):
         """Change the structure of the state at a step, before its drift.
 
         Returns:
-            The new state and carry, and where each row came from (None: no entry
-            changed its rows).
+            The new state and carry, and the origin of each row (None: no entry changed
+            its rows).
         """
         del step
         return y, carry, None
 
     def fingerprint(self) -> Fingerprint:
-        """What must be the same for a state to be continued (`identity`)."""
+        """The values that must agree for a state to be resumed (`identity`)."""
         return {"trajectory": type(self).__qualname__, "num_steps": self.num_steps}
 
     def error_scale(self, step: int) -> float:

@@ -40,7 +40,7 @@ _CHUNK = 1 << 18
 
 
 def tensors(nest: Nest) -> Iterator[Tensor]:
-    """Yield every tensor of a nest, in order, aliases as often as they occur."""
+    """Yield every tensor of a nest, in order; aliases repeat."""
     if isinstance(nest, Tensor):
         yield nest
     elif isinstance(nest, dict):
@@ -87,12 +87,13 @@ def encode(
     """Split a nest into JSON and its distinct tensors; `decode` is the inverse.
 
     Args:
-        nest: What to split.
-        keep: Which fields of dataclasses are written; None: there are no dataclasses.
+        nest: The nest to split.
+        keep: Selects the fields of dataclasses to write; None: there are no
+            dataclasses.
 
     Returns:
-        A value `json.dumps` accepts, in which tensors are indices, and the tensors.
-        Tensors that show the same memory in the same way are one.
+        A value that `json.dumps` accepts, with tensors as indices, and the tensors.
+        Tensors with the same memory and layout are merged.
     """
     found: list[Tensor] = []
     index: dict[Any, int] = {}
@@ -124,7 +125,7 @@ def encode(
 
 
 def _memory(tensor: Tensor) -> Any:
-    """What two tensors have in common that show the same memory in the same way."""
+    """A key that is equal for tensors with the same memory and layout."""
     if tensor.numel() == 0:
         return id(tensor)
     shown = tensor.dtype, tensor.shape, tensor.stride()
@@ -132,14 +133,14 @@ def _memory(tensor: Tensor) -> Any:
 
 
 def record_name(kind: type) -> str:
-    """How a dataclass is known in what `encode` writes."""
+    """The name of a dataclass in the output of `encode`."""
     return f"{kind.__module__}.{kind.__qualname__}"
 
 
 def decode(
     value: Any, found: Sequence[Tensor], records: Mapping[str, type] | None = None
 ) -> Any:
-    """Rebuild what `encode` split; fields that were not kept take their defaults.
+    """Rebuild a nest from `encode`; fields that were not kept take their defaults.
 
     Args:
         value: The JSON.
@@ -147,7 +148,7 @@ def decode(
         records: Dataclasses by `record_name`.
 
     Raises:
-        KeyError: A record's class is not among them.
+        KeyError: The class of a record is not among `records`.
     """
     if not isinstance(value, dict):
         return value
@@ -166,7 +167,7 @@ def decode(
 
 
 def device_of(nest: Nest) -> torch.device:
-    """The device of a nest's first tensor; the CPU where there is none."""
+    """The device of a nest's first tensor; the CPU if there is none."""
     return next((tensor.device for tensor in tensors(nest)), torch.device("cpu"))
 
 
@@ -174,8 +175,8 @@ def take_rows(value: Tensor, parents: Tensor) -> Tensor:
     """The rows of a tensor after a jump; new rows are zero.
 
     Args:
-        value: Before the jump, shape ``(old rows, ...)``.
-        parents: The old row of each new one, −1 for a new one, shape ``(rows,)``.
+        value: The tensor before the jump, shape ``(old rows, ...)``.
+        parents: Old row of each row, −1 for a new row, shape ``(rows,)``.
 
     Returns:
         A tensor of its own, shape ``(rows, ...)``.
@@ -187,7 +188,7 @@ def take_rows(value: Tensor, parents: Tensor) -> Tensor:
 
 
 def widened(value: Tensor) -> Tensor:
-    """Half precision as single: squares overflow or underflow, differences cancel."""
+    """Half precision as single, as squares overflow and differences cancel."""
     return value.float() if value.dtype.itemsize < 4 else value
 
 
@@ -312,7 +313,7 @@ def all_finite(states: Sequence[State]) -> list[bool]:
     device = max((value.device for value in flat), key=lambda d: d.type != "cpu")
     finite = iter(torch.isfinite(torch.stack([v.to(device) for v in flat])).tolist())
     passed = [all([next(finite) for _ in row]) for row in sums]
-    # A sum is quick and spoiled by a single NaN, but finite numbers can overflow it.
+    # A sum is fast and a single NaN spoils it, but finite numbers can overflow it.
     return [ok or _entries_finite(y) for ok, y in zip(passed, states, strict=True)]
 
 

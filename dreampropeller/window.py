@@ -1,4 +1,4 @@
-"""How many steps to try at once, and how many of them to accept."""
+"""Windows: the steps to evaluate at once, and the steps to accept."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from dreampropeller.tree import State
 
 
 class Window(Component[M], abc.ABC):
-    """How far ahead an iteration looks; it moves on by the accepted steps (Eq. 5)."""
+    """The slots of an iteration; the window slides by the accepted steps (Eq. 5)."""
 
     @abc.abstractmethod
     def length(self, memory: M, remaining: int) -> int:
-        """Steps to try, with `remaining` steps before the next jump or the end."""
+        """Steps to evaluate, with `remaining` steps before the next jump or the end."""
 
     def stride(self, memory: M, passed: Sequence[bool]) -> int:
         """Steps to accept; default: up to and including the first failure.
 
-        At least 1, unless the window is to be iterated again as a whole: with 0 the
-        anchor stays, and all new states are guesses of the next iteration. A window
-        that returns 0 must return more after finitely many iterations.
+        At least 1, unless the whole window is to be iterated again: with 0 the anchor
+        stays, and all new states are guesses of the next iteration. A window that
+        returns 0 must return more after finitely many iterations.
 
         Args:
             memory: The memory after `before`.
@@ -42,14 +42,15 @@ class Window(Component[M], abc.ABC):
 
 @dataclass(frozen=True)
 class SlidingWindow(Window[None]):
-    """A window of fixed size that moves on by the accepted steps (Eq. 5).
+    """A window of fixed size that slides by the accepted steps (Eq. 5).
 
-    The stride is the position of the first failure plus one: the state behind the
+    The stride is the index of the first failure plus one: the state behind the
     failed slot was rolled out from exact drifts, so it is accepted although its guess
     was wrong. Size 1 is `Sequential` (`test_picard.py`).
 
     Args:
-        size: Steps tried at once. One per device is a good start; it may be more.
+        size: Number of steps evaluated at once. One per device is a good start; more is
+            possible.
 
     References:
         Shih et al. 2023, arXiv 2305.16317, Algorithm 1.
@@ -76,7 +77,7 @@ class AdaptiveMemory(Memory):
     """Memory of an `AdaptiveWindow`.
 
     Attributes:
-        mean_stride: The running mean of strides, in steps.
+        mean_stride: Running mean of the strides, in steps.
     """
 
     mean_stride: float
@@ -84,21 +85,21 @@ class AdaptiveMemory(Memory):
 
 @dataclass(frozen=True)
 class AdaptiveWindow(Window[AdaptiveMemory]):
-    r"""A window that follows the strides between two sizes (ours, Eq. 14).
+    r"""A window that adapts its size to the strides (ours, Eq. 14).
 
     After an iteration with stride $s$, the mean stride
     $\bar s \leftarrow (\bar s + s) / 2$ makes the next size
-    $\mathrm{round}(2 \bar s / n)\, n$ between the bounds: a step is then evaluated
+    $\mathrm{round}(2 \bar s / n)\, n$ within the bounds: a step is then evaluated
     about twice. The window grows while more than half of it is accepted, and shrinks
-    while less is. Windows cut by a jump or the end teach nothing. Slots beyond the
+    while less is. Windows cut by a jump or the end are ignored. Slots beyond the
     number of devices cost rounds of evaluations; whether their longer strides pay for
     these depends on the problem, so compare seconds, not iterations.
 
     Args:
-        smallest: The least size and, as a multiple, the one to start from.
-        largest: The most steps tried at once.
-        multiple: Sizes are multiples of n; take the number of devices. The bounds are
-            used as they are.
+        smallest: Smallest size; rounded to a multiple, also the initial size.
+        largest: Largest number of steps evaluated at once.
+        multiple: The number n that sizes are multiples of; use the number of devices.
+            The bounds themselves are not rounded.
     """
 
     smallest: int
@@ -131,7 +132,7 @@ class AdaptiveWindow(Window[AdaptiveMemory]):
         return AdaptiveMemory(self.smallest / 2)
 
     def size(self, memory: AdaptiveMemory) -> int:
-        """The size that the mean stride asks for."""
+        """The size that follows from the mean stride."""
         wanted = round(2 * memory.mean_stride / self.multiple) * self.multiple
         return min(max(wanted, self.smallest), self.largest)
 
@@ -143,14 +144,14 @@ class AdaptiveWindow(Window[AdaptiveMemory]):
         """Follow the stride, unless the window was cut by a jump or the end."""
         if rollout.length < self.size(memory):
             return memory
-        # Within the bounds, so that a long calm does not delay the next turn.
+        # Bounded, so that a long run of full strides does not delay the next change.
         mean = (memory.mean_stride + rollout.stride) / 2
         return AdaptiveMemory(min(max(mean, self.smallest / 2), self.largest / 2))
 
     def jumped(
         self, memory: AdaptiveMemory, y: State, parents: Parents | None
     ) -> AdaptiveMemory:
-        """The mean stride goes on."""
+        """Keep the mean stride."""
         del y, parents
         return memory
 
@@ -161,7 +162,7 @@ class BlockMemory(Memory):
 
     Attributes:
         step: Steps accepted so far.
-        rounds: Iterations of the present block.
+        rounds: Iterations of the current block.
     """
 
     step: int = 0
@@ -172,15 +173,15 @@ class BlockMemory(Memory):
 class BlockWindow(Window[BlockMemory]):
     """Whole blocks of steps, each iterated a fixed number of times (PIADM).
 
-    Errors are not looked at: a block of m steps is accepted after min(depth, m)
-    iterations. With a depth of at least m it is exact, for after k iterations the first
-    k steps are; with the depth 1 its steps all use the score at its start.
+    Errors are not used: a block of m steps is accepted after min(depth, m) iterations.
+    With a depth of at least m it is exact, because the first k steps are exact after k
+    iterations. With depth 1 all steps of a block use the score at its start.
 
     Args:
-        boundaries: Where blocks end, in steps, ascending: as
-            `DiffusionTrajectory.boundaries`; beyond the last one is one more block. Or
-            the length of equal blocks.
-        depth: Iterations of a block, K.
+        boundaries: Steps at which blocks end, ascending, as
+            `DiffusionTrajectory.boundaries`; one more block follows the last boundary.
+            Or a single number: the length of equal blocks.
+        depth: Number of iterations per block, K.
 
     References:
         Chen et al. 2024, arXiv 2405.15986, Algorithms 1 and 2.
@@ -205,7 +206,7 @@ class BlockWindow(Window[BlockMemory]):
             )
 
     def init(self) -> BlockMemory:
-        """At the start of the first block."""
+        """The memory at the start of the first block."""
         return BlockMemory()
 
     def length(self, memory: BlockMemory, remaining: int) -> int:
@@ -218,7 +219,7 @@ class BlockWindow(Window[BlockMemory]):
         return min(self.boundaries[at] - memory.step, remaining)
 
     def stride(self, memory: BlockMemory, passed: Sequence[bool]) -> int:
-        """Nothing until the depth is reached, then all."""
+        """Zero until the depth is reached, then the whole block."""
         return len(passed) if memory.rounds + 1 >= min(self.depth, len(passed)) else 0
 
     def after(self, memory: BlockMemory, rollout: Rollout) -> BlockMemory:

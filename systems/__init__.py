@@ -22,7 +22,7 @@ PROBLEMS = {
     "dreamgaussian-system": "systems.dreamgaussian.DreamGaussian",
     "diffusion-sampling": "systems.sampling.Sampling",
 }
-"""Problems by the names configs use. Imported when asked for: they are heavy."""
+"""Problems by their names in configs; imported on use, because they are heavy."""
 _OWN = ("system", "data")
 """Sections of `Config` that a problem reads itself."""
 
@@ -32,7 +32,8 @@ def make_system(config: str, *overrides: str) -> System:
 
     Args:
         config: Path of a YAML file.
-        *overrides: Such as ``"system.prompt_processor.prompt=a red mushroom"``.
+        *overrides: Dotted overrides, such as
+            ``"system.prompt_processor.prompt=a red mushroom"``.
 
     Raises:
         ConfigError: A setting cannot be used; the message says what to write instead.
@@ -43,10 +44,10 @@ def make_system(config: str, *overrides: str) -> System:
 
 
 def build(config: Config) -> System:
-    """The 3D system of a config that was read.
+    """The 3D system of a loaded config.
 
     Raises:
-        ConfigError: A setting cannot be used, or it is a problem of another kind.
+        ConfigError: A setting cannot be used, or the problem is not a 3D system.
     """
     from systems.base import System
     from systems.settings.reader import ConfigError
@@ -77,7 +78,7 @@ def problem_type(config: Config) -> type[Problem]:
 
 
 def build_problem(config: Config) -> Problem:
-    """What a config that was read asks to solve.
+    """The problem of a loaded config.
 
     Raises:
         ConfigError: A setting cannot be used.
@@ -97,7 +98,7 @@ def build_problem(config: Config) -> Problem:
 
 
 def list_settings(section: str = "") -> str:
-    """Every setting with type, default and meaning, or those of a section.
+    """All settings, or those of a section, with type, default and meaning.
 
     Raises:
         ConfigError: There is no such section.
@@ -118,7 +119,7 @@ def _class_at(path: str) -> type[Problem]:
 
 
 def _problems(sections: Mapping[str, type], config: Config) -> list[str]:
-    """What cannot be used of the sections that a problem reads."""
+    """Errors in the sections that a problem reads."""
     from systems.settings.reader import attempt, read
 
     found: list[str] = []
@@ -128,7 +129,7 @@ def _problems(sections: Mapping[str, type], config: Config) -> list[str]:
 
 
 def _refusal(problems: Sequence[str]) -> ConfigError:
-    """All problems; and the way out, where threestudio could do what is asked."""
+    """An error that lists all problems, and names threestudio if it can help."""
     from systems.settings.reader import ConfigError, Foreign
 
     foreign = any(isinstance(problem, Foreign) for problem in problems)

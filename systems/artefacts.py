@@ -1,7 +1,7 @@
-"""What a 3D object leaves behind: turntable, preview, quality, mesh.
+"""The artefacts of a run: turntable, preview, quality and mesh.
 
-Each is made by itself: one that fails does not cost the others, and the report has a
-line that says why.
+They are made independently: if one fails, the others are still written, and the report
+says why it failed.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from systems.base import System
 
 FAILED, NONE = "failed: ", "none: "
-"""How the line of an artefact that is not there begins."""
+"""Prefix of the line of an artefact that failed."""
 
 _log = logging.getLogger(__name__)
 
@@ -35,12 +35,12 @@ _log = logging.getLogger(__name__)
 def write(
     folder: Path, system: System, y: dp.State, film: bool = True, mesh: bool = True
 ) -> dict[str, Any]:
-    """Write turntable, mesh and quality of a state; returns what there is to report."""
+    """Write turntable, mesh and quality of a state; returns their report."""
     report: dict[str, Any] = {}
     wanted = quality.truth_of(system)
     surface = attempt(report, "mesh", lambda: system.mesh(y))
     if not mesh:
-        report.pop("mesh", None)  # it was only wanted for the preview
+        report.pop("mesh", None)  # it was made for the preview only
     else:
         for name, make in system.exports(folder, y).items():
             attempt(report, name, make)
@@ -62,12 +62,12 @@ def attempt(report: dict[str, Any], name: str, make: Callable[[], Any]) -> Any:
     """Make an artefact and report it; a failure is reported, not raised.
 
     Args:
-        report: Gets under `name` what `make` returns, or a line that says why not.
-        name: Of the artefact.
-        make: Makes it.
+        report: Receives under `name` the result of `make`, or why it failed.
+        name: Name of the artefact.
+        make: Function that makes the artefact.
 
     Returns:
-        What `make` returned, or None.
+        The result of `make`, or None if it failed.
     """
     try:
         report[name] = make()
@@ -83,7 +83,7 @@ def attempt(report: dict[str, Any], name: str, make: Callable[[], Any]) -> Any:
 
 
 def failures(report: dict[str, Any]) -> list[str]:
-    """The lines of artefacts that are not there."""
+    """Reasons of the artefacts that failed."""
     return [
         f"{name.replace('_', ' ').capitalize()} {line}"
         for name, line in report.items()
@@ -115,7 +115,7 @@ def summary(report: dict[str, Any]) -> list[str]:
 
 
 def _notes(system: System, measured: quality.Quality) -> list[str]:
-    """What the figures alone do not say."""
+    """Notes that qualify the figures."""
     notes = []
     if system.config.quality.clip is not None:
         notes.append(
@@ -151,7 +151,7 @@ def _turntable(folder: Path, system: System, y: dp.State) -> str:
 
 
 def _preview(folder: Path, system: System, y: dp.State, mesh: Any | None) -> str:
-    """The volume's views and, below them, those of the shaded mesh."""
+    """Write views of the volume and, below them, of the shaded mesh."""
     rows = [system.preview(y)]
     if mesh is not None:
         views = system.cameras.turntable(len(rows[0]))

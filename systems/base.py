@@ -1,4 +1,4 @@
-"""What every 3D system offers: a trajectory to solve, and ways to look at a state."""
+"""The base of every 3D system: a trajectory to solve, and views of a state."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ if TYPE_CHECKING:
 
 PREVIEW_VIEWS = 4
 LOOKS = ("eval_", "n_test_views", "n_val_views", "isosurface_", "max_faces")
-"""How settings begin that only look at a result, so that a resumed run may differ."""
+"""Prefixes of settings that affect only the output; a resumed run may differ."""
 
 
 class System(Problem):
-    """A way to make a 3D object.
+    """A method of 3D generation.
 
-    What is optimised is a state that the system renders and exports but does not keep.
+    The optimised state is passed in to be rendered or exported; a system does not keep
+    it.
 
     Args:
-        config: The run.
-        device: Where it works; default: this process's GPU, or the CPU.
-
+        config: Config of the run.
+        device: Device to work on; default: this process's GPU, or the CPU.
     """
 
     sections = frozenset(
@@ -48,7 +48,7 @@ class System(Problem):
         self.cameras = read(RandomCameras, config.data, "data")
 
     def about(self) -> dict[str, Any]:
-        """Seed, system and cameras, without what only looks at the result."""
+        """Seed, system and cameras, without settings that affect only the output."""
 
         def kept(section: Any) -> Any:
             if not isinstance(section, dict):
@@ -67,13 +67,14 @@ class System(Problem):
     @property
     @abc.abstractmethod
     def scene(self) -> nn.Module:
-        """What is rendered."""
+        """The module that is rendered."""
 
     @property
     def module(self) -> nn.Module:
-        """What is optimised: its parameters and buffers are the state.
+        """The module that is optimised: its parameters and buffers are the state.
 
-        More than the scene where guidance learns too (variational score distillation).
+        It holds more than the scene if guidance is trained too (variational score
+        distillation).
         """
         return self.scene
 
@@ -81,12 +82,12 @@ class System(Problem):
     def render(
         self, y: dp.State, views: Views, grey: float | None = None
     ) -> tuple[Float[Tensor, "views 3 height width"], Float[Tensor, "views 1 h w"]]:
-        """Final-look images and opacity of a state, on the CPU.
+        """Images and opacity of a state as in evaluation, on the CPU.
 
         Args:
             y: The state.
-            views: From where.
-            grey: Put the object over this grey instead of its own background.
+            views: Views to render.
+            grey: Grey level of the background, instead of the scene's own.
         """
 
     @abc.abstractmethod
@@ -94,7 +95,7 @@ class System(Problem):
         """The surface of a state, with vertex colours.
 
         Raises:
-            EmptySurface: There is none.
+            EmptySurface: There is no surface.
         """
 
     def turntable(
@@ -104,7 +105,7 @@ class System(Problem):
 
         Args:
             y: The state.
-            count: How many; default: `data.n_test_views`.
+            count: Number of images; default: `data.n_test_views`.
         """
         views = self.cameras.turntable(count)
         for index in range(len(views.cameras)):
@@ -130,10 +131,10 @@ class System(Problem):
         )
 
     def exports(self, folder: Path, y: dp.State) -> dict[str, Callable[[], Any]]:
-        """What a state is written as besides its mesh, by name; default: nothing.
+        """Further exports of a state besides its mesh, by name; default: none.
 
         Returns:
-            Functions that write a file and return what the report says of it.
+            Functions that write a file and return its entry in the report.
         """
         del folder, y
         return {}
@@ -143,14 +144,14 @@ class System(Problem):
         return artefacts.summary(report)
 
     def rows_vary(self, name: str) -> bool:
-        """Whether a tensor of the state may have any number of rows; default: none."""
+        """Whether a tensor of the state may change its number of rows; default: no."""
         del name
         return False
 
     def check_state(self, y: dp.State, where: str | Path) -> None:
-        """Refuse a state of another system; its precision may be another.
+        """Refuse a state of another system; its precision may differ.
 
-        Tensors are compared by name and shape, without the number of rows where
+        Tensors are compared by name and shape. The number of rows is ignored where
         `rows_vary`.
 
         Raises:

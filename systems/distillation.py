@@ -1,9 +1,9 @@
-r"""Score distillation, as parts: views, images, guidance and regularisers.
+r"""Score distillation composed of views, images, guidance and regularisers.
 
 $$\ell(t, \theta) = \lambda_{sds}\, \ell_{guidance}(x_\theta) + \sum_r \lambda_r R_r,$$
 
-with images $x_\theta$ rendered at the views of step t. A system names its parts once;
-the loss, and with it the drift, is composed from them here.
+with images $x_\theta$ rendered at the views of step t. A system defines each part once;
+the loss and the drift are composed from them here.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from systems.scene.renderers import Rendering
 
 
 class Distillation(System):
-    """A system under score distillation."""
+    """A system optimised by score distillation."""
 
     regularisers: Mapping[str, Regulariser] = REGULARISERS
     """Terms of the loss besides guidance, by the names of their weights."""
@@ -35,27 +35,27 @@ class Distillation(System):
 
     @abc.abstractmethod
     def weights(self, step: int) -> Mapping[str, float]:
-        """The weights of the loss at a step: of "sds" and of each regulariser."""
+        """Weights of the loss terms at a step: "sds" and each regulariser."""
 
     @abc.abstractmethod
     def optimizer(self, parameters: Mapping[str, Tensor]) -> torch.optim.Optimizer:
-        """The optimizer of parameters by name."""
+        """The optimizer of named parameters."""
 
     @abc.abstractmethod
     def rendering(
         self, module: nn.Module, views: Views, step: int, with_normals: bool
     ) -> Rendering:
-        """The images of a training step, and what the regularisers need.
+        """The images of a training step, and the inputs of the regularisers.
 
         Args:
-            module: What is optimised, in the state to be rendered.
-            views: The step's views, or some of them.
+            module: The optimised module, holding the state to render.
+            views: The step's views, or a subset of them.
             step: The step on the trajectory.
             with_normals: Whether a regulariser needs normals.
         """
 
     def views(self, step: int) -> Views:
-        """The views of a training step; the same whenever asked."""
+        """The views of a training step; a pure function of the step."""
         return self.cameras.views(step, self.random)
 
     def loss(
@@ -85,7 +85,7 @@ class Distillation(System):
         }
 
     def trajectory(self) -> dp.Trajectory[Any]:
-        """The optimizer on the loss; loads the pretrained model."""
+        """The trajectory of the optimizer on the loss; loads the pretrained model."""
         guidance = self.load_guidance()
 
         def loss(step: int, module: nn.Module) -> tuple[Tensor, dict[str, Any]]:

@@ -1,4 +1,4 @@
-r"""DreamFusion: a field under score distillation.
+r"""DreamFusion: a field optimised by score distillation.
 
 $$\ell(t, \theta) = \lambda_{sds}\,\ell_{sds} + \lambda_{orient}\,\ell_{orient} +
   \lambda_{sparsity} \operatorname{mean} \sqrt{o^2 + 0.01} +
@@ -36,13 +36,13 @@ from systems.settings.schedules import Schedule, check_schedule, value_at
 
 @dataclass(frozen=True)
 class LossConfig:
-    """Weights (`system.loss`), numbers or schedules.
+    """Weights of the loss (`system.loss`), numbers or schedules.
 
     Args:
-        lambda_sds: Of score distillation.
-        lambda_orient: Against normals that face away from the camera.
-        lambda_sparsity: Against opacity.
-        lambda_opaque: Against half-transparency.
+        lambda_sds: Weight of score distillation.
+        lambda_orient: Weight of the penalty on normals that face away from the camera.
+        lambda_sparsity: Weight of the penalty on opacity.
+        lambda_opaque: Weight of the penalty on half-transparent pixels.
     """
 
     lambda_sds: Schedule = 1.0
@@ -57,14 +57,14 @@ class LossConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class DreamFusionConfig(SceneConfig):
-    """`system`: the scene's parts and who optimises them, a section for each.
+    """`system`: the scene, guidance, loss and optimizer, each with its own section.
 
     Args:
-        prompt_processor_type: Any of threestudio's names.
-        prompt_processor: What is wanted.
-        guidance_type: A key of `systems.guidance.table.GUIDANCES`.
-        guidance: Its settings.
-        loss: Weights of the terms of the loss.
+        prompt_processor_type: Any of threestudio's prompt processors.
+        prompt_processor: Prompt and view-dependent prompting.
+        guidance_type: Guidance; a key of `systems.guidance.table.GUIDANCES`.
+        guidance: Settings of the guidance.
+        loss: Weights of the loss terms.
         optimizer: The optimizer, with a learning rate for each part.
     """
 
@@ -109,7 +109,7 @@ class DreamFusion(Distillation):
 
     @property
     def scene(self) -> Scene:
-        """The field, its look, what is behind, and the renderer."""
+        """The field, its material, the background and the renderer."""
         return self._scene
 
     def load_guidance(self) -> Guidance:
@@ -139,7 +139,7 @@ class DreamFusion(Distillation):
     def render(
         self, y: dp.State, views: Views, grey: float | None = None
     ) -> tuple[Float[Tensor, "views 3 height width"], Float[Tensor, "views 1 h w"]]:
-        """Final-look pictures and opacity of a state; see `System.render`."""
+        """Images and opacity of a state as in evaluation; see `System.render`."""
         seen = torch.func.functional_call(self.scene, y, (views, None, self.random))
         rgb = seen.rgb
         if grey is not None:

@@ -1,10 +1,10 @@
-r"""DreamGaussian: growing splats under score distillation.
+r"""DreamGaussian: growing splats optimised by score distillation.
 
 $$\ell(t, \theta) = \lambda_{sds}\,\ell_{sds} + \lambda_{sparsity}
   \operatorname{mean} \sqrt{o^2 + 0.01} + \lambda_{opaque} H(o)$$
 
 with opacity o and binary entropy H (J. Tang et al., 2023, arXiv 2309.16653: score
-distillation alone). It starts from a ball of splats, or refines those of a file
+distillation alone). It starts from a ball of splats, or refines the splats of a file
 (`system.geometry.initial`).
 """
 
@@ -51,12 +51,12 @@ SPLATS = "geometry."
 
 @dataclass(frozen=True)
 class SplatLossConfig:
-    """Weights (`system.loss`), numbers or schedules.
+    """Weights of the loss (`system.loss`), numbers or schedules.
 
     Args:
-        lambda_sds: Of score distillation.
-        lambda_sparsity: Against opacity.
-        lambda_opaque: Against half-transparency.
+        lambda_sds: Weight of score distillation.
+        lambda_sparsity: Weight of the penalty on opacity.
+        lambda_opaque: Weight of the penalty on half-transparent pixels.
     """
 
     lambda_sds: Schedule = 1.0
@@ -70,11 +70,11 @@ class SplatLossConfig:
 
 @dataclass(frozen=True)
 class DecayConfig:
-    """Decay of the means' learning rate (`system.position_decay`), exponential.
+    """Exponential decay of the means' learning rate (`system.position_decay`).
 
     Args:
-        factor: What is left of it at the end; 1: it stays.
-        steps: When the end is reached; later it stays there.
+        factor: Final learning rate relative to the initial one; 1: no decay.
+        steps: Number of steps of the decay; the learning rate is constant afterwards.
     """
 
     factor: float = 1.0
@@ -88,26 +88,28 @@ class DecayConfig:
         at_least("steps", self.steps, 1)
 
     def at(self, step: int) -> float:
-        """The factor of a step; the first step is one step old, as published."""
+        """The factor at a step; the first step counts as 1, as published."""
         return self.factor ** min(1.0, (step + 1) / self.steps)
 
 
 @dataclass(frozen=True, kw_only=True)
 class DreamGaussianConfig(SplatSceneConfig):
-    """`system`: the scene's parts, who optimises them, and how they grow.
+    """`system`: the scene, guidance, loss, optimizer and growth.
 
     Args:
-        prompt_processor: What is wanted.
+        prompt_processor: Prompt and view-dependent prompting.
         guidance: Settings of the guidance.
-        optimizer: Its steps; parts are `geometry.means`, `geometry.scales`,
-            `geometry.quats`, `geometry.opacities`, `geometry.sh0` and `geometry.shN`.
-        densify: Growth.
-        position_decay: Of the means' learning rate.
-        resolutions: Sides of the training images that follow `data.height`.
-        resolution_milestones: The steps from which they hold.
-        prompt_processor_type: Any of threestudio's names.
-        guidance_type: A key of `systems.guidance.table.GUIDANCES`.
-        loss: Weights.
+        optimizer: The optimizer, with a learning rate for each part. The parts are
+            `geometry.means`, `geometry.scales`, `geometry.quats`,
+            `geometry.opacities`, `geometry.sh0` and `geometry.shN`.
+        densify: Growth and pruning of the splats.
+        position_decay: Decay of the means' learning rate.
+        resolutions: Later side lengths of the training images in pixels, after
+            `data.height`.
+        resolution_milestones: First step of each of `resolutions`.
+        prompt_processor_type: Any of threestudio's prompt processors.
+        guidance_type: Guidance; a key of `systems.guidance.table.GUIDANCES`.
+        loss: Weights of the loss terms.
     """
 
     prompt_processor: PromptConfig = field(metadata=part(PROMPT_PROCESSORS))
@@ -167,7 +169,7 @@ class DreamGaussian(Distillation):
 
     @property
     def scene(self) -> SplatScene:
-        """The splats, what is behind them, and the renderer."""
+        """The splats, the background and the renderer."""
         return self._scene
 
     def rows_vary(self, name: str) -> bool:
@@ -192,7 +194,7 @@ class DreamGaussian(Distillation):
         return self.settings.optimizer.build(parameters)
 
     def views(self, step: int) -> Views:
-        """See `Distillation.views`; the images grow at milestones."""
+        """See `Distillation.views`; the resolution rises at the milestones."""
         views = super().views(step)
         passed = bisect.bisect_right(list(self.settings.resolution_milestones), step)
         if not passed:
@@ -239,7 +241,7 @@ class DreamGaussian(Distillation):
     def render(
         self, y: dp.State, views: Views, grey: float | None = None
     ) -> tuple[Float[Tensor, "views 3 height width"], Float[Tensor, "views 1 h w"]]:
-        """Final-look images and opacity of a state; see `System.render`."""
+        """Images and opacity of a state as in evaluation; see `System.render`."""
         seen = torch.func.functional_call(self.scene, y, (views, None, self.random))
         rgb = seen.rgb
         if grey is not None:
@@ -265,7 +267,7 @@ class DreamGaussian(Distillation):
         return simplified(surface, settings.max_faces)
 
     def exports(self, folder: Path, y: dp.State) -> dict[str, Callable[[], Any]]:
-        """The splats, in the layout of 3DGS and as a page; see `System.exports`."""
+        """The splats as a 3DGS ply file and as a web page; see `System.exports`."""
         splats = of_state(y)
 
         def files() -> list[str]:
@@ -291,7 +293,7 @@ class _Loss(nn.Module):
 
 
 def simplified(mesh: Any, max_faces: int) -> Any:
-    """A mesh of fewer faces (quadric edge collapse), its colours those nearest by."""
+    """A mesh of fewer faces (quadric edge collapse), with the nearest colours."""
     if not max_faces or len(mesh.faces) <= max_faces:
         return mesh
     import trimesh

@@ -1,4 +1,4 @@
-"""Optional packages: asked for at run time, refused in one line."""
+"""Optional packages, imported at run time."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from packaging.version import Version
 
 
 def dtype_argument(dtype: torch.dtype) -> dict[str, torch.dtype]:
-    """How `from_pretrained` of the installed diffusers is told a precision."""
+    """The precision argument of `from_pretrained` in the installed diffusers."""
     import diffusers
 
     renamed = Version(diffusers.__version__) >= Version("0.42")
@@ -20,11 +20,11 @@ def dtype_argument(dtype: torch.dtype) -> dict[str, torch.dtype]:
 
 @functools.cache
 def probe(name: str, *, needs_cuda: bool = False) -> tuple[Any, str]:
-    """Import a package that may not be there.
+    """Import an optional package.
 
     Args:
-        name: Of the module.
-        needs_cuda: It is of use on a GPU only.
+        name: Name of the module.
+        needs_cuda: Whether the package is useful only on a GPU.
 
     Returns:
         The module and an empty text, or None and the reason why it is not used.

@@ -1,4 +1,4 @@
-"""Files that are whole or not there: written beside their place, then moved into it."""
+"""Atomic writing of files: under a temporary name, then moved into place."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 @contextlib.contextmanager
 def written(path: Path) -> Iterator[Path]:
-    """Where to write a file; it appears at `path` once the block has ended well.
+    """A temporary path to write to, moved to `path` when the block ends without error.
 
-    A reader never sees half of it, and a failure leaves what was there before.
+    A reader never sees a partial file, and a failure leaves the old file unchanged.
 
     Args:
-        path: Its place; the folder is made if need be. The path that is yielded has
+        path: Final path; its folder is made if missing. The path that is yielded has
             the same ending.
 
     Raises:
@@ -38,11 +38,11 @@ def written(path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def named(path: Path) -> Iterator[None]:
-    """Say which file it was when writing fails.
+    """Name the file when writing fails.
 
     Raises:
-        OSError: It cannot be written; names the file, and what to do when the disk is
-            full.
+        OSError: The file cannot be written; the message names it, and says what to do
+            if the disk is full.
     """
     try:
         yield
@@ -56,7 +56,7 @@ def named(path: Path) -> Iterator[None]:
 
 
 def _is_full(folder: Path) -> bool:
-    """Whether a disk is full; programs that write for us do not always say so."""
+    """Whether a disk is full; external programs do not always report it."""
     with contextlib.suppress(OSError):
         return shutil.disk_usage(folder).free < 2**16
     return False

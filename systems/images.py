@@ -1,4 +1,4 @@
-"""Image files: tiles of equal images, and videos."""
+"""Image files: sheets of equally sized images, and videos."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ FRAMES_PER_SECOND = 30
 def sheet(
     pictures: Float[Tensor, "n 3 height width"], columns: int
 ) -> Float[Tensor, "3 sheet_height sheet_width"]:
-    """Lay pictures out row by row; the last row is filled up with white."""
+    """Arrange images row by row; the last row is padded with white."""
     missing = -len(pictures) % columns
     pictures = torch.cat([pictures, pictures.new_ones(missing, *pictures.shape[1:])])
     rows = pictures.unflatten(0, (-1, columns))
@@ -32,16 +32,16 @@ def save_sheet(
     columns: int = 4,
     scale: int = 1,
 ) -> None:
-    """Write pictures as one file.
+    """Write images as one sheet.
 
     Args:
-        pictures: From 0 to 1.
-        path: Its ending names the format, such as ``.png``.
-        columns: Pictures in a row.
-        scale: How many times each pixel is repeated, each way.
+        pictures: Images from 0 to 1.
+        path: File whose ending names the format, such as ``.png``.
+        columns: Number of images per row.
+        scale: Integer magnification; each pixel is repeated so often per axis.
 
     Raises:
-        ValueError: The ending names no format of pictures.
+        ValueError: The ending is not that of an image format.
     """
     from PIL import Image
 
@@ -57,26 +57,26 @@ def save_sheet(
 
 
 def to_bytes(picture: Float[Tensor, "3 height width"]) -> np.ndarray:
-    """A picture from 0 to 1 as bytes, shape ``(height, width, 3)``."""
+    """An image from 0 to 1 as bytes, shape ``(height, width, 3)``."""
     values = picture.clamp(0, 1).mul(255).round().to(torch.uint8)
     return values.permute(1, 2, 0).contiguous().numpy()
 
 
 def save_picture(pictures: Tensor, path: Path, columns: int = 4) -> None:
-    """Write pictures as one sheet, in one go: a viewer never sees half a file."""
+    """Write images as one sheet, atomically: a viewer never sees a partial file."""
     with written(path) as part:
         save_sheet(pictures, part, columns)
 
 
 class NoFFmpeg(RuntimeError):
-    """Videos cannot be written; the message says what to install."""
+    """Videos cannot be encoded; the message says what to install."""
 
 
 def check_ffmpeg() -> None:
-    """Make sure that videos can be written, before their frames are rendered.
+    """Check that videos can be encoded, before their frames are rendered.
 
     Raises:
-        NoFFmpeg: They cannot.
+        NoFFmpeg: Videos cannot be encoded.
     """
     try:
         import imageio_ffmpeg
@@ -97,12 +97,12 @@ def save_film(frames: Iterable[Float[Tensor, "3 height width"]], path: Path) -> 
     """Write frames as an mp4 that every browser plays.
 
     Args:
-        frames: From 0 to 1; even numbers of pixels each way.
-        path: Ends in ``.mp4``.
+        frames: Frames from 0 to 1, with even width and height in pixels.
+        path: File name ending in ``.mp4``.
 
     Raises:
-        NoFFmpeg: There is nothing to encode it with.
-        OSError: It cannot be written.
+        NoFFmpeg: There is no encoder.
+        OSError: The file cannot be written.
     """
     import imageio.v2 as imageio
 

@@ -1,4 +1,4 @@
-"""The optimizer a config asks for, with a learning rate for each part."""
+"""The optimizer of a config, with a learning rate for each part."""
 
 from __future__ import annotations
 
@@ -40,11 +40,11 @@ class OptimizerConfig:
     """`system.optimizer`, in threestudio's form.
 
     Args:
-        name: A class of `torch.optim`.
-        args: Its arguments; one that is null is left out, as if it were not there.
-        params: Arguments for a part of the scene by its name, such as `background:
-            {lr: 0.001}` or `geometry.encoding: {lr: 0.01}`; the longest name that fits
-            counts, other parts take `args`.
+        name: Optimizer; a class of `torch.optim`.
+        args: Arguments of the optimizer; a null argument is left out.
+        params: Arguments of single parts of the scene by name, such as `background:
+            {lr: 0.001}` or `geometry.encoding: {lr: 0.01}`. The longest matching name
+            counts; other parts use `args`.
     """
 
     name: str = "Adam"
@@ -64,7 +64,7 @@ class OptimizerConfig:
         """Sections of `params` by name.
 
         Raises:
-            ValueError: One of them is no section.
+            ValueError: One of the entries is not a section.
         """
         for part, arguments in self.params.items():
             if not isinstance(arguments, Mapping):
@@ -75,10 +75,10 @@ class OptimizerConfig:
         return {f"params.{part}": section for part, section in self.params.items()}
 
     def check(self, scene: nn.Module) -> None:
-        """Refuse arguments the optimizer does not take, and parts that are not there.
+        """Refuse arguments unknown to the optimizer, and parts that do not exist.
 
         Raises:
-            ConfigError: Names them.
+            ConfigError: Names the arguments and parts.
         """
         parts = [
             name
@@ -106,7 +106,7 @@ class OptimizerConfig:
             ) from error
 
     def build(self, parameters: Mapping[str, Tensor]) -> torch.optim.Optimizer:
-        """The optimizer of parameters by name."""
+        """The optimizer of named parameters."""
         groups: dict[str, list[Tensor]] = {}
         for name, tensor in parameters.items():
             fits = [part for part in self.params if f"{name}.".startswith(f"{part}.")]

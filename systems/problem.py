@@ -1,4 +1,4 @@
-"""What `launch.py` runs: a trajectory, a solver, and what is left at the end."""
+"""The problem that `launch.py` runs: trajectory, solver and results."""
 
 from __future__ import annotations
 
@@ -24,20 +24,20 @@ COMMON = frozenset(
 
 
 class Problem(abc.ABC):
-    """Something to solve, built from a config alone, the same on every rank.
+    """A problem to solve, built from a config alone and identical on every rank.
 
     Args:
-        config: The run.
-        device: Where it works; default: this process's GPU, or the CPU.
+        config: Config of the run.
+        device: Device to work on; default: this process's GPU, or the CPU.
 
     Raises:
         ConfigError: The config sets something that has no effect on this problem.
     """
 
     option: ClassVar[str] = "--train"
-    """The option of `launch.py` that runs it."""
+    """The option of `launch.py` that runs the problem."""
     sections: ClassVar[frozenset[str]]
-    """Settings of `Config` that it reads besides `COMMON`."""
+    """Settings of `Config` that the problem reads besides `COMMON`."""
     section_types: ClassVar[Mapping[str, type]]
     """The classes of those sections that `Config` leaves to the problem."""
 
@@ -50,7 +50,7 @@ class Problem(abc.ABC):
     @property
     @abc.abstractmethod
     def title(self) -> str:
-        """What is made, in a few words."""
+        """A short title of the result."""
 
     @property
     @abc.abstractmethod
@@ -58,17 +58,18 @@ class Problem(abc.ABC):
         """The number of steps."""
 
     def trajectory(self) -> dp.Trajectory[Any]:
-        """What is solved; loads pretrained models.
+        """The trajectory to solve; loads pretrained models.
 
-        Not needed where `solve` is implemented, because something else owns the loop.
+        Not needed by a problem that implements `solve` because another library owns
+        the loop.
         """
         raise TypeError(f"`{type(self).__name__}` has no trajectory of its own.")
 
     def solver(self) -> dp.Solver:
-        """The solver the config asks for.
+        """The solver that the config describes.
 
         Raises:
-            ConfigError: It is a sampler's.
+            ConfigError: The solver samples images.
         """
         name = self.config.solver.name
         if name.startswith("piadm"):
@@ -84,7 +85,7 @@ class Problem(abc.ABC):
         state: dp.SolverState[Any] | None,
         on_iteration: Callable[[dp.SolverState[Any], dp.Iteration], bool | None],
     ) -> dp.Solution[Any]:
-        """Solve it; arguments as for `dreampropeller.solve`."""
+        """Solve the problem; arguments as for `dreampropeller.solve`."""
         return dp.solve(
             self.trajectory(),
             self.solver(),
@@ -102,17 +103,17 @@ class Problem(abc.ABC):
         del y, where
 
     def about(self) -> dict[str, Any]:
-        """What must be the same for a run to be resumed; part of the fingerprint."""
+        """Settings that a resumed run must share; part of the fingerprint."""
         return {}
 
     def preview(self, y: dp.State) -> Float[Tensor, "images 3 height width"] | None:
-        """Images of a state for the progress preview; None: there are none."""
+        """Images of a state for the progress preview; None if there are none."""
         del y
         return None
 
     @abc.abstractmethod
     def write(self, folder: Path, y: dp.State) -> dict[str, Any]:
-        """Write what is left of a state at the end; returns its part of the report."""
+        """Write the results of the final state; returns their part of the report."""
 
     def summary(self, report: dict[str, Any]) -> list[str]:
         """Lines about this problem's part of a report, for the terminal."""

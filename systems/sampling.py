@@ -1,4 +1,4 @@
-"""`launch.py --sample`: pictures of a prompt, many denoising steps at a time."""
+"""`launch.py --sample`: images of a prompt, many denoising steps at a time."""
 
 from __future__ import annotations
 
@@ -26,25 +26,29 @@ SCHEDULERS = {
     "dpm++": "DPMSolverMultistepScheduler",
 }
 ROWS, COLUMNS = 24, 26
-"""Most iterations and steps that a strip shows."""
+"""Largest numbers of iterations and steps in a strip."""
 ACCEPTED, TRIED, EMPTY = (0.1, 0.7, 0.2), (1.0, 0.6, 0.0), (1.0, 1.0, 1.0)
 
 
 @dataclass(frozen=True)
 class SamplerConfig:
-    """`system.sampler`.
+    """`system.sampler`: the diffusion pipeline and its sampler.
 
     Args:
-        pretrained_model_name_or_path: "toybox", a hub model, or a local folder.
-        scheduler: "ddim", "ddpm", "dpm++", or null for the model's own.
-        num_inference_steps: Steps.
-        guidance_scale: 1 asks the conditional model alone.
-        guidance_rescale: From 0 (off) to 1, for pipelines that have it.
+        pretrained_model_name_or_path: Diffusion model: "toybox", a hub model, or a
+            local folder.
+        scheduler: Sampler: "ddim", "ddpm", "dpm++", or null for the model's own.
+        num_inference_steps: Number of denoising steps.
+        guidance_scale: Scale of classifier-free guidance; 1 evaluates only the
+            conditional model.
+        guidance_rescale: Rescaling of the guided prediction, from 0 (off) to 1, for
+            pipelines that support it.
         eta: Noise of DDIM, from 0 (none) to 1.
-        form: "semi-linear", or "published" for comparison.
-        batched: Evaluate a window in one call if a calibration, made at the first run
-            and kept beside the runs, shows that it pays here; else the plain loop.
-        num_images: Pictures, each with noise of its own.
+        form: Form of the drift: "semi-linear", or "published" for comparison.
+        batched: Evaluate a window in one batched call if a calibration shows that it
+            pays on this device, and run sequentially otherwise. The calibration is
+            measured at the first run and recorded beside the runs.
+        num_images: Number of images, each from its own noise.
     """
 
     pretrained_model_name_or_path: str = "toybox"
@@ -73,8 +77,8 @@ class SamplingConfig:
     """`system` of a config for `--sample`.
 
     Args:
-        prompt_processor: What is wanted.
-        sampler: How it is drawn.
+        prompt_processor: The prompt and the negative prompt.
+        sampler: Diffusion pipeline and its sampler.
     """
 
     prompt_processor: PromptConfig
@@ -82,15 +86,15 @@ class SamplingConfig:
 
 
 class Strip:
-    """The window at work: what the model was asked about in each iteration."""
+    """The window at work: the states that each iteration evaluated."""
 
     def __init__(self) -> None:
         self.rows: list[tuple[dp.Iteration, list[Tensor]]] = []
         self._next: list[Tensor] = []
 
     def __call__(self, state: dp.SolverState[Any], iteration: dp.Iteration) -> None:
-        """Keep the first picture of every state of the window."""
-        if self._next:  # of the first iteration, nothing but noise is left out
+        """Keep the first image of every state in the window."""
+        if self._next:  # the first iteration holds only noise and is left out
             last = self._next[-1:]
             row = (self._next + last * iteration.window)[: iteration.window]
             self.rows.append((iteration, row))
@@ -98,10 +102,10 @@ class Strip:
         self._next = [y["x"][0, :3].detach().float().cpu() for y in states]
 
     def picture(self, num_steps: int) -> tuple[Tensor, int]:
-        """Cells, iteration by iteration, and how many there are in a row.
+        """Cells, iteration by iteration, and the number of cells per row.
 
-        Green: accepted; orange: tried; the last cell is the sample. Of a long run, rows
-        and steps are left out.
+        Green cells were accepted, orange ones evaluated; the last cell is the sample.
+        Rows and steps of a long run are thinned out.
         """
         chosen = self.rows[:: max(1, -(-len(self.rows) // ROWS))]
         stride = -(-num_steps // COLUMNS)
@@ -120,7 +124,7 @@ class Strip:
 
 
 def _framed(x: Tensor, colour: tuple[float, float, float]) -> Tensor:
-    """A state as a picture from 0 to 1 with a border of one pixel."""
+    """A state as an image in [0, 1] with a border of one pixel."""
     cell = torch.tensor(colour)[:, None, None].repeat(1, x.shape[1] + 2, x.shape[2] + 2)
     cell[:, 1:-1, 1:-1] = (x / 2 + 0.5).clamp(0, 1)
     return cell
@@ -157,16 +161,19 @@ class Sampling(Problem):
 
     @property
     def num_steps(self) -> int:
-        """Denoising steps."""
+        """The number of denoising steps."""
         return self.settings.sampler.num_inference_steps
 
     def solver(self) -> dp.Solver:
-        """As configured, with the published norm; "momentum" holds the last output."""
+        """The configured solver, with the published norm.
+
+        "momentum" holds the model's last output for new steps.
+        """
         solver = self.config.solver.build()
         if not isinstance(solver, dp.PicardSolver):
             return solver
         if isinstance(solver.window, dp.BlockWindow):
-            return solver  # it looks at no errors
+            return solver  # it uses no errors
         held = solver.predictor == dp.Momentum()
         predictor = dp.Momentum(0.0) if held else solver.predictor
         return replace(solver, predictor=predictor, norm=worst_picture)
@@ -180,7 +187,7 @@ class Sampling(Problem):
         """Call the pipeline; see `dreampropeller.adapters.diffusers.sample`.
 
         Raises:
-            KeyboardInterrupt: `on_iteration` asked to stop: half a sample is none.
+            KeyboardInterrupt: `on_iteration` asked to stop; there is no sample.
         """
         del state
         pipeline = _pipeline(self.settings.sampler, self.device)
@@ -210,7 +217,7 @@ class Sampling(Problem):
         return solutions[0]
 
     def write(self, folder: Path, y: dp.State) -> dict[str, Any]:
-        """The images, and a strip that shows the window at work."""
+        """Write the images, and a strip that shows the window at work."""
         del y
         enlarged = max(1, 256 // self._images.shape[-1])
         columns = min(4, len(self._images))
@@ -221,7 +228,7 @@ class Sampling(Problem):
         return {"sampler": asdict(self.settings.sampler)}
 
     def _arguments(self) -> dict[str, Any]:
-        """What the pipeline is called with."""
+        """Arguments of the pipeline call."""
         sampler = self.settings.sampler
         arguments: dict[str, Any] = {
             "negative_prompt": self.settings.prompt_processor.negative_prompt or None,
@@ -239,13 +246,13 @@ class Sampling(Problem):
         return arguments
 
     def _window(self) -> int:
-        """Steps tried at once, at the start."""
+        """Initial number of steps in the window."""
         window = self.config.solver.window
         assert isinstance(window, dp.Window), "`load` resolves `auto`"
         return window.length(window.init(), self.num_steps)
 
     def _calibration(self, pipeline: Any) -> dp.Calibration:
-        """The record beside the runs; measured and written if there is none."""
+        """The recorded calibration; measured and recorded if there is none."""
         path = Path(self.config.exp_root_dir) / self.config.name / "calibration.json"
         if not path.exists():
             print(f"Measuring whether a batched window pays (kept in {path}).")

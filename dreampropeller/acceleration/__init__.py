@@ -1,1 +1,1 @@
-"""What is learnt from the iterations before, to need fewer of them."""
+"""Accelerations: past iterations are used to need fewer of them."""

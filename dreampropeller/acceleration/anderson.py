@@ -8,9 +8,9 @@ $$\hat y_j \leftarrow G_j - \sum_{a=1}^{m} \gamma_{j,a}\, \Delta^{(a)} G_j, \qqu
   \gamma_j = \arg\min_\gamma \sum_{i \le j} \Bigl\lVert r_i - \sum_a \gamma_a\,
   \Delta^{(a)} r_i \Bigr\rVert^2 + \lambda \tau_j \lVert \gamma \rVert^2 .$$
 
-The sum ends at $j$: a guess never depends on the residuals of later states, as a state
-never depends on later ones. So where all earlier residuals are zero nothing is changed,
-and what Picard's iteration solves in k iterations stays solved.
+The sum ends at $j$: a guess never depends on the residuals of later states, just as a
+state never depends on later ones. Where all earlier residuals are zero nothing changes,
+so steps that the Picard iteration solves in k iterations stay solved.
 
 References:
     Tang et al. 2024, arXiv 2402.09970 (triangular Anderson acceleration, ParaTAA);
@@ -39,10 +39,10 @@ from dreampropeller.tree import State, norm, widened
 
 @dataclass(frozen=True)
 class Record(Memory):
-    """What is kept of one iteration.
+    """The record of one iteration.
 
     Attributes:
-        step: The step of the first state.
+        step: Step of the first state.
         residuals: $r_j$ over the floating entries, shape ``(states,)``.
         states: $G_j$, likewise.
     """
@@ -67,22 +67,22 @@ class AndersonMemory(Memory):
 class Anderson(Acceleration[AndersonMemory]):
     r"""Correct the next guesses by the residuals of past iterations (Eqs. 15 to 17).
 
-    Only guesses change: the anchor is rolled out as ever, and what passes is decided by
-    the same comparison, so at threshold 0 the result is that of `Sequential` bit for
+    Only guesses change: the anchor is rolled out as usual, and steps pass by the same
+    comparison, so at threshold 0 the result is that of `Sequential` bit for
     bit (`test_anderson.py`). It is meant for smooth drifts without noise of their own,
     as those of an ODE sampler: differences of two iterations must be secants.
 
-    Only floating entries are corrected. It keeps two states a slot and iteration.
+    Only floating entries are corrected. Two states are kept per slot and iteration.
 
     Args:
-        memory: Past iterations $m$ used, at least 1.
-        order: Updates from a guess to the new state that it is compared with, at least
-            1. None: from the anchor, as in the published Picard iteration. Costs
-            `order` updates a slot, and a copy of the carry.
-        ridge: The share $\lambda$ of the mean diagonal $\tau_j$ of the least squares'
-            matrix that is added to it, above 0.
-        limit: From the first state on whose correction is not finite, or longer than so
-            many times its residual, guesses stay plain.
+        memory: Number $m$ of past iterations, at least 1.
+        order: Number of updates from a guess to the new state that it is compared with,
+            at least 1; it costs `order` updates per slot, and a copy of the carry.
+            None: roll out from the anchor, as in the published Picard iteration.
+        ridge: Regularisation $\lambda$ of the least squares, relative to the mean
+            diagonal $\tau_j$ of its matrix, above 0.
+        limit: Largest length of a correction, relative to its residual. From the first
+            state whose correction is longer or not finite, guesses are not corrected.
     """
 
     memory: int = 2
@@ -110,7 +110,7 @@ class Anderson(Acceleration[AndersonMemory]):
         return self.order is not None
 
     def init(self) -> AndersonMemory:
-        """No iteration yet."""
+        """The memory before any iteration."""
         return AndersonMemory()
 
     def propose(
@@ -139,7 +139,7 @@ class Anderson(Acceleration[AndersonMemory]):
         """The new states $G$, each rolled out over `order` updates.
 
         Args:
-            trajectory: Whose update it is.
+            trajectory: Trajectory of the update.
             rollout: The iteration; its carries are consumed.
         """
         if self.order is None:
@@ -165,10 +165,10 @@ class Anderson(Acceleration[AndersonMemory]):
 
         Args:
             memory: Past iterations.
-            step: The step of the first state: the new anchor's, where the first guess
-                failed. Its residual counts; it is not corrected.
-            guesses: The states as guessed, shape ``(ahead + 1,)``.
-            states: The same as `new_states` made them, shape ``(ahead + 1,)``.
+            step: Step of the first state, the new anchor, where the first guess failed.
+                Its residual counts; it is not corrected.
+            guesses: Guesses of the states, shape ``(ahead + 1,)``.
+            states: The states from `new_states`, shape ``(ahead + 1,)``.
         """
         residuals = [
             _difference(state, guess)
@@ -183,7 +183,7 @@ class Anderson(Acceleration[AndersonMemory]):
         for index, state in enumerate(states):
             seen = _seen(records, step + index)
             columns = [_difference(a, b) for (a, _), (b, _) in itertools.pairwise(seen)]
-            count = len(columns)  # it never grows along the window: late slots are new
+            count = len(columns)  # never grows along the window: late slots are new
             matrix[:count, :count] += _products(columns, columns)
             right[:count] += _products(columns, [residuals[index]])[:, 0]
             if index == 0:
@@ -208,7 +208,7 @@ class Anderson(Acceleration[AndersonMemory]):
         matrix: Float64[Tensor, "columns columns"],
         right: Float64[Tensor, " columns"],
     ) -> list[float]:
-        """Weights of the columns; zeros where there is nothing to correct."""
+        """Weights of the columns; zeros if there is nothing to correct."""
         mean = float(matrix.diagonal().sum()) / max(1, len(right))
         if not 0 < mean < math.inf or not bool(right.any()):
             return [0.0] * len(right)
@@ -217,7 +217,7 @@ class Anderson(Acceleration[AndersonMemory]):
 
 
 def _first_moved(rollout: Rollout) -> int:
-    """The first state that is not its guess: exact, as all drifts before it are."""
+    """The first state that differs from its guess: exact, like all drifts before."""
     moved = (slot + 1 for slot, far in enumerate(rollout.distances) if far != 0)
     return next(moved, len(rollout.steps))
 
@@ -225,7 +225,7 @@ def _first_moved(rollout: Rollout) -> int:
 def _seen(records: Sequence[Record], step: int) -> list[tuple[State, State]]:
     """Residual and new state of a step, by iteration, the newest first.
 
-    It ends where the step was not in the window: what is older is of another guess.
+    It ends where the step was not in the window: older records belong to another guess.
     """
     found: list[tuple[State, State]] = []
     for record in records:
@@ -241,7 +241,7 @@ def _floating(state: State) -> State:
 
 
 def _difference(new: State, old: State) -> State:
-    """Over the floating entries; half precision is widened before it cancels."""
+    """Difference over the floating entries; half precision is widened first."""
     return {name: widened(new[name]) - widened(old[name]) for name in _floating(new)}
 
 

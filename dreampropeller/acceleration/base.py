@@ -1,4 +1,4 @@
-"""What an acceleration may do to an iteration; by default nothing."""
+"""The interface of accelerations; the default changes nothing."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ class Proposal(Generic[M]):
     """The next guesses of the states past the new anchor.
 
     Attributes:
-        plain: Guesses without a correction, shape ``(ahead,)``.
-        corrected: The same, corrected, shape ``(ahead,)``.
-        trusted: How many of the corrected ones to use, from the first on.
+        plain: Guesses without correction, shape ``(ahead,)``.
+        corrected: Corrected guesses, shape ``(ahead,)``.
+        trusted: Number of corrected guesses to use, from the first on.
         memory: The memory after this proposal.
     """
 
@@ -29,19 +29,19 @@ class Proposal(Generic[M]):
     memory: M
 
     def guesses(self, trusted: int) -> list[State]:
-        """The next guesses, with as many corrected ones as all ranks trust."""
+        """The next guesses, of which the first `trusted` are corrected."""
         return [*self.corrected[:trusted], *self.plain[trusted:]]
 
 
 class Acceleration(Component[M]):
-    """Corrects drifts or guesses by what was seen in past iterations.
+    """Corrects drifts or guesses by means of past iterations.
 
-    As it stands it corrects nothing.
+    The default corrects nothing.
 
     Attributes:
-        moves_guesses: Whether the next guess of a slot may be another state than the
-            one that was rolled out for it.
-        needs_carries: Whether `Rollout.carries` are kept for it.
+        moves_guesses: Whether the next guess of a slot may differ from the state that
+            was rolled out for it.
+        needs_carries: Whether the acceleration needs `Rollout.carries`.
     """
 
     moves_guesses: bool = False
@@ -50,8 +50,7 @@ class Acceleration(Component[M]):
     def correct(self, memory: M, drift: State, y: State, guess: State) -> State:
         """The drift of a guess, corrected to the state it is used at.
 
-        It is asked where the two differ. `drift`, `y` and `guess` must stay as they
-        are.
+        Called where the two differ. `drift`, `y` and `guess` must not be changed.
         """
         del memory, y, guess
         return drift
@@ -59,6 +58,6 @@ class Acceleration(Component[M]):
     def propose(
         self, memory: M, trajectory: Trajectory[Any], rollout: Rollout
     ) -> Proposal[M]:
-        """The next guesses; default: the states as they were rolled out."""
+        """The next guesses; default: the rolled-out states."""
         del trajectory
         return Proposal(rollout.ahead, (), 0, memory)

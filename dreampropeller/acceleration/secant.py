@@ -1,4 +1,4 @@
-r"""Drifts corrected to the states they are used at (Eqs. 12 and 13).
+r"""Secant correction of drifts to the states they are used at (Eqs. 12 and 13).
 
 An iteration uses the drift $g_j$ of a guess $\hat y_j$ at another state $y_j$, rolled
 out from the anchor. With a diagonal estimate $\Lambda$ of the drift's slope it uses
@@ -8,9 +8,9 @@ $$g_j + \Lambda\,(y_j - \hat y_j), \qquad
                               {\sum_a \Delta y_a^2 + p}\Bigr)$$
 
 instead, entry by entry, where $\Delta$ are the differences between two evaluations of
-one step and $p$ keeps the slopes of entries that hardly moved small. A state pulled
-back to a target makes the plain iteration overshoot, the more the wider the window;
-this takes the pull into account.
+one step and $p$ keeps the slopes of entries that hardly moved small. If the drift pulls
+a state back to a target, the plain iteration overshoots, the more the wider the window;
+the correction accounts for the pull.
 """
 
 from __future__ import annotations
@@ -53,11 +53,11 @@ class Secant(Acceleration[SecantMemory]):
     A slot that was not accepted is evaluated again, so slopes cost no evaluation. A
     guess that equals its state is not corrected: at threshold 0 the result is that of
     `Sequential` bit for bit (`test_secant.py`). Only slopes that pull back (not below
-    zero) are used: descent on a loss. It keeps two states, and a drift and a guess of
-    each slot that is evaluated again.
+    zero) are used, as in descent on a loss. The memory is two states, and a drift and a
+    guess per slot that is evaluated again.
 
     Args:
-        decay: Weight of the sums of the iterations before, from 0 to below 1.
+        decay: Weight of the sums of previous iterations, from 0 to below 1.
         shrinkage: $p$, in units of the mean of $\sum_a \Delta y_a^2$, above 0.
     """
 
@@ -75,11 +75,11 @@ class Secant(Acceleration[SecantMemory]):
             )
 
     def init(self) -> SecantMemory:
-        """No slope yet: drifts stay as they are."""
+        """The memory before any slope: drifts are not corrected."""
         return SecantMemory()
 
     def before(self, memory: SecantMemory, evaluation: Evaluation) -> SecantMemory:
-        """Learn slopes from the steps that were evaluated before."""
+        """Estimate slopes from the steps that were evaluated before."""
         products, squares = {}, {}
         for step, guess, drift in zip(
             evaluation.steps, evaluation.guesses[:-1], evaluation.drifts, strict=True
@@ -101,7 +101,7 @@ class Secant(Acceleration[SecantMemory]):
         return SecantMemory({}, products, squares, self.slopes(products, squares))
 
     def slopes(self, products: State, squares: State) -> State:
-        r"""The diagonal $\Lambda$; an entry for each tensor that has been measured."""
+        r"""The diagonal $\Lambda$, for each tensor that has been measured."""
         found = {}
         for name, product in products.items():
             square = squares[name]
@@ -112,7 +112,7 @@ class Secant(Acceleration[SecantMemory]):
     def correct(
         self, memory: SecantMemory, drift: State, y: State, guess: State
     ) -> State:
-        """Add the slopes times the state's distance from the guess (Eq. 12)."""
+        """Add the slopes times the difference of state and guess (Eq. 12)."""
         moved = {
             name: torch.addcmul(
                 widened(drift[name]), slope, widened(y[name]) - widened(guess[name])
@@ -123,7 +123,7 @@ class Secant(Acceleration[SecantMemory]):
         return {**drift, **moved}
 
     def after(self, memory: SecantMemory, rollout: Rollout) -> SecantMemory:
-        """Keep what will be evaluated again, the drifts as they were evaluated."""
+        """Keep guesses and uncorrected drifts of the steps to be evaluated again."""
         held = {
             rollout.steps[slot]: (
                 rollout.guesses[slot],
@@ -136,7 +136,7 @@ class Secant(Acceleration[SecantMemory]):
     def jumped(
         self, memory: SecantMemory, y: State, parents: Parents | None
     ) -> SecantMemory:
-        """Follow the rows; new ones have no slope. Without a map none has."""
+        """Map the rows; new rows have no slope. Without a map no row has one."""
         if parents is None:
             return self.init()
         products, squares = (

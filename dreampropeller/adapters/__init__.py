@@ -1,4 +1,4 @@
-"""Other people's samplers and training loops as trajectories.
+"""Samplers and training loops of other libraries as trajectories.
 
-Nothing here is imported by `dreampropeller` itself: name the module you want.
+`dreampropeller` itself imports none of these modules: import the one you need.
 """

@@ -1,1 +1,1 @@
-"""Where the drifts of a window are evaluated."""
+"""Dispatchers: evaluation of the drifts of a window."""

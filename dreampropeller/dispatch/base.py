@@ -1,4 +1,4 @@
-"""What every dispatcher owes the solver, and the oracle that owes nothing else."""
+"""The interface of every dispatcher, and the reference implementation."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ class Dispatcher(abc.ABC):
     """Evaluates drifts; a context manager opened and closed by `solve`.
 
     Every rank of a distributed run holds one and calls the same methods in the same
-    order. On a single process the methods that keep ranks together do nothing.
+    order. In a single process the methods that synchronise ranks do nothing.
 
     Args:
-        trajectory: Whose drifts are evaluated.
+        trajectory: Trajectory whose drifts are evaluated.
 
     Attributes:
-        num_workers: How many drifts can be evaluated at the same time.
-        timer: Counts seconds by phase, for the solver too.
+        num_workers: Number of drifts that can be evaluated at the same time.
+        timer: Seconds by phase, also those of the solver.
     """
 
     num_workers: int = 1
@@ -68,7 +68,7 @@ class Dispatcher(abc.ABC):
         return y, carry
 
     def drift(self, y: State) -> Drift:
-        """This worker's drift, built at its first use on the device of the state."""
+        """This worker's drift, built at first use on the device of the state."""
         if self._drift is None:
             device = device_of(y)
             self._drift = self.trajectory.make_drift(device)
@@ -76,11 +76,11 @@ class Dispatcher(abc.ABC):
 
 
 class InlineDispatcher(Dispatcher):
-    """One drift after the other, in this process: the oracle of all others."""
+    """One drift after another, in this process: the reference for all others."""
 
     def evaluate(
         self, steps: Sequence[int], ys: Sequence[State]
     ) -> list[tuple[State, Aux]]:
-        """Evaluate one after the other; what the drift raises surfaces unwrapped."""
+        """Evaluate one after another; exceptions of the drift are not wrapped."""
         with self.timer.phase("drift"):
             return [self.drift(y)(step, y) for step, y in zip(steps, ys, strict=True)]

@@ -10,21 +10,21 @@ from dreampropeller.tree import Aux, State
 
 
 class BatchedDispatcher(Dispatcher):
-    """Evaluates a window's drifts in one call, where the drift offers it.
+    """Evaluates a window's drifts in one call, if the drift supports it.
 
-    The drift is asked for ``batch(steps, ys)``, which returns what one call a step
-    would, in order. Results are close to those of `InlineDispatcher` and not bitwise
+    The drift's ``batch(steps, ys)`` returns the results of one call per step, in order.
+    Results are close to those of `InlineDispatcher` and not bitwise
     equal: libraries choose other kernels for other batch sizes. Whether it saves time
     depends on how busy one step keeps the device; `calibrate` measures it.
 
     Raises:
-        ValueError: At the first evaluation, when the drift has no `batch`.
+        ValueError: The drift has no `batch`; raised at the first evaluation.
     """
 
     def evaluate(
         self, steps: Sequence[int], ys: Sequence[State]
     ) -> list[tuple[State, Aux]]:
-        """Evaluate in one call; what the drift raises surfaces unwrapped."""
+        """Evaluate in one call; exceptions of the drift are not wrapped."""
         drift = self.drift(ys[0])
         batch: Any = getattr(drift, "batch", None)
         if batch is None:

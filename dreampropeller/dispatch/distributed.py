@@ -1,13 +1,13 @@
 """One process per device, on one machine or many, over `torch.distributed` (SPMD).
 
-Every rank runs the same solver: the update is deterministic, so only drifts travel.
+Every rank runs the same solver. The update is deterministic, so only drifts are sent.
 Slot i of a window is evaluated on rank ``i mod n``, then all drifts are gathered. No
-rank is held back as a driver. Rank 0 decides the stride and when to stop.
+rank is reserved as a driver. Rank 0 decides the stride and when to stop.
 
-Ranks meet before anything is exchanged. At a meeting each says what it is about to do
-and whether it failed, so a failure anywhere is raised everywhere, with its step, rank
-and traceback, instead of leaving the others waiting. A rank that dies without a word
-closes its connection (CPU) or runs into the time-out (GPU).
+Ranks meet before anything is exchanged. At a meeting each rank announces its next
+action and whether it failed, so a failure anywhere is raised everywhere, with its step,
+rank and traceback, and no rank is left waiting. A rank that dies silently closes its
+connection (CPU) or runs into the time-out (GPU).
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from dreampropeller.tree import Aux, Nest, State, decode, device_of, encode
 
 
 class _Meeting(enum.IntEnum):
-    """What a rank is about to do."""
+    """The next action of a rank."""
 
     EVALUATE = 1
     AGREE = 2
@@ -43,28 +43,28 @@ class _Meeting(enum.IntEnum):
 
 
 _WORD = 8
-"""Integers in a meeting's message."""
+"""Number of integers in a meeting's message."""
 
 
 class DistributedDispatcher(Dispatcher):
     """Spreads the window over the ranks of a process group.
 
     Run the program under `torchrun`, or start it with
-    `dreampropeller.launch_workers`. A process group that exists is used and
-    kept; otherwise one is made from torchrun's environment and closed at the end: gloo
+    `dreampropeller.launch_workers`. An existing process group is used and kept.
+    Otherwise one is made from torchrun's environment and closed at the end: gloo
     on CPU, NCCL between GPUs. Inline and distributed solves are equal bit for bit on
-    CPU at the same thread count (`test_dispatch.py`). Where a machine has more ranks
-    than GPUs they share them, over gloo. NCCL has been run on one GPU alone.
+    CPU at the same thread count (`test_dispatch.py`). If a machine has more ranks than
+    GPUs, the ranks share them over gloo. NCCL has been run on a single GPU only.
 
     Args:
-        trajectory: Whose drifts are evaluated. Its initial state must be the same on
-            every rank, on the rank's own device.
-        timeout: Seconds after which a rank that does not answer counts as lost. Longer
-            than the slowest drift.
-        threads: CPU threads of each rank. The same number everywhere, as results
-            depend on it; one by default, so that ranks do not fight for cores.
-        fingerprint_every: Compare the anchors of all ranks at every so many
-            evaluations; None never does (devices of different makes).
+        trajectory: Trajectory whose drifts are evaluated. Its initial state must be the
+            same on every rank, on the rank's own device.
+        timeout: Seconds after which a rank that does not answer counts as lost; more
+            than the slowest drift takes.
+        threads: CPU threads per rank, the same number everywhere, as results depend on
+            it. One by default, so that ranks do not compete for cores.
+        fingerprint_every: Number of evaluations between two comparisons of the anchors
+            of all ranks; None: no comparison (devices of different models).
     """
 
     def __init__(
@@ -126,7 +126,7 @@ class DistributedDispatcher(Dispatcher):
         super().__exit__(kind, error, traceback_)
         try:
             if error is None:
-                self._meet(_Meeting.LEAVE)  # hear a rank that failed at the very end
+                self._meet(_Meeting.LEAVE)  # learn of a rank that failed at the end
             elif not self._error_was_raised:
                 lines = traceback.format_exception(kind, error, traceback_)
                 self._report_failure("".join(lines), step=None)
@@ -142,7 +142,7 @@ class DistributedDispatcher(Dispatcher):
     def evaluate(
         self, steps: Sequence[int], ys: Sequence[State]
     ) -> list[tuple[State, Aux]]:
-        """Evaluate this rank's slots, then gather everybody's.
+        """Evaluate this rank's slots, then gather those of all ranks.
 
         Raises:
             WorkerError: A rank failed or was lost, or the ranks' anchors differ.
@@ -162,7 +162,7 @@ class DistributedDispatcher(Dispatcher):
 
     def share(self, y: State, carry: Nest) -> tuple[State, Nest]:
         """The state and carry of rank 0, on every rank, after a jump."""
-        self._entries = []  # shapes have changed: layouts are exchanged anew
+        self._entries = []  # shapes have changed: layouts are exchanged again
         self._meet(_Meeting.SHARE)
         structure, leaves = encode((y, carry))
         places = [(str(t.device.type), str(t.dtype), list(t.shape)) for t in leaves]
@@ -177,7 +177,7 @@ class DistributedDispatcher(Dispatcher):
                 where = torch.device("cpu") if kind == "cpu" else device
                 name = dtype.removeprefix("torch.")
                 leaf = torch.empty(shape, dtype=getattr(torch, name), device=where)
-            # As bytes: not every backend carries every type.
+            # As bytes: not every backend supports every type.
             self._collective(dist.broadcast, wire.as_bytes(leaf), 0)
             received.append(leaf)
         return decode(structure, received)
@@ -196,8 +196,8 @@ class DistributedDispatcher(Dispatcher):
     ) -> list[tuple[State, Aux]]:
         """All ranks' drifts, in slot order, through one flat buffer per rank.
 
-        First the layout where a rank has an entry nobody has seen, then a mask of the
-        entries present in each slot, shape ``(slots_per_rank, entries)``, then bytes.
+        The layout is sent first if a rank has a new entry, then a mask of the entries
+        present in each slot, shape ``(slots_per_rank, entries)``, then the bytes.
         """
         slots = [wire.entries(drift, aux) for drift, aux in results]
         results.clear()  # the gathered copies are used, here as on the other ranks
@@ -227,7 +227,7 @@ class DistributedDispatcher(Dispatcher):
         parts = torch.empty(sum(sizes), dtype=torch.uint8, device=device).split(sizes)
         wire.pack(present[self.rank], slots, parts[self.rank])
         slots.clear()
-        # A broadcast from each rank straight into its place: on gloo an all-gather
+        # A broadcast from each rank directly into its slot: on gloo an all-gather
         # copies everything twice more (measured: 2.8 times the seconds at 2 × 200 MB).
         pending = [
             self._collective(dist.broadcast, part, rank, async_op=True)
@@ -241,7 +241,7 @@ class DistributedDispatcher(Dispatcher):
         return [found[slot % n][slot // n] for slot in range(len(steps))]
 
     def _learn(self, new: Sequence[wire.Entry]) -> None:
-        """Agree on the layout of entries that are new to somebody."""
+        """Agree on the layout of entries that are new to a rank."""
         rows = [[e.name, e.is_aux, e.dtype, list(e.shape)] for e in new]
         for text in self._gather_text(json.dumps(rows)):
             for name, is_aux, dtype, shape in json.loads(text):
@@ -250,7 +250,7 @@ class DistributedDispatcher(Dispatcher):
                     self._entries.append(entry)
 
     def _compare_anchors(self, step: int, y: State) -> None:
-        """Stop when the ranks have drifted apart."""
+        """Fail if the anchors of the ranks differ."""
         self._num_calls += 1
         every = self._fingerprint_every
         if every is not None and (self._num_calls - 1) % every == 0:
@@ -264,7 +264,7 @@ class DistributedDispatcher(Dispatcher):
             self._require_same(heard, "state", advice)
 
     def _meet(self, meeting: _Meeting, *numbers: int) -> list[list[int]]:
-        """Say what comes next, with a few numbers; hear those of all ranks."""
+        """Announce the next action with a few numbers; return those of all ranks."""
         word = [int(meeting), len(numbers), *numbers]
         mine = torch.tensor(word + [0] * (_WORD - len(word)), dtype=torch.int64)
         heard = [torch.empty_like(mine) for _ in range(self.num_workers)]
@@ -288,7 +288,7 @@ class DistributedDispatcher(Dispatcher):
         )
 
     def _report_failure(self, text: str, step: int | None) -> NoReturn:
-        """Tell the other ranks of this rank's failure, and raise it here too."""
+        """Report this rank's failure to the other ranks, and raise it here too."""
         word = torch.tensor([int(_Meeting.FAIL), *[0] * (_WORD - 1)])
         heard = [torch.empty_like(word) for _ in range(self.num_workers)]
         self._collective(dist.all_gather, heard, word)
@@ -315,7 +315,7 @@ class DistributedDispatcher(Dispatcher):
     def _collective(
         self, operation: Callable[..., Any], *arguments: Any, **options: Any
     ) -> Any:
-        """Run a collective; a lost rank becomes an error that says so."""
+        """Run a collective; a lost rank raises an error that says so."""
         try:
             return operation(*arguments, **options)
         except (RuntimeError, ValueError) as error:

@@ -1,4 +1,4 @@
-"""Starts the ranks of one machine, on torch's own elastic launcher."""
+"""Starts the ranks of one machine with torch's elastic launcher."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from dreampropeller.dispatch.base import WorkerError
 
 R = TypeVar("R")
 _STARTED_WHILE_IMPORTED = 87
-"""Exit code of a process that reads its script and finds `launch_workers` in it."""
+"""Exit code of a worker whose script calls `launch_workers` during import."""
 
 
 def launch_workers(function: Callable[..., R], *args: Any, num_workers: int) -> list[R]:
@@ -32,14 +32,15 @@ def launch_workers(function: Callable[..., R], *args: Any, num_workers: int) -> 
     Args:
         function: Importable from a module (processes are spawned); it calls `solve`
             with a `DistributedDispatcher`.
-        *args: Its arguments; picklable.
-        num_workers: Processes on this machine, one per device; more share GPUs.
+        *args: Picklable arguments of the function.
+        num_workers: Number of processes on this machine, one per device; further ones
+            share GPUs.
 
     Returns:
-        What the function returned on each rank.
+        The return value of the function on each rank.
 
     Raises:
-        WorkerError: A rank failed. The others have been ended: none is left behind.
+        WorkerError: A rank failed. All other ranks have been ended.
     """
     if num_workers < 1:
         raise ValueError(f"`num_workers` is {num_workers}: write at least 1.")
@@ -53,7 +54,7 @@ def launch_workers(function: Callable[..., R], *args: Any, num_workers: int) -> 
             run_id=f"dreampropeller-{os.getpid()}",
             rdzv_backend="c10d",
             rdzv_endpoint="localhost:0",
-            max_restarts=0,  # a solve continues from its checkpoint instead
+            max_restarts=0,  # a solve resumes from its checkpoint instead
             monitor_interval=0.1,
             **_logs_in(folder),
         )
@@ -75,7 +76,7 @@ def launch_workers(function: Callable[..., R], *args: Any, num_workers: int) -> 
 
 
 def _logs_in(folder: str) -> dict[str, Any]:
-    """Where the launcher keeps its files; by default it leaves a folder behind."""
+    """The folder of the launcher's files; by default one is left behind."""
     try:
         from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
     except ImportError:  # torch < 2.3
@@ -101,7 +102,7 @@ def _quiet() -> Iterator[None]:
 
 
 def _text(failure: ProcessFailure) -> str:
-    """The traceback a rank recorded, or what the system says of its end."""
+    """The traceback that a rank recorded, or the system's reason for its end."""
     message = failure.error_file_data.get("message")
     if isinstance(message, dict):
         stack = message["extraInfo"]["py_callstack"]
@@ -115,7 +116,7 @@ def _run(parent: int, function: Callable[..., R], args: tuple[Any, ...]) -> R:
 
 
 def _follow(parent: int) -> None:
-    """End this process when its launcher was killed: nobody would end it then."""
+    """End this process if its launcher is killed, as nothing else would end it."""
     while os.getppid() == parent:
         time.sleep(0.5)
     os._exit(1)

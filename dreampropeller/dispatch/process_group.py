@@ -1,4 +1,4 @@
-"""Which device a rank works on, and how ranks reach each other."""
+"""The device of a rank, and the process group of all ranks."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from dreampropeller.dispatch.base import WorkerError
 
 
 def local_device() -> torch.device:
-    """The device of this process: its GPU, or the CPU where there is none.
+    """The device of this process: its GPU, or the CPU if there is no GPU.
 
     `torchrun` numbers the ranks of a machine by ``LOCAL_RANK``; rank i takes GPU
-    i mod n of the n that it sees, so that ranks beyond n share GPUs, and a rank that is
-    shown one GPU alone takes that one.
+    i mod n of the n that it sees, so that ranks beyond n share GPUs, and a rank that
+    sees a single GPU takes that one.
     """
     if not torch.cuda.is_available():
         return torch.device("cpu")
@@ -27,12 +27,12 @@ def local_device() -> torch.device:
 
 
 def hide_others() -> int:
-    """Show this process its own GPU alone; to be called before CUDA is opened.
+    """Make only this process's own GPU visible; call it before CUDA is initialised.
 
     Returns:
-        How many GPUs it saw.
+        The number of GPUs visible before.
     """
-    count = torch.cuda.device_count()  # by the driver's library, which opens nothing
+    count = torch.cuda.device_count()  # asks the driver, does not open CUDA
     if count:
         local = int(os.environ.get("LOCAL_RANK", os.environ["RANK"]))
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")
@@ -44,13 +44,13 @@ def hide_others() -> int:
 def open_group(timeout: datetime.timedelta, num_gpus: int | None = None) -> None:
     """Make the process group of `torchrun`'s ranks.
 
-    NCCL between GPUs, which refuses two ranks on one, and gloo on the CPU; gloo for all
-    where a machine has more ranks than GPUs.
+    NCCL between GPUs, which refuses two ranks on one GPU, and gloo on the CPU. Gloo is
+    used for all ranks if a machine has more ranks than GPUs.
 
     Args:
-        timeout: How long ranks wait for each other.
-        num_gpus: How many GPUs the ranks of this machine have between them; default:
-            those that this process sees.
+        timeout: Time that ranks wait for each other.
+        num_gpus: Number of GPUs of the ranks on this machine; default: those that this
+            process sees.
 
     Raises:
         WorkerError: Ranks share GPUs on some machines and not on others.

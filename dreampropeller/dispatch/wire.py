@@ -1,7 +1,7 @@
 """Evaluated drifts as flat bytes, for sending between ranks.
 
-What travels are *entries*: the tensors of a drift and the scalars it logged. A rank's
-buffer is its slots' entries one after the other, each padded to the alignment.
+*Entries* are sent: the tensors of a drift and the scalars it logged. A rank's buffer
+holds its slots' entries one after another, each padded to the alignment.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ ALIGNMENT = 64
 
 @dataclass(frozen=True)
 class Entry:
-    """A tensor that travels: part of a drift, or a logged scalar."""
+    """A tensor to send: part of a drift, or a logged scalar."""
 
     name: str
     is_aux: bool
@@ -30,7 +30,7 @@ class Entry:
 
     @property
     def torch_dtype(self) -> torch.dtype:
-        """The type to view the bytes as."""
+        """The type that the bytes are viewed as."""
         return getattr(torch, self.dtype)
 
     @property
@@ -78,7 +78,7 @@ def pack(
 def unpack(
     rows: Sequence[Sequence[Entry]], buffer: UInt8[Tensor, " bytes"]
 ) -> list[tuple[State, Aux]]:
-    """The drifts a buffer holds; they share its memory."""
+    """The drifts in a buffer; they share its memory."""
     found: list[tuple[State, Aux]] = []
     position = 0
     for row in rows:
@@ -102,7 +102,7 @@ def as_bytes(tensor: Tensor) -> UInt8[Tensor, " bytes"]:
 
 
 def fingerprint(y: State) -> int:
-    """A sum over the bits of a state: equal for equal states, else hardly ever."""
+    """A checksum of a state: equal for equal states, almost surely different else."""
     total = 0
     for name in sorted(y):
         content = as_bytes(y[name].detach().contiguous())

@@ -1,4 +1,4 @@
-"""What the two mixtures share as estimators of scikit-learn."""
+"""The common base of both mixtures as scikit-learn estimators."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from dreampropeller.mixtures.random import generator
 
 
 class Mixture(ClusterMixin, BaseEstimator):
-    """What both mixtures share; `DPMixture` documents the parameters."""
+    """The base of both mixtures; `DPMixture` documents the parameters."""
 
     prior: Any
     random_state: Any
@@ -97,7 +97,7 @@ class Mixture(ClusterMixin, BaseEstimator):
         return self.family_.simulate(params, index, rng)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the chain's state; `checkpoint=path` continues from it."""
+        """Write the chain's state; `checkpoint=path` resumes from it."""
         check_is_fitted(self)
         fitting.write(self.state_, Path(path))
 

@@ -1,7 +1,7 @@
-"""Points in fixed blocks, worked on by one process, by several, or by ranks.
+"""Points in fixed blocks, processed by one process, by several, or by ranks.
 
 Every rank or process sees the same blocks, whatever their number. Results come back in
-block order and are added in that order, so the chain is the same, bit for bit, for any
+block order and are added in that order, so the chain is equal bit for bit for any
 number of workers. The chain itself is small and runs in every rank.
 """
 
@@ -52,7 +52,7 @@ class Blocks:
         points: dict[str, Tensor],
         shared: dict[str, Any],
     ) -> list[Any]:
-        """A pass over some of the blocks, here; `points` starts at the first of them.
+        """A pass over some blocks in this process; `points` starts at the first one.
 
         Densities are float32 in one thread: the number of threads changes their bits.
         """
@@ -79,7 +79,7 @@ class Blocks:
         return [range(a, b) for a, b in itertools.pairwise(ends)]
 
     def close(self) -> None:
-        """Release what the workers hold."""
+        """Release the memory of the workers."""
 
 
 class RankBlocks(Blocks):
@@ -91,7 +91,7 @@ class RankBlocks(Blocks):
     def map(
         self, work: Work, points: dict[str, Tensor], shared: dict[str, Any]
     ) -> list[Any]:
-        """Own blocks here, the others gathered."""
+        """Process this rank's blocks, and gather the others."""
         import torch.distributed as dist
 
         numbers = self.shares(dist.get_world_size())[dist.get_rank()]
@@ -132,7 +132,7 @@ class JobBlocks(Blocks):
         return [result for part in found for result in part]
 
     def close(self) -> None:
-        """Delete the file the processes read the points from."""
+        """Delete the file that the processes read the points from."""
         shutil.rmtree(self._folder, ignore_errors=True)
 
 
@@ -174,9 +174,9 @@ def opened(
     Args:
         family: The family of the components.
         x: All points, ``(points, dim)``.
-        n_jobs: The number of processes, -1 for one per core, or "ranks" for those of
-            the default group of `torch.distributed`.
-        device: Where the densities are computed.
+        n_jobs: Number of processes, -1 for one per core, or "ranks" for those of the
+            default group of `torch.distributed`.
+        device: Device of the densities.
     """
     import os
 

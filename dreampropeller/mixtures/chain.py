@@ -1,4 +1,4 @@
-"""The Markov chain over partitions: what both methods share."""
+"""The Markov chain over partitions: the common base of both methods."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ class History:
 
 
 class Chain(abc.ABC):
-    """Labels, their statistics and the prior's weights, moved on by `sweep`.
+    """Labels, their statistics and the prior's weights, advanced by `sweep`.
 
     Args:
         blocks: The points.
         prior: The prior of partitions.
         group: The group of each point, shape ``(points,)``; zeros without groups.
         seed: The seed of the chain.
-        labels: Where to start, shape ``(points,)``; every label below the largest one
+        labels: Initial labels, shape ``(points,)``; every label below the largest one
             has a point.
     """
 
@@ -81,7 +81,7 @@ class Chain(abc.ABC):
 
     @abc.abstractmethod
     def sweep(self, *, moves: bool = True) -> None:
-        """One sweep; without `moves` the number of clusters stays."""
+        """One sweep; without `moves` the number of clusters is fixed."""
 
     def map(self, work: Any, points: dict[str, Tensor], **shared: Any) -> list[Any]:
         """A pass over the points, with the key of its noise."""
@@ -116,7 +116,7 @@ class Chain(abc.ABC):
         }
 
     def load(self, state: dict[str, Any]) -> None:
-        """Continue from a state; the chain goes on bit for bit."""
+        """Resume from a state; the chain continues bit for bit."""
         self.labels = state["labels"]
         self.num_clusters = int(self.labels.max()) + 1
         self.sweeps = state["sweeps"]

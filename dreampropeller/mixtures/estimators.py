@@ -35,20 +35,21 @@ class DPMixture(Mixture):
             scipy sparse), or "full", "diagonal", "multinomial"; None is "full".
         method: "subcluster", the published sampler, fast and approximate, or "exact",
             whose split and merge leave the posterior invariant.
-        n_sweeps: Sweeps at most.
-        burn_in: Sweeps before which "subcluster" does not stop early, and after which
-            the number of proposals of "exact" is frozen.
-        patience: "subcluster" stops when as many sweeps brought no split or merge; None
-            never. "exact" always makes `n_sweeps`.
-        n_proposals: Splits or merges that "exact" proposes per sweep; None: as many as
-            there are clusters at the end of the burn-in.
-        init_components: Random labels to start with.
+        n_sweeps: Largest number of sweeps.
+        burn_in: Number of sweeps before which "subcluster" does not stop early, and
+            after which the number of proposals of "exact" is frozen.
+        patience: Number of sweeps without a split or merge after which "subcluster"
+            stops; None: never. "exact" always makes `n_sweeps`.
+        n_proposals: Number of splits or merges that "exact" proposes per sweep; None:
+            the number of clusters at the end of the burn-in.
+        init_components: Number of random initial labels.
         random_state: The seed. The same seed gives the same labels for any `n_jobs`.
-        n_jobs: Processes, -1 for one per core, or "ranks" for those of the default
-            group of `torch.distributed`, whose ranks all call `fit` with all points.
-        device: Where densities are computed: "cpu", "cuda", "cuda:1".
-        checkpoint: A file that `fit` writes its state to every 25 sweeps, and
-            continues from, bit for bit, where it exists.
+        n_jobs: Number of processes, -1 for one per core, or "ranks" for those of the
+            default group of `torch.distributed`, whose ranks all call `fit` with all
+            points.
+        device: Device of the densities: "cpu", "cuda", "cuda:1".
+        checkpoint: A file that `fit` writes its state to every 25 sweeps, and resumes
+            from, bit for bit, if it exists.
         warm_start: Continue the chain of the last `fit` by `n_sweeps` more.
 
     Attributes:

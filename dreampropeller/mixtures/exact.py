@@ -32,7 +32,7 @@ class ExactChain(Chain):
         prior: The prior of partitions.
         group: The group of each point.
         seed: The seed of the chain.
-        labels: Where to start.
+        labels: Initial labels.
         proposals: Splits or merges proposed per sweep, and moves between two clusters
             of one group. A number that follows the number of clusters would bias the
             posterior; None follows it until `freeze` is called.
@@ -93,7 +93,7 @@ class ExactChain(Chain):
         return {**super().state(), "sums": self.sums, "proposals": self.proposals}
 
     def load(self, state: dict[str, Any]) -> None:
-        """Continue from a state."""
+        """Resume from a state."""
         super().load(state)
         self.sums, self.proposals = state["sums"], state["proposals"]
 

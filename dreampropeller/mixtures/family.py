@@ -1,4 +1,4 @@
-r"""What a mixture needs to know of its components: conjugate families.
+r"""Conjugate families of mixture components.
 
 A family has a likelihood $f(x \mid \theta)$ and its conjugate prior $H$. Points enter
 through sums, the *statistics* of a set, in float64; densities are float32.
@@ -76,14 +76,14 @@ class Family(abc.ABC):
 
     @abc.abstractmethod
     def statistics(self, block: Block, key: Tensor, num: int) -> Statistics:
-        """The statistics of the sets ``key == 0 .. num - 1``; negative keys are out."""
+        """The statistics of the sets ``key == 0 .. num - 1``, without negative keys."""
 
     @abc.abstractmethod
     def log_marginal(self, statistics: Statistics) -> Tensor:
         r"""$\ln f(X)$ of each set, shape ``(sets,)``."""
 
     def resample(self, statistics: Statistics, rng: np.random.Generator) -> None:
-        """Draw what is random about the prior, given the clusters' statistics."""
+        """Draw the random parameters of the prior, given the clusters' statistics."""
         del statistics, rng  # nothing is, by default
 
     @abc.abstractmethod
@@ -106,7 +106,7 @@ class Family(abc.ABC):
 
         Args:
             statistics: The sets, ``(sets,)`` rows.
-            rng: Where the cut's direction comes from.
+            rng: Source of the cut's direction.
             principal: Cut across the direction of largest variance instead of a random
                 one, where the family knows it; shape ``(sets,)``, boolean.
         """

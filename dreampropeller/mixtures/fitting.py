@@ -1,4 +1,4 @@
-"""Runs a chain as an estimator's settings say, and keeps its state on disk."""
+"""Running a chain by an estimator's settings, with its state on disk."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ EVERY = 25
 
 @dataclass(frozen=True)
 class Settings:
-    """What a run needs to know; the estimators document it."""
+    """Settings of a run; the estimators document them."""
 
     method: str
     n_sweeps: int
@@ -81,7 +81,7 @@ def run(
     checkpoint: str | os.PathLike[str] | None,
     state: dict[str, Any] | None,
 ) -> None:
-    """Sweep until the settings say stop, from a state where there is one."""
+    """Sweep until the settings end the run, from a saved state if there is one."""
     path = Path(checkpoint) if checkpoint is not None else None
     if state is not None:
         _check(chain, state["labels"])
@@ -111,7 +111,7 @@ def run(
 
 
 def _end(chain: Chain, settings: Settings, first: int) -> int:
-    """The sweep to stop at; it moves on with every split and merge."""
+    """The sweep to stop at; every split or merge postpones it."""
     last = first + settings.n_sweeps
     if settings.patience is None or not isinstance(chain, SubclusterChain):
         return last
@@ -128,7 +128,7 @@ def _check(chain: Chain, labels: Tensor) -> None:
 
 
 def fingerprint(chain: Chain) -> str:
-    """What must not have changed when a chain is continued: data, seed and method."""
+    """The values that a resumed chain must share: data, seed and method."""
     x = chain.blocks.x
     parts = [x.data, x.indices, x.indptr] if sparse.issparse(x) else [x]
     digest = hashlib.blake2b(digest_size=8)

@@ -50,7 +50,7 @@ _HALF = math.sqrt(2 / math.pi)
 
 
 class _Gaussian(Family):
-    """What the full and the diagonal covariance share."""
+    """The common base of full and diagonal covariances."""
 
     def __init__(
         self,

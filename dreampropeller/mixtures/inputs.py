@@ -1,4 +1,4 @@
-"""What users write: priors of components, concentrations and data, checked."""
+"""User input, checked: priors of components, concentrations and data."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class NIW:
     covariance: str = "full"
 
     def resolve(self, x: np.ndarray) -> Family:
-        """The family, with what was left open taken from the data."""
+        """The family, with defaults from the data."""
         dim = x.shape[1]
         if self.covariance not in ("full", "diagonal"):
             raise ValueError(

@@ -1,4 +1,4 @@
-r"""What is computed per point: labels, sub-labels, sides of a proposed split.
+r"""Computations per point: labels, sub-labels, sides of a proposed split.
 
 Labels given weights and parameters are independent, $p(z_i = k) \propto \pi_k f(x_i
 \mid \theta_k)$; each is found from one uniform number by inverting the cumulative sum.
@@ -52,7 +52,7 @@ def label_pass(
     points: dict[str, Tensor],
     shared: dict[str, Any],
 ) -> Result:
-    """Propose a label for every point; the guard decides elsewhere."""
+    """Propose a label for every point, before the guard."""
     logits = weighted(
         family, block, shared["params"], shared["log_weights"], points["group"]
     )

@@ -43,7 +43,7 @@ Concentration: TypeAlias = float | tuple[float, float]
 
 
 def start(concentration: Concentration) -> float:
-    """The value to begin with: the fixed one or the prior's mean."""
+    """The initial value: the fixed one or the prior's mean."""
     if isinstance(concentration, tuple):
         return concentration[0] / concentration[1]
     return float(concentration)
@@ -108,7 +108,7 @@ class PartitionPrior(abc.ABC):
             k: The cluster.
             left: Points of each group on the side that keeps the index, ``(groups,)``.
             right: Points of each group on the other side.
-            rng: Where the division of k's top weight is drawn.
+            rng: Source of the division of k's top weight.
 
         Returns:
             The log ratio and the left side's share of the top weight.
@@ -140,11 +140,11 @@ class PartitionPrior(abc.ABC):
 
     @abc.abstractmethod
     def state(self) -> dict[str, Any]:
-        """What a resumed chain needs; JSON."""
+        """The state of a resumed chain, as JSON."""
 
     @abc.abstractmethod
     def load(self, state: dict[str, Any]) -> None:
-        """Continue from a state."""
+        """Resume from a state."""
 
 
 class DirichletProcess(PartitionPrior):
@@ -211,7 +211,7 @@ class DirichletProcess(PartitionPrior):
         return {"alpha": self.alpha}
 
     def load(self, state: dict[str, Any]) -> None:
-        """Continue from a state."""
+        """Resume from a state."""
         self.alpha = state["alpha"]
 
 
@@ -365,7 +365,7 @@ class HierarchicalDirichletProcess(PartitionPrior):
         }
 
     def load(self, state: dict[str, Any]) -> None:
-        """Continue from a state."""
+        """Resume from a state."""
         self.gamma, self.alpha = state["gamma"], state["alpha"]
         self.log_beta = np.array(state["log_beta"], dtype=float)
         self.log_beta_u = state["log_beta_u"]

@@ -1,8 +1,8 @@
-r"""Draws that do not depend on who draws them.
+r"""Random draws that do not depend on the number of workers.
 
-What concerns all clusters is drawn once, by a numpy generator keyed by (seed, sweep,
-stream). What concerns a point is drawn with its block's generator, keyed by (seed,
-sweep, stream, block): a point keeps its number for any number of workers.
+Draws for all clusters come from a numpy generator keyed by (seed, sweep, stream). Draws
+for a point come from its block's generator, keyed by (seed, sweep, stream, block), so a
+point has the same draws for any number of workers.
 """
 
 from __future__ import annotations

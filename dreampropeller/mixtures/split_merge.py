@@ -92,11 +92,11 @@ def prepare(
     """The launch state of two anchors and the set around them.
 
     Args:
-        chain: The chain; its labels are not looked at.
+        chain: The chain; its labels are not used.
         member: 0 and 1 for the anchors, 2 for the set, -1 for all other points.
         pooled: The statistics of anchors and set together, one row.
         name: The name of the proposal's random streams.
-        rounds: How often the set is divided anew before the components are kept.
+        rounds: Number of divisions of the set before the components are kept.
     """
     rng = chain.rng(f"{name}/launch")
     pair = [int(torch.nonzero(member == side)[0, 0]) for side in (0, 1)]

@@ -281,7 +281,7 @@ class SubclusterChain(Chain):
         }
 
     def load(self, state: dict[str, Any]) -> None:
-        """Continue from a state."""
+        """Resume from a state."""
         super().load(state)
         self.sub, self.sums, self.moved = state["sub"], state["sums"], state["moved"]
         for name in _PER_CLUSTER:

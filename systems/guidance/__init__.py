@@ -1,1 +1,1 @@
-"""What pulls images towards a prompt: priors and the losses distilled from them."""
+"""Guidance towards a prompt: diffusion priors and the losses distilled from them."""

@@ -1,4 +1,4 @@
-"""What every guidance offers: a loss, and its gradient, on images."""
+"""The interface of every guidance: a loss on images, and its gradient."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Log: TypeAlias = dict[str, Tensor | float]
 
 
 class Guidance(abc.ABC):
-    """Pulls images towards a prompt.
+    """A loss that moves images towards a prompt.
 
     `Config` is the dataclass of its settings; it names a pretrained model in
     `pretrained_model_name_or_path`.
@@ -32,9 +32,9 @@ class Guidance(abc.ABC):
         """Load the pretrained model and embed the prompts.
 
         Args:
-            config: Its settings.
-            prompts: The prompts, and which view asks for which.
-            device: Where the model runs.
+            config: Settings of the guidance.
+            prompts: The prompts, and the choice among them by view.
+            device: Device of the model.
         """
 
     @abc.abstractmethod
@@ -48,10 +48,10 @@ class Guidance(abc.ABC):
         """A loss whose gradient is the guidance; a mean over the views.
 
         Args:
-            images: From 0 to 1.
-            cameras: Where they were taken from.
+            images: Rendered images in [0, 1].
+            cameras: Cameras of the images.
             step: The step on the trajectory.
-            random: Source of timestep and noise.
+            random: Source of the timestep and the noise.
         """
 
     def gradient(

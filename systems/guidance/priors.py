@@ -1,8 +1,8 @@
-r"""Pretrained diffusion models as noise predictors, whatever their kind.
+r"""Pretrained diffusion models as noise predictors.
 
-Any diffusers pipeline with a U-Net will do: in pixel space (the toybox, DeepFloyd IF)
-or in the latent space of an autoencoder (Stable Diffusion). A model may predict the
-noise ε, the velocity v or the picture; with $x_t = \alpha_t x + \sigma_t \epsilon$
+Any diffusers pipeline with a U-Net works: in pixel space (the toybox, DeepFloyd IF) or
+in the latent space of an autoencoder (Stable Diffusion). A model may predict the
+noise ε, the velocity v or the image x; with $x_t = \alpha_t x + \sigma_t \epsilon$
 
 $$\epsilon = \alpha_t v + \sigma_t x_t, \qquad
   \epsilon = (x_t - \alpha_t x) / \sigma_t.$$
@@ -58,7 +58,7 @@ _NOT_NEEDED = ("safety_checker", "feature_extractor", "watermarker", "image_enco
 
 
 class ModelError(ValueError):
-    """A pretrained model cannot be had; the message says what to write instead."""
+    """A pretrained model is unavailable; the message says what to write instead."""
 
 
 @dataclass(frozen=True)
@@ -66,8 +66,8 @@ class Words:
     """Embedded prompts.
 
     Attributes:
-        given: Of the prompts, shape ``(prompts, tokens, channels)``.
-        without: Of the negative prompt, shape ``(1, tokens, channels)``.
+        given: prompt_embeds, shape ``(prompts, tokens, channels)``.
+        without: negative_prompt_embeds, shape ``(1, tokens, channels)``.
     """
 
     given: Float[Tensor, "prompts tokens channels"]
@@ -78,8 +78,8 @@ class Prior:
     """A frozen noise predictor.
 
     Args:
-        pipeline: A diffusers pipeline with a U-Net, a scheduler and perhaps a VAE.
-        device: Where it runs; its weights keep their precision.
+        pipeline: A diffusers pipeline with a U-Net, a scheduler and optionally a VAE.
+        device: Device of the model; its weights keep their precision.
 
     Raises:
         ModelError: The pipeline has no U-Net.
@@ -108,11 +108,11 @@ class Prior:
         pictures: Float[Tensor, "views 3 height width"],
         generator: torch.Generator,
     ) -> Float[Tensor, "views channels rows columns"]:
-        """Pictures from 0 to 1 in the model's own space; differentiable.
+        """Encode images in [0, 1] into the model's space; differentiable.
 
         Args:
-            pictures: Of any size; they are resized to the model's.
-            generator: On the CPU; source of the autoencoder's noise.
+            pictures: Images of any size; they are resized to the model's resolution.
+            generator: Source of the autoencoder's noise, on the CPU.
         """
         side = self.unet.config["sample_size"]
         if self.takes_conditions:
@@ -134,7 +134,7 @@ class Prior:
         return (drawn * self.vae.config["scaling_factor"]).to(pictures.dtype)
 
     def add_noise(self, x: Tensor, noise: Tensor, t: Int[Tensor, " views"]) -> Tensor:
-        """$x_t$ of clean x."""
+        """$x_t$ of a clean x."""
         alpha, sigma = self.scales(t)
         return alpha * x + sigma * noise
 
@@ -149,12 +149,13 @@ class Prior:
         image: Float[Tensor, "images 3 height width"] | None = None,
         image_camera: Cameras | None = None,
     ) -> Conditions | None:
-        """Cameras and a reference image as the model takes them; None if it does not.
+        """Cameras and reference image in the model's format; None if it takes none.
 
         Args:
-            cameras: Of the views.
-            image: Reference images from 0 to 1, one or as many as views.
-            image_camera: Their cameras; those of the views are taken relative to them.
+            cameras: Cameras of the views.
+            image: Reference images in [0, 1]: one, or one per view.
+            image_camera: Cameras of the reference images; the views' cameras are
+                expressed relative to them.
         """
         if not self.takes_conditions:
             return None
@@ -172,22 +173,22 @@ class Prior:
         guidance_rescale: float = 0.0,
         conditions: Conditions | None = None,
     ) -> Float[Tensor, "views channels rows columns"]:
-        r"""The noise in noisy pictures, with classifier-free guidance.
+        r"""Predict the noise in noisy images, with classifier-free guidance.
 
-        The model's answer is $\hat a = a(\varnothing) + s\,(a(c) - a(\varnothing))$ (J.
+        The guided output is $\hat a = a(\varnothing) + s\,(a(c) - a(\varnothing))$ (J.
         Ho and T. Salimans, 2022, arXiv 2207.12598), as in diffusers; threestudio's
         scale is one less.
 
         Args:
             noisy: $x_t$.
             t: Timesteps.
-            words: Embedding of each view's prompt, shape ``(views, tokens, channels)``.
-            without: Embedding of the negative prompt, shape ``(1, tokens, channels)``.
-            guidance_scale: s; 1 asks the conditional model alone.
+            words: prompt_embeds of each view, shape ``(views, tokens, channels)``.
+            without: negative_prompt_embeds, shape ``(1, tokens, channels)``.
+            guidance_scale: s; 1 evaluates only the conditional model.
             guidance_rescale: From 0 (off) to 1; see `guided`.
-            conditions: What `conditions` returned. A model that takes conditions and
-                gets none leaves the camera open. The branch of the negative prompt
-                keeps the camera and drops the image.
+            conditions: The return value of `conditions`. Without it, a model that takes
+                conditions treats the camera as unknown. The branch of the negative
+                prompt keeps the camera and drops the image.
         """
         if self.takes_conditions and conditions is None:
             conditions = Conditions.of(len(noisy), self.unet.config["sample_size"])
@@ -230,21 +231,21 @@ def load(
     device: torch.device,
     half: bool = True,
 ) -> tuple[Prior, Words]:
-    """Load a model, embed the prompts, and let the text encoder go.
+    """Load a model, embed the prompts, and release the text encoder.
 
-    Embeddings are kept on disk, so that a large text encoder (DeepFloyd IF's has 11
-    billion parameters) is loaded once for a prompt.
+    Embeddings are cached on disk, so that a large text encoder (DeepFloyd IF's has 11
+    billion parameters) is loaded once per prompt.
 
     Args:
         name: "toybox", "toybox2", a hub model, or a local folder.
-        prompts: What to embed.
+        prompts: Prompts to embed.
         negative: The negative prompt, usually empty.
-        device: Where the model runs.
-        half: Half precision, on a GPU; on the CPU always single.
+        device: Device of the model.
+        half: Use half precision on a GPU; the CPU always uses single precision.
 
     Raises:
-        ModelError: The model cannot be had.
-        ValueError: It does not know a word of the prompt.
+        ModelError: The model is unavailable.
+        ValueError: The model does not know a word of the prompt.
     """
     source = resolve(name)
     dtype = torch.float16 if half and device.type == "cuda" else torch.float32
@@ -263,7 +264,7 @@ def load(
 
 
 def resolve(name: str) -> str:
-    """The folder or hub name behind a name."""
+    """The folder or hub name that a name stands for."""
     name = ALIASES.get(name, name)
     if Path(name).is_dir() or name not in MOVED:
         return name
@@ -272,10 +273,10 @@ def resolve(name: str) -> str:
 
 
 def check(name: str, prompts: Sequence[str]) -> None:
-    """Refuse early what `load` would refuse, as far as that needs no loading.
+    """Refuse early what `load` would refuse, as far as possible without loading.
 
     Raises:
-        ModelError: A folder is not there, or holds no pipeline.
+        ModelError: A folder does not exist, or holds no pipeline.
         ValueError: The embedded prior cannot read a prompt.
     """
     source = ALIASES.get(name, name)
@@ -315,10 +316,10 @@ def open_pipeline(
     Args:
         source: A folder, or a name on the hub.
         with_text: Load the text encoder too.
-        dtype: Of the weights.
+        dtype: Type of the weights.
 
     Raises:
-        ModelError: It cannot be had.
+        ModelError: The pipeline is unavailable.
     """
     check(source, [])
     local = Path(source).is_dir()
@@ -354,7 +355,7 @@ def open_pipeline(
 
 @contextlib.contextmanager
 def _no_progress_bars() -> Iterator[None]:
-    """A local folder loads at once; bars are for downloads."""
+    """Hide progress bars for local folders, which load at once."""
     libraries = (diffusers.utils.logging, transformers.utils.logging)
     for library in libraries:
         library.disable_progress_bar()
@@ -367,7 +368,7 @@ def _no_progress_bars() -> Iterator[None]:
 
 @torch.no_grad()
 def _embed(pipeline: Any, prompts: Sequence[str], negative: str) -> Words:
-    """Embeddings by the pipeline's own `encode_prompt`."""
+    """Embed the prompts with the pipeline's own `encode_prompt`."""
     given, without = [], None
     for prompt in prompts:
         one, without = pipeline.encode_prompt(
@@ -384,7 +385,7 @@ def _embed(pipeline: Any, prompts: Sequence[str], negative: str) -> Words:
 
 
 def _cache_file(source: str, texts: Sequence[str]) -> Path:
-    """Where the embeddings of these texts are kept; another model, another file."""
+    """The cache file of the embeddings of these texts, for one model."""
     folder = Path(source)
     files = [path for part in _TEXT for path in sorted((folder / part).glob("*"))]
     stamp = [
@@ -406,7 +407,7 @@ def _read_words(path: Path) -> Words | None:
 
 
 def _write_words(path: Path, words: Words) -> None:
-    """Keep embeddings; a cache that cannot be written is no error."""
+    """Cache embeddings; failing to write the cache is not an error."""
     part = path.with_suffix(f".{os.getpid()}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

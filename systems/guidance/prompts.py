@@ -1,4 +1,4 @@
-"""Prompts that say from where the object is seen."""
+"""View-dependent prompts: the prompt names the side that is seen."""
 
 from __future__ import annotations
 
@@ -13,16 +13,18 @@ VIEWS = ("front", "side", "back", "overhead")
 
 @dataclass(frozen=True)
 class PromptConfig:
-    """What is wanted (`system.prompt_processor` in a config).
+    """The prompts (`system.prompt_processor` in a config).
 
     Args:
-        prompt: The object, such as "a red mushroom".
-        negative_prompt: What is not wanted; takes the place of the empty prompt.
-        pretrained_model_name_or_path: The guidance's model, if it is named at all.
-        view_dependent: Add the view to the prompt.
-        overhead_threshold: Elevation from which a view is overhead, degrees.
-        front_threshold: Azimuth up to which a view is a front view, degrees.
-        back_threshold: The same around the back, degrees.
+        prompt: Description of the object, such as "a red mushroom".
+        negative_prompt: Description of what to avoid; replaces the empty prompt.
+        pretrained_model_name_or_path: The model of the guidance; may be left out.
+        view_dependent: Append the direction of view to the prompt.
+        overhead_threshold: Elevation from which a view counts as overhead, in
+            degrees.
+        front_threshold: Azimuth up to which a view counts as a front view, in degrees.
+        back_threshold: Angle from the back up to which a view counts as a back view,
+            in degrees.
     """
 
     prompt: str
@@ -49,14 +51,14 @@ class PromptConfig:
         return [f"{self.prompt}, {view} view" for view in VIEWS]
 
     def numbers(self, cameras: Cameras) -> list[int]:
-        """Which of `texts` each camera asks for."""
+        """The index into `texts` for each camera."""
         if not self.view_dependent:
             return [0] * len(cameras)
         angles = zip(cameras.azimuth.tolist(), cameras.elevation.tolist(), strict=True)
         return [VIEWS.index(self.view(*angle)) for angle in angles]
 
     def view(self, azimuth: float, elevation: float) -> str:
-        """The word for a camera, in degrees."""
+        """The word for a camera's view; angles in degrees."""
         if elevation > self.overhead_threshold:
             return "overhead"
         around = abs((azimuth + 180) % 360 - 180)

@@ -1,11 +1,11 @@
-r"""Score distillation: a diffusion model says how images should change.
+r"""Score distillation: the gradient of a diffusion model on rendered images.
 
 An image $x$ is noised to $x_t = \alpha_t x + \sigma_t \epsilon$; the gradient
 
 $$g = w(t)\,\bigl(\hat\epsilon(x_t, t, c) - \epsilon\bigr)$$
 
-pulls it towards what the model expects of the prompt $c$ (SDS; B. Poole et al., 2022,
-arXiv 2209.14988, Eq. 3). Timestep and noise belong to the step.
+moves it towards images that are likely under the prompt $c$ (SDS; B. Poole et al.,
+2022, arXiv 2209.14988, Eq. 3). Timestep and noise are functions of the step.
 """
 
 from __future__ import annotations
@@ -35,19 +35,21 @@ class GuidanceConfig:
     r"""Score distillation from a diffusers pipeline (`system.guidance` in a config).
 
     Args:
-        pretrained_model_name_or_path: "toybox" (the first embedded prior), "toybox2"
-            (the second, which is told the camera), a hub model, or a local folder.
-        guidance_scale: Of classifier-free guidance, 1 for none.
-        guidance_rescale: Pulls guided answers back in range, from 0 (off) to 1.
-        weighting_strategy: w(t): "sds" is $1 - \bar\alpha_t$, "uniform" is 1,
+        pretrained_model_name_or_path: Diffusion model: "toybox" (the first embedded
+            prior), "toybox2" (the second, which is conditioned on the camera), a hub
+            model, or a local folder.
+        guidance_scale: Scale of classifier-free guidance; 1: no guidance.
+        guidance_rescale: Rescaling of the guided prediction, from 0 (off) to 1.
+        weighting_strategy: Weight w(t): "sds" is $1 - \bar\alpha_t$, "uniform" is 1,
             "fantasia3d" is $\sqrt{\bar\alpha_t}\,(1 - \bar\alpha_t)$.
-        min_step_percent: Least timestep, as a share of all, from 0 to 1 (the name is
-            threestudio's); a number or a schedule.
-        max_step_percent: Largest timestep; never below the least.
-        grad_clip: Largest absolute entry of the gradient; a number, a schedule or null.
-        half_precision_weights: Half precision on a GPU.
-        enable_memory_efficient_attention: torch's fused attention; false takes the
-            plain one.
+        min_step_percent: Smallest timestep, as a fraction of all timesteps, from 0 to 1
+            (the name is threestudio's); a number or a schedule.
+        max_step_percent: Largest timestep, likewise; never below the smallest.
+        grad_clip: Largest absolute value of an entry of the gradient; a number, a
+            schedule or null.
+        half_precision_weights: Run the model in half precision on a GPU.
+        enable_memory_efficient_attention: Use torch's fused attention; false uses the
+            plain implementation.
     """
 
     pretrained_model_name_or_path: str
@@ -77,25 +79,25 @@ class GuidanceConfig:
 
     @property
     def scale(self) -> float:
-        """s, the weight of the prompt; 1 asks the conditional model alone."""
+        """Guidance scale s; 1 evaluates only the conditional model."""
         return self.guidance_scale
 
 
 @dataclass(frozen=True)
 class StableDiffusionConfig(GuidanceConfig):
-    """The same as threestudio counts it: its guidance scale is s − 1, 0 for none."""
+    """The same in threestudio's convention: `guidance_scale` is s − 1; 0: none."""
 
     pretrained_model_name_or_path: str = "runwayml/stable-diffusion-v1-5"
 
     @property
     def scale(self) -> float:
-        """The weight of the prompt, s."""
+        """Guidance scale s."""
         return self.guidance_scale + 1
 
 
 @dataclass(frozen=True)
 class DeepFloydConfig(StableDiffusionConfig):
-    """Likewise, with threestudio's defaults for DeepFloyd IF."""
+    """threestudio's convention and its defaults for DeepFloyd IF."""
 
     pretrained_model_name_or_path: str = "DeepFloyd/IF-I-XL-v1.0"
     guidance_scale: float = 20.0
@@ -105,10 +107,10 @@ class ScoreDistillation(Guidance):
     """The SDS loss of images.
 
     Args:
-        config: Its settings.
-        prior: The model.
+        config: Settings of the guidance.
+        prior: The diffusion model.
         words: Embeddings of `prompts.texts()`.
-        prompts: Which text belongs to which view.
+        prompts: The prompts, and the choice among them by view.
     """
 
     Config = GuidanceConfig
@@ -147,13 +149,13 @@ class ScoreDistillation(Guidance):
         """A loss whose gradient in the model's space is g over the number of images.
 
         Args:
-            images: From 0 to 1.
-            cameras: Where they were taken from.
+            images: Rendered images in [0, 1].
+            cameras: Cameras of the images.
             step: The step on the trajectory.
-            random: Source of timestep and noise.
+            random: Source of the timestep and the noise.
 
         Returns:
-            The loss, half the sum of g² over the number of views, and numbers to log.
+            The loss, half the sum of g² over the number of views, and scalars to log.
         """
         x = self.prior.encode(images, random.generator(step, "latent"))
         low, high = self.timesteps(step)
@@ -181,7 +183,7 @@ class ScoreDistillation(Guidance):
         return loss, {"grad_norm": gradient.norm(), "max_timestep": float(high)}
 
     def timesteps(self, step: int) -> tuple[int, int]:
-        """Least and largest timestep of a step."""
+        """Smallest and largest timestep at a step."""
         count = self.prior.num_timesteps
         low, high = (
             min(int(value_at(share, step) * count), count - 1)
@@ -200,12 +202,12 @@ class ScoreDistillation(Guidance):
 
 
 class StableDiffusionGuidance(ScoreDistillation):
-    """The same, with threestudio's scale and defaults for Stable Diffusion."""
+    """SDS with threestudio's convention and defaults for Stable Diffusion."""
 
     Config = StableDiffusionConfig
 
 
 class DeepFloydGuidance(ScoreDistillation):
-    """The same, with threestudio's scale and defaults for DeepFloyd IF."""
+    """SDS with threestudio's convention and defaults for DeepFloyd IF."""
 
     Config = DeepFloydConfig

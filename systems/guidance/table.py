@@ -1,4 +1,4 @@
-"""The guidances by the names configs use; importing it imports diffusers."""
+"""The guidances by their names in configs; importing this imports diffusers."""
 
 from collections.abc import Mapping
 

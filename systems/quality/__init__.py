@@ -1,4 +1,4 @@
-"""How good an object is: against the ground truth, or by CLIP."""
+"""Quality of an object: against the ground truth, or by CLIP."""
 
 from systems.quality.mesh import MeshQuality, measure_mesh
 from systems.quality.truth import (

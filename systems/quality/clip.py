@@ -1,7 +1,7 @@
-r"""What CLIP thinks of an object whose truth nobody knows.
+r"""CLIP score and R-precision, for prompts without a ground-truth object.
 
-With the unit embeddings $u_i$ of view $i$ and $v_p$ of prompt $p$, $p^*$ what was asked
-for,
+With the unit embeddings $u_i$ of view $i$ and $v_p$ of prompt $p$, $p^*$ the prompt
+of the object,
 
 $$\mathrm{score} = \operatorname{mean}_i 100 \max(u_i \cdot v_{p^*}, 0), \qquad
   R = \operatorname{mean}_i \bigl[\operatorname{argmax}_p u_i \cdot v_p = p^*\bigr]$$
@@ -24,17 +24,17 @@ from torch import Tensor
 
 
 class ClipError(ValueError):
-    """CLIP cannot judge here; the message says why and what to write instead."""
+    """CLIP is unavailable; the message says why and what to write instead."""
 
 
 @dataclass(frozen=True)
 class ClipFigures:
-    """What CLIP thinks.
+    """CLIP figures of an object.
 
     Attributes:
-        clip_score: From 0 to 100.
-        r_precision: Share of views, from 0 to 1.
-        num_prompts: How many prompts the right one was picked from.
+        clip_score: CLIP score, from 0 to 100.
+        r_precision: Fraction of views whose best prompt is the right one, from 0 to 1.
+        num_prompts: Number of candidate prompts, the right one included.
     """
 
     clip_score: float
@@ -43,7 +43,7 @@ class ClipFigures:
 
 
 def read_prompts(path: str | Path) -> list[str]:
-    """Prompts from a text file, one a line.
+    """Prompts from a text file, one per line.
 
     Raises:
         ClipError: The file cannot be read, or is empty.
@@ -69,17 +69,17 @@ def judge(
     others: Sequence[str],
     device: torch.device,
 ) -> ClipFigures:
-    """Ask a CLIP model.
+    """CLIP score and R-precision of images.
 
     Args:
-        name: Of a CLIP model on the hub, or a local folder.
-        pictures: Of the object, from 0 to 1.
-        prompt: What was asked for.
-        others: Prompts it competes with.
-        device: Where the model runs.
+        name: Name of a CLIP model on the hub, or a local folder.
+        pictures: Images of the object, from 0 to 1.
+        prompt: Prompt of the object.
+        others: Other candidate prompts of R-precision.
+        device: Device of the model.
 
     Raises:
-        ClipError: The model cannot be had.
+        ClipError: The model is unavailable.
     """
     from transformers import AutoTokenizer, CLIPModel
     from transformers.utils.constants import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD

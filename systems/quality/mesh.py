@@ -1,11 +1,11 @@
-r"""How good a mesh is: bodies, and volume and surface against the ground truth.
+r"""Quality of a mesh: bodies, and volume and surface against the ground truth.
 
 With the solid M that a mesh encloses and the ground truth $M^* = \{d < 0\}$ of signed
 distance d,
 
 $$\mathrm{IoU}_{3D} = |M \cap M^*| / |M \cup M^*|,$$
 
-counted over the points of a grid. With N points drawn evenly from each surface,
+counted over the points of a grid. With N points drawn uniformly from each surface,
 
 $$\mathrm{CD} = \frac{1}{2N} \sum_{x \in S} \min_{y \in S^*} \|x - y\|
   + \frac{1}{2N} \sum_{y \in S^*} \min_{x \in S} \|x - y\|$$
@@ -27,10 +27,10 @@ from systems.toybox.render import RADIUS
 from systems.toybox.truth import Truth
 
 GRID = 96
-"""Points a side of the grid that volumes are counted on."""
+"""Points per side of the grid that volumes are counted on."""
 SAMPLES = 30_000
 """Points drawn from each surface; the distance of equal surfaces is then 0.005 to 0.007
-and not nought, since the points differ."""
+and not zero, because the points differ."""
 
 
 @dataclass(frozen=True)
@@ -38,13 +38,13 @@ class MeshQuality:
     """Figures of a mesh.
 
     Attributes:
-        bodies: Connected pieces.
-        faces: Triangles.
+        bodies: Number of connected components.
+        faces: Number of triangles.
         watertight: Whether every edge has two faces.
-        volume: What it encloses, in units of the scene.
-        level: The density at the surface; None: unknown.
-        iou_3d: With the ground truth, from 0 to 1; None: there is none.
-        chamfer: From the ground truth's surface; None: there is none.
+        volume: Enclosed volume, in units of the scene.
+        level: Density at the surface; None: unknown.
+        iou_3d: IoU with the ground truth, from 0 to 1; None: no ground truth.
+        chamfer: Chamfer distance from the ground truth; None: no ground truth.
     """
 
     bodies: int
@@ -56,7 +56,7 @@ class MeshQuality:
     chamfer: float | None = None
 
     def figures(self) -> dict[str, Any]:
-        """The numbers, rounded; what is unknown is left out."""
+        """The figures, rounded; unknown ones are left out."""
         return {
             name: round(value, 4) if isinstance(value, float) else value
             for name, value in vars(self).items()
@@ -65,7 +65,7 @@ class MeshQuality:
 
 
 def measure_mesh(mesh: Any, wanted: Truth | None = None) -> MeshQuality:
-    """Measure a mesh (z up) by itself and against the ground truth.
+    """Measure a mesh (z up), also against the ground truth.
 
     Args:
         mesh: A `trimesh.Trimesh`.
@@ -93,13 +93,13 @@ def volume_iou(mesh: Any, wanted: Truth, resolution: int = GRID) -> float:
 
 
 def enclosed(mesh: Any, points: np.ndarray) -> np.ndarray:
-    """Which points of a grid a closed mesh encloses.
+    """The points of a grid that a closed mesh encloses.
 
-    Those with a positive winding number along z: the faces above that look up, less
-    those that look down.
+    These have a positive winding number along z: the number of faces above that face
+    up, minus those that face down.
 
     Args:
-        mesh: Faces outwards.
+        mesh: Mesh whose faces are oriented outwards.
         points: Evenly spaced coordinates along each axis, shape ``(side,)``.
 
     Returns:
@@ -120,7 +120,7 @@ def enclosed(mesh: Any, points: np.ndarray) -> np.ndarray:
 
 
 def chamfer(mesh: Any, wanted: Truth, samples: int = SAMPLES) -> float:
-    """Mean distance between the two surfaces, both ways; the same each time."""
+    """Chamfer distance of the two surfaces; deterministic."""
     import trimesh
     from scipy.spatial import KDTree
 
@@ -135,6 +135,6 @@ def chamfer(mesh: Any, wanted: Truth, samples: int = SAMPLES) -> float:
 
 
 def _grid(resolution: int) -> np.ndarray:
-    """Off the mesh's own grid, whose points lie on edges of faces."""
+    """Grid coordinates, off the mesh's own grid, whose points lie on edges of faces."""
     cells = (np.arange(resolution) + 0.5) / resolution * 2 - 1
     return cells * RADIUS * 1.0007 + 1.7e-4

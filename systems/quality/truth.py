@@ -1,13 +1,13 @@
-r"""How good an object is: against the toybox's truth, or judged by CLIP.
+r"""Quality of an object: against the toybox's ground truth, or by CLIP.
 
-With truth: peak signal-to-noise ratio, structural similarity and the intersection over
-union of silhouettes, over 16 fixed views that no training step is tied to,
+With ground truth: peak signal-to-noise ratio, structural similarity and the
+intersection over union of silhouettes, over 16 fixed views independent of the training,
 
 $$\mathrm{PSNR} = -10 \log_{10} \operatorname{mean} (x - x^*)^2, \qquad
   \mathrm{IoU} = |A \cap B| / |A \cup B|.$$
 
-Without truth: CLIP score and R-precision (`systems.quality.clip`), when a CLIP model is
-at hand.
+Without ground truth: CLIP score and R-precision (`systems.quality.clip`), if a CLIP
+model is available.
 """
 
 from __future__ import annotations
@@ -32,23 +32,23 @@ if TYPE_CHECKING:
 
 NUM_VIEWS = 16
 GREY = 0.5
-"""Midway between black and white: no body colour hides in it, none stands out most."""
+"""Midway between black and white, distinct from every body colour."""
 SIZE = 32
-"""What the embedded prior knows; rendered at twice this size and averaged."""
+"""Image size of the embedded prior; rendered at twice this size and averaged."""
 
 
 @dataclass(frozen=True)
 class Quality:
-    """Figures of an object, and the pictures they were taken from.
+    """Figures of an object, and the images they were computed from.
 
     Attributes:
-        psnr: Over all pixels of all views, dB.
+        psnr: PSNR over all pixels of all views, dB.
         ssim: Mean structural similarity, from −1 to 1.
-        iou: Of the silhouettes of all views together, from 0 to 1.
-        right_colour: Share of views in which the classifier sees the colour.
-        right_object: Share of views in which it sees the object.
-        pictures: Over grey, shape ``(views, 3, size, size)``.
-        wanted: The truth, likewise.
+        iou: IoU of the silhouettes of all views together, from 0 to 1.
+        right_colour: Fraction of views in which the classifier sees the right colour.
+        right_object: Fraction of views in which it sees the right object.
+        pictures: Images over grey, shape ``(views, 3, size, size)``.
+        wanted: Ground-truth images, likewise.
     """
 
     psnr: float
@@ -60,13 +60,13 @@ class Quality:
     wanted: Float[Tensor, "views 3 size size"]
 
     def figures(self) -> dict[str, float]:
-        """The numbers, rounded."""
+        """The figures, rounded."""
         names = ("psnr", "ssim", "iou", "right_colour", "right_object")
         return {name: round(getattr(self, name), 4) for name in names}
 
 
 def fixed_views(size: int = 2 * SIZE) -> Views:
-    """Sixteen views: all around at 20°, every other one shifted up or down."""
+    """Sixteen views all around at 20°, every other one shifted up or down."""
     number = torch.arange(NUM_VIEWS)
     elevation = torch.tensor([20.0, 45.0, 20.0, 0.0])[number % 4]
     one = torch.ones(NUM_VIEWS)
@@ -75,7 +75,7 @@ def fixed_views(size: int = 2 * SIZE) -> Views:
 
 
 def truth_of(system: System) -> Truth | None:
-    """The truth of a system's prompt, if it is one of the toybox's."""
+    """The ground truth of a system's prompt, if it names a toybox object."""
     try:
         return truth(system.title)
     except ValueError:
@@ -86,9 +86,9 @@ def against_truth(system: System, y: dp.State, wanted: Truth) -> Quality:
     """Measure a state.
 
     Args:
-        system: Renders the state.
+        system: System that renders the state.
         y: The state.
-        wanted: The truth.
+        wanted: The ground truth.
     """
     views = fixed_views()
     seen = [system.render(y, views.one(i), grey=GREY) for i in range(NUM_VIEWS)]
@@ -108,7 +108,7 @@ def measure(
     mask: Float[Tensor, "views 1 size size"],
     wanted: Truth,
 ) -> Quality:
-    """Compare pictures over grey with the truth over the same grey."""
+    """Compare images with the ground truth, both over the same grey."""
     from skimage.metrics import structural_similarity
 
     error = float((pictures - goal).square().mean())
@@ -135,7 +135,7 @@ def measure(
 
 
 def by_clip(system: System, y: dp.State) -> dict[str, float] | str:
-    """CLIP's figures of a state, in the final look, or why there are none."""
+    """CLIP figures of a state as in evaluation, or the reason for their absence."""
     wanted = system.config.quality
     if wanted.clip is None:
         return (

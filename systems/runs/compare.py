@@ -1,8 +1,8 @@
-"""Does it pay? The plain loop and the accelerated run, side by side.
+"""Comparison of the sequential run and the accelerated run.
 
 `launch.py --compare` makes both from the same seed and config, one after the other,
-with the same threads per worker, and a plain loop of another seed to show what chance
-does; `--compare RUN RUN` compares finished runs. Both write `report.html` and
+with the same threads per worker. A sequential run of another seed shows the variation
+between seeds. `--compare RUN RUN` compares finished runs. Both write `report.html` and
 `report.json`.
 """
 
@@ -36,14 +36,14 @@ RATES = (0.5, 1.0, 2.0, 4.0, 8.0)
 
 
 def run(path: Path | None, words: Sequence[str]) -> int:
-    """Compare as the command line asks: two finished runs, or two ways to make one.
+    """Run `--compare`: of two finished runs, or of the runs of a config.
 
     Args:
         path: A config, or None.
-        words: What follows `--compare`: runs, `rivals`, settings.
+        words: The words after `--compare`: runs, `rivals`, settings.
 
     Raises:
-        ConfigError: It asks for neither.
+        ConfigError: There are neither two runs nor a config.
     """
     overrides = [word for word in words if "=" in word or word.startswith("-")]
     named = [word for word in words if word not in overrides]
@@ -59,12 +59,13 @@ def run(path: Path | None, words: Sequence[str]) -> int:
 
 
 def compare(path: Path, overrides: Sequence[str], rivals: bool = False) -> int:
-    """Make the runs of a config and compare them; gives the exit code.
+    """Make the runs of a config and compare them; returns the exit code.
 
     Args:
         path: The config.
         overrides: Settings of both runs.
-        rivals: Make the rivals too.
+        rivals: Make the rivals too: sequential runs with as few steps as the
+            accelerated run has iterations.
 
     Raises:
         ConfigError: There is nothing to compare.
@@ -97,12 +98,12 @@ def compare(path: Path, overrides: Sequence[str], rivals: bool = False) -> int:
 
 
 def compare_folders(first: str, second: str) -> int:
-    """Compare two finished runs; the plain loop is the base, else the first.
+    """Compare two finished runs; the base is the sequential one, else the first.
 
-    The page goes into a folder beside the second.
+    The page is written into a folder beside the second run.
 
     Raises:
-        ConfigError: One of them is not finished, or they made different things.
+        ConfigError: One of them is not finished, or they solve different problems.
     """
     runs = [open_run(first), open_run(second)]
     if runs[0].config.solver.name != "sequential":
@@ -139,7 +140,7 @@ def _check(config: Config) -> None:
 
 
 def _runs(config: Config) -> dict[str, list[str]]:
-    """The runs of a comparison, and what they set."""
+    """The runs of a comparison, and their overrides."""
     count = config.dispatch.num_workers
     threads = config.dispatch.threads or (1 if count > 1 else torch.get_num_threads())
     every = max(1, math.ceil(config.trainer.max_steps / POINTS))
@@ -157,7 +158,10 @@ def _runs(config: Config) -> dict[str, list[str]]:
 
 
 def _rivals(path: Path, overrides: Sequence[str], fast: Run) -> list[dict[str, Any]]:
-    """Plain loops of as many steps as there were iterations, each at its best rate."""
+    """Sequential runs with as many steps as `fast` has iterations.
+
+    Each uses its best learning rate.
+    """
     few = fast.report["iterations"]
     times = max(1, round(fast.report["steps"] / few))
     views = fast.config.data["batch_size"]
@@ -177,7 +181,7 @@ def _rivals(path: Path, overrides: Sequence[str], fast: Run) -> list[dict[str, A
                 for factor in RATES
             ]
             best = max(tried, key=lambda entry: _rank(entry))
-            # Beyond the rates that were tried it might do better still.
+            # A learning rate beyond those tried might do better still.
             edge = best in (tried[0], tried[-1])
             plan = {"name": name, "views": count, "steps": few, "edge": edge}
             found.append({**plan, **best})
@@ -190,7 +194,7 @@ def _rank(entry: dict[str, Any]) -> float:
 
 
 def _rival(config: Config, factor: float, tell: Callable[[], Any]) -> dict[str, Any]:
-    """One plain loop at a multiple of the config's learning rates."""
+    """One sequential run at a multiple of the config's learning rates."""
     settings = dict(config.system["optimizer"])
     rate = settings["args"]["lr"] * factor
     settings["args"] = {**settings["args"], "lr": rate}
@@ -215,7 +219,7 @@ def _rival(config: Config, factor: float, tell: Callable[[], Any]) -> dict[str, 
 
 
 def _report(folder: Path, runs: dict[str, Run], rivals: list[dict[str, Any]]) -> int:
-    """Measure what is left to measure, and write page, figures and table."""
+    """Measure the remaining figures, and write page, figures and table."""
     base, fast = runs["sequential"], runs["accelerated"]
     system = system_of(base)
     ends = {name: run.state(system) for name, run in runs.items()}

@@ -1,7 +1,7 @@
-"""A run's folder: where it is, what describes the run, and going on from it.
+"""A run's folder: its path, the description of the run, and resuming from it.
 
 `outputs/<name>/<tag>@<time>/` holds `config.yaml` (resolved), `command.txt`,
-`environment.json`, `ckpts/`, and what `systems.runs.recorder` and
+`environment.json`, `ckpts/`, and the files that `systems.runs.recorder` and
 `systems.runs.results` write.
 """
 
@@ -35,11 +35,11 @@ CONFIG = "config.yaml"
 
 
 def open_folder(config: Config) -> Path:
-    """Make a run's folder and describe the run in it; a resumed run keeps its own.
+    """Make a run's folder and record its setup; a resumed run keeps its folder.
 
     Raises:
-        CheckpointError: Another process runs there.
-        ConfigError: It cannot be written.
+        CheckpointError: Another process runs in the folder.
+        ConfigError: The folder cannot be written.
     """
     folder = _make(config) if config.resume is None else folder_of(config.resume)
     checkpoint.lock(folder)
@@ -68,10 +68,10 @@ def _make(config: Config) -> Path:
 
 
 def folder_of(resume: str) -> Path:
-    """The run folder behind a `resume` path.
+    """The run folder that a `resume` path names.
 
     Raises:
-        ConfigError: There is nothing there.
+        ConfigError: The path does not exist.
     """
     path = Path(resume)
     if not path.exists():
@@ -84,12 +84,12 @@ def folder_of(resume: str) -> Path:
 
 
 def load_config(path: Path | None, overrides: Sequence[str]) -> Config:
-    """The config of a command line: of a file, or of the run that `resume=…` names.
+    """The config of a command line: a file, or that of the run named by `resume=…`.
 
-    What a file leaves open (`???`) and the run knows is taken from the run.
+    Values that a file leaves open (`???`) are taken from the run.
 
     Raises:
-        ConfigError: There is none, or a setting cannot be used.
+        ConfigError: There is no config, or a setting cannot be used.
     """
     if path is None:
         return load(config_of(overrides), overrides)
@@ -99,10 +99,10 @@ def load_config(path: Path | None, overrides: Sequence[str]) -> Config:
 
 
 def config_of(overrides: Sequence[str]) -> Path:
-    """The config of the run that `resume=…` names, when none is given.
+    """The config of the run that `resume=…` names.
 
     Raises:
-        ConfigError: There is none.
+        ConfigError: There is no such run.
     """
     for override in overrides:
         if override.startswith("resume="):
@@ -114,11 +114,11 @@ def config_of(overrides: Sequence[str]) -> Path:
 
 
 def load_state(resume: str, problem: Problem) -> dp.SolverState[Any]:
-    """The solver state a `resume` path names, checked against the problem.
+    """The solver state that a `resume` path names, checked against the problem.
 
     Raises:
-        CheckpointError: It cannot be read.
-        ConfigError: It belongs to another config.
+        CheckpointError: The checkpoint cannot be read.
+        ConfigError: The checkpoint belongs to another config.
     """
     path = Path(resume)
     folder_of(resume)
@@ -149,11 +149,11 @@ def load_own_state(problem: Problem) -> dp.SolverState[Any]:
 
 
 def start_of(problem: Problem) -> dp.SolverState[Any] | None:
-    """What a run goes on from; None: from the start.
+    """The solver state that a run resumes from; None: a new run.
 
     Raises:
-        CheckpointError: It cannot be read.
-        ConfigError: It belongs to another config, or to another precision.
+        CheckpointError: The checkpoint cannot be read.
+        ConfigError: The checkpoint belongs to another config or another precision.
     """
     config = problem.config
     if config.resume is None:
@@ -176,7 +176,7 @@ def start_of(problem: Problem) -> dp.SolverState[Any] | None:
 
 
 def environment() -> dict[str, Any]:
-    """Machine and versions, for whoever reads the figures."""
+    """Machine and versions, recorded beside the figures."""
     packages = ("torch", "diffusers", "transformers", "nerfacc", "numpy")
     return {
         "dreampropeller": metadata.version("dreampropeller"),
@@ -203,13 +203,13 @@ def write_setup(folder: Path, config: Config) -> None:
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write a JSON file in one go: a reader never sees half of it."""
+    """Write a JSON file atomically, so that a reader never sees a partial file."""
     with written(path) as part:
         part.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def report(folder: Path) -> dict[str, Any]:
-    """A run's `report.json`; empty before its end."""
+    """A run's `report.json`; empty before the run ends."""
     try:
         return json.loads((folder / "report.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -217,7 +217,7 @@ def report(folder: Path) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
-    """Tuples as lists, which is how YAML writes them."""
+    """Convert tuples to lists, as YAML writes them."""
     if isinstance(value, dict):
         return {key: _plain(entry) for key, entry in value.items()}
     return (

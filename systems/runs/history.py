@@ -1,8 +1,8 @@
-"""What a run's `metrics.jsonl` tells of its iterations and seconds.
+"""Iterations and seconds of a run, read from its `metrics.jsonl`.
 
-Each iteration has a line, and each end of the run. A resumed run appends to its file,
-also where it goes back to an earlier checkpoint: what was made anew counts once, as it
-was made last.
+Every iteration and every end of the run writes a line. A resumed run appends to the
+same file, also when it resumes from an earlier checkpoint. An iteration that was
+repeated counts once, by its last line.
 """
 
 from __future__ import annotations
@@ -17,22 +17,22 @@ Entry = dict[str, Any]
 
 
 def lines(folder: Path) -> list[Entry]:
-    """Every line of a run's metrics; those that were torn are left out."""
+    """Every line of a run's metrics; incomplete lines are left out."""
     path = folder / FILE
-    if not path.is_file():  # none, or a device
+    if not path.is_file():  # missing, or a device
         return []
     found = []
     for line in path.read_text(encoding="utf-8").splitlines():
         try:
             entry = json.loads(line)
-        except ValueError:  # killed while it wrote
+        except ValueError:  # the process was killed while writing
             continue
         found.append(entry)
     return found
 
 
 def iterations(entries: Iterable[Entry]) -> list[Entry]:
-    """The iterations of a run, in order, each as it was made last."""
+    """The iterations of a run, in order; of a repeated one, the last."""
     found: list[Entry] = []
     for entry in entries:
         if "iteration" in entry:
@@ -43,7 +43,7 @@ def iterations(entries: Iterable[Entry]) -> list[Entry]:
 
 
 def elapsed(entries: Sequence[Entry], num_iterations: int) -> float:
-    """Wall-clock seconds of a run up to an iteration; to its end, if it ended there."""
+    """Wall-clock seconds up to an iteration, or to the end if the run ended there."""
     reached = [
         entry["elapsed"]
         for entry in entries
@@ -53,9 +53,9 @@ def elapsed(entries: Sequence[Entry], num_iterations: int) -> float:
 
 
 def totals(entries: Sequence[Entry]) -> Entry:
-    """The part of `report.json` that counts: steps, iterations and seconds.
+    """The counts in `report.json`: steps, iterations and seconds.
 
-    Seconds are null where the file does not have every iteration of the run.
+    Seconds are null if the file lacks an iteration of the run.
     """
     made = iterations(entries)
     strides = [entry["stride"] for entry in made]

@@ -1,8 +1,8 @@
-"""Records a run while it goes on, and hears whether to stop.
+"""Records a run in progress, and stops it on request.
 
-Metrics go to `metrics.jsonl` and TensorBoard, the object so far to `preview.png`,
+Metrics go to `metrics.jsonl` and TensorBoard, the current object to `preview.png`,
 checkpoints to `ckpts/`. Ctrl-C, SIGTERM or a file named `stop` in the run folder end
-the run after the iteration at hand. Only rank 0 writes and listens.
+the run after the current iteration. Only rank 0 writes and listens.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ from systems.runs import folders, history, results, viewer
 from systems.runs.stopping import Stop
 
 STOP = "stop"
-"""Name of the file in the run folder that asks to stop."""
+"""Name of the file in the run folder that requests a stop."""
 
 
 class Recorder(abc.ABC):
-    """Records a run as it goes on; the `on_iteration` of its solve.
+    """Records a run in progress; the `on_iteration` of its solve.
 
     Args:
-        files: Files that ask to stop; None hears and records nothing (ranks other than
-            0).
+        files: Files that request a stop. None: neither listen nor record (ranks other
+            than 0).
     """
 
     def __init__(self, files: Sequence[Path] | None) -> None:
@@ -46,13 +46,13 @@ class Recorder(abc.ABC):
 
     @property
     def interrupted(self) -> signal.Signals | None:
-        """The signal that asked to stop, if one did."""
+        """The signal that requested the stop, if any."""
         return self._stop.signal
 
     def run(self, solve: Callable[[Recorder], dp.Solution[Any]]) -> int:
-        """Solve, record, and write the results; gives the exit code.
+        """Solve, record, and write the results; returns the exit code.
 
-        What was accepted is saved, also when the solve fails.
+        Accepted steps are saved even if the solve fails.
 
         Args:
             solve: Solves the problem with the given `on_iteration`.
@@ -76,12 +76,12 @@ class Recorder(abc.ABC):
 
     @contextmanager
     def recording(self) -> Iterator[None]:
-        """Open files and signal handlers for a solve, and close them after it."""
+        """Open files and signal handlers for the time of a solve."""
         with self._stop.listening():
             yield
 
     def __call__(self, state: dp.SolverState[Any], iteration: dp.Iteration) -> bool:
-        """Record an iteration; True asks the solve to stop."""
+        """Record an iteration; True requests the solve to stop."""
         if not self.leads:
             return False
         self.record(state, iteration)
@@ -89,23 +89,23 @@ class Recorder(abc.ABC):
 
     @abc.abstractmethod
     def record(self, state: dp.SolverState[Any], iteration: dp.Iteration) -> None:
-        """Write down an iteration, and what is due after it."""
+        """Record an iteration, and write what is due after it."""
 
     @abc.abstractmethod
     def save(self, state: dp.SolverState[Any]) -> None:
         """Write a checkpoint."""
 
     def stopped(self, solution: dp.Solution[Any]) -> None:
-        """Say what can be done with a run that failed; by default nothing is said."""
+        """Print what can be done with a failed run; default: nothing."""
         del solution
 
     @abc.abstractmethod
     def finish(self, solution: dp.Solution[Any]) -> None:
-        """Write what is left at the end, and say so."""
+        """Write the results at the end, and print a summary."""
 
     @staticmethod
     def due(interval: int, iteration: dp.Iteration) -> bool:
-        """Whether an iteration crossed a multiple of an interval, in steps."""
+        """Whether an iteration crossed a multiple of an interval of steps."""
         return interval > 0 and iteration.begin // interval < iteration.end // interval
 
 
@@ -113,13 +113,13 @@ class FolderRecorder(Recorder):
     """Records a run in its folder: metrics, previews, checkpoints, and the results.
 
     Args:
-        problem: What is solved.
-        folder: Where to write; None writes nothing (ranks other than 0).
-        state: What the run is resumed from; None: it starts.
+        problem: The problem that is solved.
+        folder: Folder to write to; None writes nothing (ranks other than 0).
+        state: State that the run resumes from; None: a new run.
 
     Attributes:
-        solving: Wall-clock seconds of the solve, without what the recorder itself
-            takes to write, save and render; of a resumed run, with those before.
+        solving: Wall-clock seconds of the solve, without the recorder's own writing,
+            saving and rendering. A resumed run includes the seconds before it.
     """
 
     def __init__(
@@ -144,7 +144,7 @@ class FolderRecorder(Recorder):
         self._bar: Any = None
 
     def _take_over(self, folder: Path, num_iterations: int) -> None:
-        """Count on from the seconds of the iterations before."""
+        """Continue from the seconds of the earlier iterations."""
         lines = history.lines(folder)
         self._elapsed_before = history.elapsed(lines, num_iterations)
         for entry in history.iterations(lines):
@@ -178,12 +178,12 @@ class FolderRecorder(Recorder):
             yield
         finally:
             self._bar.close()
-            with named(self.folder / "metrics.jsonl"):  # it writes what is left
+            with named(self.folder / "metrics.jsonl"):  # flushes the rest
                 self._metrics.close()
             self._board.close()
 
     def __call__(self, state: dp.SolverState[Any], iteration: dp.Iteration) -> bool:
-        """Record an iteration, and keep the time that this takes apart."""
+        """Record an iteration, and time the recording separately."""
         self.solving += time.perf_counter() - self._returned
         try:
             return super().__call__(state, iteration)
@@ -191,7 +191,7 @@ class FolderRecorder(Recorder):
             self._returned = time.perf_counter()
 
     def record(self, state: dp.SolverState[Any], iteration: dp.Iteration) -> None:
-        """Metrics of each iteration; previews and checkpoints when they are due."""
+        """Write metrics of each iteration, previews and checkpoints when due."""
         assert self.folder is not None
         with named(self.folder / "metrics.jsonl"):
             self._write_metrics(state, iteration)
@@ -217,7 +217,7 @@ class FolderRecorder(Recorder):
         self._saved_at = state.step
 
     def finish(self, solution: dp.Solution[Any]) -> None:
-        """Write the results, unless SIGTERM wants to leave, and the report."""
+        """Write the results (not after SIGTERM) and the report."""
         assert self.folder is not None
         leaves = self.interrupted is signal.SIGTERM
         made = {} if leaves else self.problem.write(self.folder, solution.value)
@@ -236,7 +236,7 @@ class FolderRecorder(Recorder):
         print(results.summary(self.folder, self.problem, report))
 
     def stopped(self, solution: dp.Solution[Any]) -> None:
-        """Say how to resume or look at a run that failed."""
+        """Print how to resume or inspect a failed run."""
         assert self.folder is not None
         made = {"steps": solution.state.step}
         print("\n".join(results.next_steps(self.folder, self.problem, made)))
@@ -292,10 +292,10 @@ class FolderRecorder(Recorder):
 
 
 def _rounded(value: float) -> float | None:
-    """Six decimals; JSON has no infinity and no NaN."""
+    """Round to six decimals; None where not finite, as JSON has no such number."""
     return round(value, 6) if math.isfinite(value) else None
 
 
 def _number(value: float) -> float | None:
-    """Four digits; JSON has no infinity and no NaN."""
+    """Round to four digits; None where not finite, as JSON has no such number."""
     return float(f"{value:.4g}") if math.isfinite(value) else None

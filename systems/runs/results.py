@@ -18,18 +18,18 @@ from systems.settings.config import Config
 from systems.settings.reader import to_section
 
 GROWTH = 100.0
-"""How much larger than at first a loss may be at the end."""
+"""Ratio of the last to the first losses above which a run counts as diverged."""
 SECONDS = ("seconds", "solving_seconds", "device_seconds", "seconds_by_phase")
-"""The part of a report that is null where the run's metrics were lost."""
+"""The entries of a report that are null if the run's metrics were lost."""
 
 
 def report_of(
     folder: Path, config: Config, solution: dp.Solution[Any]
 ) -> dict[str, Any]:
-    """What was solved, how, and at what cost, as `report.json` has it.
+    """The content of `report.json`: problem, solver and cost.
 
-    The counts are those of the solution, which a resumed run remembers; the seconds
-    are read from `metrics.jsonl`, which has those before it was resumed.
+    The counts are those of the solution, which includes the steps before a resume. The
+    seconds are read from `metrics.jsonl`, which includes them too.
     """
     stats = solution.stats
     steps = sum(stats.strides)
@@ -49,7 +49,7 @@ def report_of(
         **seconds,
         "workers": config.dispatch.count,
         "threads": torch.get_num_threads(),
-        "gpu_memory": (  # bytes, on the first device
+        "gpu_memory": (  # in bytes, on the first device
             torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None
         ),
         "solver": to_section(config.solver),
@@ -79,7 +79,7 @@ def summary(folder: Path, problem: Problem, report: dict[str, Any]) -> str:
 
 
 def next_steps(folder: Path, problem: Problem, report: dict[str, Any]) -> list[str]:
-    """What can be done with a run now, as commands."""
+    """Commands for what can be done with the run next."""
     place = shlex.quote(str(folder))
     lines = []
     if "resume" in problem.sections:
@@ -93,11 +93,11 @@ def next_steps(folder: Path, problem: Problem, report: dict[str, Any]) -> list[s
 
 
 def collapses(lines: Sequence[dict[str, Any]], y: dp.State) -> list[str]:
-    """Sentences about a run that went astray; none where nothing speaks against it.
+    """Warnings about a collapsed or diverged run; empty if there is no sign of it.
 
     Args:
-        lines: Of its metrics.
-        y: The last state.
+        lines: Lines of the metrics.
+        y: The final state.
     """
     advice = "Take a smaller learning rate (`system.optimizer.args.lr`)."
     broken = [

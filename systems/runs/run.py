@@ -1,4 +1,4 @@
-"""The one path from a config to files: build, solve, record, write."""
+"""From a config to files: build, solve, record, write."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from systems.settings.reader import ConfigError
 
 
 def execute(config: Config, option: str = "--train", folder: Path | None = None) -> int:
-    """Run a config, here or on several ranks; gives the exit code.
+    """Run a config, in this process or on several ranks; returns the exit code.
 
     Args:
-        config: The run.
-        option: The option of `launch.py` that asked for it.
-        folder: Where to write; default: a new folder, or that of a resumed run.
+        config: Config of the run.
+        option: The option of `launch.py` in use.
+        folder: Folder to write to; default: a new folder, or that of a resumed run.
 
     Raises:
         ConfigError: A setting cannot be used.
-        CheckpointError: What it resumes from cannot be read.
+        CheckpointError: The checkpoint to resume from cannot be read.
         NotConverged: The solve ended before its last step.
         WorkerError: A rank failed.
     """
@@ -39,7 +39,7 @@ def execute(config: Config, option: str = "--train", folder: Path | None = None)
         return work(config, leads=os.environ["RANK"] == "0")
     if config.dispatch.num_workers == 1:
         return work(config, folder)
-    folders.start_of(build_problem(config))  # refuse before anything is made or started
+    folders.start_of(build_problem(config))  # refuse before anything is created
     folder = folder or folders.open_folder(config)
     try:
         return workers.run(work, config, folder)
@@ -48,7 +48,7 @@ def execute(config: Config, option: str = "--train", folder: Path | None = None)
 
 
 def work(config: Config, folder: Path | None = None, leads: bool = True) -> int:
-    """What each rank does; the one that leads records it, in a folder."""
+    """The work of each rank; the leading one records the run in a folder."""
     dispatcher, threads = workers.dispatcher(config.dispatch)
     torch.set_num_threads(threads)
     problem = build_problem(config)
@@ -64,10 +64,12 @@ def work(config: Config, folder: Path | None = None, leads: bool = True) -> int:
 
 
 def look(config: Config, film: bool) -> int:
-    """Render and measure what a run has reached, or export it; gives the exit code.
+    """Render and measure the current state of a run, or export it.
+
+    Returns the exit code.
 
     Raises:
-        ConfigError: There is no such run, or it made no object.
+        ConfigError: There is no such run, or its problem has no object.
     """
     if config.resume is None:
         raise ConfigError(

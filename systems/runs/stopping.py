@@ -1,4 +1,4 @@
-"""Listening whether to stop: Ctrl-C, SIGTERM, or a file."""
+"""Stop requests: Ctrl-C, SIGTERM, or a file."""
 
 from __future__ import annotations
 
@@ -16,15 +16,16 @@ SAME_SIGNAL = 2.0
 
 
 class Stop:
-    """A wish to stop, granted after the iteration at hand.
+    """A request to stop, granted after the current iteration.
 
     Args:
-        files: Any of them asks too, and may hold the name of a signal; it is removed.
-            None: hear nothing (ranks other than 0; rank 0 decides for all).
+        files: Files whose existence requests a stop; a file may hold the name of a
+            signal, and is removed. None: listen to nothing (ranks other than 0; rank 0
+            decides for all).
 
     Attributes:
-        signal: What asked, if anything did; a file counts as Ctrl-C, unless it says
-            SIGTERM.
+        signal: The signal that requested the stop, if any. A file counts as Ctrl-C,
+            unless it names SIGTERM.
     """
 
     def __init__(self, files: Sequence[Path] | None) -> None:
@@ -34,10 +35,10 @@ class Stop:
 
     @contextmanager
     def listening(self) -> Iterator[Stop]:
-        """Take the signals over, and give them back; files left behind do not count.
+        """Handle the signals inside the block; files from before are ignored.
 
         Raises:
-            KeyboardInterrupt: A second signal came: stop at once.
+            KeyboardInterrupt: A second signal arrived: stop at once.
         """
         for file in self._files or ():
             file.unlink(missing_ok=True)

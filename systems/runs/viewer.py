@@ -1,7 +1,7 @@
-"""One HTML file to look at a run's object: the mesh to turn, the video, the figures.
+"""One HTML file that shows a run's object: interactive mesh, video and figures.
 
-Everything is in it and it asks for nothing from outside, so it opens from a disk, from
-a mail or offline. It draws `mesh.glb` as it was written, not another copy.
+The file is self-contained, so it opens from a disk, from a mail or offline. It draws
+`mesh.glb` as it was written, not another copy.
 """
 
 from __future__ import annotations
@@ -45,9 +45,9 @@ def add(folder: Path, report: dict[str, Any], title: str) -> None:
     """Write the viewer of a run whose folder has a mesh, and report it.
 
     Args:
-        folder: With ``mesh.glb``, perhaps a video and a preview.
-        report: Its figures; gets ``viewer``.
-        title: What the run made.
+        folder: Run folder with ``mesh.glb``, and optionally a video and a preview.
+        report: Report of the run; receives ``viewer``.
+        title: Title of the result.
     """
     if (folder / "mesh.glb").exists():
         artefacts.attempt(report, "viewer", lambda: write(folder, report, title))
@@ -58,8 +58,8 @@ def write(folder: Path, report: Mapping[str, Any], title: str) -> str:
 
     Args:
         folder: As for `add`.
-        report: Figures.
-        title: What the run made.
+        report: Report of the run.
+        title: Title of the result.
 
     Raises:
         OSError: There is no mesh, or the file cannot be written.

@@ -1,4 +1,4 @@
-"""Ranks: which dispatcher a run needs, starting processes, and stopping them kindly."""
+"""Ranks: the dispatcher of a run, and starting and stopping processes."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from systems.settings.config import Config, DispatchConfig, is_rank
 
 
 def dispatcher(config: DispatchConfig) -> tuple[Callable[[Any], dp.Dispatcher], int]:
-    """The dispatcher of a run, and how many CPU threads this process takes."""
+    """The dispatcher of a run, and the number of CPU threads of this process."""
     if not is_rank():
         return dp.InlineDispatcher, config.threads or torch.get_num_threads()
     threads = config.threads or 1
@@ -38,8 +38,8 @@ def run(
     Args:
         work: Called with the config, the folder (rank 0) or None, and whether this
             is rank 0; returns an exit code.
-        config: The run.
-        folder: Where it is written down.
+        config: Config of the run.
+        folder: Folder that the run is recorded in.
 
     Raises:
         WorkerError: A rank failed.
@@ -51,16 +51,16 @@ def run(
 def start(
     function: Callable[..., int], *arguments: Any, num_workers: int, stop: Path
 ) -> int:
-    """Start ranks of a function; gives rank 0's exit code.
+    """Start ranks of a function; returns rank 0's exit code.
 
     Ctrl-C and SIGTERM reach rank 0 through a file, so that it can finish its iteration;
-    a second one ends everything at once.
+    a second signal ends all ranks at once.
 
     Args:
-        function: Called on each rank; it has to look for the file (`Stop`).
-        *arguments: Of the function.
-        num_workers: How many ranks.
-        stop: The file.
+        function: Called on each rank; it has to watch the file (`Stop`).
+        *arguments: Arguments of the function.
+        num_workers: Number of ranks.
+        stop: File that requests a stop.
 
     Raises:
         WorkerError: A rank failed.
@@ -88,7 +88,7 @@ def start(
 
     previous = {n: signal.signal(n, pass_on) for n in (signal.SIGINT, signal.SIGTERM)}
     try:
-        # Not in the main thread: there torch's launcher would end ranks on a signal.
+        # Not in the main thread, where torch's launcher would end ranks on a signal.
         thread = threading.Thread(target=launch)
         thread.start()
         while thread.is_alive():
@@ -116,19 +116,19 @@ def _rank(
 
 
 def complain(text: str) -> None:
-    """Say what is wrong, on standard error; the ranks of a machine say it once."""
-    mine = os.environ.get("TORCHELASTIC_ERROR_FILE")  # in a folder for each rank
+    """Print an error on standard error, once for all ranks of a machine."""
+    mine = os.environ.get("TORCHELASTIC_ERROR_FILE")  # in one folder per rank
     if mine is not None:
         try:
             (Path(mine).parent.parent / "said").touch(exist_ok=False)
         except FileExistsError:
             return
-        except OSError:  # better twice than never
+        except OSError:  # print it twice rather than never
             pass
     print(f"error: {text}", file=sys.stderr)
 
 
 def last_words(error: dp.WorkerError) -> str:
-    """The last line of a rank's traceback, for people."""
+    """The last line of a rank's traceback, as a readable message."""
     lines = [line for line in str(error).strip().splitlines() if line.strip()]
     return lines[-1] if lines else "A rank failed without a word."

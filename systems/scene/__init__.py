@@ -1,1 +1,1 @@
-"""What is optimised and how it is rendered: fields, materials, cameras, renderers."""
+"""Scenes and their rendering: fields, materials, cameras, renderers."""

@@ -1,4 +1,4 @@
-"""What is behind the object; where an answer is random, it belongs to the step."""
+"""Backgrounds of the object; random ones are functions of the step."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ class SolidConfig:
     """One colour (``solid-color-background``).
 
     Args:
-        color: From 0 to 1.
+        color: Colour of the background, from 0 to 1.
         learned: Optimise the colour.
-        random_aug: Replace it by a random colour in some steps.
-        random_aug_prob: In what share of the views.
+        random_aug: Replace the background by a random colour in some views.
+        random_aug_prob: Fraction of the views with a random colour.
     """
 
     color: Colour = (1.0, 1.0, 1.0)
@@ -41,12 +41,12 @@ class SolidConfig:
 
 @dataclass(frozen=True)
 class RandomConfig:
-    """A random plain colour for each view of a step (``random-color-background``).
+    """A random solid colour for each view of a step (``random-color-background``).
 
     Args:
-        grey: Draw greys only.
-        range: Of each channel, from 0 to 1.
-        eval_color: In turntables.
+        grey: Draw only greys.
+        range: Range of each channel, from 0 to 1.
+        eval_color: Colour of the background in turntables.
     """
 
     grey: bool = True
@@ -63,7 +63,7 @@ class BlackOrWhiteConfig:
     """Black or white, drawn for each view (``black-or-white-background``).
 
     Args:
-        black_prob: How often it is black; turntables are over white.
+        black_prob: Probability of black; turntables are white.
     """
 
     black_prob: float = 0.5
@@ -74,12 +74,12 @@ class EnvironmentConfig:
     """A small network of the direction (``neural-environment-map-background``).
 
     Args:
-        color_activation: Of the network's output.
+        color_activation: Activation of the network's output.
         n_neurons: Width of the hidden layers.
-        n_hidden_layers: Their number.
-        random_aug: Replace it by a random colour in some steps.
-        random_aug_prob: In what share of the views.
-        eval_color: In turntables; null for the network's.
+        n_hidden_layers: Number of hidden layers.
+        random_aug: Replace the background by a random colour in some views.
+        random_aug_prob: Fraction of the views with a random colour.
+        eval_color: Colour in turntables; null: the network's.
     """
 
     color_activation: str = "sigmoid"
@@ -98,7 +98,7 @@ class EnvironmentConfig:
 
 
 class Background(nn.Module, abc.ABC):
-    """What is behind the object.
+    """The background of the object.
 
     `Config` is the dataclass of its settings, the only argument it is built from.
     """
@@ -112,12 +112,12 @@ class Background(nn.Module, abc.ABC):
         step: int | None,
         random: StepRandom,
     ) -> Float[Tensor, "views height width 3"]:
-        """Colours from 0 to 1 behind rays.
+        """Colours in [0, 1] behind rays.
 
         Args:
             directions: Unit vectors from the camera.
-            step: A training step; None asks for the final look.
-            random: Source of what varies from step to step.
+            step: A training step; None: evaluation.
+            random: Source of the randomness of a step.
         """
 
 
@@ -211,7 +211,7 @@ class Environment(Background):
 
 
 def _augment(colours: Tensor, share: float, step: int, random: StepRandom) -> Tensor:
-    """Replace the background of a share of the views by a random plain colour."""
+    """Replace the background by a random solid colour in a fraction of the views."""
     generator = random.generator(step, "background")
     dice = torch.rand(len(colours), 1, 1, 1, generator=generator).to(colours)
     drawn = torch.rand(len(colours), 1, 1, 3, generator=generator).to(colours)

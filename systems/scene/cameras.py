@@ -25,11 +25,11 @@ class Cameras:
     Attributes:
         azimuth: Degrees, shape ``(views,)``.
         elevation: Degrees, shape ``(views,)``.
-        distance: From the origin, shape ``(views,)``.
+        distance: Distance from the origin, shape ``(views,)``.
         fov: Full vertical field of view, degrees, shape ``(views,)``.
-        shift: Moves the position, shape ``(views, 3)``; None for nought.
-        centre: What is looked at, shape ``(views, 3)``; None for the origin.
-        tilt: Added to the upward direction, shape ``(views, 3)``; None for nought.
+        shift: Offset of the position, shape ``(views, 3)``; None: zero.
+        centre: Point looked at, shape ``(views, 3)``; None: the origin.
+        tilt: Offset of the upward direction, shape ``(views, 3)``; None: zero.
     """
 
     azimuth: Float[Tensor, " views"]
@@ -72,11 +72,11 @@ class Cameras:
     def rays(self, height: int, width: int | None = None) -> tuple[Tensor, Tensor]:
         """Origins ``(views, 1, 1, 3)``, unit directions ``(views, height, width, 3)``.
 
-        Pixel centres; the first row is the top of the picture.
+        Rays go through pixel centres; the first row is the top of the image.
 
         Args:
-            height: In pixels.
-            width: In pixels; default: a square.
+            height: Height in pixels.
+            width: Width in pixels; default: the height.
         """
         width = height if width is None else width
         position, right, up, forward = self.axes()
@@ -95,13 +95,13 @@ class Cameras:
 
 @dataclass(frozen=True)
 class Views:
-    """What one step looks at.
+    """The views of one step.
 
     Attributes:
         cameras: The cameras.
         light: Positions of a point light, shape ``(views, 3)``.
-        height: Of the pictures, in pixels.
-        width: Of the pictures, in pixels.
+        height: Height of the images in pixels.
+        width: Width of the images in pixels.
     """
 
     cameras: Cameras
@@ -110,7 +110,7 @@ class Views:
     width: int
 
     def one(self, number: int) -> Views:
-        """A view by itself."""
+        """A single view by its index."""
         part = slice(number, number + 1)
         every = {f.name: getattr(self.cameras, f.name) for f in fields(self.cameras)}
         cut: Any = {k: None if v is None else v[part] for k, v in every.items()}
@@ -119,34 +119,34 @@ class Views:
 
 @dataclass(frozen=True)
 class RandomCameras:
-    """Where the cameras of a step and of a turntable are (`data` in a config).
+    """The cameras of training steps and of turntables (`data` in a config).
 
     The names, defaults and distributions are those of threestudio's
     ``random-camera-datamodule``; the numbers are drawn from the step's own generator.
 
     Args:
-        batch_size: Views in a step.
-        height: Of a training picture, in pixels.
-        width: Of a training picture, in pixels.
-        elevation_range: Degrees. Half of the steps draw uniform angles, half uniform
-            points of the sphere.
-        azimuth_range: Degrees.
-        camera_distance_range: From the origin.
-        fovy_range: Full vertical field of view, degrees.
+        batch_size: Number of views per step.
+        height: Height of a training image in pixels.
+        width: Width of a training image in pixels.
+        elevation_range: Range of elevations in degrees. Half of the steps draw uniform
+            angles, half uniform points of the sphere.
+        azimuth_range: Range of azimuths in degrees.
+        camera_distance_range: Range of distances from the origin.
+        fovy_range: Range of the full vertical field of view in degrees.
         camera_perturb: Largest shift of the position along each axis.
         center_perturb: Standard deviation of the point looked at.
         up_perturb: Standard deviation of the upward direction.
-        batch_uniform_azimuth: Spread the azimuths of a step evenly.
-        light_sample_strategy: "dreamfusion" puts the light near the camera, "magic3d"
-            within 60° above its horizon.
+        batch_uniform_azimuth: Space the azimuths of a step evenly.
+        light_sample_strategy: Position of the light: "dreamfusion" near the camera,
+            "magic3d" within 60° above the camera's horizon.
         light_position_perturb: Spread of the light around the camera.
-        light_distance_range: From the origin.
-        eval_height: Of turntable pictures, in pixels.
-        eval_width: Of turntable pictures, in pixels.
-        eval_elevation_deg: Of the turntable.
-        eval_camera_distance: Of the turntable.
-        eval_fovy_deg: Of the turntable.
-        n_test_views: Frames of the turntable.
+        light_distance_range: Range of the light's distance from the origin.
+        eval_height: Height of turntable images in pixels.
+        eval_width: Width of turntable images in pixels.
+        eval_elevation_deg: Elevation of the turntable in degrees.
+        eval_camera_distance: Distance of the turntable's camera from the origin.
+        eval_fovy_deg: Full vertical field of view of the turntable in degrees.
+        n_test_views: Number of frames of the turntable.
     """
 
     batch_size: int = 1
@@ -205,7 +205,7 @@ class RandomCameras:
         )
 
     def views(self, step: int, random: StepRandom) -> Views:
-        """The views of a training step, on the CPU; the same whenever asked."""
+        """The views of a training step, on the CPU; a pure function of the step."""
         generator = random.generator(step, "cameras")
         n = self.batch_size
 
@@ -260,7 +260,7 @@ class RandomCameras:
         """Evenly spaced views all around, lit from the camera.
 
         Args:
-            count: How many; default: `n_test_views`.
+            count: Number of views; default: `n_test_views`.
         """
         count = self.n_test_views if count is None else count
         one = torch.ones(count)
@@ -273,12 +273,12 @@ class RandomCameras:
         return Views(cameras, cameras.axes()[0], self.eval_height, self.eval_width)
 
     def around(self, count: int = 12, size: int = 64) -> Views:
-        """Views from all sides, at elevations that the training sees.
+        """Views from all sides, within the elevations of training.
 
         At the turntable's distance and field of view, lit from the camera.
 
         Args:
-            count: How many.
+            count: Number of views.
             size: Width and height in pixels.
         """
         number = torch.arange(count)

@@ -37,17 +37,17 @@ Values = Callable[[Tensor], Tensor]
 
 
 class EmptySurface(ValueError):
-    """There is no surface at the threshold; the message gives advice."""
+    """There is no surface at the threshold; the message says what to change."""
 
 
 @dataclass(frozen=True)
 class Silhouettes:
-    """What a renderer sees of a density.
+    """Rendered opacity of a density along rays.
 
     Attributes:
-        origins: Of rays, shape ``(rays, 3)``.
-        directions: Unit vectors, shape ``(rays, 3)``.
-        opacity: From 0 to 1, shape ``(rays,)``.
+        origins: Origins of the rays, shape ``(rays, 3)``.
+        directions: Unit directions of the rays, shape ``(rays, 3)``.
+        opacity: Opacity of the rays, from 0 to 1, shape ``(rays,)``.
     """
 
     origins: Float[Tensor, "rays 3"]
@@ -67,14 +67,14 @@ def extract_mesh(
     """The surface of a density by marching cubes.
 
     Args:
-        density: Of points ``(points, 3)``.
-        colour: From 0 to 1, of points.
+        density: Density at points ``(points, 3)``.
+        colour: Colour at points, from 0 to 1.
         radius: Half the side of the cube that is searched.
-        resolution: Grid points a side.
+        resolution: Grid points per side.
         threshold: The density at the surface, or the silhouettes that choose it.
-        step_size: Distance between the samples of a ray, for the colours; 0 takes the
+        step_size: Distance between the samples of a ray, for the colours; 0 uses the
             colours at the vertices themselves.
-        crumb_share: Components with a smaller share of the volume are dropped.
+        crumb_share: Share of the volume below which a component is dropped.
 
     Returns:
         A `trimesh.Trimesh` with sRGB vertex colours; its `metadata` holds ``level``.
@@ -104,7 +104,7 @@ def extract_mesh(
 def sample(
     density: Values, radius: float, resolution: int
 ) -> Float[Tensor, "side side side"]:
-    """A density at the points of a grid over the cube of side 2 · radius."""
+    """Sample a density on a grid over the cube of side 2 · radius."""
     side = torch.linspace(-radius, radius, resolution)
     grid = torch.cartesian_prod(side, side, side)
     values = torch.cat([density(part) for part in grid.split(_CHUNK)])
@@ -143,7 +143,7 @@ def largest_along(
     origins: Float[Tensor, "rays 3"],
     directions: Float[Tensor, "rays 3"],
 ) -> Float[Tensor, " rays"]:
-    """The largest density along rays, from a grid that is linear in between."""
+    """The largest density along rays, trilinearly interpolated on a grid."""
     closest = -(origins * directions).sum(-1, keepdim=True)
     reach = 3**0.5 * radius
     offsets = torch.linspace(-reach, reach, 2 * len(volume))
@@ -162,7 +162,7 @@ def largest_along(
 def clean(
     volume: Float[Tensor, "side side side"], level: float, crumb_share: float
 ) -> Float[Tensor, "side side side"]:
-    """Close the object at the cube, drop its crumbs and fill its cavities."""
+    """Close the object at the cube, drop small components and fill cavities."""
     from scipy import ndimage
 
     values = volume.numpy().copy()
@@ -198,12 +198,12 @@ def _check(volume: Tensor, level: float) -> float:
 def _colours(
     density: Values, colour: Values, mesh: Any, step_size: float
 ) -> Float[Tensor, "vertices 3"]:
-    """What rays along the normals of the vertices would show."""
+    """Colours of rays along the normals of the vertices."""
     vertices = torch.from_numpy(mesh.vertices.copy()).float()
     normals = torch.from_numpy(mesh.vertex_normals.copy()).float()
     if not step_size:
         return torch.cat([colour(part) for part in vertices.split(_CHUNK)])
-    # From one step outside: what is thin there already counts.
+    # From one step outside, where thin density already counts.
     depths = (torch.arange(_DEPTH) - 0.5) * step_size
     colours = []
     for part in torch.arange(len(vertices)).split(_CHUNK // _DEPTH):

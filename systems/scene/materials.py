@@ -5,8 +5,8 @@ The point light of DreamFusion (B. Poole et al., 2022, arXiv 2209.14988, section
 $$c = \rho \,\bigl(\ell_a + \ell_\rho
   \max(0, n \cdot \tfrac{\ell - x}{\|\ell - x\|})\bigr)$$
 
-with albedo $\rho$, normal $n$ and the light at $\ell$. A step shows the albedo alone,
-the shaded albedo, or the shading of a white body, so that shape cannot hide in colour.
+with albedo $\rho$, normal $n$ and the light at $\ell$. A step renders the albedo alone,
+the shaded albedo, or the shading of a white body, so that colour cannot mimic shape.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class AlbedoConfig:
     """Colours without light (``no-material``).
 
     Args:
-        color_activation: Of the features.
+        color_activation: Activation from features to colours.
     """
 
     color_activation: str = "sigmoid"
@@ -46,13 +46,13 @@ class PointLightConfig:
     """A diffuse surface under a point light (``diffuse-with-point-light-material``).
 
     Args:
-        ambient_light_color: Colour of the light that is everywhere.
+        ambient_light_color: Colour of the ambient light.
         diffuse_light_color: Colour of the point light.
-        ambient_only_steps: Show the albedo alone before this step.
-        diffuse_prob: How often light is shown after it.
-        textureless_prob: How often it falls on a white body.
-        albedo_activation: Of the features.
-        ambient_only_on_test: Show the albedo in turntables.
+        ambient_only_steps: Step before which only the albedo is rendered.
+        diffuse_prob: Probability of shading after `ambient_only_steps`.
+        textureless_prob: Probability of a white body, given shading.
+        albedo_activation: Activation from features to albedo.
+        ambient_only_on_test: Render only the albedo in turntables.
     """
 
     ambient_light_color: tuple[float, float, float] = (0.1, 0.1, 0.1)
@@ -73,7 +73,7 @@ class PointLightConfig:
 
 
 class Material(nn.Module, abc.ABC):
-    """How features of a field become colours.
+    """A mapping from features of a field to colours.
 
     `Config` is the dataclass of its settings, the only argument it is built from.
     """
@@ -82,11 +82,11 @@ class Material(nn.Module, abc.ABC):
 
     @abc.abstractmethod
     def shading(self, step: int | None, random: StepRandom) -> Shading:
-        """What a training step shows; None asks for the final look."""
+        """The shading of a training step; None: evaluation."""
 
     @abc.abstractmethod
     def albedo(self, features: Float[Tensor, "points 3"]) -> Float[Tensor, "points 3"]:
-        """Colours from 0 to 1, before any light."""
+        """Colours in [0, 1], without light."""
 
     def light(
         self,
@@ -94,12 +94,12 @@ class Material(nn.Module, abc.ABC):
         normals: Float[Tensor, "points 3"],
         light: Float[Tensor, "points 3"],
     ) -> Float[Tensor, "points 3"]:
-        """The light that reaches points; needed only where `shading` asks for it.
+        """The light that reaches points; needed only if `shading` uses it.
 
         Args:
-            points: Where.
-            normals: Unit normals there.
-            light: The position of each point's light.
+            points: Points on the surface.
+            normals: Unit normals at the points.
+            light: Position of the light for each point.
         """
         del normals, light
         return torch.ones_like(points)
@@ -115,7 +115,7 @@ class Albedo(Material):
         self.config = config
 
     def shading(self, step: int | None, random: StepRandom) -> Shading:
-        """What a step shows; always the albedo."""
+        """The shading of a step: always the albedo."""
         del step, random
         return "albedo"
 
@@ -134,7 +134,7 @@ class PointLight(Material):
         self.config = config
 
     def shading(self, step: int | None, random: StepRandom) -> Shading:
-        """What a step shows; None asks for the final look."""
+        """The shading of a step; None: evaluation."""
         config = self.config
         if step is None:
             return "albedo" if config.ambient_only_on_test else "diffuse"

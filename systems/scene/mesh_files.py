@@ -6,7 +6,8 @@ The colours of glTF are linear light (glTF 2.0, section 3.9.2), those of a scree
 $$c_{lin} = \begin{cases} c / 12.92 & c \le 0.04045 \\
   ((c + 0.055) / 1.055)^{2.4} & \text{otherwise} \end{cases}$$
 
-A glTF mesh without a material is full metal, so one is written: rough, not metallic.
+A glTF mesh without a material counts as metallic, so a rough, non-metallic material is
+written.
 """
 
 from __future__ import annotations
@@ -69,8 +70,8 @@ def to_glb(mesh: trimesh.Trimesh) -> bytes:
         tree["materials"] = [MATERIAL]
         for entry in tree["meshes"]:
             for primitive in entry["primitives"]:
-                # trimesh writes colours of its own as 8 bits, too coarse for linear
-                # light; attributes of the user's keep their precision.
+                # trimesh writes its own colours in 8 bits, too coarse for linear
+                # light; user attributes keep their precision.
                 attributes = primitive["attributes"]
                 attributes["COLOR_0"] = attributes.pop("_COLOR")
                 primitive["material"] = 0
@@ -92,9 +93,9 @@ def to_srgb(linear: np.ndarray) -> np.ndarray:
 
 
 def load_glb(path: Path) -> trimesh.Trimesh:
-    """Read a ``mesh.glb`` back as `save_mesh` was given it: z up, sRGB colours.
+    """Read a ``mesh.glb`` back as it was passed to `save_mesh`: z up, sRGB colours.
 
-    trimesh keeps the colours of a mesh that has a material apart from its look.
+    trimesh keeps the colours of a mesh with a material apart from its visual.
     """
     import trimesh
 

@@ -1,4 +1,4 @@
-"""Activations and small networks that fields and backgrounds share."""
+"""Activations and small networks shared by fields and backgrounds."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class MLP(nn.Sequential):
         inputs: Number of input channels.
         outputs: Number of output channels.
         neurons: Width of the hidden layers.
-        hidden_layers: Their number.
+        hidden_layers: Number of hidden layers.
     """
 
     def __init__(

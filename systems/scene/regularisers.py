@@ -4,8 +4,8 @@ Each is a quotient of two sums over views,
 
 $$R = \sum_v a_v \Big/ \sum_v n_v,$$
 
-with amounts $a_v$ that carry the gradient and counts $n_v$ that do not, so that views
-can be split over devices: shards add up their amounts, over the count of all.
+with differentiable amounts $a_v$ and constant counts $n_v$, so that views can be split
+over devices: shards sum their amounts and divide by the total count.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Regulariser(abc.ABC):
 
 
 class Orientation(Regulariser):
-    """Against normals that face away from the camera, over the rays that hit something.
+    """Penalty on normals that face away from the camera, over rays that hit something.
 
     References:
         D. Verbin et al., 2021, arXiv 2112.03907, Eq. 10.
@@ -58,7 +58,7 @@ class Orientation(Regulariser):
 
 
 class Sparsity(Regulariser):
-    r"""Against opacity: the mean of $\sqrt{o^2 + 0.01}$ (threestudio's form)."""
+    r"""Penalty on opacity: the mean of $\sqrt{o^2 + 0.01}$ (threestudio's form)."""
 
     def amounts(self, seen: Rendering) -> Float[Tensor, " views"]:
         """The summand, per view."""
@@ -66,7 +66,7 @@ class Sparsity(Regulariser):
 
 
 class Opaqueness(Regulariser):
-    """Binary entropy of the opacity: against half-transparency."""
+    """Binary entropy of the opacity: a penalty on half-transparent pixels."""
 
     def amounts(self, seen: Rendering) -> Float[Tensor, " views"]:
         """The entropy, summed per view."""

@@ -1,4 +1,4 @@
-"""Everything that is optimised, and how it is seen."""
+"""The optimised scene: field, material, background and renderer."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from systems.settings.reader import part
 
 @dataclass(frozen=True, kw_only=True)
 class SceneConfig:
-    """The scene's part of `system`: names of its parts, and a section for each.
+    """The scene's part of `system`: the names of its parts, and their sections.
 
     Args:
-        geometry_type: A key of `systems.scene.fields.FIELDS`.
-        geometry: Its settings.
-        material_type: A key of `systems.scene.materials.MATERIALS`.
-        material: Its settings.
-        background_type: A key of `systems.scene.backgrounds.BACKGROUNDS`.
-        background: Its settings.
-        renderer_type: A key of `systems.scene.renderers.RENDERERS`.
-        renderer: Its settings.
+        geometry_type: Geometry; a key of `systems.scene.fields.FIELDS`.
+        geometry: Settings of the geometry.
+        material_type: Material; a key of `systems.scene.materials.MATERIALS`.
+        material: Settings of the material.
+        background_type: Background; a key of `systems.scene.backgrounds.BACKGROUNDS`.
+        background: Settings of the background.
+        renderer_type: Renderer; a key of `systems.scene.renderers.RENDERERS`.
+        renderer: Settings of the renderer.
     """
 
     geometry_type: str = "implicit-volume"
@@ -42,10 +42,10 @@ class SceneConfig:
 
 
 class Scene(nn.Module):
-    """Everything that is optimised, and how it is seen.
+    """The optimised scene: field, material, background and renderer.
 
     Args:
-        config: The system's settings.
+        config: Settings of the system.
     """
 
     def __init__(self, config: SceneConfig) -> None:

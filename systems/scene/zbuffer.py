@@ -1,9 +1,9 @@
-r"""Images of a triangle mesh: a z-buffer in numpy, for looking, not for training.
+r"""Images of a triangle mesh by a z-buffer in numpy, for display, not for training.
 
 A triangle covers the pixels whose centres have barycentric coordinates
 $\beta_0, \beta_1, \beta_2 \ge 0$; under a pinhole camera $1/z$ is linear in the image,
 $1/z = \sum_i \beta_i / z_i$, and an attribute a is $z \sum_i \beta_i a_i / z_i$. The
-nearest triangle is seen.
+nearest triangle is visible.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ def covered(
     Args:
         triangles: Corners (column, row) in pixels, shape ``(faces, 3, 2)``; pixel
             centres are at halves.
-        height: Of the image.
-        width: Of the image.
+        height: Height of the image in pixels.
+        width: Width of the image in pixels.
 
     Yields:
         Face, row and column of each covered pixel, shape ``(n,)``, and its barycentric
@@ -82,9 +82,9 @@ def render_mesh(
 
     Args:
         mesh: A `trimesh.Trimesh`, with sRGB vertex colours if it has any.
-        views: From where.
-        background: Grey of what is behind, from 0 to 1.
-        clay: Show the shape alone, in grey.
+        views: Views to render.
+        background: Grey level of the background, from 0 to 1.
+        clay: Render the shape in grey, without colours.
 
     Returns:
         Images from 0 to 1, and masks of zeros and ones.
@@ -127,7 +127,7 @@ def _nearest(
     attributes: np.ndarray,
     views: Views,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Pixels that show something, and the attributes of what they show."""
+    """Covered pixels, and the attributes of the nearest triangle there."""
     hits = [
         (face, row * views.width + column, bary * closeness[faces[face]])
         for face, row, column, bary in covered(corners, views.height, views.width)

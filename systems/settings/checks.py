@@ -1,4 +1,4 @@
-"""What a setting may be: the checks that config classes share."""
+"""Checks of settings, shared by the config classes."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Collection, Sequence
 
 
 def at_least(name: str, value: float, least: float) -> None:
-    """Refuse a number that is too small, or none.
+    """Refuse a number that is too small, and values that are not numbers.
 
     Raises:
         ValueError: Names the setting and the least value.
@@ -16,7 +16,7 @@ def at_least(name: str, value: float, least: float) -> None:
 
 
 def check_range(name: str, value: Sequence[float], least: float, most: float) -> None:
-    """Refuse a range that is upside down or leaves its bounds.
+    """Refuse a range that is reversed or out of bounds.
 
     Raises:
         ValueError: Names the setting and its bounds.
@@ -39,7 +39,7 @@ def between(name: str, value: float, least: float, most: float) -> None:
 
 
 def check_color(name: str, value: Sequence[float]) -> None:
-    """Refuse a color with a channel out of bounds.
+    """Refuse a colour with a channel out of bounds.
 
     Raises:
         ValueError: Names the setting and its bounds.

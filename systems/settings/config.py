@@ -1,7 +1,7 @@
-"""What a run is: the settings every config shares, and reading one from a file.
+"""The settings that every config shares, and reading them from a file.
 
-A config is a YAML file in threestudio's vocabulary, with two blocks of ours: `solver`
-and `dispatch`; dotted overrides come after it.
+A config is a YAML file in threestudio's vocabulary, with two additional sections:
+`solver` and `dispatch`. Dotted overrides are applied after the file is read.
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ from systems.settings.upstream import DATA_TYPES, resolvers, translate
 
 @dataclass(frozen=True)
 class AutoWindow:
-    """`solver.window.name=auto`: one step for each worker, up to four where they pay.
+    """`solver.window.name=auto`: one step per worker, up to four where they pay.
 
-    `load` puts an `AdaptiveWindow` instead, so that a run that resumes keeps the window
-    it began with.
+    `load` replaces it by an `AdaptiveWindow`, so that a resumed run keeps the window
+    that it started with.
     """
 
     def resolved(self, num_workers: int) -> dp.AdaptiveWindow:
-        """The window for so many workers."""
+        """The window for this number of workers."""
         return dp.AdaptiveWindow(num_workers, 4 * num_workers, num_workers)
 
 
@@ -63,22 +63,25 @@ ACCELERATIONS = {"none": type(None), "secant": dp.Secant, "anderson": dp.Anderso
 
 @dataclass(frozen=True)
 class SolverConfig:
-    """`solver`: how the steps are solved.
+    """`solver`: the solver of the trajectory and its components.
 
     A section holds a `name` and the arguments of the core's class of that name.
 
     Args:
-        name: "picard", or "sequential" for one step after the other. With `--sample`
+        name: "picard", or "sequential" for one step after another. With `--sample`
             also "piadm-ode" (with DDIM) and "piadm-sde" (with DDPM): blocks of
             `window.size` steps, each iterated `depth` times.
-        depth: Iterations of a block of PIADM.
-        window: How many steps are tried: "sliding", "adaptive" or "auto".
-        threshold: What error counts as converged: "drift", "ema" or "fixed".
-        predictor: First guess of a new step: "momentum", "repeat_last", or "auto",
-            along the momentum direction by a fraction fitted to recent iterations.
+        depth: Number of iterations per block, for PIADM.
+        window: Number of steps evaluated per iteration: "sliding", "adaptive" or
+            "auto".
+        threshold: Error up to which a step counts as converged: "drift", "ema" or
+            "fixed".
+        predictor: Initial guess of a new step: "momentum", "repeat_last", or "auto",
+            which extrapolates along the momentum direction, by a fraction fitted to
+            recent iterations.
         non_finite: "raise", or "skip" steps whose gradient is not finite.
-        acceleration: What is learnt from past iterations: "none", "secant" or
-            "anderson".
+        acceleration: Acceleration of the fixed-point iteration from past iterations:
+            "none", "secant" or "anderson".
     """
 
     name: str = "picard"
@@ -106,16 +109,16 @@ class SolverConfig:
                 "`piadm-sde`, or leave it out."
             )
         one_of("non_finite", self.non_finite, ("raise", "skip"))
-        self.resolved(1).build()  # what does not go together is refused here
+        self.resolved(1).build()  # refuses components that do not fit together
 
     def resolved(self, num_workers: int) -> SolverConfig:
-        """The same with a window of numbers for "auto"."""
+        """The same section, with "auto" replaced by a window for `num_workers`."""
         if not isinstance(self.window, AutoWindow):
             return self
         return replace(self, window=self.window.resolved(num_workers))
 
     def build(self) -> dp.Solver:
-        """The core's solver."""
+        """The solver that the section describes."""
         non_finite: Any = self.non_finite
         if self.name == "sequential":
             return dp.Sequential(non_finite=non_finite)
@@ -139,11 +142,11 @@ class DispatchConfig:
     """`dispatch`: where gradients are evaluated.
 
     Args:
-        num_workers: Processes, one per device (more share GPUs); started by `launch.py`
-            itself.
-        threads: CPU threads of each process; null: all cores for one process, one for
-            each of several.
-        timeout: Seconds after which a silent process counts as lost.
+        num_workers: Number of processes, one per device (further processes share
+            GPUs); `launch.py` starts them.
+        threads: CPU threads per process; null: all cores for a single process, one
+            thread for each of several.
+        timeout: Seconds without a sign of life after which a process counts as lost.
     """
 
     num_workers: int = 1
@@ -158,7 +161,7 @@ class DispatchConfig:
 
     @property
     def count(self) -> int:
-        """Processes of this run: torchrun's, or those `launch.py` starts."""
+        """Number of processes: those of torchrun, or those that `launch.py` starts."""
         return int(os.environ["WORLD_SIZE"]) if is_rank() else self.num_workers
 
 
@@ -169,14 +172,15 @@ def is_rank() -> bool:
 
 @dataclass(frozen=True)
 class TrainerConfig:
-    """`trainer`.
+    """`trainer`: length, logging and precision of the run.
 
     Args:
-        max_steps: Steps of the optimisation.
-        val_check_interval: Steps between two previews.
-        log_every_n_steps: Steps between two entries of the metrics.
-        precision: "32-true", "bf16-mixed" or "16-mixed" (with a loss scale) for the
-            scene and its loss; the pretrained model has `half_precision_weights`.
+        max_steps: Number of optimisation steps.
+        val_check_interval: Number of steps between two previews.
+        log_every_n_steps: Number of steps between two records of the metrics.
+        precision: Precision of the scene and its loss: "32-true", "bf16-mixed" or
+            "16-mixed" (with a loss scale). That of the pretrained model is set by
+            `half_precision_weights`.
     """
 
     max_steps: int = 10000
@@ -192,11 +196,11 @@ class TrainerConfig:
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    """`checkpoint`.
+    """`checkpoint`: saving the state of the run.
 
     Args:
-        every_n_train_steps: Steps between two checkpoints.
-        keep: How many to keep.
+        every_n_train_steps: Number of steps between two checkpoints.
+        keep: Number of checkpoints to keep; older ones are deleted.
     """
 
     every_n_train_steps: int = 100
@@ -209,11 +213,11 @@ class CheckpointConfig:
 
 @dataclass(frozen=True)
 class QualityConfig:
-    """`quality`: who judges an object whose truth is not known.
+    """`quality`: CLIP scores, for prompts without a ground-truth object.
 
     Args:
-        clip: A CLIP model, on the hub or in a local folder; null: nobody judges.
-        prompts: A text file of prompts that the right one is picked from.
+        clip: CLIP model on the hub or in a local folder; null: no CLIP scores.
+        prompts: Text file with the candidate prompts of R-precision, one per line.
     """
 
     clip: str | None = None
@@ -225,22 +229,22 @@ class Config:
     """A whole run.
 
     Args:
-        name: Of the experiment: a folder in `exp_root_dir`.
-        system_type: A key of `systems.PROBLEMS`.
-        system: The system's own section, read by its class.
-        data: Cameras; read by the system.
-        data_type: Kind of the cameras.
-        tag: Of the run: `name/tag@time` is its folder.
-        exp_root_dir: Where results go.
-        seed: Of everything random.
-        resume: A run folder or a checkpoint to go on from.
-        solver: How.
-        dispatch: Where.
-        trainer: How long.
-        checkpoint: What is kept.
-        quality: Who judges the object.
-        problems: What was found while reading the file; `systems.build` refuses it,
-            together with what the system finds.
+        name: Name of the experiment; its folder in `exp_root_dir`.
+        system_type: System to run; a key of `systems.PROBLEMS`.
+        system: Settings of the system, read by its class.
+        data: Settings of the cameras, read by the system.
+        data_type: Kind of cameras.
+        tag: Name of the run; `name/tag@time` is its folder.
+        exp_root_dir: Root folder of all results.
+        seed: Seed of all random numbers.
+        resume: Run folder or checkpoint to resume from.
+        solver: Solver of the trajectory.
+        dispatch: Devices and processes that evaluate gradients.
+        trainer: Number of steps, logging and precision.
+        checkpoint: Saving of checkpoints.
+        quality: CLIP scores of the result.
+        problems: Errors found while reading the file; `systems.build` raises them,
+            together with those that the system finds.
     """
 
     name: str
@@ -275,13 +279,13 @@ class Config:
 def load(
     path: str | Path, overrides: Sequence[str] = (), known: Path | None = None
 ) -> Config:
-    """Read a config file, threestudio's too, and apply dotted overrides.
+    """Read a config file, ours or threestudio's, and apply dotted overrides.
 
-    Settings of threestudio that change nothing here are named on standard error.
+    Settings of threestudio that have no effect here are named on standard error.
 
     Args:
         path: A YAML file.
-        overrides: Such as ``"solver.window.size=4"``.
+        overrides: Dotted overrides, such as ``"solver.window.size=4"``.
         known: Another config, for values that the first leaves open (`???`).
 
     Raises:
@@ -309,17 +313,17 @@ def load(
 
 @functools.cache
 def _tell(ignored: tuple[str, ...]) -> None:
-    """Say once, and on one rank, what was accepted and does nothing."""
+    """Name the settings that are accepted without effect, once and on one rank."""
     if os.environ.get("RANK", "0") == "0":
         names = ", ".join(f"`{name}`" for name in ignored)
         print(f"note: without effect here: {names}.", file=sys.stderr)
 
 
 def override(config: DictConfig, overrides: Sequence[str]) -> None:
-    """Change settings of a file; a new `name` drops the fields of the old one.
+    """Apply dotted overrides; a new `name` drops the fields of the old one.
 
     Raises:
-        ConfigError: An override is no `key=value`.
+        ConfigError: An override is not of the form `key=value`.
     """
     sections = {
         f"solver.{entry.name}": section_name(entry, entry.default)
@@ -341,7 +345,7 @@ def override(config: DictConfig, overrides: Sequence[str]) -> None:
 
 
 def _written(config: DictConfig, key: str) -> Any:
-    """A section as it is written, not resolved; None where there is none."""
+    """A section as written in the file, unresolved; None if it is missing."""
     node: Any = OmegaConf.to_container(config)
     for part in key.split("."):
         node = node.get(part) if isinstance(node, dict) else None

@@ -28,12 +28,12 @@ class Setting:
     """A setting.
 
     Attributes:
-        name: Dotted.
-        kind: What it takes.
-        default: As it is written in a config; "required" where there is none.
-        meaning: A sentence or two.
-        owner: Which types of part have it, such as `geometry_type=voxel-grid`; "" for
-            all.
+        name: Dotted name.
+        kind: Type of value, in words.
+        default: Default as written in a config; "required" if there is none.
+        meaning: Description in a sentence or two.
+        owner: Types of part that have the setting, such as
+            `geometry_type=voxel-grid`; "" for all.
     """
 
     name: str
@@ -51,12 +51,12 @@ class Setting:
 
 
 def settings(kind: type, where: str, owner: str = "") -> Iterator[Setting]:
-    """The settings of a settings class, those of its sections after them.
+    """The settings of a settings class, followed by those of its sections.
 
     Args:
         kind: A dataclass whose docstring describes its fields under `Args:`.
-        where: Its dotted name.
-        owner: Whose settings these are.
+        where: Dotted name of the section.
+        owner: Type of part that the settings belong to.
     """
     meanings = _meanings(kind)
     hints = typing.get_type_hints(kind)
@@ -113,7 +113,7 @@ def text(found: list[Setting], section: str) -> str:
 
 
 def _by_class(table: Mapping[str, type]) -> dict[type, list[str]]:
-    """The words of a table that name one settings class."""
+    """The names in a table that share one settings class."""
     found: dict[type, list[str]] = {}
     for word, part in table.items():
         found.setdefault(settings_class(part), []).append(word)
@@ -121,7 +121,7 @@ def _by_class(table: Mapping[str, type]) -> dict[type, list[str]]:
 
 
 def _meanings(kind: type) -> dict[str, str]:
-    """What a class and its bases say of their fields, under `Args:`."""
+    """Descriptions of the fields of a class and its bases, from `Args:`."""
     found: dict[str, str] = {}
     for base in reversed(kind.__mro__):
         lines = inspect.cleandoc(base.__doc__ or "").partition("\nArgs:\n")[2]

@@ -1,7 +1,7 @@
 """From YAML and command line to validated settings.
 
-Every section belongs to a frozen dataclass: unknown keys are refused by name with the
-nearest known one, values that do not fit their type say what to write.
+Every section belongs to a frozen dataclass. Unknown keys are refused by name with the
+nearest known key; errors about values of a wrong type say what to write.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ class ConfigError(ValueError):
     """A config cannot be used; the message says what to write instead.
 
     Args:
-        *problems: A sentence each.
-        advice: What to do about them all.
+        *problems: The problems, one sentence each.
+        advice: Advice on all of them.
     """
 
     def __init__(self, *problems: str, advice: str = "") -> None:
@@ -69,7 +69,7 @@ def section_name(entry: dataclasses.Field[Any], value: Any) -> str:
 
 
 def to_section(value: Any) -> Any:
-    """The mapping that `read` makes these settings of."""
+    """The mapping that `read` turns into these settings."""
     if not dataclasses.is_dataclass(value) or isinstance(value, type):
         return value
     section: dict[str, Any] = {}
@@ -85,7 +85,7 @@ def to_section(value: Any) -> Any:
 
 
 def attempt(problems: list[str], make: Callable[[], Any]) -> Any:
-    """What a function gives; where it is a `ConfigError`, its problems join others."""
+    """The result of a function; the problems of a `ConfigError` are collected."""
     try:
         return make()
     except ConfigError as error:
@@ -101,7 +101,7 @@ def open_yaml(path: str | Path) -> DictConfig:
     """A YAML file, interpolations not yet resolved.
 
     Raises:
-        ConfigError: It is not there, or cannot be read.
+        ConfigError: The file does not exist, or cannot be read.
     """
     path = Path(path)
     if not path.is_file():
@@ -130,10 +130,10 @@ def open_yaml(path: str | Path) -> DictConfig:
 
 
 def apply(base: DictConfig, overrides: Sequence[str]) -> None:
-    """Change settings, in order.
+    """Apply overrides, in order.
 
     Raises:
-        ConfigError: An override is no `key=value`.
+        ConfigError: An override is not of the form `key=value`.
     """
     for override in overrides:
         key, sign, _ = override.partition("=")
@@ -157,7 +157,7 @@ def to_mapping(config: DictConfig) -> dict[str, Any]:
     """Resolve interpolations.
 
     Raises:
-        ConfigError: A value refers to one that is not there.
+        ConfigError: A value refers to one that does not exist.
     """
     try:
         mapping = OmegaConf.to_container(config, resolve=True)
@@ -170,20 +170,20 @@ def to_mapping(config: DictConfig) -> dict[str, Any]:
 
 
 def missing(config: DictConfig, known: DictConfig | None = None) -> list[str]:
-    """A sentence for each value that is still to be written (`???`).
+    """A sentence for each value that is still missing (`???`).
 
-    Something stands in its place afterwards, so that what refers to it can be resolved.
+    A placeholder replaces it, so that references to it can be resolved.
 
     Args:
-        config: Changed in place.
-        known: Has some of the values.
+        config: The config, changed in place.
+        known: A config that has some of the values.
 
     Raises:
-        ConfigError: A value refers to one that is not there.
+        ConfigError: A value refers to one that does not exist.
     """
     try:
         keys = sorted(OmegaConf.missing_keys(config))
-    except OmegaConfBaseException as error:  # a value refers to one that is not there
+    except OmegaConfBaseException as error:  # a value refers to one that does not exist
         raise ConfigError(f"The config cannot be read: {_first_line(error)}") from error
     absent: list[str] = []
     for key in keys:
@@ -195,7 +195,7 @@ def missing(config: DictConfig, known: DictConfig | None = None) -> list[str]:
 
 
 def read(kind: type[T], section: Any, where: str) -> T:
-    """Make a settings object of a section.
+    """Read a section into a settings object.
 
     Args:
         kind: A dataclass.
@@ -203,8 +203,8 @@ def read(kind: type[T], section: Any, where: str) -> T:
         where: The section's dotted name, for messages.
 
     Raises:
-        ConfigError: A key is unknown or missing, or a value cannot be used; says so of
-            all of them.
+        ConfigError: A key is unknown or missing, or a value cannot be used; the message
+            lists all of them.
     """
     fields: dict[str, dataclasses.Field[Any]] = {
         f.name: f
@@ -254,7 +254,7 @@ def _read_part(
     section: Mapping[str, Any],
     where: str,
 ) -> Any:
-    """A section whose class depends on its type."""
+    """Read a section whose class depends on its type."""
     key = f"{entry.name}_type"
     name = str(section.get(key, fields[key].default))
     kind = choose(entry.metadata["table"], name, _dotted(where, key))
@@ -263,7 +263,7 @@ def _read_part(
 
 
 def _read_named(entry: dataclasses.Field[Any], section: Any, where: str) -> Any:
-    """A section whose class depends on its name; a text is a name alone."""
+    """Read a section whose class depends on its name; a string is just the name."""
     if section is None or isinstance(section, str):
         section = {"name": section or "none"}
     if not isinstance(section, Mapping):
@@ -289,7 +289,7 @@ def _read_named(entry: dataclasses.Field[Any], section: Any, where: str) -> Any:
 
 
 def _arguments(kind: type) -> dict[str, Any]:
-    """The fields of a dataclass by name; none where it is none."""
+    """The fields of a dataclass by name; empty for other classes."""
     if not dataclasses.is_dataclass(kind):
         return {}
     return {entry.name: entry for entry in dataclasses.fields(kind)}
@@ -306,7 +306,7 @@ def choose(table: Mapping[str, T], name: str, where: str) -> T:
     """An entry of a table of classes.
 
     Raises:
-        ConfigError: There is none of that name.
+        ConfigError: There is no entry of that name.
     """
     if name not in table:
         known = ", ".join(f"`{n}`" for n in table)
@@ -315,7 +315,7 @@ def choose(table: Mapping[str, T], name: str, where: str) -> T:
 
 
 def _convert(value: Any, hint: Any, where: str) -> Any:
-    """A value as the type a field asks for."""
+    """Convert a value to the type of a field."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if hint is Any:
         return value
@@ -374,7 +374,7 @@ def _wrong(where: str, value: Any, hint: Any) -> ConfigError:
 
 
 def describe_type(hint: Any) -> str:
-    """What a field of a type takes, in words."""
+    """The values of a type, in words."""
     if hint is Any:
         return "a number or a schedule"
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)

@@ -14,7 +14,7 @@ Schedule: TypeAlias = Any
 def check_schedule(
     name: str, value: Schedule, least: float = -math.inf, most: float = math.inf
 ) -> None:
-    """Refuse what `value_at` could not read, and values out of bounds.
+    """Refuse what `value_at` cannot read, and values out of bounds.
 
     Raises:
         ValueError: Names the setting and the form of a schedule, or its bounds.
@@ -26,12 +26,12 @@ def check_schedule(
 
 
 def check_order(low: str, a: Schedule, high: str, b: Schedule) -> None:
-    """Refuse a schedule that is above another at some step.
+    """Refuse a schedule that exceeds another at some step.
 
     Raises:
-        ValueError: Names both, and the step.
+        ValueError: Names both schedules, and the step.
     """
-    for step in sorted({0, *_steps_of(a), *_steps_of(b)}):  # linear in between
+    for step in sorted({0, *_steps_of(a), *_steps_of(b)}):  # both are linear in between
         least, most = value_at(a, step), value_at(b, step)
         if least > most:
             raise ValueError(
@@ -60,8 +60,8 @@ def value_at(schedule: Schedule, step: float) -> float:
 
     Args:
         schedule: A number; ``[start, v0, v1, end]``, linear in between; ``[v0, v1,
-            end]``, which starts at 0; or ``[start, v0, v1, step1, v2, step2, …]``, more
-            pieces after the first (threestudio's forms).
+            end]``, which starts at 0; or ``[start, v0, v1, step1, v2, step2, …]``,
+            with several pieces (threestudio's forms).
         step: The step on the trajectory.
     """
     if _is_number(schedule):
@@ -77,12 +77,12 @@ def value_at(schedule: Schedule, step: float) -> float:
 
 
 def values_of(schedule: Schedule) -> list[float]:
-    """The values that a schedule is given by; all others lie between them."""
+    """The values that define a schedule; all others lie between them."""
     return [schedule] if _is_number(schedule) else _pieces(schedule)[1]
 
 
 def _pieces(schedule: Sequence[float]) -> tuple[list[float], list[float]]:
-    """The steps where a schedule bends, and its values there."""
+    """The breakpoints of a schedule, and its values there."""
     entries = [0, *schedule] if len(schedule) == 3 else list(schedule)
     return [*entries[:1], *entries[3::2]], [*entries[1:2], *entries[2::2]]
 

@@ -1,9 +1,9 @@
-"""Configs of threestudio, read as they are.
+"""Configs of threestudio, read unchanged.
 
-A file of threestudio has settings that this workspace lacks. Some do not change the
-object that is made (a progress bar, a logger) and are accepted; some ask for what is
-done here anyway (`accumulate_grad_batches: 1`) and are accepted too; the others are
-listed, all at once, by `systems.build`. Names and defaults are those of threestudio at
+A file of threestudio has settings that this workspace lacks. Accepted are those that do
+not change the resulting object (a progress bar, a logger), and those that request the
+behaviour of this workspace (`accumulate_grad_batches: 1`). The others are listed
+together by `systems.build`. Names and defaults are those of threestudio at
 its last commit (https://github.com/threestudio-project/threestudio, December 2024).
 """
 
@@ -22,7 +22,7 @@ from systems.settings.reader import Foreign
 from systems.settings.schedules import values_of
 
 ANY: tuple[Any, ...] = ()
-"""In `SETTINGS`: whatever the value, the object is the same."""
+"""In `SETTINGS`: any value is accepted, because it has no effect on the object."""
 _NO: tuple[Any, ...] = (None, False, 0)
 
 SETTINGS: Mapping[str, Mapping[str, tuple[Any, ...]]] = {
@@ -52,7 +52,7 @@ SETTINGS: Mapping[str, Mapping[str, tuple[Any, ...]]] = {
         "limit_test_batches": ANY,
         "limit_val_batches": ANY,
         "logger": ANY,
-        "max_epochs": ANY,  # the one epoch is endless
+        "max_epochs": ANY,  # the single epoch is endless
         "min_epochs": ANY,
         "min_steps": ANY,
         "num_sanity_val_steps": ANY,
@@ -147,17 +147,17 @@ SETTINGS: Mapping[str, Mapping[str, tuple[Any, ...]]] = {
         "estimator": ("occgrid",),
         "far_plane": (1e10,),
         "near_plane": (0.0,),
-        "num_samples_per_ray_importance": ANY,  # of other estimators, as the next
+        "num_samples_per_ray_importance": ANY,  # of other estimators, like the next
         "num_samples_per_ray_proposal": ANY,
         "prop_optimizer_config": ANY,
         "prop_scheduler_config": ANY,
         "proposal_network_config": ANY,
-        "prune_alpha_threshold": ANY,  # leaves samples out that nobody sees
+        "prune_alpha_threshold": ANY,  # skips samples that are not visible
         "return_comp_normal": ANY,
         "return_normal_perturb": ANY,
     },
     "system.prompt_processor": {
-        "perp_neg_f_fs": ANY,  # without effect unless `use_perp_neg`, as the next
+        "perp_neg_f_fs": ANY,  # no effect without `use_perp_neg`, like the next
         "perp_neg_f_fsb": ANY,
         "perp_neg_f_sb": ANY,
         "perp_neg_f_sf": ANY,
@@ -186,7 +186,7 @@ SETTINGS: Mapping[str, Mapping[str, tuple[Any, ...]]] = {
         "use_sjc": _NO,
         "var_red": ANY,  # of `use_sjc`
     },
-    "system.loss": {  # a weight of nought, at every step, asks for nothing
+    "system.loss": {  # a weight of zero at every step has no effect
         "lambda_sds_img": _NO,
         "lambda_z_variance": _NO,
         "lambda_normal_consistency": _NO,
@@ -216,7 +216,7 @@ VALUES: Mapping[str, Callable[[Any], bool]] = {
         value in (None, "pred", "finite_difference_laplacian")
     ),
 }
-"""Settings that we have, and what threestudio lets them be and we do not."""
+"""Settings that exist here, and values that only threestudio supports."""
 
 DATA_TYPES = ("random-camera-datamodule",)
 
@@ -226,9 +226,10 @@ class Translation:
     """A config in our settings.
 
     Attributes:
-        settings: What is ours of it.
-        ignored: Dotted names that were left out and change nothing.
-        unsupported: What changes the object and cannot be done, a sentence each.
+        settings: The settings that exist here.
+        ignored: Dotted names of omitted settings without effect.
+        unsupported: Settings that change the object and are unsupported, one sentence
+            each.
     """
 
     settings: dict[str, Any]
@@ -237,7 +238,7 @@ class Translation:
 
 
 def translate(settings: Mapping[str, Any]) -> Translation:
-    """Take threestudio's own settings out of a config whose values are resolved."""
+    """Separate threestudio's own settings from a config with resolved values."""
     ignored: list[str] = []
     unsupported: list[str] = []
     kept = _section(settings, "", ignored, unsupported)
@@ -253,7 +254,7 @@ def translate(settings: Mapping[str, Any]) -> Translation:
 def _section(
     section: Mapping[str, Any], where: str, ignored: list[str], unsupported: list[str]
 ) -> dict[str, Any]:
-    """What is ours of a section; the rest goes into the lists."""
+    """The settings of a section that exist here; the rest goes into the lists."""
     table = SETTINGS.get(where, {})
     kept: dict[str, Any] = {}
     for key, value in section.items():
@@ -286,11 +287,11 @@ def _refusal(name: str, value: Any, advice: str = "not supported here") -> Forei
 
 
 def _rename(settings: dict[str, Any]) -> None:
-    """Settings that have another name or place here, in place."""
+    """Rename and move settings that are named otherwise here, in place."""
     checkpoint, trainer = settings.get("checkpoint"), settings.get("trainer")
     if isinstance(checkpoint, dict) and checkpoint.get("every_n_train_steps") == 0:
         steps = trainer.get("max_steps") if isinstance(trainer, dict) else None
-        del checkpoint["every_n_train_steps"]  # none before the end
+        del checkpoint["every_n_train_steps"]  # only at the end
         if isinstance(steps, int):
             checkpoint["every_n_train_steps"] = steps
     system = settings.get("system")
@@ -311,10 +312,10 @@ def _rename(settings: dict[str, Any]) -> None:
 
 @contextmanager
 def resolvers() -> Iterator[None]:
-    """The OmegaConf resolvers of threestudio, for a while.
+    """The OmegaConf resolvers of threestudio, inside the block.
 
-    Those that are registered already stay: threestudio registers its own when it is
-    imported, and may not find ours.
+    Already registered resolvers stay. Ours are removed afterwards, because threestudio
+    registers its own when it is imported and must not find ours.
     """
     # OmegaConf 2.4 renames the function that registers resolvers.
     register = getattr(OmegaConf, "register_resolver", OmegaConf.register_new_resolver)

@@ -1,4 +1,4 @@
-"""threestudio, imported from a checkout as it is."""
+"""threestudio, imported from an unmodified checkout."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from systems.settings.reader import ConfigError
 
 
 def import_threestudio(root: str | None) -> tuple[Any, Any]:
-    """Its `load_config` and `find`, custom extensions registered.
+    """Import threestudio: its `load_config` and `find`, with extensions registered.
 
     Raises:
-        ConfigError: It is not there, or a package it needs is missing.
+        ConfigError: There is no checkout, or a package it needs is missing.
     """
     if root is not None:
         if not (Path(root) / "threestudio").is_dir():
@@ -25,7 +25,7 @@ def import_threestudio(root: str | None) -> tuple[Any, Any]:
                 f"`threestudio.root` is `{root}`, which holds no `threestudio` folder; "
                 "name a checkout of https://github.com/threestudio-project/threestudio."
             )
-        os.chdir(root)  # it reads `load/` and `custom/` from where it is started
+        os.chdir(root)  # `load/` and `custom/` are read from here
         sys.path.insert(0, os.getcwd())
     try:
         threestudio: Any = importlib.import_module("threestudio")
@@ -65,6 +65,6 @@ def import_extension(path: Path) -> None:
     sys.modules[name] = module
     try:
         spec.loader.exec_module(module)
-    except Exception:  # an extension nobody asked for must not stop the run
+    except Exception:  # an unused extension must not stop the run
         print(f"warning: `{path}` could not be imported:", file=sys.stderr)
         traceback.print_exc()

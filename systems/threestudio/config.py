@@ -1,4 +1,4 @@
-"""Our part of a threestudio config, and the rest."""
+"""A threestudio config, split into our sections and the rest."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ _OURS = ("backend", "threestudio", "solver", "dispatch")
 
 @dataclass(frozen=True)
 class CheckoutConfig:
-    """`threestudio`: where it is.
+    """`threestudio`: the checkout of threestudio.
 
     Args:
-        root: A checkout; null: threestudio can be imported as it is.
+        root: Folder of the checkout; null: threestudio is importable.
         verify: Check before the run that no step depends on the order of evaluation.
     """
 
@@ -29,13 +29,13 @@ class CheckoutConfig:
 
 @dataclass(frozen=True)
 class BackendConfig:
-    """Our part of a config; all the rest is threestudio's.
+    """Our sections of a config; the rest is threestudio's.
 
     Args:
-        backend: "threestudio".
-        threestudio: Where it is.
-        solver: How.
-        dispatch: Where.
+        backend: Backend of the run: "threestudio".
+        threestudio: The checkout of threestudio.
+        solver: Solver of the trajectory.
+        dispatch: Devices and processes that evaluate gradients.
     """
 
     backend: str = "threestudio"
@@ -45,14 +45,14 @@ class BackendConfig:
 
 
 def is_asked(overrides: Sequence[str]) -> bool:
-    """Whether the command line asks for threestudio."""
+    """Whether the command line selects threestudio."""
     return "backend=threestudio" in overrides
 
 
 def split(
     path: Path, overrides: Sequence[str]
 ) -> tuple[BackendConfig, DictConfig, list[str]]:
-    """Take our settings out of a config: ours, the file's rest, dotted settings."""
+    """Split a config: our settings, the rest of the file, dotted settings."""
     config = open_yaml(path)
     blocks = OmegaConf.create({k: config.pop(k) for k in _OURS if k in config})
     own = [o for o in overrides if o.split("=")[0].split(".")[0] in _OURS]

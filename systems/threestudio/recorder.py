@@ -22,11 +22,11 @@ from systems.settings.reader import ConfigError, to_section
 from systems.threestudio.config import BackendConfig
 
 _STATES = "dreampropeller"
-"""Folder in `ckpts/` for what a run goes on from."""
+"""Folder in `ckpts/` of the states that a run resumes from."""
 
 
 def load_state(path: str) -> dp.SolverState[Any]:
-    """What a run goes on from.
+    """The solver state that a run resumes from.
 
     Raises:
         ConfigError: `path` is a checkpoint of threestudio, which lacks the guesses.
@@ -46,12 +46,12 @@ class Recorder(recorder.Recorder):
     """Records a run in threestudio's folder layout.
 
     Args:
-        trajectory: What is solved.
+        trajectory: The trajectory that is solved.
         cfg: threestudio's config.
-        lightning: The module that its checkout imports.
-        ours: Our part of the config.
-        leads: Whether this rank records anything.
-        stop: A file besides the run folder's `stop` that asks to stop.
+        lightning: The Lightning module that the checkout imports.
+        ours: Our sections of the config.
+        leads: Whether this rank records the run.
+        stop: A file that requests a stop, besides the run folder's `stop`.
     """
 
     def __init__(
@@ -74,7 +74,7 @@ class Recorder(recorder.Recorder):
         self._saves = int(cfg.checkpoint.get("every_n_train_steps") or 0)
 
     def snapshot(self, path: Path) -> None:
-        """The config and the command, in the places `--test` looks for them."""
+        """Write the config and the command where `--test` looks for them."""
         configs = self._folder / "configs"
         configs.mkdir(parents=True, exist_ok=True)
         OmegaConf.save(self._cfg, configs / "parsed.yaml")
@@ -87,7 +87,7 @@ class Recorder(recorder.Recorder):
             self._loggers.append(getattr(loggers, kind)(str(self._folder), name=name))
 
     def record(self, state: dp.SolverState[Any], iteration: dp.Iteration) -> None:
-        """Log an iteration; validate and save when that is due."""
+        """Log an iteration; validate and save when due."""
         for offset, aux in enumerate(iteration.aux):
             for logger in self._loggers:
                 logger.log_metrics(aux, step=iteration.begin + offset)
@@ -103,13 +103,13 @@ class Recorder(recorder.Recorder):
             self._evaluate("validate", state.step, state.y)
 
     def save(self, state: dp.SolverState[Any]) -> None:
-        """Write what the run can be resumed from."""
+        """Write a checkpoint to resume from."""
         checkpoint.save(self._folder / "ckpts" / _STATES, state)
 
     def finish(self, solution: dp.Solution[Any]) -> None:
-        """Checkpoints for threestudio, its test pictures, and what the run cost.
+        """Write checkpoints for threestudio, its test images, and the cost of the run.
 
-        Stopped early it is saved, but not tested.
+        A run that stopped early is saved, but not tested.
         """
         step, folder = solution.state.step, self._folder / "ckpts"
         self._trajectory.settle(step, solution.value)
@@ -166,7 +166,7 @@ class Recorder(recorder.Recorder):
             inference_mode=False,
         )
         system.set_resume_status(0, step)
-        # Some systems read the trainer's own count, which only `fit` would raise.
+        # Some systems read the trainer's step count, which only `fit` increments.
         loop = trainer.fit_loop.epoch_loop
         loop.automatic_optimization.optim_progress.optimizer.step.total.completed = step
         loop.manual_optimization.optim_step_progress.total.completed = step

@@ -1,4 +1,4 @@
-"""Trains a system of threestudio, on this process or on several ranks."""
+"""Training of a threestudio system, in this process or on several ranks."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ def run(path: Path | None, trains: bool, overrides: Sequence[str]) -> int:
     """Train a system of threestudio.
 
     Args:
-        path: threestudio's YAML file; it may hold `solver` and `dispatch` blocks.
-        trains: Whether `--train` was asked for, the one task there is.
-        overrides: `key=value`, ours and threestudio's.
+        path: threestudio's YAML file; it may hold `solver` and `dispatch` sections.
+        trains: Whether `--train` was given, the only supported task.
+        overrides: Overrides `key=value`, ours and threestudio's.
 
     Raises:
         ConfigError: A setting or the environment cannot be used; says what to do.
@@ -55,7 +55,7 @@ def run(path: Path | None, trains: bool, overrides: Sequence[str]) -> int:
     count = ours.dispatch.num_workers
     asked: Any = OmegaConf.merge(theirs, OmegaConf.from_dotlist(dotted))
     if asked.get("timestamp") is None and asked.get("use_timestamp", True):
-        # Several processes share one folder: ranks of `torchrun` ask rank 0.
+        # Several processes share one folder: ranks of `torchrun` get it from rank 0.
         now = datetime.now().strftime("@%Y%m%d-%H%M%S")
         theirs.timestamp = None if is_rank() else now
     text = OmegaConf.to_yaml(theirs)
@@ -70,7 +70,7 @@ def run(path: Path | None, trains: bool, overrides: Sequence[str]) -> int:
 def work(
     ours: BackendConfig, text: str, dotted: list[str], path: Path, stop: Path | None
 ) -> int:
-    """What each rank does; a file `stop`, here or in the run folder, ends it."""
+    """The work of each rank; a file `stop`, here or in the run folder, ends it."""
     rank = join(ours)
     leads = rank == 0
     torch.set_num_threads(ours.dispatch.threads or 1)
@@ -78,7 +78,7 @@ def work(
     lightning: Any = importlib.import_module("pytorch_lightning")
     if (
         rank is not None and "timestamp: null" in text
-    ):  # torchrun: rank 0 knows the time
+    ):  # torchrun: the time of rank 0 counts
         now = [datetime.now().strftime("@%Y%m%d-%H%M%S")]
         dist.broadcast_object_list(now, 0, device=torch.device("cpu"))
         text = text.replace("timestamp: null", f"timestamp: '{now[0]}'")
@@ -96,8 +96,8 @@ def work(
             system, datamodule, cfg, verify=ours.threestudio.verify
         )
 
-    # Rank 0 first: it fills the cache of prompt embeddings that the others read. (Where
-    # threestudio meets at a barrier of its own while loading them, the two pair up.)
+    # Rank 0 first: it fills the cache of prompt embeddings that the others read. (If
+    # threestudio has a barrier of its own while loading them, the two match.)
     if not leads and rank is not None:
         dist.barrier()
     trajectory = build()
@@ -121,21 +121,22 @@ def work(
 
     code = recorder.run(solve)
     if dist.is_initialized():
-        dist.barrier()  # rank 0 renders its pictures in peace
+        dist.barrier()  # rank 0 renders its images meanwhile
         dist.destroy_process_group()
     return code
 
 
 def join(ours: BackendConfig) -> int | None:
-    """Join the ranks, before threestudio is imported; None: this process is alone.
+    """Join the ranks, before threestudio is imported; None: there is one process.
 
-    threestudio picks devices by these variables, so they go; each rank sees one GPU.
+    threestudio chooses devices by torchrun's environment variables, so they are
+    removed; each rank sees one GPU.
     """
     if not is_rank():
         return None
     rank = int(os.environ["RANK"])
     num_gpus = process_group.hide_others()
-    # Rank 0 renders validation and test pictures while the others wait for it.
+    # Rank 0 renders validation and test images while the others wait for it.
     timeout = timedelta(seconds=ours.dispatch.timeout)
     process_group.open_group(timeout, num_gpus)
     for name in _RANKS:

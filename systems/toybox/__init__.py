@@ -1,4 +1,4 @@
-"""The embedded priors: procedural objects with exact truth, and models of them."""
+"""The embedded priors: procedural objects with ground truth, and models of them."""
 
 import os
 from pathlib import Path

@@ -55,7 +55,7 @@ def sample(arguments: argparse.Namespace) -> None:
     from systems.toybox.pipeline import draw, load
 
     logging.disable_progress_bar()
-    read(arguments.prompt)  # refuse before anything heavy is loaded
+    read(arguments.prompt)  # refuse before a model is loaded
     _at_least("--count", arguments.count, 1)
     _at_least("--steps", arguments.steps, 1)
     camera = _camera(arguments) if arguments.azimuth is not None else None
@@ -85,7 +85,7 @@ def render(arguments: argparse.Namespace) -> None:
 
 
 def views(arguments: argparse.Namespace) -> None:
-    """Render the training views that the folder lacks."""
+    """Render the training views missing from the folder."""
     from systems.toybox.views import render_shards
 
     _at_least("--shards", arguments.shards, 1)
@@ -170,7 +170,7 @@ def _folder(name: str) -> Path:
 
 
 def _camera(arguments: argparse.Namespace) -> Cameras:
-    """As many cameras as images, evenly all around from the one asked for."""
+    """One camera per image, evenly spaced all around from the requested one."""
     middle = view_cameras(read(arguments.prompt).view)
     turn = torch.arange(arguments.count) / arguments.count * 360
     one = torch.ones(arguments.count)
@@ -283,7 +283,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def main() -> int:
-    """Run a command; a user's mistake is one sentence and exit status 2."""
+    """Run a command; user errors give one sentence and exit status 2."""
     arguments = make_parser().parse_args()
     try:
         if hasattr(arguments, "columns"):

@@ -1,4 +1,4 @@
-"""What the toybox is called: captions, vocabularies, scored and held-out pairs."""
+"""Captions of the toybox, vocabularies, scored and held-out pairs."""
 
 from __future__ import annotations
 
@@ -51,15 +51,15 @@ the model has to put them together itself."""
 
 @dataclass(frozen=True)
 class Caption:
-    """What a prompt asks for; None where it leaves something open.
+    """The content of a prompt; None for what it leaves open.
 
     Attributes:
         name: A key of `OBJECTS`; None for the empty prompt.
-        colour: The body's, a key of `COLOURS`.
+        colour: Colour of the body, a key of `COLOURS`.
         finish: A key of `FINISHES`.
-        second: The colour of stripes or spots, a key of `COLOURS`.
+        second: Colour of the stripes or spots, a key of `COLOURS`.
         view: One of `VIEWS`.
-        normal: Whether a normal map is wanted.
+        normal: Whether the prompt asks for a normal map.
     """
 
     name: str | None
@@ -71,7 +71,7 @@ class Caption:
 
     @property
     def text(self) -> str:
-        """The caption, spelled as the priors were trained to read it."""
+        """The caption, spelled as in the training of the priors."""
         if self.name is None:
             return ""
         words = f"{self.colour} {self.name}" if self.colour else self.name
@@ -85,7 +85,7 @@ class Caption:
 
 
 def caption(colour: str | None, name: str, view: str | None, normal: bool) -> str:
-    """The caption of a plain object; what is None is left out."""
+    """The caption of a plain object, without the parts that are None."""
     return Caption(name, colour, view=view, normal=normal).text
 
 
@@ -107,7 +107,7 @@ def vocabulary() -> list[str]:
 
 @dataclass(frozen=True)
 class Known:
-    """What a prior can be asked for.
+    """The vocabulary of a prior.
 
     Attributes:
         objects: Keys of `OBJECTS`.
@@ -121,7 +121,7 @@ class Known:
 
     @classmethod
     def of_words(cls, words: Collection[str]) -> Known:
-        """What can be said with the words of a tokenizer."""
+        """The objects, colours and finishes in the words of a tokenizer."""
         return cls(
             tuple(n for n in OBJECTS if all(word in words for word in n.split())),
             tuple(colour for colour in COLOURS if colour in words),

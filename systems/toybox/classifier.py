@@ -1,10 +1,10 @@
-"""Classifiers: which object, in which colours, from which side does an image show.
+"""Classifiers of the object, its colours and the azimuth in an image.
 
-The first one, for the first prior, tells 16 objects and 8 colours at 32×32. The second
-one tells all objects, colours and finishes at 64×64, and from which azimuth an object
-with a front is seen. It is trained on the prior's views, in every pair of colour and
-object. `python -m systems.toybox classifier` trains it and reports its accuracy on
-renders it has not seen.
+The first one, for the first prior, distinguishes 16 objects and 8 colours at 32×32. The
+second one distinguishes all objects, colours and finishes at 64×64, and estimates the
+azimuth of an object with a front. It is trained on the prior's views, in every pair of
+colour and object. `python -m systems.toybox classifier` trains it and reports its
+accuracy on renders that it has not seen.
 """
 
 from __future__ import annotations
@@ -38,13 +38,14 @@ _FRONT = torch.tensor([name in WITH_FRONT for name in OBJECTS])
 
 @dataclass(frozen=True)
 class Judgement:
-    """What the classifier sees.
+    """Predictions of the classifier.
 
     Attributes:
         objects: Index of the object, shape ``(images,)``.
         colours: Index of the body's colour, shape ``(images,)``.
         finishes: Index of the finish, shape ``(images,)``; None from the first one.
-        azimuths: Degrees, −180 to 180, shape ``(images,)``; None from the first one.
+        azimuths: Azimuth in degrees, −180 to 180, shape ``(images,)``; None from the
+            first one.
     """
 
     objects: Tensor
@@ -56,10 +57,10 @@ class Judgement:
 class Classifier(nn.Module):
     """Convolutions of stride 2 down to 4×4, and linear heads.
 
-    The second one sees images in blocks of 2×2 pixels, which costs a quarter.
+    The second one reads images in blocks of 2×2 pixels, at a quarter of the cost.
 
     Args:
-        second: Size and heads of the second one instead of the first.
+        second: Use size and heads of the second classifier.
     """
 
     def __init__(self, second: bool = True) -> None:
@@ -83,8 +84,8 @@ class Classifier(nn.Module):
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
         """Logits of object and colour, of images from −1 to 1, ``(n, 3, size, size)``.
 
-        The second one also gives logits of the finish, and a vector whose direction is
-        the azimuth.
+        The second one also returns logits of the finish, and a vector whose direction
+        is the azimuth.
         """
         seen = images if self.finishes is None else to_blocks(images)
         features = self.body(seen.contiguous(memory_format=torch.channels_last))
@@ -93,10 +94,10 @@ class Classifier(nn.Module):
 
     @torch.no_grad()
     def judge(self, images: Tensor) -> Judgement:
-        """The likeliest object, colour and finish, and the azimuth.
+        """The most likely object, colour and finish, and the azimuth.
 
         Args:
-            images: From 0 to 1, shape ``(images, 3, size, size)``.
+            images: Images from 0 to 1, shape ``(images, 3, size, size)``.
         """
         parts = [self(part * 2 - 1) for part in images.split(256)]
         objects, colours, *rest = (torch.cat(p) for p in zip(*parts, strict=True))
@@ -108,10 +109,10 @@ class Classifier(nn.Module):
 
 
 def load(file: Path = FILE) -> Classifier:
-    """A classifier, of either kind.
+    """Load a classifier, of either kind.
 
     Args:
-        file: `FILE` or `SECOND_FILE`, or where one was trained.
+        file: `FILE`, `SECOND_FILE`, or the file of another trained classifier.
     """
     weights = {name: value.float() for name, value in load_file(file).items()}
     model = Classifier(second="finishes.weight" in weights)
@@ -121,13 +122,13 @@ def load(file: Path = FILE) -> Classifier:
 
 @dataclass(frozen=True)
 class Labelled:
-    """Rendered images with what they show.
+    """Rendered images with their labels.
 
     Attributes:
-        images: From −1 to 1, shape ``(n, 3, size, size)``.
+        images: Images from −1 to 1, shape ``(n, 3, size, size)``.
         objects: Index of the object, shape ``(n,)``.
         looks: Colours and finishes.
-        azimuths: Degrees, shape ``(n,)``.
+        azimuths: Azimuth in degrees, shape ``(n,)``.
     """
 
     images: Tensor
@@ -137,7 +138,7 @@ class Labelled:
 
 
 def labelled(views: ViewSet, index: Tensor, generator: torch.Generator) -> Labelled:
-    """Views in random colours, any pair among them, over random backgrounds."""
+    """Views in random colours, held-out pairs included, over random backgrounds."""
     objects = views.objects(index)
     looks = random_looks(objects, generator, held_out=True)
     layers = views.layers(index)
@@ -152,9 +153,9 @@ def angle_between(a: Tensor, b: Tensor) -> Tensor:
 
 
 def accuracy(model: Classifier, views: ViewSet, seed: int) -> dict[str, float]:
-    """Shares of right answers on all views, and the azimuth's median error.
+    """Accuracy on all views, and the median error of the azimuth.
 
-    The azimuth counts on objects with a front alone.
+    The azimuth counts only for objects with a front.
     """
     generator = StepRandom(seed).generator(0, "looks")
     made = labelled(views, torch.arange(len(views)), generator)
@@ -193,10 +194,10 @@ def train(
     """Fit the second classifier.
 
     Args:
-        views: Of every object.
-        steps: Optimizer steps, each on `BATCH` views in new colours.
-        seed: Of initial weights, batches and noise; another one to go on with.
-        model: A classifier to go on with; default: a new one.
+        views: Views of every object.
+        steps: Number of optimizer steps, each on `BATCH` views in new colours.
+        seed: Seed of initial weights, batches and noise; use another one to continue.
+        model: Classifier to continue with; default: a new one.
     """
     random = StepRandom(seed)
     if model is None:

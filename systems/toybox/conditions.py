@@ -1,11 +1,11 @@
-r"""What the second prior is told besides words: a camera, and a reference image.
+r"""Conditions of the second prior besides the text: camera and reference image.
 
 A camera is a vector of sines and cosines of 1, 2 and 4 times the azimuth, elevation,
 distance and field of view, centred and scaled on the training range. Two such vectors
 reach the U-Net as class labels: one in world coordinates, for text, and one relative to
 the camera of the reference image (differences of the angles, of the distance and of the
-field of view), for images. Flags tell whether each of the two, and an image, are given:
-zeros alone are a camera too. The reference image goes to further input channels.
+field of view), for images. Flags tell whether each of the two, and an image, are given,
+because zeros are a camera too. The reference image uses additional input channels.
 
 Images have 64×64 pixels; the U-Net sees 2×2 blocks of them as channels, at 32×32
 (pixel-unshuffle; W. Shi et al., 2016, arXiv 1609.05158).
@@ -73,8 +73,8 @@ def labels(
     """Class labels of views.
 
     Args:
-        count: Views.
-        camera: The wanted cameras; None leaves them open.
+        count: Number of views.
+        camera: Cameras of the views; None leaves them open.
         relative_to: The cameras of the reference image. With an image but without them,
             `camera` is in world coordinates.
         image: Whether a reference image is given.
@@ -92,7 +92,7 @@ def labels(
 
 @dataclass(frozen=True)
 class Conditions:
-    """Camera and reference image of views, as the U-Net takes them.
+    """Camera and reference image of views, in the U-Net's format.
 
     Attributes:
         labels: See `labels`, shape ``(views, LABELS)``.
@@ -115,15 +115,16 @@ class Conditions:
         """Conditions of views.
 
         Args:
-            count: Views.
-            side: Width and height the U-Net works at.
-            camera: The wanted cameras, one or as many as views; None leaves them open.
-            image: Reference images from 0 to 1, one or as many as views.
-            image_camera: The cameras of the reference images, one or as many as views;
-                `camera` is then taken relative to them.
+            count: Number of views.
+            side: Width and height of the U-Net's input.
+            camera: Cameras of the views, one or one per view; None leaves them open.
+            image: Reference images from 0 to 1, one or one per view.
+            image_camera: Cameras of the reference images, one or one per view;
+                `camera` is then expressed relative to them.
 
         Raises:
-            ValueError: The numbers of views differ, or `image_camera` comes alone.
+            ValueError: The numbers of views differ, or `image_camera` is given without
+                the others.
         """
         if image_camera is not None and (image is None or camera is None):
             raise ValueError(
@@ -173,7 +174,7 @@ class Conditions:
 
 
 def takes_conditions(unet: Any) -> bool:
-    """Whether a U-Net is one of this kind, by its configuration."""
+    """Whether a U-Net takes these conditions, by its configuration."""
     config = unet.config
     return (
         config.get("class_embed_type") == "projection"
@@ -185,7 +186,7 @@ def takes_conditions(unet: Any) -> bool:
 def ask(
     unet: Any, x: Tensor, t: Tensor, words: Tensor, conditions: Conditions | None
 ) -> Tensor:
-    """What a U-Net predicts of x, with its conditions if it is of this kind."""
+    """The U-Net's prediction for x, with conditions if it takes them."""
     if conditions is None:
         return unet(x, t, encoder_hidden_states=words).sample
     if conditions.reference is not None:
@@ -195,10 +196,10 @@ def ask(
 
 
 def fill_missing_reference(unet: Any) -> None:
-    """Let a U-Net be called without the channels of a reference image.
+    """Allow calls of a U-Net without the channels of a reference image.
 
-    They are zeros then. Samplers that watch a U-Net's input, such as the parallel ones,
-    see the noisy image alone.
+    They are then zeros. Samplers that record a U-Net's input, such as the parallel
+    ones, see only the noisy image.
     """
 
     def fill(module: Any, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

@@ -1,9 +1,10 @@
-"""Evaluate a prior: does it draw the object and the colour it is asked for?
+"""Evaluation of a prior: accuracy of the sampled object and colour.
 
 `python -m systems.toybox evaluate` samples 200 prompts of the first prior's 16 objects
-and 8 colours (25 DDIM steps, guidance scale 3), a fifth of them with pairs no prior
-has seen, lets the prior's classifier judge them, and writes figures, a confusion table
-and images. Of the second prior it also measures the rest: see `systems.toybox.measure`.
+and 8 colours (25 DDIM steps, guidance scale 3), a fifth of them with held-out
+pairs, classifies them with the prior's classifier, and writes figures, a confusion
+table and images. For the second prior there are more figures: see
+`systems.toybox.measure`.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ BACKGROUND = 0.75
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt to be judged, and whether its pair was in the training set."""
+    """A prompt to evaluate, and whether its pair was in the training set."""
 
     colour: str
     name: str
@@ -53,7 +54,7 @@ class Prompt:
 
 
 def prompts(count: int = NUM_PROMPTS) -> list[Prompt]:
-    """A fixed list: every fifth prompt is a held-out pair, views take turns.
+    """A fixed list: every fifth prompt is a held-out pair, and views alternate.
 
     Trained pairs come in an order that goes through the objects first.
     """
@@ -69,7 +70,7 @@ def prompts(count: int = NUM_PROMPTS) -> list[Prompt]:
     for i in range(count):
         if i % 5 == 4:
             colour, name = FIRST_HELD_OUT[unseen % len(FIRST_HELD_OUT)]
-            # One view further in each round, so that every pair is seen from all sides.
+            # Shifted by one view per round, so that every pair is seen from all sides.
             view = VIEWS[(unseen + unseen // len(FIRST_HELD_OUT)) % len(VIEWS)]
             unseen += 1
         else:
@@ -81,7 +82,7 @@ def prompts(count: int = NUM_PROMPTS) -> list[Prompt]:
 
 
 def score(asked: Sequence[Prompt], seen: Judgement) -> dict[str, object]:
-    """Shares of right objects and colours, and what was mistaken for what."""
+    """Accuracy of objects and colours, and the confusions."""
     names, colours = list(OBJECTS), list(COLOURS)
     right_object = [
         names[i] == p.name for i, p in zip(seen.objects.tolist(), asked, strict=True)
@@ -126,7 +127,7 @@ def score(asked: Sequence[Prompt], seen: Judgement) -> dict[str, object]:
 
 
 def confusion_table(asked: Sequence[Prompt], seen: Judgement) -> str:
-    """Markdown: one row per object asked for, one column per object seen."""
+    """Markdown: one row per object requested, one column per object seen."""
     names = list(OBJECTS)[: 1 + max(int(seen.objects.max()), len(FIRST_OBJECTS) - 1)]
     counts = torch.zeros(len(names), len(names), dtype=torch.long)
     for prompt, number in zip(asked, seen.objects.tolist(), strict=True):
@@ -142,7 +143,7 @@ def confusion_table(asked: Sequence[Prompt], seen: Judgement) -> str:
 
 
 def beside_truth(prior: pipeline.ToyboxPipeline, seed: int = 0) -> Tensor:
-    """Scored and held-out pairs: four views of truth, then four samples, per row.
+    """Scored and held-out pairs: four ground-truth views, then four samples per row.
 
     Returns:
         Images from 0 to 1, shape ``(28 · 8, 3, size, size)``.
@@ -197,9 +198,9 @@ def second_list(
 
     Args:
         prior: The second prior.
-        judge: Its classifier.
-        count: Trained combinations; half as many held-out ones.
-        seed: Of questions and noise.
+        judge: Classifier of the prior.
+        count: Number of trained combinations; half as many are held out.
+        seed: Seed of questions and noise.
         to: Folder of the sheets.
     """
     report: dict[str, object] = {}
@@ -231,9 +232,10 @@ def evaluate(weights: Path, file: Path, to: Path, count: int, seed: int) -> str:
     Args:
         weights: A pipeline folder.
         file: A classifier of the same generation.
-        to: Where everything goes.
-        count: Prompts of the first list; twice as many combinations of the second.
-        seed: Of the noise.
+        to: Output folder.
+        count: Number of prompts of the first list; the second has twice as many
+            combinations.
+        seed: Seed of the noise.
 
     Returns:
         The figures as JSON.

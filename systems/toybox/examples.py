@@ -1,7 +1,7 @@
 r"""Training examples: painted views over plain backgrounds, captions, conditions.
 
 Half of a batch is text with the camera, 35 % a reference image with the camera relative
-to its own, 15 % text, image and camera. What guidance leaves out is left out at random:
+to its own, 15 % text, image and camera. Conditions are dropped at random for guidance:
 the text (10 %), the image (10 % where it is the only condition), the camera (15 %), the
 colour (6 %) and the view's word (12 %). Held-out pairs are never shown.
 """
@@ -58,12 +58,12 @@ class Looks:
 
 @dataclass(frozen=True)
 class Examples:
-    """A batch.
+    """A training batch.
 
     Attributes:
-        images: From −1 to 1, shape ``(n, 3, size, size)``.
+        images: Images from −1 to 1, shape ``(n, 3, size, size)``.
         references: Reference images, zeros for none, as `images`.
-        captions: Empty for none.
+        captions: Captions; empty for none.
         labels: See `systems.toybox.conditions.labels`.
     """
 
@@ -80,8 +80,8 @@ def random_looks(
 
     Args:
         objects: Index of each object, shape ``(n,)``.
-        generator: On the CPU.
-        held_out: Allow held-out pairs too: a classifier must have seen all.
+        generator: Source of randomness, on the CPU.
+        held_out: Allow held-out pairs too, as a classifier must have seen all.
     """
     allowed = torch.ones_like(_ALLOWED) if held_out else _ALLOWED
     colour = torch.multinomial(allowed[objects], 1, generator=generator)[:, 0]
@@ -92,7 +92,7 @@ def random_looks(
 
 
 def random_backgrounds(count: int, generator: torch.Generator) -> Float[Tensor, "n 3"]:
-    """Plain backgrounds, more often grey than coloured."""
+    """Solid backgrounds, more often grey than coloured."""
     grey = torch.rand(count, 1, generator=generator).expand(count, 3)
     colour = torch.rand(count, 3, generator=generator)
     plain = torch.rand(count, 1, generator=generator) < 0.6
@@ -154,7 +154,7 @@ def draw(views: ViewSet, count: int, generator: torch.Generator) -> Examples:
 def _spell(
     number: Tensor, looks: Looks, i: int, camera: Cameras, normal: bool, dice: Tensor
 ) -> str:
-    """The caption of an example; `dice`, uniform in 0…1, decide what is left out."""
+    """The caption of an example; `dice`, uniform in 0…1, decide what is dropped."""
     # A normal map has no colour; half of the captions name one all the same, so that a
     # prompt with a colour can be asked for its normals.
     named = float(dice[6]) > (0.5 if normal else 0.06)

@@ -1,10 +1,11 @@
-"""Measure the second prior: what it draws, from where, and after which image.
+"""Measurements of the second prior: combinations, cameras and images.
 
 Three parts. *Combinations*: object, colour and finish the classifier sees in samples of
 trained and of held-out pairs, with the camera given. *Cameras*: the azimuth the
 classifier sees on objects with a front, and the intersection over union of the sample's
-mask with the truth's at the camera asked for. *Images*: held-out pairs from another
-camera than the reference image's, against the truth, beside the reference itself.
+mask with the ground truth's at the requested camera. *Images*: held-out pairs from a
+camera other than the reference image's, against the ground truth, compared with the
+reference itself.
 
 A sample's mask is where it differs from its plain background, the median of its border;
 pixels at the edge that differ less than half as much as their neighbours count as bare.
@@ -38,11 +39,11 @@ _NAMES, _COLOURS, _FINISHES = list(OBJECTS), list(COLOURS), list(FINISHES)
 
 @dataclass(frozen=True)
 class Question:
-    """What a sample is asked to show.
+    """The request for a sample.
 
     Attributes:
-        asked: The caption, with the view's word.
-        camera: One camera.
+        asked: Caption, with the view's word.
+        camera: A single camera.
         trained: Whether the pair of colour and object was in the training set.
     """
 
@@ -52,7 +53,7 @@ class Question:
 
     @property
     def truth(self) -> Truth:
-        """The exact answer."""
+        """The ground truth."""
         assert self.asked.name is not None
         assert self.asked.colour is not None
         return Truth(
@@ -64,7 +65,7 @@ class Question:
 
 
 def ground_truth(asked: Question, size: int) -> Tensor:
-    """The exact image over grey, shape ``(1, 3, size, size)``."""
+    """The ground-truth image over grey, shape ``(1, 3, size, size)``."""
     background = torch.full((3,), BACKGROUND)
     return asked.truth.render(asked.camera, size).over(background)
 
@@ -72,12 +73,12 @@ def ground_truth(asked: Question, size: int) -> Tensor:
 def questions(
     count: int, held_out: bool, seed: int = 0, names: Sequence[str] = tuple(OBJECTS)
 ) -> list[Question]:
-    """A fixed list: the objects take turns, colours, finishes and cameras are random.
+    """A fixed list: objects in turn, with random colours, finishes and cameras.
 
     Args:
-        count: Questions.
-        held_out: Ask for held-out pairs alone, or for trained ones alone.
-        seed: Of the choice.
+        count: Number of questions.
+        held_out: Use only held-out pairs, or only trained ones.
+        seed: Seed of the choice.
         names: Keys of `OBJECTS`; with `held_out` those that have held-out pairs.
     """
     generator = StepRandom(seed).generator(0, f"questions {held_out}")
@@ -115,10 +116,10 @@ def answers(
 
     Args:
         prior: The second prior.
-        asked: What to sample.
-        seed: Of the noise.
-        guidance_scale: Of the text.
-        camera: Give the cameras; else the view's word alone tells the side.
+        asked: Questions to sample.
+        seed: Seed of the noise.
+        guidance_scale: Guidance scale of the text.
+        camera: Condition on the cameras; otherwise only the view's word names the side.
     """
     made: list[Tensor] = []
     for start in range(0, len(asked), CHUNK):
@@ -133,7 +134,7 @@ def answers(
 def combinations(
     asked: Sequence[Question], images: Tensor, judge: Classifier
 ) -> dict[str, float]:
-    """Shares of right objects, colours and finishes."""
+    """Accuracy of objects, colours and finishes."""
     seen = judge.judge(images)
     assert seen.finishes is not None
     right = {
@@ -162,7 +163,7 @@ def combinations(
 def cameras(
     asked: Sequence[Question], images: Tensor, judge: Classifier
 ) -> dict[str, float]:
-    """Azimuth seen on objects with a front, and overlap with the truth's mask."""
+    """Azimuth of objects with a front, and overlap with the ground-truth mask."""
     kept = [i for i, q in enumerate(asked) if q.asked.name in WITH_FRONT]
     chosen = [asked[i] for i in kept]
     seen = judge.judge(images[kept])
@@ -184,14 +185,14 @@ def cameras(
 
 @dataclass(frozen=True)
 class NewViews:
-    """Answers to reference images.
+    """Samples from reference images.
 
     Attributes:
-        references: Shape ``(n, 3, size, size)``, 0 to 1, as the others.
-        samples: From the wanted cameras.
-        truths: The same, exact.
-        masks: The truths', shape ``(n, size, size)``.
-        reference_masks: The references', shape ``(n, size, size)``.
+        references: Reference images from 0 to 1, shape ``(n, 3, size, size)``.
+        samples: Samples at the requested cameras, likewise.
+        truths: Ground-truth images, likewise.
+        masks: Masks of `truths`, shape ``(n, size, size)``.
+        reference_masks: Masks of `references`, shape ``(n, size, size)``.
     """
 
     references: Tensor
@@ -223,7 +224,7 @@ class NewViews:
 def new_views(
     prior: ToyboxPipeline, count: int = 64, seed: int = 0, guidance_scale: float = 2.0
 ) -> NewViews:
-    """Samples of held-out pairs with a front, after an image from another camera."""
+    """Samples of held-out pairs with a front, given an image from another camera."""
     names = [n for n in WITH_FRONT if any(n == p[1] for p in HELD_OUT)]
     asked = questions(count, True, seed + 1, names)
     generator = StepRandom(seed).generator(0, "reference cameras")
@@ -257,7 +258,7 @@ def new_views(
 
 
 def join(cameras: Sequence[Cameras]) -> Cameras:
-    """Cameras one after the other."""
+    """Concatenate cameras."""
     parts = zip(*(_numbers(c) for c in cameras), strict=True)
     return Cameras(*(torch.cat(part) for part in parts))
 
@@ -267,7 +268,7 @@ def _numbers(cameras: Cameras) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def mask(image: Tensor) -> Tensor:
-    """Where an image ``(3, h, w)`` shows an object."""
+    """The mask of the object in an image ``(3, h, w)``."""
     rows = torch.cat([image[:, 0], image[:, -1], image[:, :, 0], image[:, :, -1]], 1)
     background = rows.median(1).values
     contrast = (image - background[:, None, None]).abs().amax(0)

@@ -28,8 +28,8 @@ def make_unet(widths: tuple[int, int, int] = WIDTHS) -> UNet2DConditionModel:
     """A U-Net of about 4 M parameters.
 
     It attends to the text at 8×8 only, and adds the pooled text to the embedding of the
-    timestep, so that every block is told the colour (as in DeepFloyd IF). The camera is
-    added there too. Its input is the noisy image and the reference image, both in
+    timestep, so that every block receives the colour (as in DeepFloyd IF). The camera
+    is added there too. Its input is the noisy image and the reference image, both in
     blocks.
     """
     return UNet2DConditionModel(
@@ -123,7 +123,7 @@ class Denoiser(nn.Module):
         super().__init__()
         self.unet = make_unet(widths)
         self.text_encoder = make_text_encoder()
-        # Nothing is said about the camera at first.
+        # Initially the camera has no effect.
         projection: Any = self.unet.class_embedding
         nn.init.zeros_(projection.linear_2.weight)
         nn.init.zeros_(projection.linear_2.bias)
@@ -143,17 +143,17 @@ class Denoiser(nn.Module):
 
 @torch.no_grad()
 def start_from(model: Denoiser, folder: Path, generator: torch.Generator) -> None:
-    """Take over the weights of a saved pipeline, of this prior or of the first one.
+    """Initialise from the weights of a saved pipeline, of this or the first prior.
 
     From the first prior's, which sees single pixels, the first convolution is averaged
-    over the four pixels of a block and blind to the reference, and the last one is
+    over the four pixels of a block and zero for the reference. The last one is
     repeated, plus random weights with zero mean over the block: without them the four
     pixels stay alike for long. Words are matched by their spelling.
 
     Args:
-        model: Takes the weights.
+        model: Receives the weights.
         folder: A pipeline folder.
-        generator: Of the random weights.
+        generator: Source of the random weights.
 
     Raises:
         ValueError: The pipeline's U-Net has other widths.

@@ -3,7 +3,7 @@
 An object is a body, which takes the named colours, and parts of fixed colours. All fit
 the ball of radius 1 around the origin; z is up and the front looks along +x. The order
 of `OBJECTS` and `COLOURS` numbers them; it must never change, since captions, the
-scored prompts and the held-out pairs refer to it. New ones go to the end.
+scored prompts and the held-out pairs refer to it. New ones are appended.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class ToyObject:
     parts: tuple[tuple[Sdf, Vector], ...] = ()
 
     def distances(self, points: Tensor) -> Tensor:
-        """Signed distance of each piece, body first, shape ``(..., pieces)``."""
+        """Signed distance of each part, body first, shape ``(..., pieces)``."""
         pieces = (self.body, *(sdf for sdf, _ in self.parts))
         return torch.stack([piece(points) for piece in pieces], -1)
 
@@ -71,11 +71,11 @@ class ToyObject:
     def albedo(
         self, points: Tensor, colour: str, finish: str = "plain", second: str = ""
     ) -> Tensor:
-        """Colour of the piece nearest to each point, shape ``(..., 3)``.
+        """Colour of the part nearest to each point, shape ``(..., 3)``.
 
         Args:
             points: Shape ``(..., 3)``.
-            colour: The body's, a key of `COLOURS`.
+            colour: Colour of the body, a key of `COLOURS`.
             finish: A key of `FINISHES`.
             second: The colour of the stripes or spots, a key of `COLOURS`.
         """

@@ -1,4 +1,4 @@
-r"""The embedded priors as a diffusers pipeline: words in, images out.
+r"""The embedded priors as a text-to-image diffusers pipeline.
 
 Sampling is DDIM with classifier-free guidance: the velocity is
 
@@ -6,15 +6,15 @@ $$\hat v = v(x_t, \varnothing) + s\,\bigl(v(x_t, c) - v(x_t, \varnothing)\bigr)$
 
 at guidance scale $s$ (J. Ho and T. Salimans, 2022, arXiv 2207.12598); 1 is the plain
 conditional model. In pixel space a larger scale drives colours out of range, so the
-result is pulled back to the spread of the conditional velocity,
+result is rescaled to the standard deviation of the conditional velocity,
 
 $$\hat v \leftarrow \phi\,\hat v\, \frac{\operatorname{std} v(x_t, c)}
   {\operatorname{std} \hat v} + (1 - \phi)\,\hat v$$
 
 with $\phi = 0.7$ (S. Lin et al., 2023, arXiv 2305.08891, Eqs. 14 to 16). Images are
-made in pixel space, so there is no autoencoder. The second prior can also be told the
-camera and shown a reference image (`systems.toybox.conditions`); the branch
-$\varnothing$ then has neither words nor image, and keeps the camera.
+made in pixel space, so there is no autoencoder. The second prior can also be
+conditioned on the camera and a reference image (`systems.toybox.conditions`); the
+branch $\varnothing$ then has neither text nor image, and keeps the camera.
 """
 
 from __future__ import annotations
@@ -60,9 +60,9 @@ class ToyboxPipeline(DiffusionPipeline):
     ``UNet2DConditionModel.from_pretrained(WEIGHTS, subfolder="unet")``.
 
     Args:
-        unet: Predicts the velocity.
-        text_encoder: Gives the U-Net the words.
-        tokenizer: One token a word.
+        unet: U-Net that predicts the velocity.
+        text_encoder: Encoder of the prompt.
+        tokenizer: Tokenizer with one token per word.
         scheduler: Noise schedule and sampler.
 
     Example:
@@ -95,7 +95,7 @@ class ToyboxPipeline(DiffusionPipeline):
 
     @property
     def known(self) -> Known:
-        """What it can be asked for."""
+        """The vocabulary of the prior."""
         return Known.of_words(self.tokenizer.get_vocab())
 
     @torch.no_grad()
@@ -128,8 +128,8 @@ class ToyboxPipeline(DiffusionPipeline):
 
         Args:
             prompt: One prompt, or several.
-            device: Where the embeddings go; default: where the encoder is.
-            num_images_per_prompt: Repeat each embedding so often.
+            device: Device of the embeddings; default: that of the encoder.
+            num_images_per_prompt: Number of repetitions of each embedding.
             do_classifier_free_guidance: Embed the negative prompt too.
             negative_prompt: Default: the empty one.
 
@@ -161,9 +161,9 @@ class ToyboxPipeline(DiffusionPipeline):
         Args:
             x: Noisy images in the model's space, shape ``(batch, channels, h, w)``.
             timestep: A scalar, or one per image.
-            words: Embeddings of the prompts, shape ``(batch, MAX_WORDS, channels)``.
-            blank: Embedding of the empty prompt, the same shape or of one prompt.
-            scale: Guidance scale; 1 asks the conditional model alone.
+            words: prompt_embeds, shape ``(batch, MAX_WORDS, channels)``.
+            blank: Embedding of the empty prompt, of the same shape or of one prompt.
+            scale: Guidance scale; 1 evaluates only the conditional model.
             rescale: $\phi$ above, from 0 (off) to 1.
             conditions: Camera and image, for the second prior; default: none.
         """
@@ -186,10 +186,10 @@ class ToyboxPipeline(DiffusionPipeline):
         image: Any = None,
         image_camera: Cameras | None = None,
     ) -> Conditions | None:
-        """Camera and image as the U-Net takes them; None for the first prior.
+        """Camera and image in the U-Net's format; None for the first prior.
 
         Raises:
-            ValueError: The first prior is told a camera or shown an image.
+            ValueError: A camera or an image is given to the first prior.
         """
         if takes_conditions(self.unet):
             if image is not None:
@@ -227,13 +227,14 @@ class ToyboxPipeline(DiffusionPipeline):
 
         Args:
             prompt: One prompt, or several.
-            num_inference_steps: Steps of the scheduler.
-            guidance_scale: 1 is the plain conditional model; 3 is a good value.
-            negative_prompt: What is not wanted; default: the empty prompt.
+            num_inference_steps: Number of denoising steps.
+            guidance_scale: Guidance scale; 1: only the conditional model; 3 is a good
+                value.
+            negative_prompt: Description of what to avoid; default: the empty prompt.
             num_images_per_prompt: Images per prompt.
             eta: Noise of DDIM, from 0 (none) to 1 (as much as DDPM).
-            generator: Of the noise: one for all images, or one per image.
-            latents: The noise to start from, in the model's space: shape ``(images, 3,
+            generator: Source of the noise: one for all images, or one per image.
+            latents: Initial noise, in the model's space: shape ``(images, 3,
                 32, 32)`` for the first prior, ``(images, 12, 32, 32)`` for the second.
             output_type: "pil", "np" (``(images, size, size, 3)``, 0 to 1), "pt"
                 (``(images, 3, size, size)``, 0 to 1) or "latent" (the model's space, −1

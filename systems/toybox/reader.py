@@ -1,9 +1,9 @@
-"""Prompts as people write them, read as captions.
+"""Parsing of free-form prompts into captions.
 
 Case, punctuation, articles, plurals and the usual fillers ("a DSLR photo of …, highly
-detailed, 8k") have no effect; synonyms are understood; everything else is refused with
-what is nearest, never ignored. A finish without a second colour gets white, on white
-bodies black.
+detailed, 8k") have no effect, and synonyms are understood. Any other word is refused,
+with the nearest known one, and never ignored. A finish without a second colour uses
+white, or black on white bodies.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _IRREGULAR = {"snowmen": "snowman", "tori": "torus", "fishes": "fish", "mice": "
 
 @dataclass(frozen=True)
 class _Term:
-    """A phrase that has a meaning: its kind, what it stands for, how it was written."""
+    """A phrase with a meaning: its kind, its meaning and its spelling."""
 
     kind: str
     value: str
@@ -52,12 +52,12 @@ _LONGEST = max(len(phrase.split()) for phrase in _LEXICON)
 
 
 def read(prompt: str, known: Known = EVERYTHING) -> Caption:
-    """What a prompt asks for.
+    """The content of a prompt.
 
     Args:
         prompt: One object at most, with what is said about it; fillers alone, or
             nothing, are the empty prompt.
-        known: What the prior that will be asked knows.
+        known: The vocabulary of the prior.
 
     Raises:
         ValueError: A word is unknown, or the prompt contradicts itself.
@@ -91,7 +91,7 @@ def read(prompt: str, known: Known = EVERYTHING) -> Caption:
 
 
 def parse(prompt: str) -> Caption:
-    """What a prompt asks for, object and colour included.
+    """The content of a prompt that must name object and colour.
 
     Raises:
         ValueError: As `read`, or one of the two is missing.
@@ -187,7 +187,7 @@ def _refuse_unknown(prompt: str, terms: Sequence[_Term], known: Known) -> None:
 
 
 def _hint(word: str, known: Known, described: bool) -> str:
-    """A word and what is nearest: for a noun objects, never a colour."""
+    """A word and the nearest known ones: for a noun objects, never a colour."""
     if described:
         finishes = [f for f in FINISHES if f in known.finishes]
         near = difflib.get_close_matches(word, [*known.colours, *finishes], 2, 0.6)

@@ -1,4 +1,4 @@
-r"""Exact pictures of toybox objects: a sphere tracer and a fixed light.
+r"""Ground-truth images of toybox objects: a sphere tracer and a fixed light.
 
 A ray $o + t\,d$ is followed by $t \leftarrow t + \mathrm{sdf}(o + t\,d)$ until the
 distance vanishes. A surface point of albedo $a$ and normal $n$ has the colour
@@ -31,7 +31,7 @@ _HIT = 4e-3
 
 @dataclass(frozen=True)
 class Render:
-    """Pictures of an object, without background.
+    """Images of an object, without background.
 
     Attributes:
         rgb: Colour times coverage, from 0 to 1, shape ``(views, 3, size, size)``.
@@ -47,12 +47,12 @@ class Render:
     normal: Float[Tensor, "views 3 size size"]
 
     def over(self, background: Tensor) -> Float[Tensor, "views 3 size size"]:
-        """The pictures over a plain background of shape ``(3,)`` or ``(views, 3)``."""
+        """The images over a solid background of shape ``(3,)`` or ``(views, 3)``."""
         background = background.expand(len(self.rgb), 3)
         return self.rgb + (1 - self.mask) * background[:, :, None, None]
 
     def normal_over(self, background: Tensor) -> Float[Tensor, "views 3 size size"]:
-        """Normal maps, from −1…1 to 0…1, over a plain background."""
+        """Normal maps, mapped from −1…1 to 0…1, over a solid background."""
         background = background.expand(len(self.rgb), 3)
         colour = (self.normal + self.mask) / 2
         return colour + (1 - self.mask) * background[:, :, None, None]
@@ -96,11 +96,11 @@ def render(
 
 @dataclass(frozen=True)
 class Surface:
-    """What the rays of some views meet.
+    """The surface points hit by the rays of some views.
 
     Attributes:
         hit: Whether a ray meets the object, shape ``(views, rows, columns)``.
-        points: Where, shape ``(hits, 3)``, in the order of `hit`.
+        points: The points hit, shape ``(hits, 3)``, in the order of `hit`.
         depth: Distance along the ray, shape ``(hits, 1)``.
         normals: Camera-space unit normals, shape ``(hits, 3)``.
         shade: The light's factor on the albedo, shape ``(hits, 1)``.

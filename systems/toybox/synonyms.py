@@ -1,4 +1,4 @@
-"""Other words for what the toybox knows, and words that say nothing about an object."""
+"""Synonyms of the toybox's words, and words without effect."""
 
 from __future__ import annotations
 

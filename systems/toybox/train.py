@@ -7,13 +7,13 @@ $$v = \alpha_t\,\epsilon - \sigma_t\,x, \qquad x_t = \alpha_t\,x + \sigma_t\,\ep
 (T. Salimans and J. Ho, 2022, arXiv 2202.00512, section 4). The square error of a
 timestep weighs $\min(r, 5) / (r + 1)$ with the signal-to-noise ratio $r = \alpha_t^2 /
 \sigma_t^2$ (T. Hang et al., 2023, arXiv 2303.09556, for v), but at least 0.1: camera
-and reference image decide what is seen where $r$ is near zero, and without a floor the
-channels of the reference hardly learned (docs/toybox.md). What is exported is the
-exponential moving average of the weights.
+and reference image decide what is visible where $r$ is near zero, and without a floor
+the channels of the reference hardly learned (docs/toybox.md). The exported weights are
+the exponential moving average.
 
-The learning rate is constant, so that a run can go on for as long as one likes; before
-an export it falls to zero over the last tenth of a part's time. That tenth is not kept:
-`state.pt` holds the state before it, from which the next part goes on.
+The learning rate is constant, so that a run can continue for any time. Before an export
+it falls to zero over the last tenth of a part's time. That tenth is not kept:
+`state.pt` holds the state before it, from which the next part resumes.
 """
 
 from __future__ import annotations
@@ -58,12 +58,12 @@ CHECKPOINT_EVERY = 180.0
 
 @dataclass(frozen=True)
 class Budget:
-    """How long a part of a run is.
+    """The length of a part of a run.
 
     Attributes:
-        minutes: From its start.
-        until: Clock time ``HH:MM`` at which it ends at the latest.
-        steps: Steps in this part at most.
+        minutes: Largest duration in minutes.
+        until: Clock time ``HH:MM`` at which the part ends at the latest.
+        steps: Largest number of steps in this part.
     """
 
     minutes: float = math.inf
@@ -71,12 +71,12 @@ class Budget:
     steps: int | None = None
 
     def share(self, seconds: float, deadline: float, steps: int) -> float:
-        """How much of the part is over, from 0 to 1.
+        """Elapsed fraction of the part, from 0 to 1.
 
         Args:
-            seconds: Since its start.
+            seconds: Seconds since its start.
             deadline: Seconds from its start to `until`.
-            steps: Taken in this part.
+            steps: Number of steps taken in this part.
         """
         shares = [seconds / max(1e-9, min(self.minutes * 60, deadline))]
         if self.steps is not None:
@@ -85,13 +85,13 @@ class Budget:
 
 
 class Run:
-    """A training run: all that is saved, and a step.
+    """A training run: its saved state, and its step.
 
     Args:
-        source: A pipeline folder to take weights from; None starts anew.
-        seed: Of initial weights and batches.
-        device: Where it trains.
-        widths: Channels of the U-Net's levels.
+        source: Pipeline folder of the initial weights; None: random weights.
+        seed: Seed of initial weights and batches.
+        device: Device of the training.
+        widths: Numbers of channels of the U-Net's levels.
     """
 
     def __init__(
@@ -132,7 +132,7 @@ class Run:
         loss.backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
-        # Early averages would remember the initial weights for too long.
+        # Early averages would keep the initial weights for too long.
         decay = min(EMA_DECAY, (1 + self.step) / (10 + self.step))
         pairs = zip(self.average.parameters(), self.model.parameters(), strict=True)
         with torch.no_grad():
@@ -173,7 +173,7 @@ class Run:
         return (weight * error).mean()
 
     def save(self, path: Path) -> None:
-        """Write everything needed to go on; the old file stays until it is whole."""
+        """Write the state to resume from; the old file stays until it is complete."""
         state = {
             "model": self.model.state_dict(),
             "average": self.average.state_dict(),
@@ -187,10 +187,10 @@ class Run:
         os.replace(part, path)
 
     def restore(self, path: Path) -> None:
-        """Resume from what `save` wrote.
+        """Resume from a file that `save` wrote.
 
         Raises:
-            ValueError: It is of a U-Net of other widths.
+            ValueError: The file belongs to a U-Net of other widths.
         """
         state = torch.load(path, weights_only=True, map_location=self.device)
         found = tuple(state.get("widths", WIDTHS))
@@ -219,11 +219,11 @@ class Run:
 
 
 def learning_rate(step: int, share: float) -> float:
-    """Warm-up by steps, constant, and a linear fall over the end of a part.
+    """Warm-up by steps, then constant, then a linear decay at the end of a part.
 
     Args:
-        step: Steps taken before.
-        share: How much of the part is over, from 0 to 1.
+        step: Number of steps taken before.
+        share: Elapsed fraction of the part, from 0 to 1.
     """
     falling = min(1.0, max(0.0, (1 - share) / DECAY_SHARE))
     return RATE * min(1.0, (step + 1) / WARM_UP) * falling
@@ -236,15 +236,15 @@ def train(
     views: ViewSet | None = None,
     batch: int = 32,
 ) -> Path:
-    """Train a part of a run, and export what came of it.
+    """Train a part of a run, and export the result.
 
     Args:
-        run: At its start; resumes `folder`'s state if there is one.
-        folder: Where state, log, process number and exported weights go.
-        budget: How long the part is.
-        views: The training views; default: those in the folder, of which more may
-            arrive while it trains.
-        batch: Examples per step.
+        run: New run; it resumes from `folder`'s state if there is one.
+        folder: Folder of state, log, process number and exported weights.
+        budget: Length of the part.
+        views: Training views; default: those in the folder, of which more may appear
+            during the training.
+        batch: Number of examples per step.
 
     Returns:
         The folder of the exported pipeline.
@@ -285,11 +285,11 @@ def train_on(
     """Train on the folder's views, or on views rendered first on the run's device.
 
     Args:
-        run: At its start.
+        run: New run.
         folder: See `train`.
-        budget: How long the part is, rendering included.
-        batch: Examples per step.
-        shards: Shards to render; None reads those in the folder.
+        budget: Length of the part, rendering included.
+        batch: Number of examples per step.
+        shards: Number of shards to render; None reads those in the folder.
     """
     if shards is None:
         return train(run, folder, budget, batch=batch)
@@ -306,7 +306,7 @@ def train_on(
 
 
 def _shares(run: Run, budget: Budget) -> Iterator[float]:
-    """How much of a part is over, before each of its steps, with a progress bar."""
+    """Elapsed fraction of a part before each of its steps, with a progress bar."""
     start, first = time.monotonic(), run.step
     deadline = seconds_until(budget.until)
     with tqdm(total=1000, unit="‰", desc="training", mininterval=5) as bar:
@@ -321,10 +321,10 @@ def _shares(run: Run, budget: Budget) -> Iterator[float]:
 
 
 def seconds_until(clock: str | None, now: datetime | None = None) -> float:
-    """Seconds to the next time the clock shows ``HH:MM``; infinite for None.
+    """Seconds to the next clock time ``HH:MM``; infinite for None.
 
     Raises:
-        ValueError: The text is no clock time.
+        ValueError: The text is not a clock time.
     """
     if clock is None:
         return math.inf

@@ -1,6 +1,6 @@
-"""The exact answer to a prompt: its pictures, mask, signed distance and mesh.
+"""The ground truth of a prompt: images, mask, signed distance and mesh.
 
-What score distillation finds for "a red mushroom" can be compared with `truth("a red
+The result of score distillation for "a red mushroom" can be compared with `truth("a red
 mushroom")`, from any camera and in space.
 """
 
@@ -20,12 +20,12 @@ from systems.toybox.render import RADIUS, Render, render
 
 @dataclass(frozen=True)
 class Mesh:
-    """A triangle mesh with a colour at every vertex, not yet lit.
+    """A triangle mesh with the albedo of every vertex.
 
     Attributes:
-        vertices: Shape ``(vertices, 3)``.
-        faces: Vertex numbers, counter-clockwise from outside, shape ``(faces, 3)``.
-        colours: From 0 to 1, shape ``(vertices, 3)``.
+        vertices: Positions, shape ``(vertices, 3)``.
+        faces: Vertex indices, counter-clockwise from outside, shape ``(faces, 3)``.
+        colours: Albedo from 0 to 1, shape ``(vertices, 3)``.
     """
 
     vertices: Float[Tensor, "vertices 3"]
@@ -38,10 +38,10 @@ class Truth:
     """A toybox object in its colours.
 
     Attributes:
-        colour: The body's, a key of `COLOURS`.
-        name: A key of `OBJECTS`.
-        finish: A key of `FINISHES`.
-        second: The colour of stripes or spots, a key of `COLOURS`.
+        colour: Colour of the body, a key of `COLOURS`.
+        name: Name of the object, a key of `OBJECTS`.
+        finish: Finish, a key of `FINISHES`.
+        second: Colour of stripes or spots, a key of `COLOURS`.
     """
 
     colour: str
@@ -65,16 +65,16 @@ class Truth:
         """Signed distance, negative inside.
 
         Args:
-            points: Shape ``(..., 3)``, z up, the front towards +x.
+            points: Points, shape ``(..., 3)``, z up, the front towards +x.
 
         Returns:
-            Shape ``(...)``. Zero exactly on the surface; elsewhere never further from
-            zero than the true distance outside.
+            Distances, shape ``(...)``: zero exactly on the surface, and at most the
+            true distance outside.
         """
         return OBJECTS[self.name].sdf(points)
 
     def albedo(self, points: Tensor) -> Tensor:
-        """Colour of the surface nearest to points ``(..., 3)``, not yet lit."""
+        """Albedo of the surface nearest to points ``(..., 3)``."""
         thing = OBJECTS[self.name]
         return thing.albedo(points, self.colour, self.finish, self.second)
 
@@ -99,14 +99,15 @@ class Truth:
 
 
 def truth(prompt: str) -> Truth:
-    """The exact answer to a prompt.
+    """The ground truth of a prompt.
 
     Args:
         prompt: One object with its colours, such as "a red mushroom, front view" or "a
             red mug with white stripes"; the view is left to the cameras.
 
     Raises:
-        ValueError: A word is unknown, or there is not one colour and one object.
+        ValueError: A word is unknown, or the prompt does not name one colour and one
+            object.
     """
     asked = parse(prompt)
     assert asked.name is not None

@@ -1,4 +1,4 @@
-r"""Training views without colours: layers that any colour and finish is painted on.
+r"""Training views without colours: layers for painting any colour and finish.
 
 A pixel of an object with body colour $c$, second colour $c'$ and fixed parts is linear
 in both colours,
@@ -49,7 +49,7 @@ PER_OBJECT = 77
 
 
 def random_cameras(count: int, generator: torch.Generator) -> Cameras:
-    """Cameras of the training distribution; overhead ones are not left rare."""
+    """Cameras of the training distribution, with enough overhead views."""
 
     def uniform(low: float, high: float) -> Tensor:
         return low + (high - low) * torch.rand(count, generator=generator)
@@ -98,9 +98,9 @@ def paint(
     """Colour times coverage of painted layers, from 0 to 1.
 
     Args:
-        layers: What `layers` returned.
-        colour: The body's colours.
-        second: The colours of stripes or spots; without effect on plain objects.
+        layers: The result of `layers`.
+        colour: Colours of the body.
+        second: Colours of stripes or spots; no effect on plain objects.
         finish: Index of the finish in `FINISHES`.
     """
     # Indexed by the finish: no marks on a plain body, else its stripes or its spots.
@@ -137,7 +137,7 @@ class ViewSet:
         return self.shards[0].shape[-1]
 
     def objects(self, index: Int[Tensor, " n"]) -> Int[Tensor, " n"]:
-        """Index of the object each view shows."""
+        """Index of the object in each view."""
         per_shard = len(self.shards[0])
         return index % per_shard // (per_shard // len(OBJECTS))
 
@@ -202,7 +202,7 @@ def build_shard(
 
 
 def render_shards(folder: Path, shards: int, per_object: int = PER_OBJECT) -> None:
-    """Render the shards that a folder lacks, one file after the other."""
+    """Render the shards missing from a folder, one file after another."""
     folder.mkdir(parents=True, exist_ok=True)
     for shard in range(shards):
         if _file(folder, "layers", shard).exists():
@@ -213,10 +213,10 @@ def render_shards(folder: Path, shards: int, per_object: int = PER_OBJECT) -> No
 
 
 def open_shards(folder: Path) -> ViewSet:
-    """The shards of a folder, read from disk when they are asked for.
+    """The shards of a folder, read from disk on demand.
 
     Raises:
-        ValueError: There are none.
+        ValueError: There are no shards.
     """
     files = sorted(folder.glob("layers-*.npy"))
     if not files:

@@ -1,4 +1,4 @@
-r"""Classifier-free guidance, and pulling its result back in range.
+r"""Classifier-free guidance, and rescaling of its result.
 
 $$m = m_\varnothing + s\,(m_c - m_\varnothing), \qquad
   m \leftarrow \phi\, m\, \frac{\mathrm{std}(m_c)}{\mathrm{std}(m)} + (1 - \phi)\, m .$$

@@ -1,9 +1,9 @@
 """A pipeline's denoising loop, taken over for one call.
 
 The loop runs over all its timesteps, but its U-Net and its scheduler's `step` are stubs
-that record what they are given (`recording`); the last `step` solves the trajectory and
-returns its end. A loop that does more per step than one call of each is refused: the
-stubs hand on random numbers, which must come back untouched.
+that record their arguments (`recording`); the last `step` solves the trajectory and
+returns its final state. A loop that does more per step than one call of each is
+refused: the stubs return random numbers, which must come back unchanged.
 """
 
 from __future__ import annotations
@@ -33,13 +33,14 @@ from dreampropeller.adapters.diffusers.trajectory import (
 
 
 class Loop:
-    """A pipeline whose loop is taken over for the time of one call.
+    """A pipeline whose loop is taken over for one call.
 
     Args:
-        pipeline: It is as before after the call.
-        arguments: What it is called with.
-        form: Of the trajectory.
-        run: Solves a trajectory; told how to advance the progress bar.
+        pipeline: The pipeline, restored after the call.
+        arguments: Arguments of the call.
+        form: Form of the trajectory.
+        run: Function that solves a trajectory, given a function that advances the
+            progress bar.
     """
 
     def __init__(
@@ -67,10 +68,10 @@ class Loop:
 
     @contextlib.contextmanager
     def taken_over(self) -> Iterator[None]:
-        """Stand between the pipeline and its parts inside the block.
+        """Replace the pipeline's parts inside the block.
 
         Raises:
-            ValueError: The pipeline did not ask for the steps that it announced.
+            ValueError: The pipeline did not make the steps that it announced.
         """
         with (
             _replaced(self.unet, "_compiled_call_impl", None),
@@ -144,7 +145,7 @@ class Loop:
         return (made,) if not return_dict else SimpleNamespace(prev_sample=made)
 
     def _check(self, step: RecordedStep, output: Tensor) -> None:
-        """Refuse what a denoiser and a scheduler's step alone would not repeat."""
+        """Refuse a loop that a denoiser and a scheduler's step do not reproduce."""
         if self.handed is not None and not same(step.x, self.handed):
             raise ValueError(
                 f"{self.name} changes the latents between two steps (inpainting by "
@@ -217,10 +218,10 @@ def _ignore(count: int) -> None:
 def _replaced(
     owner: Any, name: str, stand_in: Callable[..., Any] | None
 ) -> Iterator[None]:
-    """Call `stand_in(original, …)` in place of a method, inside the block.
+    """Call `stand_in(original, …)` instead of a method, inside the block.
 
-    None puts None in its place: a module compiled by its `compile()` otherwise never
-    asks for its `forward`.
+    None replaces it by None: a module compiled by its `compile()` otherwise never uses
+    its `forward`.
     """
     if not hasattr(owner, name):
         yield
@@ -234,7 +235,7 @@ def _replaced(
 
 
 def _calling(stand_in: Callable[..., Any], original: Any) -> Callable[..., Any]:
-    @functools.wraps(original)  # pipelines look at the signature
+    @functools.wraps(original)  # pipelines inspect the signature
     def method(*args: Any, **kwargs: Any) -> Any:
         return stand_in(original, *args, **kwargs)
 
@@ -242,7 +243,7 @@ def _calling(stand_in: Callable[..., Any], original: Any) -> Callable[..., Any]:
 
 
 _OWN: dict[tuple[int, str], Any] = {}
-"""What stands under a name of an object by itself while it is replaced."""
+"""The attribute of the object itself while it is replaced."""
 
 
 def _put_back(owner: Any, name: str, own: Any) -> None:

@@ -1,4 +1,4 @@
-"""Parallel sampling with a diffusers pipeline: `sample` in place of calling it.
+"""Parallel sampling with a diffusers pipeline: `sample` instead of calling it.
 
 The pipeline runs its own code before and after its loop (prompts, latents, decoding,
 safety checker); the loop is taken over (`loop`). Every argument of the pipeline that
@@ -53,29 +53,30 @@ def sample(
     CPU, semi-linear form, drifts evaluated one by one: `test_diffusers.py`).
 
     Args:
-        pipeline: Stable Diffusion, DeepFloyd IF, the toybox, or another pipeline whose
-            U-Net is asked once a step; with a scheduler of `trajectory.HISTORY`.
+        pipeline: Stable Diffusion, DeepFloyd IF, the toybox, or another pipeline that
+            calls its U-Net once per step; with a scheduler of `trajectory.HISTORY`.
         prompt: As for the pipeline.
         num_inference_steps: As for the pipeline.
-        window: Steps tried at once.
-        tolerance: Largest change of a state between two iterations that passes, as a
-            share of the noise's standard deviation at its timestep; published: 0.1.
-        form: "semi-linear", or "published" for comparison.
-        acceleration: `Anderson()` takes fewer iterations where windows are wide and
+        window: Number of steps evaluated at once.
+        tolerance: Largest change of a state between two iterations that passes,
+            relative to the standard deviation of the noise at its timestep; published:
+            0.1.
+        form: Form of the drift: "semi-linear", or "published" for comparison.
+        acceleration: `Anderson()` needs fewer iterations if windows are wide and
             tolerances small (`docs/sampling.md`).
-        dispatcher: Where the model runs: `InlineDispatcher` (one step after the
-            other), `BatchedDispatcher` (a window in one call, close but not bitwise) or
-            `DistributedDispatcher` (a window spread over devices).
-        calibration: What `measure` found: a batched window if that pays on this device,
-            else the plain loop; in place of `dispatcher`.
-        solver: Another solver, in place of `window`, `tolerance` and `acceleration`;
-            its threshold is the squared tolerance.
+        dispatcher: Evaluation of the model: `InlineDispatcher` (one step after
+            another), `BatchedDispatcher` (a window in one call, close but not bitwise)
+            or `DistributedDispatcher` (a window spread over devices).
+        calibration: Result of `measure`, instead of `dispatcher`: a batched window if
+            that pays on this device, the sequential run otherwise.
+        solver: Another solver, instead of `window`, `tolerance` and `acceleration`; its
+            threshold is the squared tolerance.
         on_iteration: As for `solve`; it cannot stop the solve.
         on_solution: Called with the solution: iterations, evaluations, strides.
-        **arguments: Everything else the pipeline takes.
+        **arguments: Further arguments of the pipeline.
 
     Returns:
-        What the pipeline returns.
+        The return value of the pipeline.
 
     Raises:
         ValueError: A number is out of range, the pipeline or its scheduler cannot be
@@ -126,7 +127,7 @@ def measure(
 ) -> Calibration:
     """Whether a batched window pays for this pipeline on this device.
 
-    Arguments are those of `sample`; record the answer with its ``save``.
+    Arguments are those of `sample`; record the result with its ``save``.
     """
     _check(pipeline, num_inference_steps, window, tolerance, form, arguments)
     found: list[Calibration] = []
@@ -151,8 +152,8 @@ def solver_for(
 ) -> PicardSolver:
     """The solver of `sample`, for a trajectory of your own.
 
-    In the semi-linear form new slots are guessed by rolling the scheduler on with the
-    last answer; in the published one they repeat the last state.
+    In the semi-linear form new slots are guessed by stepping the scheduler with the
+    last model output; in the published form they repeat the last state.
     """
     return PicardSolver(
         SlidingWindow(window),

@@ -1,4 +1,4 @@
-"""What a pipeline's loop gives its U-Net and its scheduler, step by step."""
+"""Recorded calls of a pipeline's loop to its U-Net and its scheduler."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ class UNetCall:
     """One call of a U-Net.
 
     Attributes:
-        inputs: What it was shown, shape ``(batch, channels, height, width)``.
+        inputs: Input of the U-Net, shape ``(batch, channels, height, width)``.
         timestep: The timestep, a scalar or one per image.
-        conditions: Its further arguments by name.
-        output: Random numbers that stand for its output.
-        wants_dict: Whether the caller wants them by name.
+        conditions: Further arguments of the U-Net by name.
+        output: Random numbers that replace its output.
+        wants_dict: Whether the caller expects the output by name.
     """
 
     inputs: Tensor
@@ -46,7 +46,7 @@ class UNetCall:
         return cls(inputs, timestep, dict(conditions), output, wants_dict)
 
     def answer(self) -> Any:
-        """The output in the form that the caller asked for."""
+        """The output in the form that the caller expects."""
         return (
             SimpleNamespace(sample=self.output) if self.wants_dict else (self.output,)
         )
@@ -57,11 +57,11 @@ class RecordedStep:
     """One step of a loop: a U-Net call, then the scheduler's `step`.
 
     Attributes:
-        call: The U-Net's part.
+        call: The call of the U-Net.
         x: The latents.
-        timestep: What the scheduler was told.
-        generator: The source of its noise.
-        settings: Its further arguments by name.
+        timestep: Timestep passed to the scheduler.
+        generator: Source of the scheduler's noise.
+        settings: Further arguments of the scheduler by name.
     """
 
     call: UNetCall
@@ -74,7 +74,7 @@ class RecordedStep:
         self._drawn = _states(self.generator)
 
     def difference(self, first: RecordedStep) -> str:
-        """What is not as at the first step, or nothing."""
+        """The difference to the first step; empty if there is none."""
         if not _same_time(self.call.timestep, self.timestep):
             return "the U-Net's timestep away from the scheduler's"
         for name in {**self.call.conditions, **first.call.conditions}:
@@ -96,11 +96,11 @@ class LoopBar:
         self.total: int | None = bar.total
 
     def update(self, count: float = 1) -> None:
-        """Nothing: a recorded step is no progress."""
+        """Ignore the update: a recorded step is not progress."""
         del count
 
     def advance(self, count: int) -> None:
-        """Steps that were solved."""
+        """Advance by a number of solved steps."""
         self._bar.update(count)
 
     def __enter__(self) -> LoopBar:
@@ -136,7 +136,7 @@ def _same_time(a: Any, b: Any) -> bool:
 
 
 def _states(generator: Any) -> list[Tensor]:
-    """Where the generators of a loop's noise stand."""
+    """The states of the generators of a loop's noise."""
     if generator is None:
         return []
     sources = generator if isinstance(generator, list) else [generator]

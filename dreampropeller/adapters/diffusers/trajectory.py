@@ -1,10 +1,10 @@
 r"""Diffusion sampling as a trajectory (ParaDiGMS, and its semi-linear form).
 
-A sampler of `diffusers` turns noise $x_0$ into a picture $x_T$ by
+A sampler of `diffusers` turns noise $x_0$ into an image $x_T$ by
 
 $$x_{t+1} = \Phi_t(x_t, c_t, m(x_t, t)) + \sigma_t z_t,$$
 
-where the model's answer $m$ is expensive and the scheduler's step $\Phi$ is not; the
+where the model output $m$ is expensive and the scheduler's step $\Phi$ is not; the
 carry $c$ is a multistep scheduler's history. Two forms of it are trajectories:
 
 | form | drift | update |
@@ -12,9 +12,9 @@ carry $c$ is a multistep scheduler's history. Two forms of it are trajectories:
 | semi-linear | $m(x_t, t)$, guided | the scheduler's own `step` |
 | published | $\Phi_t(x_t, m(x_t, t)) + \sigma_t z_t - x_t$ | $x_t + \mathrm{drift}$ |
 
-In the semi-linear form only the answer is as old as the guess; what is linear in $x$,
-and history, are exact, so that fewer iterations are needed. A step's noise is drawn
-once, from the caller's generator in step order, as a pipeline draws it.
+In the semi-linear form only the model output depends on the guess; the terms linear in
+$x$ and the history are exact, so that fewer iterations are needed. A step's noise is
+drawn once, from the caller's generator in step order, as a pipeline draws it.
 
 References:
     Shih et al. 2023, arXiv 2305.16317, Algorithm 1 (the published form).
@@ -46,15 +46,15 @@ HISTORY: Mapping[str, tuple[str, ...]] = {
     "DDIMParallelScheduler": (),
     "DPMSolverMultistepScheduler": ("model_outputs", "lower_order_nums", "_step_index"),
 }
-"""What the `step` of each known scheduler changes, which becomes the carry."""
+"""Attributes that the `step` of each known scheduler changes: the carry."""
 
 
 def check_scheduler(scheduler: Any, form: str = "semi-linear") -> None:
     """Refuse a scheduler or a form that cannot be a trajectory.
 
     Raises:
-        ValueError: The scheduler is unknown, or its increments read history and the
-            published form is asked for.
+        ValueError: The scheduler is unknown, or its increments depend on history and
+            the form is "published".
     """
     name = type(scheduler).__name__
     if form not in ("semi-linear", "published"):
@@ -79,19 +79,19 @@ def check_scheduler(scheduler: Any, form: str = "semi-linear") -> None:
 
 @dataclass(frozen=True)
 class Denoiser:
-    r"""A U-Net with its conditions and guidance: one answer for noisy pictures.
+    r"""A U-Net with its conditions and guidance: the model output for noisy images.
 
-    With guidance the U-Net is asked for both answers at once, the unconditional first,
-    and $m = m_\varnothing + s\,(m_c - m_\varnothing)$; then it is pulled back to the
-    spread of $m_c$ by the share $\phi$. A learned variance, the channels beyond those
-    of the picture, is that of $m_c$.
+    With guidance the U-Net evaluates both branches at once, the unconditional first,
+    and $m = m_\varnothing + s\,(m_c - m_\varnothing)$, rescaled to the standard
+    deviation of $m_c$ by the fraction $\phi$. A learned variance, the channels beyond
+    those of the image, is that of $m_c$.
 
     Args:
         unet: Called as ``unet(x, timestep, **conditions)``; returns a tuple.
-        conditions: Keyword arguments. Tensors whose first axis is the batch (pictures,
-            or twice as many with guidance) are repeated for a batched window.
-        guidance_scale: The scale $s$; None: the U-Net's answer is used as it is.
-        guidance_rescale: The share $\phi$, from 0 to 1.
+        conditions: Keyword arguments. Tensors whose first axis is the batch (images, or
+            twice as many with guidance) are repeated for a batched window.
+        guidance_scale: The scale $s$; None: the U-Net's output is used unchanged.
+        guidance_rescale: The fraction $\phi$, from 0 to 1.
         keeps_variance: Pass a learned variance on to the scheduler.
 
     References:
@@ -106,17 +106,17 @@ class Denoiser:
     keeps_variance: bool = False
 
     def __call__(self, x: Tensor, timestep: Tensor) -> Tensor:
-        """The answer for one step.
+        """The model output for one step.
 
         Args:
-            x: Noisy pictures, shape ``(pictures, channels, height, width)``.
+            x: Noisy images, shape ``(images, channels, height, width)``.
             timestep: The scheduler's timestep, a scalar.
         """
         answer = self.unet(self._doubled(x), timestep, **self.conditions)[0]
         return self.guided(answer, x.shape[1])
 
     def batch(self, xs: Sequence[Tensor], timesteps: Sequence[Tensor]) -> list[Tensor]:
-        """The answers for several steps, from one call of the U-Net."""
+        """The model outputs for several steps, from one call of the U-Net."""
         inputs = torch.cat([self._doubled(x) for x in xs])
         size = len(inputs) // len(xs)
         times = torch.stack(list(timesteps)).repeat_interleave(size).to(inputs.device)
@@ -128,7 +128,7 @@ class Denoiser:
         return x if self.guidance_scale is None else torch.cat([x, x])
 
     def guided(self, answer: Tensor, channels: int) -> Tensor:
-        """What is made of the U-Net's output for latents of so many channels."""
+        """The guided output, from the U-Net's output for `channels` latent channels."""
         if self.guidance_scale is not None:
             without, given = answer.chunk(2)
             without = without[:, :channels]
@@ -140,7 +140,7 @@ class Denoiser:
 
 
 def worst_picture(new: State, old: State) -> Tensor:
-    """The published norm: the largest mean square change of a picture of the batch."""
+    """The published norm: the largest mean square change of an image of the batch."""
     difference = new["x"].float() - old["x"].float()
     return difference.square().flatten(1).mean(1).max()
 
@@ -158,15 +158,16 @@ class SamplingTrajectory(Trajectory[Nest]):
     ``FixedThreshold(tolerance**2)`` with the norm `worst_picture`.
 
     Args:
-        denoiser: The model's answer, as a function of x and timestep: a `Denoiser`, or
-            a function of your own (`BatchedDispatcher` also needs its ``batch``).
-        scheduler: After ``set_timesteps``. It is copied and stays as it is.
-        latents: The noise to start from, shape ``(pictures, channels, h, w)``.
-        generator: Of the noise of stochastic samplers, as given to a pipeline. It is
-            left where a sequential run would leave it. None: torch's global one.
+        denoiser: The model output as a function of x and timestep: a `Denoiser`, or a
+            function (`BatchedDispatcher` also needs its ``batch``).
+        scheduler: Scheduler after ``set_timesteps``; it is copied and not changed.
+        latents: Initial noise, shape ``(images, channels, h, w)``.
+        generator: Source of the noise of stochastic samplers, as for a pipeline. It
+            ends in the state that a sequential run would leave. None: torch's global
+            generator.
         eta: Noise of DDIM, from 0 (none); other samplers ignore it.
-        form: "semi-linear" or "published".
-        timesteps: Those to take; default: all of the scheduler's.
+        form: Form of the drift: "semi-linear" or "published".
+        timesteps: Timesteps to take; default: all of the scheduler's.
         **settings: Further arguments of the scheduler's `step`.
 
     Raises:
@@ -196,7 +197,7 @@ class SamplingTrajectory(Trajectory[Nest]):
         self._draws = self._record(generator)
 
     def fingerprint(self) -> Fingerprint:
-        """Timesteps, form, scheduler with its settings, and what is drawn."""
+        """Timesteps, form, scheduler with its settings, and the random draws."""
         return {
             **super().fingerprint(),
             "timesteps": self.timesteps.tolist(),
@@ -212,7 +213,7 @@ class SamplingTrajectory(Trajectory[Nest]):
         return {"x": self.latents.clone()}, self._step.history()
 
     def make_drift(self, device: torch.device) -> _Drift:
-        """The model's answer, or the increment, of a step."""
+        """The model output, or the increment, of a step."""
         del device  # the model stays where the pipeline put it
         return _Drift(self)
 
@@ -246,10 +247,10 @@ class SamplingTrajectory(Trajectory[Nest]):
         return max((1 - after) / (1 - now) * (1 - now / after), 1e-20)
 
     def _record(self, generator: Generators) -> list[list[Draw]]:
-        """Where the generators stand before each step's draw.
+        """The generators' states before each step's draw.
 
-        The scheduler itself walks through all steps with empty answers, so that what
-        it draws, and when, is its own; the caller's generators move on with it.
+        The scheduler itself runs through all steps with empty model outputs, so that
+        its draws are its own; the caller's generators advance with it.
         """
         sources = _sources(generator, self.latents.device)
         wide = self._step.learns_variance and not HISTORY[self._step.name]
@@ -285,7 +286,7 @@ class _Drift:
     def batch(
         self, steps: Sequence[int], ys: Sequence[State]
     ) -> list[tuple[State, Aux]]:
-        """Answers of several steps from one call of the model."""
+        """Model outputs of several steps from one call of the model."""
         denoiser: Any = self.trajectory.denoiser
         if not hasattr(denoiser, "batch"):
             raise ValueError(
@@ -306,13 +307,13 @@ class _Drift:
 
 
 class _Step:
-    """A scheduler's `step` as a function: what it changes goes in and comes out."""
+    """A scheduler's `step` as a function: its history is an argument and a result."""
 
     def __init__(
         self, scheduler: Any, timesteps: Tensor, settings: dict[str, Any]
     ) -> None:
         self.name = type(scheduler).__name__
-        self.scheduler = copy.copy(scheduler)  # `step` rebinds, it changes no tensor
+        self.scheduler = copy.copy(scheduler)  # `step` rebinds and changes no tensor
         self._fields = HISTORY[self.name]
         self._start = {name: getattr(scheduler, name) for name in self._fields}
         known = inspect.signature(scheduler.step).parameters
@@ -321,7 +322,7 @@ class _Step:
         self.learns_variance = learns_variance(scheduler)
 
     def history(self) -> Nest:
-        """What the scheduler remembers before the first step."""
+        """The scheduler's history before the first step."""
         return {name: _own(value) for name, value in self._start.items()}
 
     def __call__(
@@ -346,7 +347,7 @@ class _Step:
 
 
 def learns_variance(scheduler: Any) -> bool:
-    """Whether a scheduler reads a variance from the model's further channels."""
+    """Whether a scheduler reads a variance from additional model channels."""
     return scheduler.config.get("variance_type") in ("learned", "learned_range")
 
 
@@ -365,7 +366,7 @@ def _sources(generator: Generators, device: torch.device) -> list[torch.Generato
 
 
 def _restored(draws: list[Draw]) -> list[torch.Generator]:
-    """Private generators that stand where the caller's stood."""
+    """Private generators in the recorded states of the caller's."""
     restored = []
     for device, state in draws:
         generator = torch.Generator(device)
@@ -375,7 +376,7 @@ def _restored(draws: list[Draw]) -> list[torch.Generator]:
 
 
 def _own(value: Any) -> Any:
-    """A list of its own: `step` shifts the multistep history in place."""
+    """A copied list: `step` shifts the multistep history in place."""
     return list(value) if isinstance(value, list) else value
 
 

@@ -1,9 +1,9 @@
-r"""What live objects remember outside of parameters and buffers, put back on demand.
+r"""Restoring the plain attributes of live objects, beside parameters and buffers.
 
-A training step leaves traces in plain attributes: a mask that only grows, a current
-resolution, a cached mesh. The drift of a step must not see those of another step, in
-whatever order steps are evaluated. So the attributes are noted once, when everything is
-built, and put back before each evaluation; schedules then set them from the step alone.
+A training step changes plain attributes: a mask that only grows, a current resolution,
+a cached mesh. The drift of a step must not see those of another step, in whatever order
+steps are evaluated. The attributes are therefore recorded once, when everything is
+built, and restored before each evaluation; schedules then set them from the step alone.
 """
 
 from __future__ import annotations
@@ -17,22 +17,22 @@ from torch.utils.data import Dataset
 
 _MODULE_TABLES = frozenset(
     name for name in vars(nn.Module()) if name != "training"
-)  # parameters, buffers, children and hooks have keepers of their own
+)  # parameters, buffers, children and hooks are handled elsewhere
 _SCALARS = (bool, int, float, complex, str, bytes, type(None))
 
 
 class Attributes:
-    """The plain attributes of objects, as they are now.
+    """A record of the plain attributes of objects.
 
-    Tensors are kept by value and written back in place; numbers and containers by
-    value; anything else by reference. Attributes born later are removed. Frozen
-    networks in evaluation mode are not entered: a pretrained model has a thousand
-    modules, and looking at each in every evaluation costs more than it guards against.
+    Tensors are kept by value and restored in place; numbers and containers by value;
+    anything else by reference. Attributes added later are removed. Frozen networks in
+    evaluation mode are not entered: a pretrained model has a thousand modules, and
+    checking each in every evaluation costs more than the protection is worth.
 
     Args:
-        roots: Objects by name, where the walk begins.
-        follow: Which objects the walk enters besides modules and data sets.
-        skip: Attribute names left alone.
+        roots: Objects by name at which the walk begins.
+        follow: Whether the walk enters an object besides modules and data sets.
+        skip: Names of attributes that are ignored.
     """
 
     def __init__(
@@ -46,7 +46,7 @@ class Attributes:
         seen: set[int] = set()
         todo: list[tuple[str, object]] = list(roots.items())
         while todo:
-            path, owner = todo.pop(0)  # nearest first: the shortest name
+            path, owner = todo.pop(0)  # nearest first, for the shortest name
             if id(owner) in seen or not hasattr(owner, "__dict__"):
                 continue
             seen.add(id(owner))
@@ -63,7 +63,7 @@ class Attributes:
             ]
 
     def restore(self) -> None:
-        """Put every attribute back."""
+        """Restore every attribute."""
         for _, owner, notes in self._owners:
             table = vars(owner)  # not `setattr`: properties and modules interfere
             for name in [name for name, _ in self._plain(owner) if name not in notes]:
@@ -73,7 +73,7 @@ class Attributes:
                     table[name] = note.restored()
 
     def changed(self) -> list[str]:
-        """Names of the attributes that are not as they were noted."""
+        """Names of the attributes that differ from the record."""
         names: list[str] = []
         for path, owner, notes in self._owners:
             now = dict(self._plain(owner))
@@ -88,7 +88,7 @@ class Attributes:
         return sorted(names)
 
     def objects(self) -> Iterator[tuple[str, object]]:
-        """Every object the walk reached, by name."""
+        """Every object that the walk reached, by name."""
         for path, owner, _ in self._owners:
             yield path, owner
 
@@ -102,7 +102,7 @@ class Attributes:
 
 
 class _Note:
-    """One value: how it was, whether it still is so, and how to bring it back."""
+    """One recorded value: comparison and restoration."""
 
     def __init__(self, value: Any) -> None:
         self._value = value
@@ -138,7 +138,7 @@ class _Note:
         if self._items is None:
             return True
         if type(value) is dict:
-            # By identity: keys may be tensors or arrays, whose `==` is not a truth.
+            # By identity: keys may be tensors or arrays, whose `==` is not a bool.
             if [id(key) for key in value] != [id(key) for key in self._keys]:
                 return False
             value = list(value.values())
@@ -147,7 +147,7 @@ class _Note:
         )
 
     def restored(self) -> Any:
-        """The value as it was, in the object that held it."""
+        """The recorded value, in its original object."""
         value = self._value
         if _is_value(value):
             if value._version != self._version:

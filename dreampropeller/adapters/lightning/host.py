@@ -1,12 +1,12 @@
 r"""A live module that is evaluated in place, one state at a time.
 
 The module stays one live object: a state is written into its own tensors before an
-evaluation, and what the evaluation did to the buffers is read back (Eq. 19 of
-`docs/method.md`). Nothing is cloned or pickled. Its plain attributes are put back
-before each evaluation, so steps may come in any order.
+evaluation, and the changes of the buffers are read back (Eq. 19 of `docs/method.md`).
+Nothing is cloned or pickled. Its plain attributes are restored before each evaluation,
+so steps may come in any order.
 
-Another kind of module is another host: `refuse`, `find_batches`, `follows`,
-`configure`, `run`, `update`, `next_jump` and `jump` say what it does differently.
+Each kind of module has its host, which overrides `refuse`, `find_batches`, `follows`,
+`configure`, `run`, `update`, `next_jump` and `jump`.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Keyed(Protocol):
 
 @dataclass(frozen=True)
 class Settings:
-    """How a module is trained; arguments as for `LightningTrajectory`."""
+    """Training settings of a module; arguments as for `LightningTrajectory`."""
 
     num_steps: int
     seed: int = 0
@@ -68,13 +68,13 @@ class Host:
 
     Attributes:
         module: The module.
-        device: Where it lives.
-        shim: What stands in for its trainer.
-        batch: The batch of a step.
-        parameters: What its optimizers train, by name.
-        attributes: Its plain attributes, as they were when it was opened.
+        device: Device of the module.
+        shim: Replacement of its trainer.
+        batch: Function that returns the batch of a step.
+        parameters: The parameters of its optimizers, by name.
+        attributes: Its plain attributes, recorded when it was opened.
         random: Keys the global random streams.
-        skip: Names of attributes that are left alone.
+        skip: Names of attributes that are ignored.
     """
 
     skip: tuple[str, ...] = ("_trainer", "cfg", "hparams", "_hparams")
@@ -86,16 +86,16 @@ class Host:
         refusals.check_module(module)
 
     def find_batches(self, data: Any, seed: int) -> trainer.Batches:
-        """Where batches come from."""
+        """The source of the batches."""
         return trainer.batches(data, seed)
 
     def follows(self, value: object) -> bool:
-        """Whether an object that is no module or data set has attributes of a step."""
+        """Whether an object besides modules and data sets has attributes of a step."""
         del value
         return False
 
     def configure(self) -> list[torch.optim.Optimizer]:
-        """Take over the module's optimizers; returns them as the module made them."""
+        """Take over the module's optimizers; returns them as made by the module."""
         made, schedules = configured.read(self.module.configure_optimizers())
         if len(made) > 1:
             raise ValueError(
@@ -124,7 +124,7 @@ class Host:
     def update(
         self, step: int, y: State, carry: Nest, drift: State
     ) -> tuple[State, Nest]:
-        """Step the optimizer and the schedulers that are due; write the buffers."""
+        """Step the optimizer and the due schedulers; write the buffers."""
         gradients = {n: drift[n] for n in self.parameters if n in drift}
         due = [one.due(step, self.epoch_length) for one in self._schedules]
         skip = Precision.overflowed(drift)
@@ -133,7 +133,7 @@ class Host:
         return {**y, **params, **updated_buffers(y, drift), **extra}, carry
 
     def run(self, step: int, y: State) -> tuple[State, Aux]:
-        """One step on the module as it stands."""
+        """One step on the module in its current state."""
         module, (optimizer,) = self.module, self.shim.optimizers
         parameters = {**dict(module.named_parameters()), **self.parameters}
         guard = Guard(parameters, self.parameters)
@@ -175,7 +175,7 @@ class Host:
     # --- its life -----------------------------------------------------------------
 
     def open(self, module: Any, data: Any, settings: Settings) -> None:
-        """Set everything up in Lightning's order, up to the first step."""
+        """Set up the module in Lightning's order, up to the first step."""
         self.refuse(module)
         self.module, self.settings = module, settings
         device = settings.device
@@ -190,7 +190,7 @@ class Host:
         self.batch, self.epoch_length = found.of_step, found.epoch_length
         self.shim = trainer.Shim(settings.num_steps, found.datamodule, found.loader)
         self.attach()
-        # Shadowed on the instance: the real ones ask the trainer's loop for its state.
+        # Shadowed on the instance: the originals use the state of the trainer's loop.
         module.log, module.log_dict = self._log, self._log_dict
         if found.datamodule is None:
             module.prepare_data()
@@ -210,25 +210,25 @@ class Host:
         refusals.check_optimizers(self.attributes, owned)
 
     def initial(self) -> tuple[State, Nest]:
-        """Parameters, buffers, and the memory of fresh optimizers; own tensors."""
+        """Parameters, buffers, and the memory of new optimizers, as own tensors."""
         carry = copy_nest(self.optimizers.export())
         return {**self.state(), **self.precision.init()}, carry
 
     def evaluate(self, step: int, y: State) -> tuple[State, Aux]:
-        """The drift of a step, from the module as it was when it was opened."""
+        """The drift of a step, with the attributes recorded when opened."""
         self.enter(step, y)
-        with self.random.scope(step):  # for the module's own draws alone
+        with self.random.scope(step):  # only for the module's own draws
             return self.run(step, y)
 
     def attach(self) -> None:
-        """Take the module back, after a trainer had it for validation."""
+        """Take over the module again, after a trainer used it for validation."""
         for one in self.module.modules():
             if hasattr(one, "_trainer"):
                 one._trainer = self.shim
         self.module.to(self.device)
 
     def enter(self, step: int, y: State, restore: bool = True) -> None:
-        """Make the module what it is at the start of a step."""
+        """Put the module into its state at the start of a step."""
         if restore:
             self.attributes.restore()
         self.load(y)
@@ -249,7 +249,7 @@ class Host:
                     old.copy_(new)
 
     def state(self) -> State:
-        """The module's parameters and buffers; own tensors."""
+        """The module's parameters and buffers, as own tensors."""
         tensors = {name: p.detach() for name, p in self.parameters.items()}
         tensors |= {name: owner._buffers[key] for name, owner, key in self._buffers()}
         return {name: tensor.detach().clone() for name, tensor in tensors.items()}
@@ -260,7 +260,7 @@ class Host:
             yield name, self.module.get_submodule(path), key
 
     def buffer_drift(self, y: State) -> State:
-        """What the evaluation at a state did to the module's buffers (Eq. 19)."""
+        """Changes of the module's buffers by the evaluation at a state (Eq. 19)."""
         after = {name: owner._buffers[key] for name, owner, key in self._buffers()}
         born = sorted(after.keys() - y.keys())
         if born:
@@ -270,7 +270,7 @@ class Host:
             )
         after = {name: tensor.detach() for name, tensor in after.items()}
         changed = buffer_drift({name: y[name] for name in after}, after)
-        # The module goes on writing into its buffers; the drift must not follow.
+        # The module keeps writing into its buffers; the drift must not follow.
         return {
             name: value.clone() if after.get(name) is value else value
             for name, value in changed.items()
@@ -288,7 +288,7 @@ class Host:
 
     def _zero_grad(self) -> None:
         self.module.zero_grad(set_to_none=True)
-        for parameter in self.parameters.values():  # not all need be registered
+        for parameter in self.parameters.values():  # not all are necessarily registered
             parameter.grad = None
 
     def _clip_gradients(self) -> None:

@@ -14,12 +14,12 @@ from dreampropeller.optimizers import Optimizers, Params
 
 @dataclass(frozen=True)
 class Schedule:
-    """A scheduler and when it moves.
+    """A scheduler and its interval.
 
     Args:
         scheduler: The scheduler, or None.
-        interval: "step" or "epoch".
-        frequency: It moves at every so many steps or epochs.
+        interval: Unit of the interval: "step" or "epoch".
+        frequency: Number of steps or epochs between two scheduler steps.
     """
 
     scheduler: Any = None
@@ -27,7 +27,7 @@ class Schedule:
     frequency: int = 1
 
     def due(self, step: int, epoch_length: int | None) -> bool:
-        """Whether it moves after a step; an endless epoch never ends."""
+        """Whether the scheduler steps after a step; an endless epoch never ends."""
         if self.interval == "step":
             batch = step if epoch_length is None else step % epoch_length
             return (batch + 1) % self.frequency == 0
@@ -37,7 +37,7 @@ class Schedule:
 
 
 def read(configured: Any) -> tuple[list[Optimizer], list[Schedule]]:
-    """Read every form `configure_optimizers` may return.
+    """Read every form that `configure_optimizers` may return.
 
     Returns:
         The optimizers, and a schedule for each.
@@ -95,7 +95,7 @@ def _schedule(one: Any) -> Schedule:
 
 
 def view(optimizer: Optimizer) -> Optimizer:
-    """The optimizer as hooks see it: its groups hold the module's own parameters."""
+    """The optimizer for hooks: its groups hold the module's own parameters."""
     seen = object.__new__(type(optimizer))
     vars(seen).update(vars(optimizer))
     seen.param_groups = [
@@ -109,7 +109,7 @@ def names(
 ) -> dict[str, nn.Parameter]:
     """Every parameter of the optimizers by its name in the module.
 
-    One that the module does not register is named after its place in the optimizer.
+    An unregistered parameter is named by its index in the optimizer.
     """
     known = {parameter: name for name, parameter in module.named_parameters()}
     found: dict[str, nn.Parameter] = {}
@@ -133,7 +133,7 @@ def lend(
 
     Raises:
         ValueError: An optimizer needs a closure, or a scheduler a metric.
-        TypeError: An optimizer remembers something a checkpoint could not restore.
+        TypeError: An optimizer's memory cannot be restored from a checkpoint.
     """
     values: dict[str, Tensor] = {n: p.detach().clone() for n, p in parameters.items()}
 

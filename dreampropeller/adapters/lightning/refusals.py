@@ -1,4 +1,4 @@
-"""What cannot be evaluated ahead of time, and the way out of it."""
+"""Refusal of modules that cannot be evaluated ahead of time, with advice."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ _REFUSED_HOOKS = {
 
 
 def check_module(module: Any) -> None:
-    """Refuse a module whose training is more than one loss a step.
+    """Refuse a module whose training is more than one loss per step.
 
     Raises:
-        TypeError: It is no LightningModule.
-        ValueError: It optimises by hand, or takes part in the trainer's loop.
+        TypeError: The module is not a LightningModule.
+        ValueError: The module optimises manually, or hooks into the trainer's loop.
     """
     if not isinstance(module, nn.Module) or not all(
         hasattr(module, name) for name in ("training_step", "configure_optimizers")

@@ -1,4 +1,4 @@
-r"""What stands in for a Trainer: its attributes, and batches that belong to a step."""
+r"""Replacement of a Trainer: its attributes, and batches as functions of the step."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from dreampropeller.tree import Aux
 
 
 class Shim:
-    """The attributes modules read of their trainer.
+    """The trainer attributes that modules read.
 
     Attributes:
-        global_step: The step asked for, set before each evaluation.
+        global_step: The step to evaluate, set before each evaluation.
         current_epoch: Likewise.
     """
 
@@ -60,7 +60,7 @@ class KeyedLoader:
         seed: The seed of the run.
 
     Raises:
-        ValueError: The data set is iterable: it has no examples to ask for by index.
+        ValueError: The data set is iterable, without examples by index.
     """
 
     def __init__(self, loader: DataLoader[Any], seed: int) -> None:
@@ -94,9 +94,9 @@ class Batches:
     """Batches as a function of the step.
 
     Attributes:
-        of_step: Gives the batch of a step.
-        loader: The loader they come from, where there is one.
-        datamodule: The data module, where there is one.
+        of_step: Function that returns the batch of a step.
+        loader: The loader of the batches, if there is one.
+        datamodule: The data module, if there is one.
         epoch_length: The number of batches in an epoch; None: endless.
     """
 
@@ -133,7 +133,7 @@ def batches(data: Any, seed: int) -> Batches:
 
 
 def overrides(module: object, name: str) -> bool:
-    """Whether a class between `LightningModule` and this one defines a hook anew."""
+    """Whether a subclass of `LightningModule` overrides a hook."""
     base = next(
         (c for c in type(module).__mro__ if c.__name__ == "LightningModule"), None
     )
@@ -178,14 +178,14 @@ def call(function: Callable[..., Any], batch: Any, index: int) -> Any:
 
 
 def detached(output: Any, loss: Any) -> Any:
-    """What `on_train_batch_end` is given."""
+    """The argument of `on_train_batch_end`."""
     if loss is None:
         return None
     return {**(output if isinstance(output, dict) else {}), "loss": loss.detach()}
 
 
 def numbers(logged: dict[str, Any]) -> Aux:
-    """Scalars among what was logged; metrics that remember are left out."""
+    """The logged scalars, without stateful metrics."""
     return {
         str(name): float(value.detach() if isinstance(value, Tensor) else value)
         for name, value in logged.items()

@@ -37,25 +37,26 @@ class LightningTrajectory(Trajectory[Nest]):
     `Aux`.
 
     Args:
-        module: What is trained; it is used from now on, and left in training mode.
-        data: A `DataLoader` with a map-style data set, a `LightningDataModule` of one,
-            or a function of the step that gives the batch.
+        module: The module to train; it is used in place, and left in training mode.
+        data: A `DataLoader` with a map-style data set, a `LightningDataModule` with
+            such a loader, or a function from the step to the batch.
         num_steps: The number of steps.
         seed: All four global random streams (Python, numpy, torch on CPU and on GPU)
             are keyed by (seed, step) during a step, the batch included.
         precision: "32-true", "bf16-mixed" or "16-mixed", as for the `Trainer`.
         gradient_clip_val: As for the `Trainer`.
         gradient_clip_algorithm: "norm" or "value", as for the `Trainer`.
-        device: Where the module goes; default: this rank's GPU, or else the CPU.
-        random: Keys the random streams instead of `StepRandom(seed)`.
-        host: Evaluates the module; default: a `Host`, for automatic optimisation.
+        device: Device of the module; default: this rank's GPU, or the CPU.
+        random: Keying of the random streams, instead of `StepRandom(seed)`.
+        host: Host that evaluates the module; default: a `Host`, for automatic
+            optimisation.
 
     Raises:
-        TypeError: `module` is no LightningModule, or an optimizer remembers something
-            a checkpoint could not restore.
+        TypeError: `module` is not a LightningModule, or an optimizer's memory cannot be
+            restored from a checkpoint.
         ValueError: The module's training cannot be evaluated ahead of time: manual
             optimisation, a closure, a metric-driven scheduler, a hook that belongs to
-            the trainer's loop, an iterable data set. The message names the way out.
+            the trainer's loop, an iterable data set. The message says what to do.
     """
 
     def __init__(
@@ -107,14 +108,14 @@ class LightningTrajectory(Trajectory[Nest]):
         return y, copy_nest(self._initial_carry)
 
     def make_drift(self, device: torch.device) -> Drift:
-        """The gradient of `training_step`, and what it did to the buffers."""
+        """The gradient of `training_step`, and the changes of the buffers."""
         del device  # the module and its states live on the host's device from the start
         return self.host.evaluate
 
     def update(
         self, step: int, y: State, carry: Nest, drift: State
     ) -> tuple[State, Nest]:
-        """Step the optimizer and the schedulers that are due; write the buffers."""
+        """Step the optimizer and the due schedulers; write the buffers."""
         return self.host.update(step, y, carry, drift)
 
     def next_jump(self, step: int) -> int:
@@ -128,10 +129,10 @@ class LightningTrajectory(Trajectory[Nest]):
         return self.host.jump(step, y, carry)
 
     def settle(self, step: int, y: State) -> None:
-        """Write a state into the module, to look at it or to save it.
+        """Write a state into the module, to inspect or save it.
 
         Args:
-            step: The step the state belongs to; the module's `global_step` then.
+            step: The step of the state; it becomes the module's `global_step`.
             y: The state.
         """
         self.host.enter(step, y)
@@ -139,16 +140,16 @@ class LightningTrajectory(Trajectory[Nest]):
     def probe(
         self, step: int, y: State, look: Callable[[], Any], restore: bool = True
     ) -> tuple[State, Any]:
-        """Evaluate a drift, and look around before its random streams are restored.
+        """Evaluate a drift, and inspect it before its random streams are restored.
 
         Args:
             step: The step.
             y: The state.
             look: Called at the end of the evaluation.
-            restore: Put attributes back first, as every evaluation of a run does.
+            restore: Restore attributes first, as every evaluation of a run does.
 
         Returns:
-            The drift, and what `look` saw.
+            The drift, and the result of `look`.
         """
         self.host.enter(step, y, restore)
         with self.host.random.scope(step):

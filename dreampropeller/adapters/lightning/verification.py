@@ -1,9 +1,9 @@
-r"""Is a drift really a function of (step, state)? Asked of the live module.
+r"""Verification on the live module that a drift is a function of (step, state).
 
-Three evaluations answer: step a, step b, step a again must agree bitwise (nothing is
-left behind that is not put back, and no random stream is outside of the key); and step
-b right after step a, with the attributes a left in place, must agree with step b
-evaluated afresh (nothing is put back that the module meant to keep).
+There are two checks. Step a evaluated before and after step b must agree bitwise: all
+changes are restored, and every random stream is keyed. Step b right after step a, with
+the attributes that a left, must agree with step b evaluated anew: nothing is restored
+that the module is meant to keep.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from dreampropeller.tree import State, differs, tensors
 
 
 class NotReproducible(ValueError):
-    """A drift depends on more than its step and state; the message names what."""
+    """A drift depends on more than its step and state; the message says on what."""
 
 
 def verify(trajectory: LightningTrajectory) -> None:
@@ -61,7 +61,7 @@ def verify(trajectory: LightningTrajectory) -> None:
 def _probe(
     trajectory: LightningTrajectory, step: int, y: State, restore: bool = True
 ) -> dict[str, Any]:
-    """What an evaluation gave, by name: tensors, and a hash for each random stream."""
+    """The results of an evaluation by name: tensors, and a hash per random stream."""
     batches: list[Any] = []
     original = trajectory.host.batch
 
@@ -86,7 +86,7 @@ def _probe(
 
 
 def _streams() -> dict[str, str]:
-    """Where each global random stream has got to."""
+    """The state of each global random stream."""
     states: dict[str, bytes] = {
         "Python's `random`": repr(random.getstate()).encode(),
         "torch on CPU": torch.get_rng_state().numpy().tobytes(),

@@ -50,7 +50,7 @@ def accelerate(
     on_iteration: Listener | Sequence[Listener] | None = None,
     random: Keyed | None = None,
 ) -> Solution[Any]:
-    """Train a system; it holds the result afterwards.
+    """Train a system in place.
 
     Under `torchrun`, or within a process group, the window is spread over the ranks.
     In a single process every drift is evaluated here, which is right but no faster:
@@ -60,15 +60,16 @@ def accelerate(
         system: See `ThreestudioTrajectory`.
         datamodule: See `ThreestudioTrajectory`.
         num_steps: The number of steps.
-        window: Steps tried at once; one per device is a good start.
-        threshold: What error counts as converged; default: `DriftThreshold()`.
-        predictor: How new steps are guessed.
+        window: Number of steps evaluated at once; one per device is a good start.
+        threshold: Error up to which a step counts as converged; default:
+            `DriftThreshold()`.
+        predictor: Initial guess of new steps.
         acceleration: See `PicardSolver`.
         config: The experiment's config, for its seed and precision.
-        state: Where to continue from.
+        state: State to resume from.
         verify: Check first that drifts do not depend on the order of evaluation.
         on_iteration: See `solve`.
-        random: Keys the random streams in place of the seed.
+        random: Keying of the random streams, instead of the seed.
     """
     trajectory = ThreestudioTrajectory(
         system, datamodule, config, num_steps=num_steps, verify=verify, random=random

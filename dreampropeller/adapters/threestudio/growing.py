@@ -9,8 +9,8 @@ $$\mathrm{drift}(t, \theta) = (\nabla_\theta \ell,\ \text{statistics of the view
 
 A step k that changes the structure is a jump: `jump(k)` runs the system's own whole
 step, after which `drift(k)` is empty and `update(k)` the identity. The Adam update of
-such a step is lost upstream (its gradients sit on replaced parameters) and so here.
-Rows are found again by what they hold (`parents_of`), for the solver's memories.
+such a step is lost upstream (its gradients belong to replaced parameters), and so here.
+Rows are matched by their values (`parents_of`), for the solver's memories.
 
 Statistics (sums of screen-space gradients, counts, largest radii) are kept in the
 carry, and each accepted step adds its own exactly once.
@@ -59,7 +59,7 @@ class GrowingHost(Host):
     upstream's, so they agree to rounding; with one view bit for bit.
 
     Args:
-        batches: Gives the batch of a step instead of the data module.
+        batches: Function that returns the batch of a step, instead of the data module.
     """
 
     skip = (*Host.skip, "optimizer", "optimize_list")
@@ -68,7 +68,7 @@ class GrowingHost(Host):
         self._given = batches
 
     def refuse(self, module: Any) -> None:
-        """Refuse systems that do not grow, or remember earlier steps."""
+        """Refuse systems that do not grow, or that depend on earlier steps."""
         if not grows(module):
             raise ValueError(
                 f"`{type(module).__name__}` is no system of growing Gaussians; use "
@@ -76,7 +76,7 @@ class GrowingHost(Host):
             )
         check_system(module)
         automatic = module.automatic_optimization
-        module.automatic_optimization = True  # what the general check is not about
+        module.automatic_optimization = True  # excluded from the general check
         try:
             super().refuse(module)
         finally:
@@ -87,7 +87,7 @@ class GrowingHost(Host):
         return system_batches(data, seed, self._given)
 
     def follows(self, value: object) -> bool:
-        """Objects that are updated by step without being modules."""
+        """Whether threestudio updates an object by step that is not a module."""
         return is_updated(value)
 
     def configure(self) -> list[torch.optim.Optimizer]:
@@ -123,7 +123,7 @@ class GrowingHost(Host):
         )
 
     def initial(self) -> tuple[State, Nest]:
-        """Parameters, buffers and moments, and statistics that count nothing yet."""
+        """Parameters, buffers and moments, and empty statistics."""
         y, carry = super().initial()
         return y, {**carry, "statistics": self._zeros(y["geometry._xyz"])}
 
@@ -150,7 +150,7 @@ class GrowingHost(Host):
     def jump(
         self, step: int, y: State, carry: Nest
     ) -> tuple[State, Nest, Parents | None]:
-        """Run the system's whole step, structure and all."""
+        """Run the system's whole step, including changes of the structure."""
         optimizer = self.module.geometry.optimizer
         self.enter(step, y)
         self._set_statistics(copy_nest(carry["statistics"]))
@@ -226,7 +226,7 @@ class GrowingHost(Host):
         self._set_statistics(self._zeros(y["geometry._xyz"]))
 
     def run(self, step: int, y: State) -> tuple[State, Aux]:
-        """Gradients and statistics of one step on the module as it stands."""
+        """Gradients and statistics of one step on the module in its current state."""
         if self.jumps(step):
             return {}, {}
         before = dict(self.parameters)
@@ -249,7 +249,7 @@ class GrowingHost(Host):
         return drift, aux
 
     def _step(self, step: int) -> Aux:
-        """The system's own step; the optimizer it finds decides what comes of it."""
+        """The system's own step, on the optimizer that stands in for its own."""
         module, proxy = self.module, self._proxy
         proxy.start(self.shim, self.module.geometry.optimizer)
         self._logged = {}
@@ -283,7 +283,7 @@ class GrowingHost(Host):
 
 
 class _Optimizer:
-    """What `self.optimizers()` gives: it notes the gradients, or steps for real."""
+    """The result of `self.optimizers()`: records the gradients, or makes the step."""
 
     real: Any = None
 

@@ -1,7 +1,7 @@
-"""Where the rows of grown Gaussians came from, found by comparing them.
+"""Origin of the rows of grown Gaussians, found by comparison.
 
-A system that splits, clones and prunes does not say which row became which. But a row
-that stays keeps its numbers, and a new one inherits all but its place and size.
+A system that splits, clones and prunes does not report the map of rows. But a row that
+stays keeps its values, and a new row inherits all but its position and size.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor
 from dreampropeller.tree import State
 
 OWN = ("_xyz", "_scaling")
-"""Ends of the names of what a new Gaussian does not inherit."""
+"""Suffixes of the names of tensors that a new Gaussian does not inherit."""
 
 
 def parents_of(before: State, after: State, names: Sequence[str]) -> Tensor:
@@ -26,9 +26,9 @@ def parents_of(before: State, after: State, names: Sequence[str]) -> Tensor:
         names: The tensors whose rows are Gaussians.
 
     Returns:
-        Row numbers, int64, shape ``(rows,)``: the old row that equals the new one bit
-        by bit, else the one that it inherited from; −1 where there is none, or where
-        several would do.
+        Row indices, int64, shape ``(rows,)``: the old row that equals the new one bit
+        by bit, else the row that it inherited from; −1 if there is none, or if there
+        are several.
     """
     inherited = [name for name in names if not name.endswith(OWN)]
     found = _equal_rows(before, after, names)

@@ -1,12 +1,12 @@
-r"""A threestudio system as a host: its data, and what it may not remember.
+r"""A host for threestudio systems: their data, and the refusal of some systems.
 
-What differs from any other LightningModule is the data (cameras are drawn while a batch
+Two things differ from other LightningModules: the data (cameras are drawn while a batch
 is collated, from a data set whose resolution follows the step) and objects that are
 updated by step without being modules.
 
-A batch belongs to its step: the data set is set to step t, then the cameras of t are
-drawn. Lightning fetches one batch ahead, so there a resolution milestone takes effect
-two steps later and the cameras are others; the distribution is the same.
+A batch is a function of its step: the data set is set to step t, then the cameras of t
+are drawn. Lightning fetches one batch ahead, so there a resolution milestone takes
+effect two steps later and the cameras differ; the distribution is the same.
 
 Reference: threestudio at 28d9d80, https://github.com/threestudio-project/threestudio.
 """
@@ -23,15 +23,15 @@ from dreampropeller.adapters.lightning import trainer
 from dreampropeller.adapters.lightning.host import Host
 
 _HISTORY = ("edit_frames", "per_editing_step")
-"""Attributes of systems whose data remembers earlier renderings."""
+"""Attributes of systems whose data depends on earlier renderings."""
 
 
 def check_system(module: Any) -> None:
-    """Refuse a system whose steps depend on more than their number.
+    """Refuse a system whose steps depend on more than their index.
 
     Raises:
-        TypeError: It is no threestudio system.
-        ValueError: It remembers earlier steps.
+        TypeError: The module is not a threestudio system.
+        ValueError: The system depends on earlier steps.
     """
     kind = type(module).__name__
     if not hasattr(module, "do_update_step"):
@@ -63,7 +63,7 @@ def system_batches(
     Args:
         data: The data module.
         seed: The seed of the run.
-        given: Gives the batch of a step instead.
+        given: Function that returns the batch of a step instead.
     """
     loader = data.train_dataloader()
     draw = functools.partial(_collated_batch, loader)
@@ -101,14 +101,14 @@ class SystemHost(Host):
     """A threestudio system with automatic optimisation.
 
     Args:
-        batches: Gives the batch of a step instead of the data module.
+        batches: Function that returns the batch of a step, instead of the data module.
     """
 
     def __init__(self, batches: Callable[[int], Any] | None = None) -> None:
         self._given = batches
 
     def refuse(self, module: Any) -> None:
-        """Refuse systems that remember earlier steps, too."""
+        """Refuse systems that depend on earlier steps, too."""
         check_system(module)
         super().refuse(module)
 
@@ -117,5 +117,5 @@ class SystemHost(Host):
         return system_batches(data, seed, self._given)
 
     def follows(self, value: object) -> bool:
-        """Objects that are updated by step without being modules."""
+        """Whether threestudio updates an object by step that is not a module."""
         return is_updated(value)

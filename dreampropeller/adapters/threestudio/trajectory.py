@@ -33,7 +33,7 @@ class ThreestudioTrajectory(LightningTrajectory):
             `gradient_clip_algorithm`, and `seed`.
         num_steps: The number of steps; default: `trainer.max_steps`.
         seed: The seed; default: `seed` of the config.
-        batches: Gives the batch of a step instead of the data module.
+        batches: Function that returns the batch of a step, instead of the data module.
         verify: Evaluate steps in different orders before the run, and refuse a system
             whose drift depends on it; see `adapters.lightning.verification`.
         **options: Further arguments of `LightningTrajectory`.

@@ -1,1 +1,1 @@
-"""A comparison as a page people open: figures, curves, films, one sentence."""
+"""The comparison page: figures, curves, videos and a verdict."""

@@ -1,4 +1,4 @@
-"""The curves of a comparison, as drawings that go into the page."""
+"""The curves of a comparison, as SVG drawings for the page."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ def draw(paint: Callable[[Axes], None], name: str) -> str:
     """An SVG element of one set of axes.
 
     Args:
-        paint: Draws on them.
-        name: Keeps the drawing's identifiers apart from others' on the page.
+        paint: Function that draws on the axes.
+        name: Prefix that keeps the drawing's identifiers unique on the page.
     """
     from matplotlib import rc_context
 
@@ -38,7 +38,7 @@ def draw(paint: Callable[[Axes], None], name: str) -> str:
 
 
 def over_time(points: Mapping[str, Sequence[dict[str, float]]]) -> str:
-    """Quality against wall-clock."""
+    """Quality against wall-clock time."""
 
     def paint(axes: Axes) -> None:
         for name, curve in points.items():
@@ -57,7 +57,7 @@ def over_time(points: Mapping[str, Sequence[dict[str, float]]]) -> str:
 
 
 def strides(run: Run) -> str:
-    """Steps accepted in each iteration, under the window."""
+    """Steps accepted per iteration, and the window."""
 
     def paint(axes: Axes) -> None:
         begin = [entry["begin"] for entry in run.iterations]
@@ -84,10 +84,10 @@ def strides(run: Run) -> str:
 
 
 def errors(run: Run) -> str:
-    """Error of the slots of each iteration, and the threshold."""
+    """Errors of the slots in each iteration, and the threshold."""
 
     def paint(axes: Axes) -> None:
-        # Not finite, and null in the file: nothing is known of a slot yet.
+        # Null in the file where not finite: the slot has no error yet.
         known = [
             {**entry, "errors": np.array(entry["errors"], dtype=float)}
             for entry in run.iterations
@@ -140,12 +140,12 @@ BELIEFS = {
 
 
 def beliefs(run: Run) -> str | None:
-    """What threshold and predictor go by; None if they measured nothing."""
+    """Estimates of threshold and predictor; None if they measured nothing."""
     told = {
         label: [
             (entry["begin"], entry[name])
             for entry in run.iterations
-            if entry.get(name)  # null is unknown, zero has no logarithm
+            if entry.get(name)  # null: unknown; zero: no logarithm
         ]
         for name, label in BELIEFS.items()
     }
@@ -175,7 +175,7 @@ def beliefs(run: Run) -> str | None:
 
 
 def phases(runs: Mapping[str, dict[str, Any]]) -> str:
-    """Where the seconds of each run went."""
+    """Seconds of each run by phase."""
 
     def paint(axes: Axes) -> None:
         names = sorted(

@@ -1,7 +1,7 @@
-r"""Figures of a comparison: speed-ups, prices, deviations.
+r"""Figures of a comparison: speed-ups, costs and deviations.
 
-How far two states are apart is told twice: by their pictures, as the PSNR of one
-against the other over 16 fixed views, and by their entries, relative to the distance
+The deviation of two states is measured twice: on their images, as the PSNR of one
+against the other over 16 fixed views, and on their entries, relative to the distance
 that the sequential run covered,
 
 $$d(a, b) = \lVert a - b \rVert_2 / \lVert b - y_0 \rVert_2.$$
@@ -20,14 +20,14 @@ from systems.base import System
 from systems.runs.report.runs import Run
 
 NOTICEABLE = 0.2
-"""Decibels; less is called the same quality."""
+"""Difference in decibels below which qualities count as equal."""
 
 
 def deviation(system: System, a: dp.State, b: dp.State) -> dict[str, float | None]:
     """How far state a is from state b.
 
     Returns:
-        ``psnr`` of the pictures in dB (None: they are equal), ``relative`` distance of
+        ``psnr`` of the images in dB (None: equal images), ``relative`` distance of
         the entries, and ``bitwise``, 1 if every entry is equal.
     """
     views = quality.fixed_views()
@@ -73,7 +73,7 @@ def describe(run: Run) -> dict[str, Any]:
 
 
 def speed_up(base: Run, other: Run) -> dict[str, float]:
-    """How many times fewer iterations and seconds, and more work, than the base."""
+    """Ratios to the base: fewer iterations and seconds, and more work."""
     return {
         "iterations": base.report["iterations"] / other.report["iterations"],
         "wall_clock": base.seconds / other.seconds,
@@ -83,7 +83,7 @@ def speed_up(base: Run, other: Run) -> dict[str, float]:
 
 
 def score_of(found: dict[str, Any]) -> tuple[str, float] | None:
-    """The figure that runs are ranked by, of a run or a rival."""
+    """Name and value of the score that ranks a run or a rival."""
     measured = found["quality"]
     if not isinstance(measured, dict):
         return None
@@ -97,7 +97,7 @@ def verdict(
     gain: dict[str, float],
     rivals: list[dict[str, Any]],
 ) -> list[str]:
-    """What it comes to, in sentences."""
+    """The verdict of the comparison, in sentences."""
     told = [_speed(other, gain), _quality(base, other)]
     mine = score_of(other)
     for rival in rivals:

@@ -1,4 +1,4 @@
-"""The page itself: one HTML file with everything in it, that opens offline."""
+"""The comparison page: one self-contained HTML file that opens offline."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ def write(
     """Write the page.
 
     Args:
-        path: Where to.
-        comparison: What `report.json` holds.
-        runs: By name, the sequential one first.
-        points: Quality over time, by the same names; empty without a truth.
+        path: File to write.
+        comparison: The content of `report.json`.
+        runs: Runs by name, the sequential one first.
+        points: Quality over time by the same names; empty without ground truth.
     """
     described = comparison["runs"]
     fast = runs["accelerated"]
@@ -121,7 +121,7 @@ def _inline(path: Path, kind: str) -> str:
 
 
 def rows(comparison: Mapping[str, Any]) -> list[list[str]]:
-    """The table of figures, its head first."""
+    """The table of figures, header row first."""
     names = list(comparison["runs"])
     runs = [comparison["runs"][name] for name in names]
     table = [["", *names]]

@@ -1,4 +1,4 @@
-"""What a finished run folder tells."""
+"""A finished run, read from its folder."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ class Run:
     """A finished run.
 
     Attributes:
-        folder: Where it is.
-        config: What it was.
-        report: Its `report.json`.
-        iterations: Its iterations, as `systems.runs.recorder` wrote them.
+        folder: Folder of the run.
+        config: Config of the run.
+        report: Content of `report.json`.
+        iterations: Iterations as recorded by `systems.runs.recorder`.
     """
 
     folder: Path
@@ -34,23 +34,23 @@ class Run:
 
     @property
     def seconds(self) -> float:
-        """Wall-clock of the solve."""
+        """Wall-clock seconds of the solve."""
         return self.report["solving_seconds"]
 
     @property
     def device_seconds(self) -> float:
-        """What it cost: every worker is held for the whole solve."""
+        """Device seconds: every worker is occupied for the whole solve."""
         return self.report["device_seconds"]
 
     def seconds_at(self, step: int) -> float | None:
-        """Wall-clock at which a step was reached."""
+        """Wall-clock seconds at which a step was reached."""
         for entry in self.iterations:
             if entry["begin"] + entry["stride"] >= step:
                 return entry["solving"]
         return None
 
     def state(self, system: System) -> dp.State:
-        """What it ended with."""
+        """The final state."""
         return folders.load_state(str(self.folder), system).y
 
 
@@ -58,7 +58,7 @@ def open_run(folder: str | Path) -> Run:
     """Read a finished run.
 
     Raises:
-        ConfigError: It is none, or not finished.
+        ConfigError: The folder holds no run, or the run is not finished.
     """
     folder = folders.folder_of(str(folder))
     try:
@@ -86,9 +86,9 @@ def open_run(folder: str | Path) -> Run:
 
 
 def quality_over_time(run: Run, system: System) -> list[dict[str, float]]:
-    """PSNR of every checkpoint that was kept, with its step and wall-clock.
+    """PSNR of every kept checkpoint, with its step and wall-clock seconds.
 
-    Empty when the prompt has no truth.
+    Empty if the prompt has no ground truth.
     """
     wanted = quality.truth_of(system)
     if wanted is None:

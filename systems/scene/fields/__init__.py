@@ -1,4 +1,4 @@
-"""Fields: where the object is stored."""
+"""Fields: representations of the object."""
 
 from collections.abc import Mapping
 

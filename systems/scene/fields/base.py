@@ -1,7 +1,7 @@
-r"""What every field answers: density, features and normals at points of space.
+r"""The interface of every field: density, features and normals at points in space.
 
 The density is $\sigma(x) = a(f(x) + b(x))$ with a learned $f$, an activation $a$ and a
-fixed bias $b$, a blob in the middle from which the object grows:
+fixed bias $b$, a blob at the centre from which the object grows:
 
 $$b(x) = s\,(1 - \|x\| / d) \quad\text{or}\quad b(x) = s\,e^{-\|x\|^2 / 2 d^2},$$
 
@@ -24,20 +24,21 @@ from systems.settings.checks import at_least, one_of
 
 @dataclass(frozen=True)
 class FieldConfig:
-    """What all fields share (`system.geometry` in a config).
+    """Settings of all fields (`system.geometry` in a config).
 
     Args:
-        radius: The object is inside the ball of this radius.
-        n_feature_dims: Channels handed to the material.
-        density_bias: "blob_magic3d", "blob_dreamfusion", or a number.
-        density_activation: After the bias.
+        radius: Radius of the ball that holds the object.
+        n_feature_dims: Number of feature channels passed to the material.
+        density_bias: Bias b of the density: "blob_magic3d", "blob_dreamfusion", or a
+            number.
+        density_activation: Activation of the density, after the bias.
         density_blob_scale: Height s of the blob.
         density_blob_std: Width d of the blob.
-        normal_type: "finite_difference", or "analytic" (by differentiation).
-        finite_difference_normal_eps: Distance of the differences.
+        normal_type: Normals: "finite_difference", or "analytic" (by differentiation).
+        finite_difference_normal_eps: Step of the finite differences.
         isosurface_threshold: Density at the surface of the exported mesh; "auto"
-            chooses it by the object's silhouettes.
-        isosurface_resolution: Grid points a side for the exported mesh.
+            chooses it from the object's silhouettes.
+        isosurface_resolution: Grid points per side for the exported mesh.
     """
 
     radius: float = 1.0
@@ -76,8 +77,8 @@ class FieldConfig:
 class Field(nn.Module, abc.ABC):
     """A density and features in space.
 
-    `step` is the step on the trajectory, for encodings that sharpen over time; None
-    asks for the final form.
+    `step` is the step on the trajectory, for encodings that sharpen over time; None:
+    the final form.
     """
 
     Config: type[FieldConfig]

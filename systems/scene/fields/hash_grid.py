@@ -1,4 +1,4 @@
-r"""A field read from hash tables of features at several resolutions, by two networks.
+r"""A field of multi-resolution hash tables of features, decoded by two networks.
 
 Level $l$ has resolution $\lfloor b\,s^l \rfloor$; corner $(x, y, z)$ of a level that is
 too fine for its table is found at
@@ -28,18 +28,18 @@ _PRIMES = (1, 2654435761, 805459861)
 
 @dataclass(frozen=True)
 class HashGridConfig:
-    """The encoding (`pos_encoding_config`), in tiny-cuda-nn's words.
+    """The encoding (`pos_encoding_config`), in tiny-cuda-nn's terms.
 
     Args:
-        otype: "HashGrid", or "ProgressiveBandHashGrid", whose fine levels come later.
+        otype: "HashGrid", or "ProgressiveBandHashGrid", which adds fine levels later.
         n_levels: Number of resolutions.
-        n_features_per_level: Channels of a table.
-        log2_hashmap_size: A table holds at most 2 to this power rows.
-        base_resolution: Cells a side at the coarsest level.
-        per_level_scale: Factor from a level to the next.
-        start_level: Progressive: levels there from the start.
-        start_step: Progressive: when further levels begin to come.
-        update_steps: Progressive: steps between two levels.
+        n_features_per_level: Number of channels of a table.
+        log2_hashmap_size: Binary logarithm of the largest number of rows of a table.
+        base_resolution: Cells per side at the coarsest level.
+        per_level_scale: Resolution of a level relative to the one before.
+        start_level: Number of levels active from the start, if progressive.
+        start_step: Step from which further levels are added, if progressive.
+        update_steps: Number of steps between two added levels, if progressive.
     """
 
     otype: str = "HashGrid"
@@ -67,7 +67,7 @@ class HashGridConfig:
         at_least("start_step", self.start_step, 0)
 
     def active_levels(self, step: int | None) -> int:
-        """How many levels a step sees; None asks for all."""
+        """Number of levels active at a step; None: all."""
         if step is None or self.otype == "HashGrid":
             return self.n_levels
         late = max(0, step - self.start_step) // self.update_steps
@@ -80,7 +80,7 @@ class NetworkConfig:
 
     Args:
         n_neurons: Width of the hidden layers.
-        n_hidden_layers: Their number.
+        n_hidden_layers: Number of hidden layers.
     """
 
     n_neurons: int = 64
@@ -96,8 +96,8 @@ class ImplicitVolumeConfig(FieldConfig):
     """A hash grid with networks (``implicit-volume``).
 
     Args:
-        pos_encoding_config: The encoding.
-        mlp_network_config: The networks.
+        pos_encoding_config: Hash-grid encoding of positions.
+        mlp_network_config: Networks that decode the features.
     """
 
     pos_encoding_config: HashGridConfig = field(default_factory=HashGridConfig)
@@ -153,12 +153,12 @@ def _corner_rows(low: Tensor, side: int, count: int) -> Tensor:
 
     Args:
         low: The lowest corner, shape ``(points, 3)``.
-        side: Points a side of the grid.
-        count: Rows of the table.
+        side: Grid points per side.
+        count: Number of rows of the table.
     """
     low = low.t().contiguous()
     corner = torch.stack([low, low + 1], 1)
-    if side**3 <= count:  # room for all: no two corners share a row
+    if side**3 <= count:  # the table fits all corners: no collisions
         return _of_corners(torch.add, corner * _factors([side * side, side, 1], low))
     return _of_corners(torch.bitwise_xor, corner * _factors(_PRIMES, low)) % count
 
@@ -198,7 +198,7 @@ class ImplicitVolume(Field):
     def raw(
         self, points: Float[Tensor, "points 3"], step: int | None
     ) -> tuple[Float[Tensor, " points"], Float[Tensor, "points channels"]]:
-        """Encode, hide the levels to come, and read."""
+        """Encode, mask inactive levels, and decode."""
         unit = (points / self.config.radius + 1) / 2
         code = self.encoding(unit).to(points.dtype)
         seen = self._encoding_config.active_levels(step)

@@ -1,4 +1,4 @@
-"""A field stored at the corners of a regular grid, linear in between."""
+"""A field stored on a regular grid, with trilinear interpolation."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ class VoxelGridConfig(FieldConfig):
     """A voxel grid (``voxel-grid``).
 
     Args:
-        resolution: Grid points a side.
-        density_scale: The stored density times this is the raw one: Adam moves all
-            stored numbers alike, and densities need larger steps than colours.
-        feature_scale: The same for features.
+        resolution: Grid points per side.
+        density_scale: Factor from the stored to the raw density. Adam moves all stored
+            values alike, and densities need larger steps than colours.
+        feature_scale: Factor from the stored to the raw features.
     """
 
     resolution: int = 32

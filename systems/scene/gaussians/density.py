@@ -4,7 +4,7 @@ $$d(x) = \sum_i o_i\, e^{-\frac12 (x - \mu_i)^\top \Sigma_i^{-1} (x - \mu_i)}, \
   c(x) = \frac1{d(x)} \sum_i o_i\, e^{\dots}\, c_i$$
 
 (J. Tang et al., 2023, arXiv 2309.16653, section 3.3). Space is cut into blocks; a point
-asks the splats whose box of 3.33 standard deviations meets its block, and in a block
+queries the splats whose box of 3.33 standard deviations meets its block, and in a block
 the exponents are one matrix product.
 """
 
@@ -20,7 +20,7 @@ from systems.scene.gaussians.shapes import axes
 
 EXTENT = 3.33
 FAINT = 0.005
-"""Splats of less opacity are left out, as in DreamGaussian."""
+"""Opacity below which a splat is ignored, as in DreamGaussian."""
 BLOCKS = 16
 """Blocks along the longest side of the points' box."""
 
@@ -47,7 +47,7 @@ class Density:
 
     @property
     def box(self) -> tuple[Float[Tensor, " 3"], Float[Tensor, " 3"]]:
-        """The corners of the box that all visible splats are in."""
+        """The corners of the bounding box of all visible splats."""
         if not len(self._means):
             return torch.zeros(3), torch.zeros(3)
         low = (self._means - self._reach).amin(0)
@@ -57,7 +57,7 @@ class Density:
     def __call__(
         self, points: Float[Tensor, "points 3"]
     ) -> tuple[Float[Tensor, " points"], Float[Tensor, "points 3"]]:
-        """Density and colour; where there is no splat the colour is black."""
+        """Density and colour; black where there is no splat."""
         found = torch.zeros(len(points), 4, device=points.device)
         if not len(points) or not len(self._means):
             return found[:, 0], found[:, 1:]
@@ -95,7 +95,7 @@ class Density:
         painted = torch.cat([one.new_ones(len(near), 1), self._colours[near]], -1)
         painted = painted * self._opacities[near, None]
         weights = [
-            # Below, exponentials are denormal, which is slow and counts for nothing.
+            # Below, exponentials are denormal, which is slow and negligible.
             (part @ exponents.T).clamp(-20, 0).exp() @ painted
             for part in monomials.split(4096)
         ]

@@ -1,10 +1,10 @@
 r"""Growth of splats: split, clone, prune, and the reset of opacities.
 
-Where the image keeps pulling a splat's centre around, it does too much for one splat.
-With the mean of the centre's gradient over the times it was seen (half images per
-pixel, so that the size of the image does not matter), splats above the threshold are
-cloned if they are small and split in two if they are large; splats that are nearly
-transparent or very large go (B. Kerbl et al., 2023, arXiv 2308.04079, section 5).
+A splat whose centre has a large gradient covers too much of the image. With the mean of
+the centre's gradient over the views that saw it (half images per pixel, so that the
+size of the image does not matter), splats above the threshold are cloned if they are
+small and split in two if they are large. Splats that are nearly transparent or very
+large are pruned (B. Kerbl et al., 2023, arXiv 2308.04079, section 5).
 
 Here a growth is a *jump* of the trajectory: it returns the row that each new row came
 from, and whether it was born. Everything kept for each row follows this map.
@@ -24,7 +24,7 @@ from systems.scene.gaussians.shapes import axes
 from systems.settings.checks import at_least, one_of
 
 SHRINK = 1.6
-"""The halves of a split have its scales divided by this."""
+"""Divisor of the scales of the halves of a split."""
 STRATEGIES = ("densify", "relocate", "none")
 
 
@@ -35,22 +35,21 @@ class GrowthConfig:
     Args:
         strategy: "densify" splits, clones and prunes; "relocate" moves dead splats to
             living ones (`systems.scene.gaussians.relocation`); "none".
-        start: Growth begins after this step.
-        end: The last step at which it may happen.
-        interval: Steps between two growths.
-        reset_interval: Of "densify": steps between two resets of the opacities; 0:
-            none.
-        gradient_threshold: Mean gradient of a centre from which a splat grows.
-        percent_dense: Share of `extent` up to which a splat counts as small.
-        extent: Of the scene.
-        min_opacity: Splats below are pruned, or dead.
-        reset_opacity: What a reset leaves at most.
-        max_scale: Share of `extent` above which a splat is pruned.
-        max_screen_size: Share of the image above which a splat is pruned; null: none
-            is. (DreamGaussian's code forgets the sizes just before it compares them.)
-        rate: Of "relocate": by what factor the number of splats grows each time.
-        noise: Of "relocate": of the noise on the means, in units of their learning
-            rate.
+        start: Step after which growth begins.
+        end: Last step at which splats may grow.
+        interval: Number of steps between two growths.
+        reset_interval: For "densify": number of steps between two resets of the
+            opacities; 0: no resets.
+        gradient_threshold: Mean gradient of a centre above which a splat grows.
+        percent_dense: Fraction of `extent` up to which a splat counts as small.
+        extent: Extent of the scene.
+        min_opacity: Opacity below which a splat is pruned, or counts as dead.
+        reset_opacity: Largest opacity after a reset.
+        max_scale: Fraction of `extent` above which a splat is pruned.
+        max_screen_size: Fraction of the image above which a splat is pruned; null: no
+            limit. (DreamGaussian's code clears the sizes just before comparing them.)
+        rate: For "relocate": factor of the number of splats per growth.
+        noise: For "relocate": noise on the means, in units of their learning rate.
     """
 
     strategy: str = "densify"
@@ -101,23 +100,24 @@ class GrowthConfig:
 
 @dataclass(frozen=True)
 class Rows:
-    """Where the rows of a jump came from.
+    """The origin of the rows of a jump.
 
     Attributes:
-        parents: The old row of each new one, int64.
-        born: Whether it is new: what optimizers remember of its parent is not its own.
+        parents: Old row of each new row, int64.
+        born: Whether the row is new, so that it does not inherit the optimizer's memory
+            of its parent.
     """
 
     parents: Int[Tensor, " rows"]
     born: Bool[Tensor, " rows"]
 
     def take(self, value: Float[Tensor, "old ..."]) -> Float[Tensor, "rows ..."]:
-        """What is kept for each row; that of the born is zero."""
+        """Map values kept per row; those of born rows are zero."""
         return take_rows(value, self.parents.masked_fill(self.born, -1))
 
 
 def nothing_seen(splats: int, like: Tensor) -> State:
-    """Statistics that count nothing yet, for so many splats."""
+    """Empty statistics for a number of splats."""
     return {
         name: torch.zeros(splats, dtype=like.dtype, device=like.device)
         for name in ("gradient", "count", "size")
@@ -133,11 +133,11 @@ def seen(
     """The statistics of one step.
 
     Args:
-        gradient: Of the loss with respect to the centres in pixels, which is the mean
-            over the views.
+        gradient: Gradient of the loss, a mean over the views, with respect to the
+            centres in pixels.
         radii: Half sides of the boxes in pixels, 0 for splats that are not seen.
-        height: Of the images.
-        width: Of the images.
+        height: Height of the images in pixels.
+        width: Width of the images in pixels.
 
     Returns:
         The sum over views of the gradient's norm, the number of views that saw the
@@ -155,7 +155,7 @@ def seen(
 
 
 def counted(statistics: State, new: State) -> State:
-    """Statistics with those of one more step."""
+    """Add the statistics of one more step."""
     return {
         "gradient": statistics["gradient"] + new["gradient"],
         "count": statistics["count"] + new["count"],
@@ -174,14 +174,15 @@ def densify(
 
     Args:
         splats: The parameters by name.
-        statistics: What was seen since the last growth.
-        config: The rules.
-        max_splats: With more, those with the largest gradients alone grow.
-        generator: Of the places of the halves, on the CPU.
+        statistics: Statistics since the last growth.
+        config: Settings of the growth.
+        max_splats: Limit of the number of splats; near it only those with the largest
+            gradients grow.
+        generator: Source of the positions of the halves, on the CPU.
 
     Returns:
-        The new parameters, and where their rows came from: the ones that stayed, the
-        clones, first and second halves.
+        The new parameters, and the origin of their rows: those that stayed, the clones,
+        first and second halves.
     """
     mean = statistics["gradient"] / statistics["count"].clamp(min=1)
     size = splats["scales"].exp().amax(-1)
@@ -222,6 +223,6 @@ def _hopeless(splats: State, sizes: Tensor, config: GrowthConfig) -> Tensor:
 
 
 def reset_opacities(splats: State, config: GrowthConfig) -> State:
-    """Lower the opacities, so that splats have to prove themselves again."""
+    """Lower the opacities, so that unneeded splats can be pruned."""
     most = math.log(config.reset_opacity / (1 - config.reset_opacity))
     return {**splats, "opacities": splats["opacities"].clamp(max=most)}

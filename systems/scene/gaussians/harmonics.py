@@ -18,7 +18,7 @@ Y0 = 0.28209479177387814
 
 
 def num_coefficients(degree: int) -> int:
-    """How many coefficients a degree has for each channel."""
+    """Number of coefficients per channel of a degree."""
     return (degree + 1) ** 2
 
 
@@ -67,10 +67,10 @@ def colours(
     """Colours of splats seen along directions, at least 0.
 
     Args:
-        harmonics: Coefficients, one, four, nine or sixteen.
+        harmonics: One, four, nine or sixteen coefficients.
         directions: From the camera to the splat, of any length.
     """
-    if harmonics.shape[1] == 1:  # the same from everywhere
+    if harmonics.shape[1] == 1:  # independent of the direction
         seen = (Y0 * harmonics[:, 0])[None].expand(*directions.shape[:-1], 3)
     else:
         degree = round(harmonics.shape[1] ** 0.5) - 1

@@ -1,4 +1,4 @@
-r"""Splats as ply files, in the layout that 3DGS wrote and every viewer reads.
+r"""Splats as ply files, in the layout of 3DGS that every viewer reads.
 
 A vertex holds `x y z`, normals (unused), `f_dc_0…2` (the constant harmonic of the
 channels), `f_rest_0…` (the others, channel by channel), `opacity` (a logit),
@@ -64,7 +64,7 @@ def save(path: Path, splats: State, normals: bool = True) -> None:
     """Write splats.
 
     Args:
-        path: Ends in ``.ply``.
+        path: File name ending in ``.ply``.
         splats: The parameters by name.
         normals: Write the normals (zeros) that 3DGS's own files have; gsplat leaves
             them out.
@@ -95,17 +95,17 @@ def save(path: Path, splats: State, normals: bool = True) -> None:
 
 
 def describe(path: Path) -> tuple[int, int]:
-    """How many splats a file holds, and the degree of their harmonics.
+    """Number of splats in a file, and the degree of their harmonics.
 
     Raises:
-        ValueError: It is no file of splats; the message says what is missing.
+        ValueError: The file holds no splats; the message says what is missing.
     """
     header = _read_header(path)
     return header.count, header.degree
 
 
 def load(path: Path) -> State:
-    """Read splats of any degree, in any order of fields; other fields are left out.
+    """Read splats of any degree, with fields in any order; other fields are ignored.
 
     Raises:
         ValueError: The file cannot be used; the message says why.

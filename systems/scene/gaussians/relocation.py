@@ -1,4 +1,4 @@
-r"""Growth by relocation: dead splats are moved to where living ones stand.
+r"""Growth by relocation: dead splats are moved to the positions of living ones.
 
 When a splat of opacity o becomes n splats at one place, the light along a ray stays
 about the same with
@@ -24,7 +24,7 @@ from systems.scene.gaussians.growth import GrowthConfig, Rows
 from systems.scene.gaussians.shapes import covariances
 
 MOST = 51
-"""More than so many splats in one place are counted as so many."""
+"""Largest number of splats counted at one position."""
 SHARPNESS, TRANSPARENT = 100.0, 0.995
 """Of the logistic curve from opaque splats, which do not move, to transparent ones."""
 
@@ -35,8 +35,8 @@ def shared(
     """Opacity and change of scale of each of several splats that replace one.
 
     Args:
-        opacities: Of the ones that are replaced, from 0 to 1.
-        count: By how many.
+        opacities: Opacities of the replaced splats, from 0 to 1.
+        count: Number of splats that replace each.
 
     Returns:
         The opacities, and factors of the scales.
@@ -59,17 +59,18 @@ def relocate(
     max_splats: int,
     generator: torch.Generator,
 ) -> tuple[State, Rows]:
-    """Move the dead, and add a share of new splats.
+    """Move dead splats, and add a fraction of new ones.
 
     Args:
         splats: The parameters by name.
-        config: The rules.
-        max_splats: No more are made.
-        generator: Draws who is joined, by opacity; on the CPU.
+        config: Settings of the growth.
+        max_splats: Limit of the number of splats.
+        generator: Source of the choice of target splats, drawn by opacity; on the CPU.
 
     Returns:
-        The new parameters, and where their rows came from. Rows that share a place,
-        the one that stood there too, count as born: their moments are another splat's.
+        The new parameters, and the origin of their rows. All rows that share a
+        position, the original one included, count as born, because their moments are
+        those of another splat.
     """
     opacities = splats["opacities"].sigmoid()
     count = len(opacities)

@@ -28,8 +28,8 @@ class SplatRendererConfig:
     """Splatting (``diff-gaussian-rasterizer``).
 
     Args:
-        rasterizer: "auto" takes gsplat on CUDA where it can be used, and torch
-            elsewhere; "torch"; or "gsplat".
+        rasterizer: "torch", "gsplat", or "auto": gsplat on CUDA where it is available,
+            torch elsewhere.
     """
 
     rasterizer: str = "auto"
@@ -43,15 +43,15 @@ RENDERERS = {"diff-gaussian-rasterizer": SplatRendererConfig}
 
 @dataclass(frozen=True, kw_only=True)
 class SplatSceneConfig:
-    """The scene's part of `system`: names of its parts, and a section for each.
+    """The scene's part of `system`: the names of its parts, and their sections.
 
     Args:
-        geometry_type: A key of `GEOMETRIES`.
-        geometry: Its settings.
-        background_type: A key of `systems.scene.backgrounds.BACKGROUNDS`.
-        background: Its settings.
-        renderer_type: A key of `RENDERERS`.
-        renderer: Its settings.
+        geometry_type: Geometry; a key of `GEOMETRIES`.
+        geometry: Settings of the geometry.
+        background_type: Background; a key of `systems.scene.backgrounds.BACKGROUNDS`.
+        background: Settings of the background.
+        renderer_type: Renderer; a key of `RENDERERS`.
+        renderer: Settings of the renderer.
     """
 
     geometry_type: str = "gaussian-splatting"
@@ -64,10 +64,10 @@ class SplatSceneConfig:
 
 @dataclass(frozen=True)
 class SplatRendering(Rendering):
-    """Images of splats, which have no normals, and where the splats are in them.
+    """Images of splats, which have no normals, and the projected splats.
 
     Attributes:
-        means: Centres in pixels, part of the graph, shape ``(views, splats, 2)``.
+        means: Centres in pixels, differentiable, shape ``(views, splats, 2)``.
         radii: Half sides of boxes in pixels, 0 for splats that are not seen.
     """
 
@@ -81,11 +81,11 @@ class SplatRendering(Rendering):
 
 
 class SplatScene(nn.Module):
-    """Everything that is optimised, and how it is seen.
+    """The optimised splats, their background and their renderer.
 
     Args:
-        config: The system's settings.
-        device: Where it will be: a rasterizer that cannot be used there is refused.
+        config: Settings of the system.
+        device: Device of the scene; a rasterizer that is unavailable there is refused.
     """
 
     def __init__(self, config: SplatSceneConfig, device: torch.device) -> None:
@@ -103,9 +103,8 @@ class SplatScene(nn.Module):
 
         Args:
             views: The views.
-            step: A training step, in which the background varies; None asks for the
-                final look.
-            random: Source of what varies.
+            step: A training step, in which the background varies; None: evaluation.
+            random: Source of the randomness of a step.
         """
         splats = self.geometry
         camera = Pinhole.of(views, splats.means)

@@ -1,8 +1,8 @@
-r"""Splats as parameters: a ball of them to start from, or those of a file.
+r"""Splats as parameters, initialised as a ball or from a file.
 
 A splat has a mean, a rotation (quaternion w, x, y, z), logarithms of three scales, the
 logit of its opacity, and spherical harmonics of its colour. All are rows of tensors,
-and it is the rows that growth adds and removes.
+which growth adds and removes.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from systems.settings.checks import at_least, one_of
 NAMES = ("means", "scales", "quats", "opacities", "sh0", "shN")
 """The parameters, by gsplat's names; `shN` is there for degrees above 0 only."""
 NEIGHBOURS = 3
-"""A new splat is as large as its mean distance from so many neighbours."""
+"""Number of neighbours whose mean distance is the size of a new splat."""
 COPIES = 12
 """What a run keeps of each splat at least: parameters, moments, a window's states."""
 
@@ -34,18 +34,19 @@ class GaussianConfig:
     """Splats (``gaussian-splatting``).
 
     Args:
-        initial: A ply file of splats to start from, in the layout of 3DGS; null: a ball
-            of new ones.
-        num_splats: In the ball.
-        radius: Of the ball.
-        sh_degree: Degree of the colour's harmonics, from 0 (the same from everywhere)
-            to 3; null: the file's, or 0.
-        opacity: Of new splats.
-        max_splats: Growth stops there, and a file with more is refused.
-        isosurface_threshold: Density at the surface of the mesh; "auto" takes the one
-            whose silhouettes are those of the splats. (DreamGaussian's is 1.)
-        isosurface_resolution: Grid points along each side of the mesh's cube.
-        max_faces: The mesh is simplified to so many; 0: it is not.
+        initial: Ply file of the initial splats, in the layout of 3DGS; null: a ball of
+            new splats.
+        num_splats: Number of splats in the ball.
+        radius: Radius of the ball.
+        sh_degree: Degree of the colour's harmonics, from 0 (the same from all
+            directions) to 3; null: the file's, or 0.
+        opacity: Opacity of new splats.
+        max_splats: Largest number of splats; a file with more is refused.
+        isosurface_threshold: Density at the surface of the mesh; "auto" chooses it by
+            the silhouettes of the splats. (DreamGaussian's is 1.)
+        isosurface_resolution: Grid points per side of the mesh's cube.
+        max_faces: Number of faces that the mesh is simplified to; 0: no
+            simplification.
     """
 
     initial: str | None = None
@@ -90,10 +91,10 @@ class Gaussians(nn.Module):
     """The parameters of splats.
 
     Args:
-        config: What to start from. A ball is drawn from torch's global generator.
+        config: Initial splats. A ball is drawn from torch's global generator.
 
     Raises:
-        ValueError: The file cannot be used, or there are more splats than memory.
+        ValueError: The file cannot be used, or the splats do not fit into memory.
     """
 
     Config = GaussianConfig
@@ -127,13 +128,13 @@ class Gaussians(nn.Module):
 def ball(
     count: int, radius: float, opacity: float, degree: int
 ) -> dict[str, Float[Tensor, "splats ..."]]:
-    """Grey splats, uniform in a ball; as large as their neighbours are far.
+    """Grey splats, uniform in a ball, sized by the distance of their neighbours.
 
     Args:
-        count: How many.
-        radius: Of the ball.
-        opacity: Of each.
-        degree: Of the harmonics.
+        count: Number of splats.
+        radius: Radius of the ball.
+        opacity: Opacity of each splat.
+        degree: Degree of the harmonics.
     """
     directions = torch.nn.functional.normalize(torch.randn(count, 3), dim=-1)
     means = directions * radius * torch.rand(count, 1) ** (1 / 3)
@@ -153,7 +154,7 @@ def ball(
 
 
 def neighbour_distance(means: Float[Tensor, "splats 3"]) -> Float[Tensor, " splats"]:
-    """The root of the mean squared distance from the nearest other splats."""
+    """Root-mean-square distance to the nearest other splats."""
     found = [
         torch.cdist(part, means).topk(NEIGHBOURS + 1, largest=False).values[:, 1:]
         for part in means.split(1024)
@@ -189,12 +190,12 @@ def check_memory(count: int, degree: int) -> None:
     """Refuse more splats than this machine can optimise.
 
     Raises:
-        ValueError: Says how many would do.
+        ValueError: The message says how many splats fit.
     """
     each = 4 * COPIES * (11 + 3 * num_coefficients(degree))
     try:
         memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (AttributeError, ValueError, OSError):  # no such question on this system
+    except (AttributeError, ValueError, OSError):  # unknown on this system
         return
     if count * each > memory:
         raise ValueError(

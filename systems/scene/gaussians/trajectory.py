@@ -1,11 +1,11 @@
 r"""Growing splats as a trajectory: drift, carry and jumps.
 
-$$\mathrm{drift}(t, \theta) = (\nabla_\theta \ell,\ \text{what was seen of each splat}),
+$$\mathrm{drift}(t, \theta) = (\nabla_\theta \ell,\ \text{statistics of each splat}),
 \qquad \mathrm{update} = \text{optimizer, statistics} \mathrel{+}= .$$
 
 Statistics are in the carry, so each accepted step counts once, however often it was
-evaluated. Growth is a jump: the rows of parameters, moments and statistics follow one
-map, which the solver is told.
+evaluated. Growth is a jump: one map moves the rows of parameters, moments and
+statistics, and is passed to the solver.
 """
 
 from __future__ import annotations
@@ -33,17 +33,17 @@ class GrowingGaussians(dp.OptimizationTrajectory):
     """Splats under an optimizer, growing by the rules of a config.
 
     Args:
-        loss: ``(step, y)`` gives a loss, which is a mean over views, numbers to log,
-            and what was rendered.
+        loss: ``(step, y)`` returns a loss, which is a mean over views, scalars to log,
+            and the rendering.
         params: The initial parameters, those of the splats with a prefix.
-        optimizer: A factory: parameters by name give an optimizer.
+        optimizer: Factory of the optimizer, called with the parameters by name.
         num_steps: The number of steps.
-        config: How splats grow.
-        max_splats: They do not grow beyond.
-        prefix: Of the splats' names.
+        config: Settings of the growth.
+        max_splats: Largest number of splats.
+        prefix: Prefix of the splats' names.
         decay: Factor of the means' learning rate at a step; default: 1.
         precision: "32-true" or "bf16-mixed".
-        seed: Of the run; also of what growth draws.
+        seed: Seed of the run and of the growth.
 
     Raises:
         ValueError: The precision scales the loss.
@@ -114,7 +114,7 @@ class GrowingGaussians(dp.OptimizationTrajectory):
     """The optimizer's group that holds the means."""
 
     def init(self) -> tuple[State, Nest]:
-        """Parameters and moments, and statistics that count nothing yet."""
+        """Parameters and moments, and empty statistics."""
         y, carry = super().init()
         means = y[self._prefix + "means"]
         return y, {**carry, "seen": growth.nothing_seen(len(means), means)}
@@ -131,9 +131,9 @@ class GrowingGaussians(dp.OptimizationTrajectory):
     def update(
         self, step: int, y: State, carry: Nest, drift: State
     ) -> tuple[State, Nest]:
-        """The optimizer's step; statistics; noise, where growth relocates."""
+        """Step the optimizer, add statistics, and add noise if growth relocates."""
         counted = carry["seen"]
-        if SEEN + "count" in drift:  # a predictor's drift has seen nothing
+        if SEEN + "count" in drift:  # a predictor's drift has no statistics
             counted = growth.counted(
                 counted, {name: drift[SEEN + name] for name in counted}
             )
@@ -160,7 +160,7 @@ class GrowingGaussians(dp.OptimizationTrajectory):
     def jump(
         self, step: int, y: State, carry: Nest
     ) -> tuple[State, Nest, Parents | None]:
-        """Grow, then reset; moments of the born and of what was reset are zero."""
+        """Grow, then reset; moments of born and of reset rows are zero."""
         splats = of_state(y, self._prefix)
         count = len(splats["means"])
         rows = torch.arange(count, device=splats["means"].device)
@@ -184,7 +184,7 @@ class GrowingGaussians(dp.OptimizationTrajectory):
         return growth.densify(splats, seen, self.config, self._max_splats, generator)
 
     def _moved(self, carry: Nest, parents: Parents, moved: Rows, count: int) -> Nest:
-        """The carry with the rows of the optimizer's memory where their splats are."""
+        """The carry, with the rows of the optimizer's memory moved like the splats."""
         optimizers = []
         for memory in carry["optimizers"]:
             state = dict(memory["state"])

@@ -1,6 +1,6 @@
-"""Splats in a page that any browser opens: points, sorted by depth, nothing to load.
+"""A self-contained web page that shows splats as points sorted by depth.
 
-Each splat is drawn round, with the mean of its scales, in its colour from the front.
+Each splat is drawn as a disc with the mean of its scales, in its colour from the front.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ from systems.files import written
 from systems.scene.gaussians.harmonics import Y0
 
 MOST = 200_000
-"""The most opaque splats of a larger scene are shown alone."""
+"""Largest number of splats shown; of a larger scene, the most opaque ones."""
 
 
 def write(path: Path, splats: State, title: str) -> None:
     """Write the page.
 
     Args:
-        path: Ends in ``.html``.
+        path: File name ending in ``.html``.
         splats: The parameters by name.
-        title: Of the page.
+        title: Title of the page.
     """
     opacities = splats["opacities"].sigmoid()
     shown = opacities.argsort(descending=True, stable=True)[:MOST]

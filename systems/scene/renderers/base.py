@@ -1,4 +1,4 @@
-"""What every renderer of a field offers, and what it returns."""
+"""The interface of every renderer of a field, and its result."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from systems.scene.materials import Material
 
 @dataclass(frozen=True)
 class Rendering:
-    """Images of a scene, and what the regularisers need.
+    """Images of a scene, and the inputs of the regularisers.
 
     Attributes:
         rgb: Colours over the background, shape ``(views, height, width, 3)``.
         foreground: The object's share of them, shape as `rgb`.
         opacity: From 0 to 1, shape ``(views, height, width, 1)``.
-        normal: Normals from −1 to 1 times opacity, shape as `rgb`; zeros where they
-            were not asked for.
+        normal: Normals from −1 to 1 times opacity, shape as `rgb`; zeros if they
+            were not requested.
         backfacing: Per ray, the sum over its samples of weight times the squared
             cosine between normal and ray where the normal faces away from the camera
             (the orientation loss of D. Verbin et al., 2021, arXiv 2112.03907), shape
@@ -43,7 +43,7 @@ class Renderer(nn.Module, abc.ABC):
     """Renders a field with a material over a background.
 
     `Config` is the dataclass of its settings, the only argument it is built from; it
-    has `radius`, the ball outside of which nothing is seen.
+    has `radius`, that of the ball outside of which nothing is rendered.
     """
 
     Config: type[Any]
@@ -64,11 +64,11 @@ class Renderer(nn.Module, abc.ABC):
 
         Args:
             geometry: The field.
-            material: Its look.
-            background: What is behind it.
+            material: Material of the field.
+            background: Background of the scene.
             views: The views.
-            step: A training step: samples, shading and background vary. None asks for
-                the final look.
-            random: Source of what varies from step to step.
-            with_normals: Fill in normals even where the material needs none.
+            step: A training step: samples, shading and background vary. None:
+                evaluation.
+            random: Source of the randomness of a step.
+            with_normals: Return normals even if the material needs none.
         """

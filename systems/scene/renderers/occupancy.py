@@ -1,14 +1,14 @@
-r"""Where a field is worth asking: an occupancy grid in pure torch.
+r"""Occupancy grid in pure torch: which cells the renderer needs to query.
 
-Each cell keeps a running maximum of the density met in it (T. Müller et al., 2022,
+Each cell keeps a running maximum of the density sampled in it (T. Müller et al., 2022,
 arXiv 2201.05989, appendix C.2),
 
 $$o \leftarrow \max(\gamma\,o,\ \sigma(x)\,\delta)$$
 
 at a random point x of the cell, with the step size δ of the renderer. It is evolving
-state: a buffer, changed while a drift is evaluated, and so part of the trajectory's
-state (Eq. 19 of `docs/method.md`). Cells that were never looked at hold −1 and count
-as occupied.
+state: a buffer that changes while a drift is evaluated, and so part of the trajectory's
+state (Eq. 19 of `docs/method.md`). Cells that were never sampled hold −1 and count as
+occupied.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ class OccupancyConfig:
     """An occupancy grid (`system.renderer.occupancy`).
 
     Args:
-        resolution: Cells a side.
-        decay: γ, at each refresh.
-        threshold: A cell above it counts as occupied, or one above the mean if that
-            is less.
-        update_every: Steps between two refreshes.
-        warmup_steps: Refresh all cells before this step; later the occupied ones and a
-            quarter of the others.
+        resolution: Cells per side.
+        decay: Decay γ per refresh.
+        threshold: Value above which a cell counts as occupied; the mean of the grid if
+            that is smaller.
+        update_every: Number of steps between two refreshes.
+        warmup_steps: Step before which all cells are refreshed; afterwards the occupied
+            ones and a quarter of the others.
     """
 
     resolution: int = 32
@@ -56,7 +56,7 @@ class Occupancy(nn.Module):
     """The grid over the cube of side 2 · radius.
 
     Args:
-        config: Its settings.
+        config: Settings of the grid.
         radius: Half the side of the cube.
     """
 
@@ -75,11 +75,11 @@ class Occupancy(nn.Module):
         step_size: float,
         random: StepRandom,
     ) -> None:
-        """Look at the field again, if it is due at this step.
+        """Sample the field again, if a refresh is due at this step.
 
         Args:
             step: The step on the trajectory.
-            density: Of points ``(points, 3)``.
+            density: Density at points ``(points, 3)``.
             step_size: δ, the length between two samples of a ray.
             random: Source of the points.
         """
@@ -101,7 +101,7 @@ class Occupancy(nn.Module):
             self.value[due] = fresh
 
     def occupied(self) -> Bool[Tensor, " cells"]:
-        """The cells worth asking."""
+        """The cells that the renderer queries."""
         known = self.value >= 0
         mean = (self.value * known).sum() / known.sum().clamp(min=1)
         return ~known | (self.value > mean.clamp(max=self.config.threshold))

@@ -9,8 +9,8 @@ $$\Sigma' = J \Sigma J^\top + 0.3\, I, \qquad
   \Sigma_i'^{-1} (p - \mu'_i)}\bigr), \qquad
   C(p) = \sum_i c_i \alpha_i \prod_{j < i} (1 - \alpha_j)$$
 
-over the splats in the order of depth, nearest first; an α below 1/255 counts as none,
-and a pixel is done before its transmittance falls to $10^{-4}$ (B. Kerbl et al., 2023,
+over the splats in order of depth, nearest first. An α below 1/255 counts as zero, and a
+pixel is finished before its transmittance falls to $10^{-4}$ (B. Kerbl et al., 2023,
 arXiv 2308.04079; formulas and constants as in gsplat 1.5, V. Ye et al., 2024, arXiv
 2409.06765).
 
@@ -53,13 +53,13 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Pinhole:
-    """Cameras as gsplat takes them: x to the right, y down, z ahead, pixels.
+    """Cameras in gsplat's convention: x to the right, y down, z forward, pixels.
 
     Attributes:
         world_to_camera: Shape ``(views, 4, 4)``.
-        focal: Focal length in pixels, the same both ways, shape ``(views,)``.
-        height: Pixels.
-        width: Pixels; the principal point is the middle of the image.
+        focal: Focal length in pixels, equal for both axes, shape ``(views,)``.
+        height: Height in pixels.
+        width: Width in pixels; the principal point is the centre of the image.
     """
 
     world_to_camera: Float[Tensor, "views 4 4"]
@@ -102,13 +102,13 @@ class Pinhole:
 
 @dataclass(frozen=True)
 class Projection:
-    r"""Splats in images.
+    r"""Splats projected into images.
 
     Attributes:
         means: Centres in pixels, shape ``(views, splats, 2)``.
         conics: Entries xx, xy, yy of $\Sigma'^{-1}$, shape ``(views, splats, 3)``.
-        depths: Shape ``(views, splats)``.
-        radii: Half sides of the bounding box, whole pixels; 0 where a splat is not
+        depths: Depths, shape ``(views, splats)``.
+        radii: Half sides of the bounding box in whole pixels; 0 where a splat is not
             seen; shape ``(views, splats, 2)``.
     """
 
@@ -124,12 +124,12 @@ def project(
     opacities: Float[Tensor, " splats"],
     camera: Pinhole,
 ) -> Projection:
-    """Splats in the images of cameras; see the module.
+    """Project splats into the images of cameras; see the module.
 
     Args:
-        means: In the world.
-        covariances: In the world.
-        opacities: From 0 to 1: a faint splat's box is smaller.
+        means: Means in the world.
+        covariances: Covariances in the world.
+        opacities: Opacities from 0 to 1; a faint splat has a smaller box.
         camera: The cameras.
     """
     rotation = camera.world_to_camera[:, :3, :3]
@@ -184,16 +184,16 @@ def project(
 def intersections(
     projection: Projection, height: int, width: int
 ) -> tuple[Int[Tensor, " pairs"], Int[Tensor, " tiles"]]:
-    """Which splats each tile composites, in which order.
+    """The splats that each tile composites, in order.
 
     Args:
-        projection: The splats.
-        height: Of the images.
-        width: Of the images.
+        projection: The projected splats.
+        height: Height of the images in pixels.
+        width: Width of the images in pixels.
 
     Returns:
-        Numbers view · splats + splat, tile after tile (views first, then rows), the
-        nearest first; and how many of them each tile has.
+        Indices view · splats + splat, tile by tile (views first, then rows), nearest
+        first; and the number of splats per tile.
     """
     radii = projection.radii.flatten(0, 1)
     means = projection.means.flatten(0, 1)
@@ -228,11 +228,11 @@ def composite(
     """Composite projected splats.
 
     Args:
-        projection: The splats.
-        opacities: From 0 to 1.
-        colours: Of the splats in each view.
-        height: Of the images.
-        width: Of the images.
+        projection: The projected splats.
+        opacities: Opacities from 0 to 1.
+        colours: Colours of the splats in each view.
+        height: Height of the images in pixels.
+        width: Width of the images in pixels.
 
     Returns:
         The images over black, and their opacity.
@@ -278,7 +278,7 @@ def _polynomials(
     middle = ((corner + 0.5) * TILE).to(opacities).repeat_interleave(counts, 0)
     x, y = (projection.means.flatten(0, 1).index_select(0, pairs) - middle).unbind(-1)
     a, b, c = projection.conics.flatten(0, 1).index_select(0, pairs).unbind(-1)
-    # Taken first: of what no tile sees, the logarithm may be infinite.
+    # Taken first: the logarithm of splats that no tile sees may be infinite.
     strength = opacities.index_select(0, pairs % len(opacities)).log()
     constant = strength - (a * x * x + c * y * y) / 2 - b * x * y
     return torch.stack([-a / 2, -b, -c / 2, a * x + b * y, b * x + c * y, constant], -1)
@@ -289,7 +289,7 @@ def _tile(
     exponents: Float[Tensor, "splats 6"],
     colours: Float[Tensor, "splats channels"],
 ) -> Float[Tensor, "pixels channels"]:
-    # Not further down: exponentials of far-off pixels are denormal, which is slow.
+    # Clamped: exponentials of distant pixels are denormal, which is slow.
     low, high = math.log(MIN_ALPHA) - 1, math.log(MAX_ALPHA)
     alpha = (pixels @ exponents.T).clamp(low, high).exp()
     alpha = torch.where(alpha >= MIN_ALPHA, alpha, 0.0)
@@ -309,14 +309,14 @@ def rasterize(
     camera: Pinhole,
     backend: str = "torch",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Images of splats.
+    """Render images of splats.
 
     Args:
-        means: In the world.
+        means: Means in the world.
         scales: Logarithms of the standard deviations.
         quats: Rotations (w, x, y, z), of any length.
-        opacities: From 0 to 1.
-        colours: Of the splats in each view.
+        opacities: Opacities from 0 to 1.
+        colours: Colours of the splats in each view.
         camera: The cameras.
         backend: "torch", or "gsplat" on CUDA.
 
@@ -360,7 +360,7 @@ def _gsplat(
 
 @functools.cache
 def gsplat_module() -> tuple[Any, str]:
-    """The module gsplat, or None and the reason why it is not used."""
+    """The gsplat module, or None and the reason."""
     module, reason = probe("gsplat", needs_cuda=True)
     if module is None:
         return None, reason
@@ -375,10 +375,10 @@ def choose_backend(wanted: str, device: torch.device) -> str:
 
     Args:
         wanted: "auto", "torch" or "gsplat".
-        device: Where the splats are.
+        device: Device of the splats.
 
     Raises:
-        ValueError: "gsplat" is wanted and cannot be used here.
+        ValueError: "gsplat" is requested and unavailable here.
     """
     if wanted == "torch" or (wanted == "auto" and device.type != "cuda"):
         return "torch"

@@ -43,13 +43,13 @@ class VolumeConfig:
     """Volume rendering (``nerf-volume-renderer``).
 
     Args:
-        radius: Rays are followed inside the ball of this radius; the geometry's.
-        num_samples_per_ray: Samples along the diagonal of the cube of side 2 · radius
-            (threestudio's count); the ball's diameter has 1/√3 of them.
-        randomized: Shift the samples of each ray at random, in training.
+        radius: Radius of the ball in which rays are sampled; the geometry's.
+        num_samples_per_ray: Number of samples along the diagonal of the cube of side
+            2 · radius (threestudio's count); the ball's diameter has 1/√3 of them.
+        randomized: Shift the samples of each ray at random during training.
         grid_prune: Skip unoccupied cells.
-        occupancy: The grid that knows them.
-        eval_chunk_size: Rays rendered at once outside of training.
+        occupancy: Settings of the occupancy grid.
+        eval_chunk_size: Number of rays rendered at once in evaluation.
     """
 
     radius: float = 1.0
@@ -72,22 +72,22 @@ class VolumeConfig:
 
 @dataclass(frozen=True)
 class _Rays:
-    """Rays: origins, directions and the light they meet, ``(rays, 3)``, and shifts."""
+    """Rays: origins, directions and light positions, ``(rays, 3)``, and shifts."""
 
     origins: Tensor
     directions: Tensor
     light: Tensor
-    jitter: Tensor  # share of a sample by which a ray's samples are shifted, (rays, 1)
+    jitter: Tensor  # shift of a ray's samples, as a fraction of a sample, (rays, 1)
 
 
 @dataclass(frozen=True)
 class _Samples:
-    """What is evaluated: interval ends, and the samples' rays."""
+    """Samples to evaluate: interval ends, and indices of their rays."""
 
     begin: Tensor
     end: Tensor
     rays: Tensor
-    slots: Tensor | None  # where samples stand in the dense (rays, samples) arrays
+    slots: Tensor | None  # indices of samples in the dense (rays, samples) arrays
     dense: tuple[int, int]
 
 
@@ -95,7 +95,7 @@ class VolumeRenderer(Renderer):
     """Renders a field with a material over a background.
 
     Args:
-        config: Its settings.
+        config: Settings of the renderer.
     """
 
     Config = VolumeConfig
@@ -187,7 +187,7 @@ class VolumeRenderer(Renderer):
 
     @torch.no_grad()
     def _cut(self, rays: _Rays) -> _Samples:
-        """Equal samples inside the ball, those in unoccupied cells left out."""
+        """Equal samples inside the ball, without those in unoccupied cells."""
         size, radius = self.config.step_size, self.config.radius
         origins, directions = rays.origins, rays.directions
         closest = -(origins * directions).sum(-1, keepdim=True)
@@ -228,7 +228,7 @@ class VolumeRenderer(Renderer):
 
 @functools.cache
 def _can_march() -> bool:
-    """Whether nerfacc's CUDA code is there; says why not, once."""
+    """Whether nerfacc's CUDA code is available; prints the reason once if not."""
     built, reason = probe("nerfacc.cuda._backend")
     if built is not None and built._C is not None:
         return True
