@@ -21,7 +21,7 @@ from dreampropeller.component import FULL, Memory
 from dreampropeller.rollout import Evaluation, Rollout
 from dreampropeller.threshold import Threshold
 from dreampropeller.trajectory import Parents
-from dreampropeller.tree import State, moving, norms
+from dreampropeller.tree import State, is_continuous, moving, norms
 
 ROUNDING = 64
 """Units in the last place below which a relative change of a drift is ignored."""
@@ -260,8 +260,8 @@ def _slope(memory: DriftMemory, step: int) -> float:
 
 def _moving(y: State, drift: State) -> State:
     """The entries that measure a drift: those that move the state, if any does."""
-    floating = {n: v for n, v in drift.items() if v.is_floating_point()}
-    return moving(y, drift) or floating
+    continuous = {n: v for n, v in drift.items() if is_continuous(v)}
+    return moving(y, drift) or continuous
 
 
 def _relative(

@@ -134,11 +134,13 @@ class Optimizers:
         for name, parameter in self._params.items():
             gradient = gradients.get(name)
             parameter.grad = None  # before the value: a jump changes shapes
-            parameter.data = y[name] if gradient is None else y[name].clone()
+            # Also without a gradient: some optimizers decay every parameter.
+            parameter.data = y[name].clone()
             if gradient is not None:
                 parameter.grad = gradient.clone() if copy_gradients else gradient
         lent = {n: p.grad for n, p in self._params.items() if p.grad is not None}
         versions = {name: gradient._version for name, gradient in lent.items()}
+        before = {name: one._version for name, one in self._params.items()}
         for optimizer in [] if skip else self._optimizers:
             optimizer.step()
         for index, scheduler in enumerate(self._schedulers):
@@ -152,7 +154,11 @@ class Optimizers:
             )
         if lent:
             self._probed, self._writes_gradients = True, bool(written)
-        params = {name: self._params[name].data for name in lent}
+        params = {
+            name: parameter.data
+            for name, parameter in self._params.items()
+            if name in lent or parameter._version > before[name]
+        }
         for parameter in self._params.values():
             parameter.grad = None
         return params, self.export()

@@ -14,7 +14,14 @@ from dreampropeller.checks import is_number, is_whole
 from dreampropeller.component import FULL, Component, M, Memory
 from dreampropeller.rollout import Rollout
 from dreampropeller.trajectory import Parents, Trajectory
-from dreampropeller.tree import Nest, State, copy_nest, mean_square, take_rows
+from dreampropeller.tree import (
+    Nest,
+    State,
+    copy_nest,
+    is_continuous,
+    mean_square,
+    take_rows,
+)
 
 SIXTEENTHS = 16
 """Resolution of the fitted fraction; an integer, so that ranks agree on it exactly."""
@@ -114,7 +121,7 @@ class Momentum(Predictor[MomentumMemory]):
         owned: set[str] = set()
         for drift in rollout.used[: rollout.stride]:
             for name, value in drift.items():
-                if not value.is_floating_point() or f"{name}/changed" in drift:
+                if not is_continuous(value) or f"{name}/changed" in drift:
                     continue
                 if name not in mean or mean[name].shape != value.shape:
                     mean[name], weight[name] = value * (1 - self.decay), 1 - self.decay
@@ -333,7 +340,7 @@ def _between(start: State, end: State, fraction: float) -> State:
         return end
     return {
         name: torch.lerp(start[name], value, fraction)
-        if value.is_floating_point() and start[name].shape == value.shape
+        if is_continuous(value) and start[name].shape == value.shape
         else value
         for name, value in end.items()
     }

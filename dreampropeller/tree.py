@@ -187,13 +187,22 @@ def take_rows(value: Tensor, parents: Tensor) -> Tensor:
     return taken
 
 
+def is_continuous(value: Tensor) -> bool:
+    """Whether entries can move by little: floating or complex numbers."""
+    return value.is_floating_point() or value.is_complex()
+
+
 def widened(value: Tensor) -> Tensor:
-    """Half precision as single, as squares overflow and differences cancel."""
+    """Half precision as single, as squares overflow; a complex entry as two reals."""
+    if value.is_complex():
+        return torch.view_as_real(value)
     return value.float() if value.dtype.itemsize < 4 else value
 
 
 def mean_square(new: State, old: State) -> Float[Tensor, " "]:
     """Mean square difference over the floating entries of two states (Eq. 6).
+
+    A complex entry counts as two.
 
     Args:
         new: A state.
@@ -206,13 +215,12 @@ def mean_square(new: State, old: State) -> Float[Tensor, " "]:
     count = 0
     on_gpu: tuple[list[Tensor], list[Tensor]] = ([], [])
     for name, a in new.items():
-        if not a.is_floating_point() or a.numel() == 0:
+        if not is_continuous(a) or a.numel() == 0:
             continue
         b = old[name]
+        count += a.numel() * (2 if a.is_complex() else 1)
         if a is b:  # predicted by repetition: the distance is an exact zero
-            count += a.numel()
             continue
-        count += a.numel()
         a, b = widened(a), widened(b)
         if a.device.type != "cpu":
             on_gpu[0].append(a)
@@ -241,7 +249,7 @@ def norm(state: State) -> float:
     zero = {
         name: value.new_zeros(()).expand(value.shape) for name, value in state.items()
     }
-    count = sum(v.numel() for v in state.values() if v.is_floating_point())
+    count = sum(widened(v).numel() for v in state.values() if is_continuous(v))
     return float(mean_square(state, zero) * count) ** 0.5
 
 
@@ -250,7 +258,7 @@ def norms(state: State) -> dict[str, float]:
     names: list[str] = []
     pieces: list[Tensor] = []
     for name, value in state.items():
-        if not value.is_floating_point():
+        if not is_continuous(value):
             continue
         value = widened(value).reshape(-1)
         # A sum of too many single-precision squares loses digits.
@@ -271,7 +279,7 @@ def moving(y: State, drift: State) -> State:
     return {
         name: value
         for name, value in drift.items()
-        if value.is_floating_point()
+        if is_continuous(value)
         and f"{name}/changed" not in drift
         and name in y
         and y[name].shape == value.shape

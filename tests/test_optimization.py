@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import lr_scheduler
 
+import dreampropeller as dp
 from dreampropeller import (
     FixedThreshold,
     OptimizationTrajectory,
@@ -19,7 +20,7 @@ from dreampropeller import (
     State,
     solve,
 )
-from dreampropeller.tree import copy_nest
+from dreampropeller.tree import copy_nest, mean_square
 from tests.helpers import network_loss, network_start, quadratic_loss, tree_equal
 
 STEPS = 10
@@ -496,3 +497,88 @@ def test_a_loss_scale_equals_its_loop() -> None:
 def loud(net: nn.Module, batch: Tensor) -> Tensor:
     """A loss whose gradients half precision only holds after some back-off."""
     return loss_of(net, batch) * 40
+
+
+class Spectral(nn.Module):
+    """A complex filter beside a real scale."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.w = nn.Parameter(torch.randn(4, 4, dtype=torch.cdouble) * 0.3)
+        self.scale = nn.Parameter(torch.ones(4).double())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.fft.ifft(torch.fft.fft(x) @ self.w).real * self.scale
+
+
+@pytest.mark.parametrize(
+    ("threshold", "acceleration"),
+    [
+        (dp.FixedThreshold(0), None),
+        (dp.FixedThreshold(1e-9), None),
+        (dp.DriftThreshold(0.05), dp.Secant()),
+    ],
+)
+@pytest.mark.parametrize("predictor", ["repeat_last", "momentum", "auto"])
+def test_complex_parameters_count(
+    threshold: dp.Threshold[Any], acceleration: Any, predictor: str
+) -> None:
+    def loss(step: int, module: nn.Module) -> Tensor:
+        x = torch.randn(16, 4).double()
+        return (module(x) - x.roll(1, 1)).square().mean()
+
+    trajectory = dp.OptimizationTrajectory.from_module(
+        Spectral(), loss, lambda p: torch.optim.Adam(p.values(), lr=0.02), 40
+    )
+    solver = dp.PicardSolver(
+        dp.SlidingWindow(6), threshold, predictor, acceleration=acceleration
+    )
+    sequential = dp.solve(trajectory, dp.Sequential()).value
+    solution = dp.solve(trajectory, solver)
+    distance = max(
+        float((solution.value[name] - value).abs().max())
+        for name, value in sequential.items()
+    )
+    assert distance < (1e-12 if threshold == dp.FixedThreshold(0) else 0.02)
+    if threshold != dp.FixedThreshold(0):
+        assert solution.stats.num_iterations < 40
+    one = {"w": torch.full((3,), 1 + 1j)}
+    zero = {"w": torch.zeros(3, dtype=torch.cfloat)}
+    assert float(mean_square(one, zero)) == pytest.approx(1)
+
+
+class Decays(torch.optim.SGD):
+    """Decays every parameter, also one without a gradient."""
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                parameter.mul_(0.9)
+        super().step(closure)
+
+
+def test_parameters_that_move_without_a_gradient() -> None:
+    def loss(step: int, module: nn.ModuleList) -> Tensor:
+        return (module[step % 2](torch.randn(8, 4)) - 1).square().mean()
+
+    def two() -> nn.ModuleList:
+        torch.manual_seed(0)
+        return nn.ModuleList([nn.Linear(4, 1), nn.Linear(4, 1)])
+
+    module, random = two(), dp.StepRandom(0)
+    optimizer = Decays(module.parameters(), lr=0.05)
+    for step in range(12):
+        optimizer.zero_grad(set_to_none=True)
+        with random.scope(step):
+            loss(step, module).backward()
+        optimizer.step()
+    wanted = dict(module.named_parameters())
+    trajectory = dp.OptimizationTrajectory.from_module(
+        two(), loss, lambda params: Decays(params.values(), lr=0.05), 12
+    )
+    exact = dp.PicardSolver(dp.SlidingWindow(5), dp.FixedThreshold(0))
+    for solver in (dp.Sequential(), exact):
+        value = dp.solve(trajectory, solver).value
+        assert all(torch.equal(value[name], wanted[name]) for name in wanted)

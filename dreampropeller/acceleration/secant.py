@@ -88,6 +88,8 @@ class Secant(Acceleration[SecantMemory]):
                 continue
             old_guess, old_drift = memory.held[step]
             for name in moving(guess, drift).keys() & old_drift.keys():
+                if drift[name].is_complex():
+                    continue  # a slope is a real number
                 change = widened(drift[name]) - widened(old_drift[name])
                 move = widened(guess[name]) - widened(old_guess[name])
                 _add(products, name, change * move)
