@@ -49,7 +49,8 @@ def add(folder: Path, report: dict[str, Any], title: str) -> None:
         report: Report of the run; receives ``viewer``.
         title: Title of the result.
     """
-    if (folder / "mesh.glb").exists():
+    failed = isinstance(report.get("mesh"), str)  # then the file is an older one
+    if (folder / "mesh.glb").exists() and not failed:
         artefacts.attempt(report, "viewer", lambda: write(folder, report, title))
 
 

@@ -73,8 +73,22 @@ class Recorder(recorder.Recorder):
         self._every = int(cfg.trainer.get("val_check_interval") or 0)
         self._saves = int(cfg.checkpoint.get("every_n_train_steps") or 0)
 
-    def snapshot(self, path: Path) -> None:
-        """Write the config and the command where `--test` looks for them."""
+    def snapshot(self, path: Path, run: str) -> None:
+        """Write the config and the command where `--test` looks for them.
+
+        Args:
+            path: The config's file.
+            run: Name of the run that is resumed; empty: a new one.
+
+        Raises:
+            ConfigError: The folder holds another run.
+        """
+        other = checkpoint.run_of(self._folder / "ckpts" / _STATES)
+        if other not in ("", run):
+            raise ConfigError(
+                f"`{self._folder}` holds another run: leave `use_timestamp` on, name "
+                f"another `tag`, or write `resume={self._folder}`."
+            )
         configs = self._folder / "configs"
         configs.mkdir(parents=True, exist_ok=True)
         OmegaConf.save(self._cfg, configs / "parsed.yaml")

@@ -92,8 +92,12 @@ def work(
         datamodule = find(cfg.data_type)(cfg.data)
         system = find(cfg.system_type)(cfg.system, resumed=False)
         system.set_save_dir(os.path.join(cfg.trial_dir, "save"))
+        about = {
+            name: OmegaConf.to_container(cfg[name], resolve=True)
+            for name in ("system", "data")
+        }
         return ThreestudioTrajectory(
-            system, datamodule, cfg, verify=ours.threestudio.verify
+            system, datamodule, cfg, verify=ours.threestudio.verify, about=about
         )
 
     # Rank 0 first: it fills the cache of prompt embeddings that the others read. (If
@@ -107,7 +111,7 @@ def work(
         trajectory, cfg, lightning, ours, leads=leads or rank is None, stop=stop
     )
     if recorder.leads:
-        recorder.snapshot(path)
+        recorder.snapshot(path, "" if state is None else state.run)
     dispatcher = dp.InlineDispatcher if rank is None else spread(ours.dispatch)
 
     def solve(on_iteration: Any) -> dp.Solution[Any]:

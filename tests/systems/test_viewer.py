@@ -67,6 +67,13 @@ def test_no_mesh_no_viewer(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+def test_a_mesh_of_before_is_not_shown_beside_new_figures(tmp_path: Path) -> None:
+    save_mesh(trimesh.creation.box(), tmp_path)
+    report: dict[str, Any] = {"mesh": "none: there is no surface"}
+    viewer.add(tmp_path, report, "a box")
+    assert not (tmp_path / "viewer.html").exists()
+
+
 def test_without_video_and_preview_the_mesh_is_shown(
     page: Path, tmp_path: Path
 ) -> None:
