@@ -116,7 +116,7 @@ def test_checkpoints_of_another_run_stay(tmp_path: Path) -> None:
 def test_a_branch_that_was_given_up_goes(tmp_path: Path) -> None:
     states: list[dp.SolverState[Any]] = []
     for count in (1, 2, 4):
-        more = {"state": states[-1]} if states else {}
+        more: Any = {"state": states[-1]} if states else {}
         state = dp.solve(
             problem(), SOLVER, max_iterations=count, throw=False, **more
         ).state

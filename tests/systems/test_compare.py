@@ -265,8 +265,8 @@ def test_page_in_a_browser(page: Path, chromium: Any, width: int, height: int) -
     button.scroll_into_view_if_needed()
     paused = "document.querySelector('video').paused"
     view.evaluate("document.querySelectorAll('video').forEach(v => v.pause())")
-    for now, said in ((f"!{paused}", "Pause"), (paused, "Play")):
+    for now, word in ((f"!{paused}", "Pause"), (paused, "Play")):
         button.click()
         until(view, now)
-        until(view, f"document.querySelector('button').innerText == '{said}'")
+        until(view, f"document.querySelector('button').innerText == '{word}'")
     view.close()
