@@ -18,9 +18,11 @@ from torch import Tensor, nn
 import dreampropeller as dp
 from systems.base import System
 from systems.guidance.base import Guidance
+from systems.guidance.table import GUIDANCES
 from systems.scene.cameras import Views
 from systems.scene.regularisers import REGULARISERS, Regulariser
 from systems.scene.renderers import Rendering
+from systems.settings.schedules import value_at
 
 
 class Distillation(System):
@@ -29,17 +31,25 @@ class Distillation(System):
     regularisers: Mapping[str, Regulariser] = REGULARISERS
     """Terms of the loss besides guidance, by the names of their weights."""
 
-    @abc.abstractmethod
+    settings: Any
+    """Its section of the config: prompts, guidance, loss weights and optimizer."""
+
     def load_guidance(self) -> Guidance:
         """The guidance; loads the pretrained model."""
+        settings = self.settings
+        guidance = GUIDANCES[settings.guidance_type]
+        return guidance.load(settings.guidance, settings.prompt_processor, self.device)
 
-    @abc.abstractmethod
     def weights(self, step: int) -> Mapping[str, float]:
-        """Weights of the loss terms at a step: "sds" and each regulariser."""
+        """The weights of the loss at a step: of "sds" and of each regulariser."""
+        return {
+            name.removeprefix("lambda_"): value_at(value, step)
+            for name, value in vars(self.settings.loss).items()
+        }
 
-    @abc.abstractmethod
     def optimizer(self, parameters: Mapping[str, Tensor]) -> torch.optim.Optimizer:
-        """The optimizer of named parameters."""
+        """The optimizer of parameters by name."""
+        return self.settings.optimizer.build(parameters)
 
     @abc.abstractmethod
     def rendering(

@@ -20,7 +20,6 @@ from torch import Tensor, nn
 
 import dreampropeller as dp
 from systems.distillation import Distillation
-from systems.guidance.base import Guidance
 from systems.guidance.priors import check
 from systems.guidance.prompts import PROMPT_PROCESSORS, PromptConfig
 from systems.guidance.table import GUIDANCES
@@ -31,7 +30,7 @@ from systems.scene.renderers.volume import Rendering
 from systems.scene.scene import Scene, SceneConfig
 from systems.settings.config import Config
 from systems.settings.reader import part, read
-from systems.settings.schedules import Schedule, check_schedule, value_at
+from systems.settings.schedules import Schedule, check_schedule
 
 
 @dataclass(frozen=True)
@@ -111,23 +110,6 @@ class DreamFusion(Distillation):
     def scene(self) -> Scene:
         """The field, its material, the background and the renderer."""
         return self._scene
-
-    def load_guidance(self) -> Guidance:
-        """See `Distillation.load_guidance`."""
-        settings = self.settings
-        guidance = GUIDANCES[settings.guidance_type]
-        return guidance.load(settings.guidance, settings.prompt_processor, self.device)
-
-    def weights(self, step: int) -> dict[str, float]:
-        """See `Distillation.weights`."""
-        return {
-            name.removeprefix("lambda_"): value_at(value, step)
-            for name, value in vars(self.settings.loss).items()
-        }
-
-    def optimizer(self, parameters: Mapping[str, Tensor]) -> torch.optim.Optimizer:
-        """See `Distillation.optimizer`."""
-        return self.settings.optimizer.build(parameters)
 
     def rendering(
         self, module: nn.Module, views: Views, step: int, with_normals: bool

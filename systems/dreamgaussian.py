@@ -22,7 +22,6 @@ from torch import Tensor, nn
 
 import dreampropeller as dp
 from systems.distillation import Distillation
-from systems.guidance.base import Guidance
 from systems.guidance.priors import check
 from systems.guidance.prompts import PROMPT_PROCESSORS, PromptConfig
 from systems.guidance.table import GUIDANCES
@@ -43,7 +42,7 @@ from systems.scene.regularisers import REGULARISERS
 from systems.settings.checks import at_least
 from systems.settings.config import Config
 from systems.settings.reader import part, read
-from systems.settings.schedules import Schedule, check_schedule, value_at
+from systems.settings.schedules import Schedule, check_schedule
 
 SPLATS = "geometry."
 """Prefix of the splats' tensors in a state."""
@@ -175,23 +174,6 @@ class DreamGaussian(Distillation):
     def rows_vary(self, name: str) -> bool:
         """See `System.rows_vary`: splats are rows."""
         return name.startswith(SPLATS)
-
-    def load_guidance(self) -> Guidance:
-        """See `Distillation.load_guidance`."""
-        settings = self.settings
-        guidance = GUIDANCES[settings.guidance_type]
-        return guidance.load(settings.guidance, settings.prompt_processor, self.device)
-
-    def weights(self, step: int) -> dict[str, float]:
-        """See `Distillation.weights`."""
-        return {
-            name.removeprefix("lambda_"): value_at(value, step)
-            for name, value in vars(self.settings.loss).items()
-        }
-
-    def optimizer(self, parameters: Mapping[str, Tensor]) -> torch.optim.Optimizer:
-        """See `Distillation.optimizer`."""
-        return self.settings.optimizer.build(parameters)
 
     def views(self, step: int) -> Views:
         """See `Distillation.views`; the resolution rises at the milestones."""
