@@ -12,12 +12,9 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import hashlib
 import json
-import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +23,18 @@ import torch
 import transformers
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from jaxtyping import Float, Int
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from dreampropeller.adapters.diffusers.guidance import guided
 from systems.extras import dtype_argument
+from systems.guidance.embeddings import (
+    TEXT_PARTS,
+    Words,
+    cache_file,
+    embed,
+    read_words,
+    write_words,
+)
 from systems.scene.cameras import Cameras
 from systems.toybox import SECOND_WEIGHTS, WEIGHTS
 from systems.toybox.captions import Known
@@ -53,25 +56,11 @@ MOVED: Mapping[str, str] = {
     "runwayml/stable-diffusion-v1-5": "stable-diffusion-v1-5/stable-diffusion-v1-5",
 }
 """Models that left the hub (in November 2025 and before), and what stands in."""
-_TEXT = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
 _NOT_NEEDED = ("safety_checker", "feature_extractor", "watermarker", "image_encoder")
 
 
 class ModelError(ValueError):
     """A pretrained model is unavailable; the message says what to write instead."""
-
-
-@dataclass(frozen=True)
-class Words:
-    """Embedded prompts.
-
-    Attributes:
-        given: prompt_embeds, shape ``(prompts, tokens, channels)``.
-        without: negative_prompt_embeds, shape ``(1, tokens, channels)``.
-    """
-
-    given: Float[Tensor, "prompts tokens channels"]
-    without: Float[Tensor, "one tokens channels"]
 
 
 class Prior:
@@ -249,13 +238,13 @@ def load(
     """
     source = resolve(name)
     dtype = torch.float16 if half and device.type == "cuda" else torch.float32
-    cached = _cache_file(source, [*prompts, negative])
-    words = _read_words(cached)
+    cached = cache_file(source, [*prompts, negative])
+    words = read_words(cached)
     pipeline = open_pipeline(source, with_text=words is None, dtype=dtype)
     if words is None:
-        words = _embed(pipeline.to(device), prompts, negative)
-        _write_words(cached, words)
-        for part in _TEXT:
+        words = embed(pipeline.to(device), prompts, negative)
+        write_words(cached, words)
+        for part in TEXT_PARTS:
             if getattr(pipeline, part, None) is not None:
                 setattr(pipeline, part, None)
         gc.collect()
@@ -326,7 +315,7 @@ def open_pipeline(
     quiet = _no_progress_bars() if local else contextlib.nullcontext()
     try:
         index: Any = DiffusionPipeline.load_config(source)
-        left_out = _NOT_NEEDED if with_text else (*_NOT_NEEDED, *_TEXT)
+        left_out = _NOT_NEEDED if with_text else (*_NOT_NEEDED, *TEXT_PARTS)
         options: dict[str, Any] = {part: None for part in left_out if part in index}
         if "requires_safety_checker" in index:
             options["requires_safety_checker"] = False
@@ -364,54 +353,3 @@ def _no_progress_bars() -> Iterator[None]:
     finally:
         for library in libraries:
             library.enable_progress_bar()
-
-
-@torch.no_grad()
-def _embed(pipeline: Any, prompts: Sequence[str], negative: str) -> Words:
-    """Embed the prompts with the pipeline's own `encode_prompt`."""
-    given, without = [], None
-    for prompt in prompts:
-        one, without = pipeline.encode_prompt(
-            prompt=prompt,
-            device=pipeline.device,
-            num_images_per_prompt=1,
-            do_classifier_free_guidance=True,
-            negative_prompt=negative,
-        )[:2]
-        given.append(one)
-    if without is None:
-        raise ValueError("At least one prompt is needed.")
-    return Words(torch.cat(given).float().cpu(), without.float().cpu())
-
-
-def _cache_file(source: str, texts: Sequence[str]) -> Path:
-    """The cache file of the embeddings of these texts, for one model."""
-    folder = Path(source)
-    files = [path for part in _TEXT for path in sorted((folder / part).glob("*"))]
-    stamp = [
-        (path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files
-    ]
-    # 2: the embedded priors embed captions, not prompts as they were written.
-    key = json.dumps([2, source, stamp, list(texts)])
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    name = hashlib.sha256(key.encode()).hexdigest()[:32]
-    return home / "dreampropeller" / "embeddings" / f"{name}.safetensors"
-
-
-def _read_words(path: Path) -> Words | None:
-    try:
-        tensors = load_file(path)
-        return Words(tensors["given"], tensors["without"])
-    except (OSError, SafetensorError, KeyError):
-        return None
-
-
-def _write_words(path: Path, words: Words) -> None:
-    """Cache embeddings; failing to write the cache is not an error."""
-    part = path.with_suffix(f".{os.getpid()}.part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_file({"given": words.given, "without": words.without}, part)
-        os.replace(part, path)
-    except (OSError, SafetensorError):
-        part.unlink(missing_ok=True)

@@ -22,17 +22,9 @@ import dreampropeller as dp
 from dreampropeller.precision import Precision
 from dreampropeller.predictor import PREDICTORS
 from systems.settings.checks import at_least, one_of
-from systems.settings.reader import (
-    ConfigError,
-    apply,
-    missing,
-    named,
-    open_yaml,
-    read,
-    section_name,
-    to_mapping,
-)
+from systems.settings.reader import ConfigError, named, read, section_name
 from systems.settings.upstream import DATA_TYPES, resolvers, translate
+from systems.settings.yaml_files import apply, missing, open_yaml, to_mapping
 
 
 @dataclass(frozen=True)

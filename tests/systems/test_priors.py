@@ -205,7 +205,7 @@ def test_cached_prompts_need_no_text_encoder(
 ) -> None:
     _, first = priors.load(str(deep_floyd), ["a a", "a"], "", CPU)
     assert first.given.shape[0] == 2
-    monkeypatch.setattr(priors, "_embed", None)  # would fail if it were called
+    monkeypatch.setattr(priors, "embed", None)  # would fail if it were called
     prior, words = priors.load(str(deep_floyd), ["a a", "a"], "", CPU)
     assert torch.equal(words.given, first.given)
     assert not hasattr(prior, "text_encoder")
