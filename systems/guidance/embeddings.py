@@ -25,12 +25,12 @@ class Words:
     """Embedded prompts.
 
     Attributes:
-        given: prompt_embeds, shape ``(prompts, tokens, channels)``.
-        without: negative_prompt_embeds, shape ``(1, tokens, channels)``.
+        prompt_embeds: Shape ``(prompts, tokens, channels)``.
+        negative_prompt_embeds: Shape ``(1, tokens, channels)``.
     """
 
-    given: Float[Tensor, "prompts tokens channels"]
-    without: Float[Tensor, "one tokens channels"]
+    prompt_embeds: Float[Tensor, "prompts tokens channels"]
+    negative_prompt_embeds: Float[Tensor, "one tokens channels"]
 
 
 @torch.no_grad()
@@ -58,8 +58,8 @@ def cache_file(source: str, texts: Sequence[str]) -> Path:
     stamp = [
         (path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files
     ]
-    # 2: the embedded priors embed captions, not prompts as they were written.
-    key = json.dumps([2, source, stamp, list(texts)])
+    # 3: fields named as in diffusers; 2: the embedded priors embed captions.
+    key = json.dumps([3, source, stamp, list(texts)])
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     name = hashlib.sha256(key.encode()).hexdigest()[:32]
     return home / "dreampropeller" / "embeddings" / f"{name}.safetensors"
@@ -69,8 +69,8 @@ def read_words(path: Path) -> Words | None:
     """Cached embeddings; None where there is no readable file."""
     try:
         tensors = load_file(path)
-        return Words(tensors["given"], tensors["without"])
-    except (OSError, SafetensorError, KeyError):
+        return Words(**tensors)
+    except (OSError, SafetensorError, TypeError):
         return None
 
 
@@ -79,7 +79,7 @@ def write_words(path: Path, words: Words) -> None:
     part = path.with_suffix(f".{os.getpid()}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_file({"given": words.given, "without": words.without}, part)
+        save_file(vars(words), part)
         os.replace(part, path)
     except (OSError, SafetensorError):
         part.unlink(missing_ok=True)

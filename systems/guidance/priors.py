@@ -94,13 +94,13 @@ class Prior:
 
     def encode(
         self,
-        pictures: Float[Tensor, "views 3 height width"],
+        images: Float[Tensor, "views 3 height width"],
         generator: torch.Generator,
     ) -> Float[Tensor, "views channels rows columns"]:
         """Encode images in [0, 1] into the model's space; differentiable.
 
         Args:
-            pictures: Images of any size; they are resized to the model's resolution.
+            images: Images of any size; they are resized to the model's resolution.
             generator: Source of the autoencoder's noise, on the CPU.
         """
         side = self.unet.config["sample_size"]
@@ -108,7 +108,7 @@ class Prior:
             side *= PATCH
         if self.vae is not None:
             side *= 2 ** (len(self.vae.config["block_out_channels"]) - 1)
-        x = pictures * 2 - 1
+        x = images * 2 - 1
         if x.shape[-2:] != (side, side):
             x = torch.nn.functional.interpolate(
                 x, (side, side), mode="bilinear", align_corners=False
@@ -120,7 +120,7 @@ class Prior:
         latent = self.vae.encode(x.to(self.dtype)).latent_dist
         noise = torch.randn(latent.mean.shape, generator=generator).to(latent.mean)
         drawn = latent.mean + latent.std * noise
-        return (drawn * self.vae.config["scaling_factor"]).to(pictures.dtype)
+        return (drawn * self.vae.config["scaling_factor"]).to(images.dtype)
 
     def add_noise(self, x: Tensor, noise: Tensor, t: Int[Tensor, " views"]) -> Tensor:
         """$x_t$ of a clean x."""
@@ -182,35 +182,37 @@ class Prior:
         if self.takes_conditions and conditions is None:
             conditions = Conditions.of(len(noisy), self.unet.config["sample_size"])
         if guidance_scale == 1:
-            answer = self._answer(noisy, t, words, conditions)
-            return self._to_noise(answer, noisy, t)
+            model_output = self._model_output(noisy, t, words, conditions)
+            return self._to_noise(model_output, noisy, t)
         blank = without.expand_as(words)
         if conditions is not None:
             conditions = conditions.without_image().beside(conditions)
-        both = self._answer(
+        both = self._model_output(
             torch.cat([noisy, noisy]),
             torch.cat([t, t]),
             torch.cat([blank, words]),
             conditions,
         )
         plain, given = both.chunk(2)
-        answer = guided(plain, given, guidance_scale, guidance_rescale)
-        return self._to_noise(answer, noisy, t)
+        model_output = guided(plain, given, guidance_scale, guidance_rescale)
+        return self._to_noise(model_output, noisy, t)
 
-    def _answer(
+    def _model_output(
         self, noisy: Tensor, t: Tensor, words: Tensor, conditions: Conditions | None
     ) -> Tensor:
         x, words = noisy.to(self.dtype), words.to(self.dtype)
-        answer = ask(self.unet, x, t, words, conditions).to(noisy.dtype)
-        return answer[:, : noisy.shape[1]]  # DeepFloyd IF: a learned variance follows
+        model_output = ask(self.unet, x, t, words, conditions).to(noisy.dtype)
+        return model_output[
+            :, : noisy.shape[1]
+        ]  # DeepFloyd IF: a learned variance follows
 
-    def _to_noise(self, answer: Tensor, noisy: Tensor, t: Tensor) -> Tensor:
+    def _to_noise(self, model_output: Tensor, noisy: Tensor, t: Tensor) -> Tensor:
         if self.prediction_type == "epsilon":
-            return answer
+            return model_output
         alpha, sigma = self.scales(t)
         if self.prediction_type == "v_prediction":
-            return alpha * answer + sigma * noisy
-        return (noisy - alpha * answer) / sigma
+            return alpha * model_output + sigma * noisy
+        return (noisy - alpha * model_output) / sigma
 
 
 def load(
@@ -248,7 +250,10 @@ def load(
             if getattr(pipeline, part, None) is not None:
                 setattr(pipeline, part, None)
         gc.collect()
-    words = Words(words.given.to(device, dtype), words.without.to(device, dtype))
+    words = Words(
+        words.prompt_embeds.to(device, dtype),
+        words.negative_prompt_embeds.to(device, dtype),
+    )
     return Prior(pipeline, device), words
 
 
