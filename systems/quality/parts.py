@@ -77,17 +77,18 @@ def find_parts(meshes: Sequence[trimesh.Trimesh], seed: int = 0) -> Palette:
         ValueError: A mesh has no faces, or no colours.
         ImportError: scikit-learn is not installed.
     """
-    for mesh in meshes:
+    looks: list[Any] = [mesh.visual for mesh in meshes]
+    for mesh, look in zip(meshes, looks, strict=True):
         if not len(mesh.faces):
             raise ValueError("The mesh has no faces, so there are no parts.")
-        if mesh.visual.kind not in ("vertex", "face"):
+        if look.kind not in ("vertex", "face"):
             raise ValueError(
                 "The mesh has no vertex colours, from which parts are found: export "
                 "it again with `launch.py --export resume=RUN`."
             )
     corners = [
-        np.asarray(mesh.visual.vertex_colors)[:, :3][mesh.faces] / 255
-        for mesh in meshes
+        np.asarray(look.vertex_colors)[:, :3][mesh.faces] / 255
+        for mesh, look in zip(meshes, looks, strict=True)
     ]
     albedos = [np.median(each, axis=1) for each in corners]
     clusters = _clusters([_relative(albedo) for albedo in albedos], seed)
@@ -155,19 +156,14 @@ def _pieces(mesh: Any, clusters: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         np.diff(mesh.vertices[mesh.face_adjacency_edges], axis=1)[:, 0], axis=-1
     )
     least = SMALLEST * area.sum()
-    while len(area[area > 0]) > 1:
-        small = np.flatnonzero((area > 0) & (area < least))
-        borders = {}
-        for piece in small[np.argsort(area[small])]:
-            borders = _borders(labels, pairs, edges, piece)
-            if borders:
-                break
-        if not borders:
-            break  # what is left is loose: there is nothing beside it
-        other = max(borders, key=lambda one: borders[one])
-        labels[labels == piece] = other
-        area[other] += area[piece]
-        area[piece] = 0
+    # A small piece may have grown by smaller ones before its turn comes. A piece with
+    # nothing beside it is loose, and stays.
+    for piece in np.argsort(area):
+        borders = _borders(labels, pairs, edges, piece) if area[piece] < least else {}
+        if borders:
+            other = max(borders, key=lambda one: borders[one])
+            labels[labels == piece] = other
+            area[other] += area[piece]
     kept, labels = np.unique(labels, return_inverse=True)
     return labels, colours[kept]
 
