@@ -15,7 +15,10 @@ import json
 import os
 import sys
 import tempfile
+import traceback
+import types
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,6 +49,12 @@ _ENCODING = {
     "base_resolution": 8,
     "per_level_scale": 1.447269237440378,
 }
+_MISSING = {
+    "system.weights": None,
+    "data.image_path": "./load/images/hamburger_rgba.png",
+    "system.guide_shape": "load/shapes/teddy.obj",
+}
+"""Values that a config leaves to the user."""
 _VSD = {
     "stable-diffusion-vsd-guidance",
     "stable-diffusion-unified-guidance",
@@ -171,12 +180,20 @@ def shrink(read: Any, model: str) -> None:
     from omegaconf import OmegaConf
 
     OmegaConf.set_struct(read, False)
+    convert = "system.geometry_convert_from"
+    missing = OmegaConf.missing_keys(read)
+    for key in missing - {convert}:
+        OmegaConf.update(read, key, _MISSING.get(key, "missing"))
     system, data = read.system, read.data
     for section in (data, data.get("random_camera")):
         if section is None:
             continue
+        if read.data_type in ("multiview-camera-datamodule", "co3d-datamodule"):
+            continue  # these need a data set, and have one resolution
         for name in ("height", "width"):
             section[name] = [12, 16]
+        for name in {"sample_height", "sample_width"} & set(section):
+            section[name] = [6, 8]
         section.resolution_milestones = [MILESTONE]
         if "image_path" not in section:
             section.batch_size = [1, 1]
@@ -197,15 +214,15 @@ def shrink(read: Any, model: str) -> None:
         geometry.isosurface_resolution = 32
     if system.geometry_type == "volume-grid":
         geometry.grid_size = [8, 8, 8]
-    if system.get("geometry_convert_from") == "???" or OmegaConf.is_missing(
-        system, "geometry_convert_from"
-    ):
+    if convert in missing:  # the result of another config
         system.geometry_convert_from = None
         geometry.update(shape_init="sphere", shape_init_params=0.5)
     renderer = system.get("renderer") or {}
     for name in ("num_samples_per_ray", "num_samples_per_ray_importance"):
         if name in renderer:
             renderer[name] = 16
+    if system.get("renderer_type") == "patch-renderer":
+        renderer.patch_size = 8
     if "base_renderer" in renderer and "num_samples_per_ray" in renderer.base_renderer:
         renderer.base_renderer.num_samples_per_ray = 16
     trained = False
@@ -249,13 +266,17 @@ def build(path: str, scratch: str) -> tuple[Any, Any, Any]:
     threestudio: Any = importlib.import_module("threestudio")
     load_config = importlib.import_module("threestudio.utils.config").load_config
     read = OmegaConf.load(path)
-    shrink(read, str(Path(scratch) / "tiny-sd"))
+    # HiFA compares decoded images, so its latents need the true scale.
+    model = "tiny-sd-8" if "hifa" in path else "tiny-sd-32"
+    shrink(read, str(Path(scratch) / model))
     read.exp_root_dir = scratch
     cfg = load_config(OmegaConf.to_yaml(read), from_string=True, n_gpus=1)
     pl.seed_everything(cfg.seed)
     datamodule = threestudio.find(cfg.data_type)(cfg.data)
     system = threestudio.find(cfg.system_type)(cfg.system)
     system.set_save_dir(os.path.join(scratch, "save"))
+    if cfg.system.geometry_type == "tetrahedra-sdf-grid":
+        system.geometry.initialize_shape()  # instead of an earlier stage's result
     return system, datamodule, cfg
 
 
@@ -307,8 +328,43 @@ def _is_ours(error: BaseException) -> bool:
     return module.startswith("dreampropeller.")
 
 
+class _Absent(types.ModuleType):
+    """A package that an extension imports and that the examined parts do not use."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return type(name, (), {})
+
+
+def load_extension(folder: Path) -> None:
+    """Import an extension; packages of its trained models may be absent."""
+    try:
+        real.load_extension(folder)
+    except ModuleNotFoundError as error:
+        package = error.name or ""
+        if not package or package.startswith(("threestudio", "dreampropeller")):
+            raise
+        sys.modules[package] = _Absent(package)
+        vars(sys.modules[package])["__path__"] = []
+        load_extension(folder)
+
+
+def configs(root: Path, extensions: Sequence[Path]) -> dict[str, Path]:
+    """Every config by name, such as `zero123` or `threestudio-3dgs/shading`."""
+    found: dict[str, Path] = {}
+    for folder, prefix in ((root, ""), *((one, f"{one.name}/") for one in extensions)):
+        for path in sorted((folder / "configs").rglob("*.yaml")):
+            inner = path.relative_to(folder / "configs").with_suffix("")
+            if inner.parts[0] not in ("debugging", "gradio"):
+                found[prefix + inner.as_posix()] = path
+    return found
+
+
 def main(names: list[str]) -> None:
     root = Path(os.environ["THREESTUDIO_ROOT"])
+    given = os.environ.get("THREESTUDIO_EXTENSIONS", "").split(os.pathsep)
+    extensions = [Path(one) for one in given if one]
     os.chdir(root)
     sys.path.insert(0, str(root))
     torch.set_num_threads(1)
@@ -316,15 +372,24 @@ def main(names: list[str]) -> None:
     importlib.import_module("threestudio")
     register()
     rasterise_in_torch()
+    known = configs(root, extensions)
+    for extension in extensions:
+        if any(name.startswith(f"{extension.name}/") for name in names):
+            load_extension(extension)
     place_on_cpu()
     with tempfile.TemporaryDirectory() as scratch:
         from tests.adapters.tiny_sd import write
 
-        write(Path(scratch) / "tiny-sd")
+        write(Path(scratch) / "tiny-sd-32")
+        write(Path(scratch) / "tiny-sd-8", blocks=4)
         for name in names:
             os.chdir(root)
-            path = f"configs/{name}.yaml"
-            print(json.dumps({"config": name, **examine(path, scratch)}), flush=True)
+            try:
+                found = examine(str(known[name]), scratch)
+            except Exception as error:
+                traceback.print_exc()
+                found = {"outcome": "failed", "why": _reason(error)}
+            print(json.dumps({"config": name, **found}), flush=True)
 
 
 if __name__ == "__main__":
