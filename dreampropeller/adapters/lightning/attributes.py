@@ -69,6 +69,8 @@ class Attributes:
             for name in [name for name, _ in self._plain(owner) if name not in notes]:
                 del table[name]
             for name, note in notes.items():
+                if _is_registered(owner, name):
+                    continue  # a part built on first use; its record is None
                 if name not in table or not note.holds(table[name]):
                     table[name] = note.restored()
 
@@ -169,6 +171,13 @@ class _Note:
             value.clear()
             value.update(self._copy)
         return value
+
+
+def _is_registered(owner: object, name: str) -> bool:
+    """Whether a name is now that of a parameter, buffer or child."""
+    return isinstance(owner, nn.Module) and any(
+        name in table for table in (owner._parameters, owner._buffers, owner._modules)
+    )
 
 
 def _is_value(value: Any) -> bool:
