@@ -21,10 +21,12 @@ from torch import Tensor, nn
 
 from dreampropeller.buffers import buffer_drift, updated_buffers
 from dreampropeller.guard import Guard
+from dreampropeller.host import ModuleHost
 from dreampropeller.identity import Fingerprint, plain, shape_of
 from dreampropeller.optimizers import (
     OptimizerFactory,
     Optimizers,
+    Params,
     SchedulerFactory,
     dense,
 )
@@ -86,6 +88,7 @@ class OptimizationTrajectory(Trajectory[Nest]):
         precision: str | int = "32-true",
         seed: int | None = 0,
         about: Mapping[str, Any] | None = None,
+        _host: ModuleHost | None = None,
     ) -> None:
         if num_steps < 1:
             raise ValueError(f"`num_steps` is {num_steps}: write at least 1.")
@@ -102,8 +105,13 @@ class OptimizationTrajectory(Trajectory[Nest]):
             raise ValueError(
                 "A name stands in both `params` and `buffers`; rename one of them."
             )
+        self._host = _host
+        parameters: Params = {n: nn.Parameter(self._initial[n]) for n in params}
         self._optimizers = Optimizers(
-            {name: self._initial[name] for name in params}, optimizer, scheduler
+            parameters if _host is None else _host.parameters,
+            optimizer,
+            scheduler,
+            private=_host is None,
         )
         self._initial_carry = copy_nest(self._optimizers.export())
         self._fingerprint = {
@@ -136,44 +144,34 @@ class OptimizationTrajectory(Trajectory[Nest]):
     ) -> OptimizationTrajectory:
         """Wrap the body of an existing loop: ``(step, module)`` returns its loss.
 
-        The module's own tensors are replaced during a call and are not changed;
-        `module.load_state_dict(solution.value, strict=False)` loads the result.
-        Parameters that do not require gradients are frozen and not part of the state;
-        writing into one during a call is refused.
+        The module is evaluated in its own tensors, so hooks, activation checkpointing,
+        captured and marked parameters and compiled parts work as in the loop. After a
+        solve the module is as before; `module.load_state_dict(solution.value,
+        strict=False)` loads the result. Parameters that do not require gradients are
+        frozen and not part of the state; writing into one during a call is refused.
 
         Args:
             module: The module to optimise.
             loss: The body of the loop, up to the loss.
-            optimizer: See the class.
+            optimizer: See the class; called with the module's own parameters by name.
             num_steps: See the class.
             **options: Further arguments of the class.
         """
-        body = _LoopBody(module, loss)
-        prefix = "module."
+        host = ModuleHost(module)
 
-        def functional(step: int, y: State) -> Any:
-            named = {prefix + name: tensor for name, tensor in y.items()}
-            guard = Guard(frozen, ())
-            try:
-                result = torch.func.functional_call(body, named, (step,))
-                guard.check()
-                return result
-            finally:  # rebound buffers are reported through the mapping
-                y.update({name: named[prefix + name] for name in y})
+        def evaluated(step: int, y: State) -> Any:
+            del y  # the module holds it
+            return loss(step, module)
 
-        named_parameters = dict(module.named_parameters())
-        trainable = {n: p for n, p in named_parameters.items() if p.requires_grad}
-        frozen = {n: p for n, p in named_parameters.items() if n not in trainable}
-        if not trainable:
-            raise ValueError("No parameter of `module` requires gradients.")
-        buffers = dict(module.named_buffers())
-        self = cls(
-            functional, trainable, optimizer, num_steps, buffers=buffers, **options
+        return cls(
+            evaluated,
+            host.parameters,
+            optimizer,
+            num_steps,
+            buffers=host.buffers(),
+            _host=host,
+            **options,
         )
-        self._module = module
-        return self
-
-    _module: nn.Module | None = None
 
     def fingerprint(self) -> Fingerprint:
         """Names and shapes, optimizers and schedulers with their settings, the seed."""
@@ -187,50 +185,74 @@ class OptimizationTrajectory(Trajectory[Nest]):
 
     def make_drift(self, device: torch.device) -> Drift:
         """The gradient of the loss, and the changes of the buffers."""
-        if self._module is not None:
-            self._module.to(device)
+        if self._host is not None:
+            self._host.module.to(device)
+            self._host.record()
         return self._drift
 
     def _drift(self, step: int, y: State) -> tuple[State, Aux]:
-        leaves = {name: y[name].detach() for name in self._optimizers.trainable}
-        for leaf in leaves.values():
-            leaf.requires_grad_(True)
-        view: State = {
-            name: leaves[name] if name in leaves else tensor.detach().clone()
-            for name, tensor in y.items()
-            if name in self._initial
-        }
         random = self._random.scope(step) if self._random else contextlib.nullcontext()
+        evaluate = self._evaluate if self._host is None else self._evaluate_host
         with random, torch.enable_grad():
-            guard = Guard(leaves, leaves)
-            with self._precision.autocast():
-                result = self._loss(step, view)
-            guard.check()
-            loss, aux = result if isinstance(result, tuple) else (result, {})
-            if not isinstance(loss, Tensor) or loss.numel() != 1:
-                raise ValueError(
-                    f"The loss of step {step} is not a scalar tensor; return "
-                    "`loss.mean()`, or a tuple `(loss, aux)`."
-                )
-            scaled = self._precision.scale(loss.sum(), y)
-            gradients = torch.autograd.grad(
-                scaled, list(leaves.values()), allow_unused=True
-            )
-        found = self._precision.unscale(gradients, y)
-        drift = {
-            **found,
-            **buffer_drift(
-                {name: y[name] for name in view if name not in leaves},
-                {name: tensor.detach() for name, tensor in view.items()},
-            ),
-        }
-        for name, gradient in zip(leaves, gradients, strict=True):
-            if gradient is None or Precision.overflowed(found):
-                continue  # absent, not zero: a zero would make AdamW decay it
-            drift[name] = dense(name, gradient)
+            gradients, buffers, aux = evaluate(step, y)
+        found = self._precision.unscale(gradients.values(), y)
+        drift = {**found, **buffers}
+        if not Precision.overflowed(found):
+            drift |= {name: dense(name, value) for name, value in gradients.items()}
         return drift, {
             key: float(torch.as_tensor(v).detach()) for key, v in aux.items()
         }
+
+    def _evaluate(self, step: int, y: State) -> tuple[State, State, Mapping[str, Any]]:
+        """Gradients, changes of the buffers, and scalars to log."""
+        leaves = {
+            name: y[name].detach().requires_grad_(True)
+            for name in self._optimizers.trainable
+        }
+        view: State = {
+            name: leaves[name] if name in leaves else y[name].detach().clone()
+            for name in self._initial
+        }
+        loss, aux = self._scaled_loss(step, y, view, leaves)
+        found = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
+        gradients = {  # absent, not zero: a zero would make AdamW decay the parameter
+            name: gradient
+            for name, gradient in zip(leaves, found, strict=True)
+            if gradient is not None
+        }
+        buffers = buffer_drift(
+            {name: y[name] for name in view if name not in leaves},
+            {name: tensor.detach() for name, tensor in view.items()},
+        )
+        return gradients, buffers, aux
+
+    def _evaluate_host(
+        self, step: int, y: State
+    ) -> tuple[State, State, Mapping[str, Any]]:
+        """The same in the module's own tensors, by `backward` as in its loop."""
+        host = self._host
+        assert host is not None, "only with a host"
+        with host.holding(y):
+            guarded = {**host.parameters, **host.frozen}
+            loss, aux = self._scaled_loss(step, y, y, guarded)
+            loss.backward()
+            return host.gradients(), host.buffer_drift(y), aux
+
+    def _scaled_loss(
+        self, step: int, y: State, view: State, guarded: Mapping[str, Tensor]
+    ) -> tuple[Tensor, Mapping[str, Any]]:
+        """The loss to differentiate, and scalars to log."""
+        guard = Guard(guarded, self._optimizers.trainable)
+        with self._precision.autocast():
+            result = self._loss(step, view)
+        guard.check()
+        loss, aux = result if isinstance(result, tuple) else (result, {})
+        if not isinstance(loss, Tensor) or loss.numel() != 1:
+            raise ValueError(
+                f"The loss of step {step} is not a scalar tensor; return "
+                "`loss.mean()`, or a tuple `(loss, aux)`."
+            )
+        return self._precision.scale(loss.sum(), y), aux
 
     def update(
         self, step: int, y: State, carry: Nest, drift: State
@@ -256,17 +278,3 @@ class OptimizationTrajectory(Trajectory[Nest]):
             nn.utils.clip_grad_value_(holders, self._clip_grad_value)
         clipped = [holder.grad for holder in holders]
         return {n: g for n, g in zip(gradients, clipped, strict=True) if g is not None}
-
-
-class _LoopBody(nn.Module):
-    """Makes a loop's body a `forward`, so that `functional_call` can swap tensors."""
-
-    def __init__(
-        self, module: nn.Module, loss: Callable[[int, nn.Module], Any]
-    ) -> None:
-        super().__init__()
-        self.module = module
-        self._loss = loss
-
-    def forward(self, step: int) -> Any:
-        return self._loss(step, self.module)

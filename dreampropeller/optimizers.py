@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from dreampropeller.identity import Fingerprint, plain
+from dreampropeller.lending import lent
 from dreampropeller.tree import Nest, State, copy_nest
 
 Params: TypeAlias = dict[str, nn.Parameter]
@@ -21,20 +22,27 @@ SchedulerFactory: TypeAlias = Callable[[Optimizer], LRScheduler | None]
 
 
 class Optimizers:
-    """Private optimizers, lent their memory for one step.
+    """Optimizers that are lent their memory and parameters for one step.
 
     `Optimizer.load_state_dict` aliases the tensors it is given (torch ≥ 2.1), so a
     saved state would change with the optimizer. Here the carry *is* the memory: it is
     lent to the optimizers for one step, so a carry must be copied to be kept.
+
+    Args:
+        params: The parameters by name; outside of a step they keep their own values.
+        optimizer: Factory of one optimizer or several, called with the parameters.
+        scheduler: Factory of a scheduler, or one per optimizer.
+        private: Whether the parameters belong to nobody else.
     """
 
     def __init__(
         self,
-        params: State,
+        params: Params,
         optimizer: OptimizerFactory,
         scheduler: SchedulerFactory | Sequence[SchedulerFactory | None] | None,
+        private: bool = True,
     ) -> None:
-        self._params = {name: nn.Parameter(tensor) for name, tensor in params.items()}
+        self._params = dict(params)
         made = optimizer(dict(self._params))
         self._optimizers = [made] if isinstance(made, Optimizer) else list(made)
         names = {parameter: name for name, parameter in self._params.items()}
@@ -53,8 +61,8 @@ class Optimizers:
             n for n in self._params if any(n in owned for owned in self._names)
         ]
         self._schedulers = _make_schedulers(scheduler, self._optimizers)
-        self._writes_gradients = False
-        self._probed = False
+        self._private = private
+        self._trusted = all(_is_plain(one) for one in self._optimizers)
         self._load(copy_nest(self.export()))  # what cannot be restored fails here
 
     @property
@@ -130,38 +138,35 @@ class Optimizers:
             skip: Skip the optimizers, as torch's `GradScaler` does on overflow.
         """
         self._load(carry)
-        copy_gradients = self._writes_gradients or not self._probed
+        # Torch's own move what has a gradient; others may decay every parameter.
+        names = list(gradients) if self._trusted else list(self._params)
+        values = {name: y[name].clone() for name in names}
+        own = {name: parameter.grad for name, parameter in self._params.items()}
+        self._set_gradients({})  # before the values: a jump changes shapes
+        lends = lent({n: self._params[n] for n in names}, values, self._private)
+        try:
+            with lends as written:
+                self._set_gradients(gradients)
+                for optimizer in [] if skip else self._optimizers:
+                    optimizer.step()
+                for index, scheduler in enumerate(self._schedulers):
+                    if scheduler is not None and (due is None or due[index]):
+                        scheduler.step()
+                params = {name: self._params[name].data for name in names}
+                params |= {name: params[name].clone() for name in written}
+                self._set_gradients({})
+        finally:
+            self._set_gradients({})
+            for name, gradient in own.items():
+                self._params[name].grad = gradient
+        return params, self.export()
+
+    def _set_gradients(self, gradients: State) -> None:
         for name, parameter in self._params.items():
             gradient = gradients.get(name)
-            parameter.grad = None  # before the value: a jump changes shapes
-            # Also without a gradient: some optimizers decay every parameter.
-            parameter.data = y[name].clone()
-            if gradient is not None:
-                parameter.grad = gradient.clone() if copy_gradients else gradient
-        lent = {n: p.grad for n, p in self._params.items() if p.grad is not None}
-        versions = {name: gradient._version for name, gradient in lent.items()}
-        before = {name: one._version for name, one in self._params.items()}
-        for optimizer in [] if skip else self._optimizers:
-            optimizer.step()
-        for index, scheduler in enumerate(self._schedulers):
-            if scheduler is not None and (due is None or due[index]):
-                scheduler.step()
-        written = [n for n, gradient in lent.items() if gradient._version > versions[n]]
-        if written and not copy_gradients:
-            raise RuntimeError(
-                f"An optimizer changed the gradient of `{written[0]}` in place, which "
-                "it did not do at its first step; a drift must not be changed."
-            )
-        if lent:
-            self._probed, self._writes_gradients = True, bool(written)
-        params = {
-            name: parameter.data
-            for name, parameter in self._params.items()
-            if name in lent or parameter._version > before[name]
-        }
-        for parameter in self._params.values():
-            parameter.grad = None
-        return params, self.export()
+            if gradient is not None and not self._trusted:
+                gradient = gradient.clone()  # some optimizers write into it
+            parameter.grad = gradient
 
     def _load(self, carry: Nest) -> None:
         for optimizer, memory in zip(
@@ -179,6 +184,17 @@ class Optimizers:
         ):
             if scheduler is not None:
                 scheduler.load_state_dict(copy_nest(memory))
+
+
+def _is_plain(optimizer: Optimizer) -> bool:
+    """Whether an optimizer is torch's own, without hooks: what it does is known."""
+    step = vars(optimizer).get("step")
+    return (
+        type(optimizer).__module__.startswith("torch.optim.")
+        and (step is None or hasattr(step, "_wrapped_by_lr_sched"))
+        and not optimizer._optimizer_step_pre_hooks
+        and not optimizer._optimizer_step_post_hooks
+    )
 
 
 def dense(name: str, gradient: Tensor) -> Tensor:
