@@ -37,14 +37,17 @@ def lent(
         The names of the tensors that are written into.
     """
     own = {name: tensor.data for name, tensor in tensors.items()}
-    saved: dict[str, Tensor] = {}
+    exchanged = {
+        name
+        for name, tensor in tensors.items()
+        if private or _exchanges(tensor, values[name])
+    }
+    saved = {n: data.clone() for n, data in own.items() if n not in exchanged}
     try:
-        for name, tensor in tensors.items():
-            if private or _exchanges(tensor, values[name]):
-                tensor.data = values[name].detach()
-            else:
-                saved[name] = own[name].clone()
-                own[name].copy_(values[name])
+        for name in exchanged:
+            tensors[name].data = values[name].detach()
+        for name in saved:
+            own[name].copy_(values[name])
         yield frozenset(saved)
     finally:
         for name, tensor in tensors.items():
