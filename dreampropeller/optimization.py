@@ -12,8 +12,8 @@ new values of changed elements (integers: the increment), and the update writes 
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any, TypeAlias
 
 import torch
@@ -31,7 +31,7 @@ from dreampropeller.optimizers import (
     dense,
 )
 from dreampropeller.precision import Precision
-from dreampropeller.rng import StepRandom
+from dreampropeller.rng import StepRandom, set_streams, streams
 from dreampropeller.trajectory import Drift, Trajectory
 from dreampropeller.tree import Aux, Nest, State, copy_nest
 
@@ -62,8 +62,9 @@ class OptimizationTrajectory(Trajectory[Nest]):
             autocast. With "16-mixed" the loss scale is part of the state, and a step
             whose gradients overflow is skipped (it counts), as with `GradScaler`; one
             optimizer only.
-        seed: The global generators are seeded with (seed, step) during `loss`, so that
-            dropout and `torch.randn` replay; None leaves them unchanged.
+        seed: The global generators are seeded with (seed, step) during a step, so that
+            dropout and `torch.randn` replay; an optimizer that draws goes on where the
+            loss ended. None leaves them unchanged.
         about: Further values that a resumed run must share (a prompt, a data set):
             JSON values by name, included in the fingerprint.
 
@@ -112,6 +113,7 @@ class OptimizationTrajectory(Trajectory[Nest]):
             optimizer,
             scheduler,
             private=_host is None,
+            known=() if _host is None else _host.module.modules(),
         )
         self._initial_carry = copy_nest(self._optimizers.export())
         self._fingerprint = {
@@ -191,10 +193,12 @@ class OptimizationTrajectory(Trajectory[Nest]):
         return self._drift
 
     def _drift(self, step: int, y: State) -> tuple[State, Aux]:
-        random = self._random.scope(step) if self._random else contextlib.nullcontext()
+        random = self._random.scope(step) if self._random else nullcontext()
         evaluate = self._evaluate if self._host is None else self._evaluate_host
         with random, torch.enable_grad():
             gradients, buffers, aux = evaluate(step, y)
+            if self._random and self._optimizers.may_draw:
+                buffers |= streams()  # an optimizer that draws goes on from here
         found = self._precision.unscale(gradients.values(), y)
         drift = {**found, **buffers}
         if not Precision.overflowed(found):
@@ -258,11 +262,13 @@ class OptimizationTrajectory(Trajectory[Nest]):
         self, step: int, y: State, carry: Nest, drift: State
     ) -> tuple[State, Nest]:
         """Clip, step every optimizer, then every scheduler; write the buffers."""
-        del step
         gradients = {n: drift[n] for n in self._optimizers.trainable if n in drift}
         gradients = self._clip(gradients)
         skip = Precision.overflowed(drift)
-        params, carry = self._optimizers.step(y, carry, gradients, skip=skip)
+        random = self._random if self._optimizers.may_draw else None
+        with random.scope(step, "update") if random else nullcontext():
+            set_streams(drift)
+            params, carry = self._optimizers.step(y, carry, gradients, skip=skip)
         scale = self._precision.update(y, drift)
         return {**y, **params, **updated_buffers(y, drift), **scale}, carry
 

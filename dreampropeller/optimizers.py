@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
-import contextlib
 import inspect
-from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeAlias
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
 
+from dreampropeller.belongings import Belongings
 from dreampropeller.identity import Fingerprint, plain
 from dreampropeller.lending import lent
 from dreampropeller.tree import Nest, State, copy_nest
 
 Params: TypeAlias = dict[str, nn.Parameter]
 OptimizerFactory: TypeAlias = Callable[[Params], Optimizer | Sequence[Optimizer]]
-SchedulerFactory: TypeAlias = Callable[[Optimizer], LRScheduler | None]
+SchedulerFactory: TypeAlias = Callable[[Optimizer], Any]
+
+
+_PARAMETERS = frozenset(("params", "param_names"))
+"""Keys of a group that name its parameters."""
+_DECLARED = frozenset(
+    vars(Optimizer([nn.Parameter(torch.zeros(1))], {})).keys() - {"defaults"}
+) | {"step", "_opt_called"}
+"""Attributes of every optimizer; state and groups are kept by name, defaults too."""
 
 
 class Optimizers:
@@ -33,6 +40,7 @@ class Optimizers:
         optimizer: Factory of one optimizer or several, called with the parameters.
         scheduler: Factory of a scheduler, or one per optimizer.
         private: Whether the parameters belong to nobody else.
+        known: Objects whose memory is kept elsewhere (the module's own).
     """
 
     def __init__(
@@ -41,6 +49,7 @@ class Optimizers:
         optimizer: OptimizerFactory,
         scheduler: SchedulerFactory | Sequence[SchedulerFactory | None] | None,
         private: bool = True,
+        known: Iterable[object] = (),
     ) -> None:
         self._params = dict(params)
         made = optimizer(dict(self._params))
@@ -61,6 +70,8 @@ class Optimizers:
             n for n in self._params if any(n in owned for owned in self._names)
         ]
         self._schedulers = _make_schedulers(scheduler, self._optimizers)
+        owners = [*self._optimizers, *filter(None, self._schedulers), *known]
+        self._belongings = Belongings(self._params, owners)
         self._private = private
         self._trusted = all(_is_plain(one) for one in self._optimizers)
         self._load(copy_nest(self.export()))  # what cannot be restored fails here
@@ -70,32 +81,60 @@ class Optimizers:
         """The number of optimizers."""
         return len(self._optimizers)
 
+    @property
+    def may_draw(self) -> bool:
+        """Whether a step may draw random numbers; torch's own classes do not."""
+        return not self._trusted or not all(
+            type(one).__module__.startswith("torch.optim.")
+            for one in filter(None, self._schedulers)
+        )
+
     def export(self) -> Nest:
         """The memory of optimizers and schedulers, not copied."""
         return {
             "optimizers": [
-                {
-                    "state": {
-                        name: optimizer.state[self._params[name]]
-                        for name in names
-                        if self._params[name] in optimizer.state
-                    },
-                    "groups": [
-                        {
-                            key: value
-                            for key, value in group.items()
-                            if key not in ("params", "param_names")
-                        }
-                        for group in optimizer.param_groups
-                    ],
-                }
+                self._export_one(optimizer, names)
                 for optimizer, names in zip(self._optimizers, self._names, strict=True)
             ],
             "schedulers": [
-                None if scheduler is None else _memory(scheduler.state_dict())
+                None
+                if scheduler is None
+                else self._belongings.read_attributes(
+                    scheduler, type(scheduler).__name__, ()
+                )
                 for scheduler in self._schedulers
             ],
         }
+
+    def _export_one(self, optimizer: Optimizer, names: Sequence[str]) -> Nest:
+        title = type(optimizer).__name__
+        read, state = self._belongings.read, optimizer.state
+        plain = _is_plain(optimizer)
+        memory: dict[str, Any] = {
+            "state": {
+                name: state[parameter]
+                if plain
+                else read(state[parameter], f"{title}.state[{name!r}]")
+                for name in names
+                if (parameter := self._params[name]) in state
+            },
+            "groups": [
+                {
+                    key: value if plain else read(value, f"{title}'s group[{key!r}]")
+                    for key, value in group.items()
+                    if key not in _PARAMETERS
+                }
+                for group in optimizer.param_groups
+            ],
+        }
+        if not plain:
+            shared = {k: v for k, v in state.items() if not isinstance(k, Tensor)}
+            if shared:
+                memory["shared"] = read(shared, f"{title}.state")
+            found = self._belongings.read_attributes(optimizer, title, _DECLARED)
+            if found:
+                memory["attributes"] = found
+        return memory
 
     def fingerprint(self) -> Fingerprint:
         """Classes, groups and settings of optimizers and schedulers, as they are."""
@@ -172,18 +211,32 @@ class Optimizers:
         for optimizer, memory in zip(
             self._optimizers, carry["optimizers"], strict=True
         ):
-            optimizer.state = defaultdict(dict)
-            for name, state in memory["state"].items():
-                optimizer.state[self._params[name]] = state
-            for group, values in zip(
-                optimizer.param_groups, memory["groups"], strict=True
-            ):
-                group.update(values)
+            self._load_one(optimizer, memory)
         for scheduler, memory in zip(
             self._schedulers, carry["schedulers"], strict=True
         ):
             if scheduler is not None:
-                scheduler.load_state_dict(copy_nest(memory))
+                self._belongings.write_attributes(scheduler, memory, ())
+
+    def _load_one(self, optimizer: Optimizer, memory: Nest) -> None:
+        plain, write = _is_plain(optimizer), self._belongings.write
+        live = dict(optimizer.state)
+        optimizer.state.clear()  # in place: a wrapper may share it
+        for name, state in memory["state"].items():
+            parameter = self._params[name]
+            optimizer.state[parameter] = (
+                state if plain else write(state, live.get(parameter))
+            )
+        shared = {k: v for k, v in live.items() if not isinstance(k, Tensor)}
+        optimizer.state.update(write(memory.get("shared", {}), shared))
+        for group, values in zip(optimizer.param_groups, memory["groups"], strict=True):
+            for key in group.keys() - values.keys() - _PARAMETERS:
+                del group[key]  # born in a later step
+            for key, value in values.items():
+                group[key] = value if plain else write(value, group.get(key))
+        if not plain:
+            attributes = memory.get("attributes", {})
+            self._belongings.write_attributes(optimizer, attributes, _DECLARED)
 
 
 def _is_plain(optimizer: Optimizer) -> bool:
@@ -214,7 +267,7 @@ def dense(name: str, gradient: Tensor) -> Tensor:
 def _make_schedulers(
     scheduler: SchedulerFactory | Sequence[SchedulerFactory | None] | None,
     optimizers: Sequence[Optimizer],
-) -> list[LRScheduler | None]:
+) -> list[Any]:
     if scheduler is None or callable(scheduler):
         factories = [scheduler] * len(optimizers)
     else:
@@ -254,19 +307,3 @@ def _required_arguments(step: Callable[..., Any]) -> bool:
         and argument.kind in (argument.POSITIONAL_ONLY, argument.POSITIONAL_OR_KEYWORD)
         for argument in arguments
     )
-
-
-def _memory(state: dict[str, Any]) -> dict[str, Any]:
-    """The part of a scheduler's state that can change.
-
-    Values that a nest cannot hold (functions, the counter of milestones) are settings
-    and stay in the scheduler. Nested schedulers keep their state under `_schedulers`.
-    """
-    kept: dict[str, Any] = {}
-    for key, value in state.items():
-        if key == "_schedulers":
-            kept[key] = [_memory(inner) for inner in value]
-            continue
-        with contextlib.suppress(TypeError):
-            kept[key] = copy_nest(value)
-    return kept
