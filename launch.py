@@ -40,7 +40,7 @@ def make_parser() -> argparse.ArgumentParser:
         "--compare",
         nargs="*",
         metavar="RUN",
-        help="with and without acceleration; `rivals` adds plain loops of the same "
+        help="with and without acceleration; `rivals` adds sequential runs of the same "
         "budget; two RUNs compares what is finished",
     )
     task.add_argument("--test", action="store_true", help="turntable and quality")
@@ -71,7 +71,7 @@ def main(argv: list[str] | None = None) -> int:
         config = folders.load_config(arguments.config, overrides)
         if arguments.train or arguments.sample:
             return run.execute(config, "--train" if arguments.train else "--sample")
-        return run.look(config, film=arguments.test)
+        return run.look(config, video=arguments.test)
     except (CheckpointError, ValueError, OSError, dp.NotConverged) as error:
         workers.complain(str(error))
     except dp.WorkerError as error:

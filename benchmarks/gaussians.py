@@ -77,7 +77,7 @@ def solve(wanted: runs.Job) -> dict[str, Any]:
         "splats": len(solution.value["geometry.means"]),
     }
     found = quality.against_truth(system, solution.value, truth)
-    strip = torch.cat(list(found.pictures[::4]), -1)
+    strip = torch.cat(list(found.images[::4]), -1)
     save(strip, FOLDER / "images" / f"{name_of(wanted)}.png")
     wide = torch.cat(list(found.wanted[::4]), -1)
     save(wide, FOLDER / "images" / f"{wanted['prompt'].replace(' ', '-')}.png")

@@ -57,7 +57,7 @@ def main() -> None:
         entry, found = runs.solved(job)
         print(json.dumps(entry), flush=True)
         entries.append(entry)
-        rows += [found.pictures[:SHOWN], found.wanted[:SHOWN]]
+        rows += [found.images[:SHOWN], found.wanted[:SHOWN]]
     arguments.to.mkdir(parents=True, exist_ok=True)
     save_sheet(torch.cat(rows), arguments.to / "sheet.png", 2 * SHOWN, scale=2)
     seconds = sum(entry["seconds"] for entry in entries)

@@ -134,7 +134,7 @@ def main() -> None:
     }
     print(json.dumps(report, indent=2))
     (FOLDER / "refine.json").write_text(json.dumps(report, indent=2) + "\n")
-    rows = [found["fit"].pictures, found["refined"].pictures, found["fit"].wanted]
+    rows = [found["fit"].images, found["refined"].images, found["fit"].wanted]
     strip = torch.cat([torch.cat(list(row[::2]), -1) for row in rows], -2)
     save(strip, FOLDER / "refine.png")
     for file in folder.iterdir():

@@ -72,7 +72,7 @@ class Bench:
         self.prior = toybox.load()
         self.calls: list[int] = []
         self.prior.unet.register_forward_hook(self._count)
-        self.judge = classifier.load()
+        self.classifier = classifier.load()
         self.kept: dict[str, Tensor] = {}
 
     def _count(self, module: Any, inputs: Any, output: Any) -> None:
@@ -101,9 +101,9 @@ class Bench:
 
     def arguments(self, job: Job) -> dict[str, Any]:
         """Arguments of every pipeline call."""
-        judged = job["part"] == "prompts"  # diffusers' ParaDiGMS cannot rescale
+        classified = job["part"] == "prompts"  # diffusers' ParaDiGMS cannot rescale
         return {
-            **({"guidance_rescale": toybox.GUIDANCE_RESCALE} if judged else {}),
+            **({"guidance_rescale": toybox.GUIDANCE_RESCALE} if classified else {}),
             "prompt_embeds": self.prior.encode([job["prompt"]]),
             "negative_prompt_embeds": self.prior.encode([""]),
             "num_inference_steps": SAMPLERS[job["sampler"]][1],
@@ -159,7 +159,7 @@ class Bench:
         seconds = time.process_time() - start
         calls = list(self.calls)
         reference = self.reference(job, latents)
-        seen = self.judge.judge((latents / 2 + 0.5).clamp(0, 1))
+        seen = self.classifier.classify((latents / 2 + 0.5).clamp(0, 1))
         return {
             **job,
             "iterations": len(calls),
@@ -184,10 +184,10 @@ def jobs() -> Iterator[Job]:
     """All runs, the most informative first."""
     yield from against_published(0, ("ddim-100", "ddpm-100"))
     yield from multistep()
-    yield from judged(0, 32)
+    yield from classified(0, 32)
     yield from grid()
     yield from against_published(0, ("ddpm-1000",))
-    yield from judged(32, 64)
+    yield from classified(32, 64)
     for samplers in (("ddim-100", "ddpm-100"), ("ddpm-1000",)):
         for seed in (1, 2):
             yield from against_published(seed, samplers)
@@ -230,7 +230,7 @@ def grid() -> Iterator[Job]:
                     yield {**one, "window": window, "tolerance": tolerance}
 
 
-def judged(begin: int, end: int) -> Iterator[Job]:
+def classified(begin: int, end: int) -> Iterator[Job]:
     """Prompts whose samples are classified."""
     for number, prompt in list(enumerate(prompts(end)))[begin:]:
         one: Job = {"part": "prompts", "sampler": "ddim-50", "seed": number}

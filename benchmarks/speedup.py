@@ -121,13 +121,13 @@ def _all_jobs(
 def solve(job: runs.Job) -> Entry:
     """Solve a job, and save its images for comparison with other runs."""
     entry, found = runs.solved(job)
-    file = pictures_of(job)
+    file = images_of(job)
     file.parent.mkdir(parents=True, exist_ok=True)
-    torch.save(found.pictures, file)
+    torch.save(found.images, file)
     return entry
 
 
-def pictures_of(entry: runs.Job) -> Path:
+def images_of(entry: runs.Job) -> Path:
     """The file of a run's images, in the folder that it names."""
     name = hashlib.sha256(repr(entry["settings"]).encode()).hexdigest()[:16]
     return Path(entry["pictures"]) / f"{name}.pt"
@@ -138,7 +138,7 @@ def deviation(entry: Entry, plain: dict[tuple[str, int], Entry]) -> float:
 
     NaN if the images are missing, because a log can be kept without them.
     """
-    files = [pictures_of(e) for e in (entry, plain[entry["prompt"], entry["seed"]])]
+    files = [images_of(e) for e in (entry, plain[entry["prompt"], entry["seed"]])]
     if not all(file.exists() for file in files):
         return math.nan
     a, b = (torch.load(file, weights_only=True) for file in files)

@@ -137,12 +137,12 @@ def choose_solver(
         reason = f"Batched: the window was measured at {calibration.gain:.2f}x."
         return Choice(solver, BatchedDispatcher, reason)
     plain = Sequential(non_finite=solver.non_finite)
-    return Choice(plain, InlineDispatcher, f"The plain loop: {reason}.")
+    return Choice(plain, InlineDispatcher, f"The sequential run: {reason}.")
 
 
 def _steps(solver: PicardSolver) -> int:
     """Steps that the solver's window evaluates at once, initially."""
-    return solver.window.length(solver.window.init(), sys.maxsize)
+    return solver.window.length(solver.window.init(), 0, sys.maxsize)
 
 
 def _seconds(

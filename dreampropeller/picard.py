@@ -88,6 +88,14 @@ class PicardSolver(Solver):
                 "`acceleration=Secant()`, or `threshold=FixedThreshold(1e-6)`, or "
                 "leave the acceleration out."
             )
+        if not self.window.reads_errors and not self.threshold.exact:
+            window, threshold = (
+                type(one).__name__ for one in (self.window, self.threshold)
+            )
+            raise ValueError(
+                f"`{window}` accepts whole blocks without reading errors, and "
+                f"`{threshold}` would cut them: write `threshold=FixedThreshold(0)`."
+            )
         as_predictor(self.predictor)
         check_non_finite(self.non_finite)
 
@@ -177,7 +185,7 @@ class PicardSolver(Solver):
     ) -> Evaluation:
         """Act 1: the drifts of a window of guesses, up to the first non-finite one."""
         remaining = next_jump(trajectory, state.step) - state.step
-        length = self.window.length(state.window, remaining)
+        length = self.window.length(state.window, state.step, remaining)
         guesses = _fill([state.y, *state.guesses], length + 1)
         steps = range(state.step, state.step + length)
         found = dispatcher.evaluate(steps, guesses[:-1])
@@ -284,7 +292,8 @@ class PicardSolver(Solver):
         )
         ahead = proposal.guesses(trusted)
         remaining = rollout.remaining - rollout.stride
-        wanted = self.window.length(state.window, remaining) if remaining else 0
+        begin = state.step + rollout.stride
+        wanted = self.window.length(state.window, begin, remaining) if remaining else 0
         guessed, memory = predictor.extend(
             trajectory,
             state.step + len(rollout.steps),

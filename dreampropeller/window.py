@@ -18,9 +18,18 @@ from dreampropeller.tree import State
 class Window(Component[M], abc.ABC):
     """The slots of an iteration; the window slides by the accepted steps (Eq. 5)."""
 
+    reads_errors = True
+    """Whether the stride depends on the errors of the slots."""
+
     @abc.abstractmethod
-    def length(self, memory: M, remaining: int) -> int:
-        """Steps to evaluate, with `remaining` steps before the next jump or the end."""
+    def length(self, memory: M, step: int, remaining: int) -> int:
+        """Steps to evaluate.
+
+        Args:
+            memory: The memory.
+            step: The anchor's step.
+            remaining: Number of steps before the next jump or the end.
+        """
 
     def stride(self, memory: M, passed: Sequence[bool]) -> int:
         """Steps to accept; default: up to and including the first failure.
@@ -62,13 +71,13 @@ class SlidingWindow(Window[None]):
         if not is_whole(self.size) or self.size < 1:
             raise ValueError(
                 f"`size` is {self.size!r}: write a whole number, at least 1, as "
-                "`SlidingWindow(8)`. `Sequential()` is the plain loop, and "
+                "`SlidingWindow(8)`. `Sequential()` is the sequential run, and "
                 "`AdaptiveWindow(8, 32)` follows the strides."
             )
 
-    def length(self, memory: None, remaining: int) -> int:
+    def length(self, memory: None, step: int, remaining: int) -> int:
         """The size, cut by what remains."""
-        del memory
+        del memory, step
         return min(self.size, remaining)
 
 
@@ -136,8 +145,9 @@ class AdaptiveWindow(Window[AdaptiveMemory]):
         wanted = round(2 * memory.mean_stride / self.multiple) * self.multiple
         return min(max(wanted, self.smallest), self.largest)
 
-    def length(self, memory: AdaptiveMemory, remaining: int) -> int:
+    def length(self, memory: AdaptiveMemory, step: int, remaining: int) -> int:
         """The size, cut by what remains."""
+        del step
         return min(self.size(memory), remaining)
 
     def after(self, memory: AdaptiveMemory, rollout: Rollout) -> AdaptiveMemory:
@@ -161,11 +171,9 @@ class BlockMemory(Memory):
     """Memory of a `BlockWindow`.
 
     Attributes:
-        step: Steps accepted so far.
         rounds: Iterations of the current block.
     """
 
-    step: int = 0
     rounds: int = 0
 
 
@@ -173,9 +181,10 @@ class BlockMemory(Memory):
 class BlockWindow(Window[BlockMemory]):
     """Whole blocks of steps, each iterated a fixed number of times (PIADM).
 
-    Errors are not used: a block of m steps is accepted after min(depth, m) iterations.
-    With a depth of at least m it is exact, because the first k steps are exact after k
-    iterations. With depth 1 all steps of a block use the score at its start.
+    A jump ends a block. Errors are not used: a block of m steps is accepted after
+    min(depth, m) iterations. With a depth of at least m it is exact, because the first
+    k steps are exact after k iterations. With depth 1 all steps of a block use the
+    score at its start.
 
     Args:
         boundaries: Steps at which blocks end, ascending, as
@@ -189,6 +198,7 @@ class BlockWindow(Window[BlockMemory]):
 
     boundaries: Sequence[int] | int
     depth: int
+    reads_errors = False
 
     def __post_init__(self) -> None:
         if not is_whole(self.depth) or self.depth < 1:
@@ -209,14 +219,15 @@ class BlockWindow(Window[BlockMemory]):
         """The memory at the start of the first block."""
         return BlockMemory()
 
-    def length(self, memory: BlockMemory, remaining: int) -> int:
+    def length(self, memory: BlockMemory, step: int, remaining: int) -> int:
         """The steps to the end of the block, cut by what remains."""
+        del memory
         if isinstance(self.boundaries, int):
-            return min(self.boundaries - memory.step % self.boundaries, remaining)
-        at = bisect.bisect_right(self.boundaries, memory.step)
+            return min(self.boundaries - step % self.boundaries, remaining)
+        at = bisect.bisect_right(self.boundaries, step)
         if at == len(self.boundaries):
             return remaining
-        return min(self.boundaries[at] - memory.step, remaining)
+        return min(self.boundaries[at] - step, remaining)
 
     def stride(self, memory: BlockMemory, passed: Sequence[bool]) -> int:
         """Zero until the depth is reached, then the whole block."""
@@ -224,13 +235,4 @@ class BlockWindow(Window[BlockMemory]):
 
     def after(self, memory: BlockMemory, rollout: Rollout) -> BlockMemory:
         """Count the iteration, or begin the next block."""
-        if rollout.stride:
-            return BlockMemory(memory.step + rollout.stride)
-        return BlockMemory(memory.step, memory.rounds + 1)
-
-    def jumped(
-        self, memory: BlockMemory, y: State, parents: Parents | None
-    ) -> BlockMemory:
-        """A jump ends a block."""
-        del y, parents
-        return BlockMemory(memory.step)
+        return BlockMemory() if rollout.stride else BlockMemory(memory.rounds + 1)

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 import dreampropeller as dp
 from systems import quality
-from systems.images import check_ffmpeg, save_film, save_picture
+from systems.images import check_ffmpeg, save_image, save_video
 from systems.scene.isosurface import EmptySurface
 from systems.scene.mesh_files import save_mesh
 from systems.scene.zbuffer import render_mesh
@@ -33,7 +33,7 @@ _log = logging.getLogger(__name__)
 
 
 def write(
-    folder: Path, system: System, y: dp.State, film: bool = True, mesh: bool = True
+    folder: Path, system: System, y: dp.State, video: bool = True, mesh: bool = True
 ) -> dict[str, Any]:
     """Write turntable, mesh and quality of a state; returns their report."""
     report: dict[str, Any] = {}
@@ -51,10 +51,10 @@ def write(
             "mesh_quality",
             lambda: quality.measure_mesh(surface, wanted).figures(),
         )
-    if film:
+    if video:
         attempt(report, "turntable", lambda: _turntable(folder, system, y))
         attempt(report, "preview", lambda: _preview(folder, system, y, surface))
-        _judge(report, folder, system, y, wanted)
+        _measure(report, folder, system, y, wanted)
     return report
 
 
@@ -146,7 +146,7 @@ def _turntable(folder: Path, system: System, y: dp.State) -> str:
     total = system.cameras.n_test_views
     frames = system.turntable(y)
     bar = tqdm(frames, total=total, desc="turntable", unit="frame", leave=False)
-    save_film(bar, folder / "turntable.mp4")
+    save_video(bar, folder / "turntable.mp4")
     return "turntable.mp4"
 
 
@@ -156,11 +156,11 @@ def _preview(folder: Path, system: System, y: dp.State, mesh: Any | None) -> str
     if mesh is not None:
         views = system.cameras.turntable(len(rows[0]))
         rows.append(render_mesh(mesh, views)[0])
-    save_picture(torch.cat(rows), folder / "preview.png", len(rows[0]))
+    save_image(torch.cat(rows), folder / "preview.png", len(rows[0]))
     return "preview.png"
 
 
-def _judge(
+def _measure(
     report: dict[str, Any],
     folder: Path,
     system: System,
@@ -180,9 +180,9 @@ def _judge(
     report["notes"] = _notes(system, measured)
 
     def write() -> str:
-        both = torch.cat([measured.pictures, measured.wanted])
+        both = torch.cat([measured.images, measured.wanted])
         large = both.repeat_interleave(4, -1).repeat_interleave(4, -2)
-        save_picture(large, folder / "truth.png", quality.NUM_VIEWS)
+        save_image(large, folder / "truth.png", quality.NUM_VIEWS)
         return "truth.png"
 
     attempt(report, "truth", write)

@@ -17,17 +17,17 @@ FRAMES_PER_SECOND = 30
 
 
 def sheet(
-    pictures: Float[Tensor, "n 3 height width"], columns: int
+    images: Float[Tensor, "n 3 height width"], columns: int
 ) -> Float[Tensor, "3 sheet_height sheet_width"]:
     """Arrange images row by row; the last row is padded with white."""
-    missing = -len(pictures) % columns
-    pictures = torch.cat([pictures, pictures.new_ones(missing, *pictures.shape[1:])])
-    rows = pictures.unflatten(0, (-1, columns))
+    missing = -len(images) % columns
+    images = torch.cat([images, images.new_ones(missing, *images.shape[1:])])
+    rows = images.unflatten(0, (-1, columns))
     return rows.permute(2, 0, 3, 1, 4).flatten(3, 4).flatten(1, 2)
 
 
 def save_sheet(
-    pictures: Float[Tensor, "n 3 height width"],
+    images: Float[Tensor, "n 3 height width"],
     path: Path,
     columns: int = 4,
     scale: int = 1,
@@ -35,7 +35,7 @@ def save_sheet(
     """Write images as one sheet.
 
     Args:
-        pictures: Images from 0 to 1.
+        images: Images from 0 to 1.
         path: File whose ending names the format, such as ``.png``.
         columns: Number of images per row.
         scale: Integer magnification; each pixel is repeated so often per axis.
@@ -48,24 +48,24 @@ def save_sheet(
     Image.init()
     if path.suffix.lower() not in Image.EXTENSION:
         raise ValueError(
-            f"`{path}` has no ending of a picture format: write `{path.stem}.png`."
+            f"`{path}` has no ending of an image format: write `{path.stem}.png`."
         )
-    values = sheet(pictures, columns)
+    values = sheet(images, columns)
     values = values.repeat_interleave(scale, 1).repeat_interleave(scale, 2)
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(to_bytes(values)).save(path)
 
 
-def to_bytes(picture: Float[Tensor, "3 height width"]) -> np.ndarray:
+def to_bytes(image: Float[Tensor, "3 height width"]) -> np.ndarray:
     """An image from 0 to 1 as bytes, shape ``(height, width, 3)``."""
-    values = picture.clamp(0, 1).mul(255).round().to(torch.uint8)
+    values = image.clamp(0, 1).mul(255).round().to(torch.uint8)
     return values.permute(1, 2, 0).contiguous().numpy()
 
 
-def save_picture(pictures: Tensor, path: Path, columns: int = 4) -> None:
+def save_image(images: Tensor, path: Path, columns: int = 4) -> None:
     """Write images as one sheet, atomically: a viewer never sees a partial file."""
     with written(path) as part:
-        save_sheet(pictures, part, columns)
+        save_sheet(images, part, columns)
 
 
 class NoFFmpeg(RuntimeError):
@@ -93,7 +93,7 @@ def check_ffmpeg() -> None:
         )
 
 
-def save_film(frames: Iterable[Float[Tensor, "3 height width"]], path: Path) -> None:
+def save_video(frames: Iterable[Float[Tensor, "3 height width"]], path: Path) -> None:
     """Write frames as an mp4 that every browser plays.
 
     Args:
@@ -111,7 +111,7 @@ def save_film(frames: Iterable[Float[Tensor, "3 height width"]], path: Path) -> 
         written(path) as part,
         imageio.get_writer(
             part, fps=FRAMES_PER_SECOND, codec="libx264", quality=8, macro_block_size=2
-        ) as film,
+        ) as video,
     ):
         for frame in frames:
-            film.append_data(to_bytes(frame))  # pyright: ignore[reportAttributeAccessIssue]
+            video.append_data(to_bytes(frame))  # pyright: ignore[reportAttributeAccessIssue]

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 import dreampropeller as dp
-from dreampropeller.adapters.diffusers import measure, sample, worst_picture
+from dreampropeller.adapters.diffusers import measure, sample, worst_image
 from systems.files import written
 from systems.guidance.prompts import PromptConfig
-from systems.images import save_picture, save_sheet
+from systems.images import save_image, save_sheet
 from systems.problem import Problem
 from systems.settings.checks import at_least, between, one_of
 from systems.settings.config import Config
@@ -101,7 +101,7 @@ class Strip:
         states = [state.y, *state.guesses]
         self._next = [y["x"][0, :3].detach().float().cpu() for y in states]
 
-    def picture(self, num_steps: int) -> tuple[Tensor, int]:
+    def image(self, num_steps: int) -> tuple[Tensor, int]:
         """Cells, iteration by iteration, and the number of cells per row.
 
         Green cells were accepted, orange ones evaluated; the last cell is the sample.
@@ -176,7 +176,7 @@ class Sampling(Problem):
             return solver  # it uses no errors
         held = solver.predictor == dp.Momentum()
         predictor = dp.Momentum(0.0) if held else solver.predictor
-        return replace(solver, predictor=predictor, norm=worst_picture)
+        return replace(solver, predictor=predictor, norm=worst_image)
 
     def solve(
         self,
@@ -223,8 +223,8 @@ class Sampling(Problem):
         columns = min(4, len(self._images))
         with written(folder / "sample.png") as part:
             save_sheet(self._images, part, columns, scale=enlarged)
-        cells, columns = self._strip.picture(self.num_steps)
-        save_picture(cells, folder / "strip.png", columns)
+        cells, columns = self._strip.image(self.num_steps)
+        save_image(cells, folder / "strip.png", columns)
         return {"sampler": asdict(self.settings.sampler)}
 
     def _arguments(self) -> dict[str, Any]:
@@ -249,7 +249,7 @@ class Sampling(Problem):
         """Initial number of steps in the window."""
         window = self.config.solver.window
         assert isinstance(window, dp.Window), "`load` resolves `auto`"
-        return window.length(window.init(), self.num_steps)
+        return window.length(window.init(), 0, self.num_steps)
 
     def _calibration(self, pipeline: Any) -> dp.Calibration:
         """The recorded calibration; measured and recorded if there is none."""

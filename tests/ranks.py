@@ -95,7 +95,7 @@ class Failing(OrnsteinUhlenbeck):
         def drift(step: int, y: State) -> tuple[State, dict[str, float]]:
             if step == 11:
                 if self.how == "drift":
-                    raise ZeroDivisionError("no such picture")
+                    raise ZeroDivisionError("no such image")
                 if self.how == "exit":
                     os._exit(7)
                 if self.how == "hang":

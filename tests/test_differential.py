@@ -10,7 +10,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from dreampropeller import BlockWindow, FixedThreshold, PicardSolver, solve
+from dreampropeller import (
+    BlockWindow,
+    EMAThreshold,
+    FixedThreshold,
+    PicardSolver,
+    Sequential,
+    solve,
+)
 from dreampropeller.differential import (
     Corrector,
     DiffusionTrajectory,
@@ -227,8 +234,23 @@ def test_denoiser_score_is_that_of_the_predicted_noise() -> None:
     torch.testing.assert_close(score(s, x), mixture(s, x))
 
 
+def test_blocks_end_at_their_boundaries_after_a_resume_between_them() -> None:
+    trajectory = DiffusionTrajectory(two(2), noise(1, 2), GRID, "sde")
+    size = trajectory.boundaries[0]
+    state = solve(trajectory, Sequential(), max_iterations=1, throw=False).state
+    solver = PicardSolver(BlockWindow(size, 2), FixedThreshold(0))
+    found = solve(trajectory, solver, state=state).stats.strides
+    ends = list(itertools.accumulate(found))
+    assert {end for end in ends if end > 1} == {
+        min(end, trajectory.num_steps)
+        for end in range(size, trajectory.num_steps + size, size)
+    }
+
+
 def test_bad_settings_get_a_sentence() -> None:
     start = noise(1, 2)
+    with pytest.raises(ValueError, match=r"`EMAThreshold` would cut them"):
+        PicardSolver(BlockWindow(4, 2), EMAThreshold(1.0))
     with pytest.raises(ValueError, match="belongs to the ODE"):
         piadm(normal, start, GRID, "sde", corrector=Corrector())
     with pytest.raises(ValueError, match="write a time before `horizon`"):

@@ -30,7 +30,7 @@ from tests.helpers import TOYS, OrnsteinUhlenbeck, tree_equal
 
 
 @pytest.mark.parametrize("num_workers", [2, 3])
-def test_every_rank_of_every_solve_equals_the_plain_loop(num_workers: int) -> None:
+def test_every_rank_of_every_solve_equals_the_loop_by_hand(num_workers: int) -> None:
     answers = launch_workers(ranks.solve_all, num_workers=num_workers)
     for answer in answers:
         assert tree_equal(answer["sequential"], TOYS["sde"].loop()[-1])
@@ -65,7 +65,7 @@ def test_every_rank_of_every_solve_equals_the_plain_loop(num_workers: int) -> No
 def test_failure_is_heard_on_every_rank() -> None:
     """Step 11 lies in the second window of 8: a guess on rank 1."""
     expected = {
-        "drift": r"On rank 1, step 11:.*ZeroDivisionError: no such picture",
+        "drift": r"On rank 1, step 11:.*ZeroDivisionError: no such image",
         "update": r"On rank 1:.*KeyError: 'gone'",
         "different-start": r"rank 1 has another state",
         "different-window": r"rank 1 has another window",
@@ -241,7 +241,7 @@ def test_bad_settings_are_refused(options: Any, message: str) -> None:
 
 def test_error_in_an_inline_drift_surfaces_unwrapped() -> None:
     solver = PicardSolver(SlidingWindow(8), FixedThreshold(0))
-    with pytest.raises(ZeroDivisionError, match="no such picture"):
+    with pytest.raises(ZeroDivisionError, match="no such image"):
         solve(ranks.Failing("drift"), solver, InlineDispatcher)
 
 

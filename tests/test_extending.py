@@ -132,7 +132,7 @@ class Block(Window[Depth]):
     def init(self) -> Depth:
         return Depth()
 
-    def length(self, memory: Depth, remaining: int) -> int:
+    def length(self, memory: Depth, step: int, remaining: int) -> int:
         return min(self.size, remaining)
 
     def stride(self, memory: Depth, passed: Sequence[bool]) -> int:

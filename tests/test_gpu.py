@@ -44,7 +44,7 @@ def plain_loop(precision: str) -> State:
 
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "16-mixed"])
-def test_threshold_zero_equals_the_plain_loop_bit_for_bit(precision: str) -> None:
+def test_threshold_zero_equals_the_loop_by_hand_bit_for_bit(precision: str) -> None:
     trajectory = ranks.network_trajectory(precision)
     expected = plain_loop(precision)
     for solver in (Sequential(), EXACT):

@@ -36,7 +36,7 @@ def toy(request: pytest.FixtureRequest) -> tuple[Trajectory[Any], list[State]]:
     return toy.make(), toy.loop()
 
 
-def test_sequential_equals_the_plain_loop(
+def test_sequential_equals_the_loop_by_hand(
     toy: tuple[Trajectory[Any], list[State]],
 ) -> None:
     trajectory, loop = toy

@@ -36,7 +36,7 @@ def test_stride_is_the_first_failure_plus_one(passed: list[bool], stride: int) -
 
 @pytest.mark.parametrize(("remaining", "length"), [(1, 1), (6, 6), (7, 7), (90, 7)])
 def test_window_is_cut_by_what_remains(remaining: int, length: int) -> None:
-    assert SlidingWindow(7).length(None, remaining) == length
+    assert SlidingWindow(7).length(None, 0, remaining) == length
 
 
 def tried(length: int, stride: int) -> Rollout:
@@ -47,19 +47,19 @@ def test_adaptive_window_follows_the_strides() -> None:
     window = AdaptiveWindow(4, 32, multiple=4)
     memory, sizes = window.init(), []
     for _ in range(12):  # everything passes
-        sizes.append(window.length(memory, 1000))
+        sizes.append(window.length(memory, 0, 1000))
         memory = window.after(memory, tried(sizes[-1], sizes[-1]))
     # Mean strides 2, 3, 5.5, 8.75 … make round(2 s̄ / 4) 4.
     assert sizes[:4] == [4, 8, 12, 16]
     assert sizes[-1] == 32
     for _ in range(20):  # a quarter passes: down to the bound
-        size = window.length(memory, 1000)
+        size = window.length(memory, 0, 1000)
         memory = window.after(memory, tried(size, max(1, size // 4)))
-    assert window.length(memory, 1000) == 4
+    assert window.length(memory, 0, 1000) == 4
     for _ in range(30):  # six pass whatever the size: twice as many are tried
-        memory = window.after(memory, tried(window.length(memory, 1000), 6))
-    assert window.length(memory, 1000) == 12
-    assert window.length(memory, 3) == 3
+        memory = window.after(memory, tried(window.length(memory, 0, 1000), 6))
+    assert window.length(memory, 0, 1000) == 12
+    assert window.length(memory, 0, 3) == 3
     assert (
         window.after(memory, tried(3, 1)) == memory
     )  # cut by the end: teaches nothing
@@ -122,9 +122,9 @@ def grown(window: AdaptiveWindow) -> int:
     """Its size when everything passes, again and again."""
     memory = window.init()
     for _ in range(60):
-        size = window.length(memory, 1000)
+        size = window.length(memory, 0, 1000)
         memory = window.after(memory, tried(size, size))
-    return window.length(memory, 1000)
+    return window.length(memory, 0, 1000)
 
 
 def test_a_window_that_could_not_grow_is_refused_and_no_other() -> None:

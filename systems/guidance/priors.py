@@ -12,12 +12,9 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import hashlib
 import json
-import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +23,18 @@ import torch
 import transformers
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from jaxtyping import Float, Int
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from dreampropeller.adapters.diffusers.guidance import guided
 from systems.extras import dtype_argument
+from systems.guidance.embeddings import (
+    TEXT_PARTS,
+    Words,
+    cache_file,
+    embed,
+    read_words,
+    write_words,
+)
 from systems.scene.cameras import Cameras
 from systems.toybox import SECOND_WEIGHTS, WEIGHTS
 from systems.toybox.captions import Known
@@ -53,25 +56,11 @@ MOVED: Mapping[str, str] = {
     "runwayml/stable-diffusion-v1-5": "stable-diffusion-v1-5/stable-diffusion-v1-5",
 }
 """Models that left the hub (in November 2025 and before), and what stands in."""
-_TEXT = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
 _NOT_NEEDED = ("safety_checker", "feature_extractor", "watermarker", "image_encoder")
 
 
 class ModelError(ValueError):
     """A pretrained model is unavailable; the message says what to write instead."""
-
-
-@dataclass(frozen=True)
-class Words:
-    """Embedded prompts.
-
-    Attributes:
-        given: prompt_embeds, shape ``(prompts, tokens, channels)``.
-        without: negative_prompt_embeds, shape ``(1, tokens, channels)``.
-    """
-
-    given: Float[Tensor, "prompts tokens channels"]
-    without: Float[Tensor, "one tokens channels"]
 
 
 class Prior:
@@ -105,13 +94,13 @@ class Prior:
 
     def encode(
         self,
-        pictures: Float[Tensor, "views 3 height width"],
+        images: Float[Tensor, "views 3 height width"],
         generator: torch.Generator,
     ) -> Float[Tensor, "views channels rows columns"]:
         """Encode images in [0, 1] into the model's space; differentiable.
 
         Args:
-            pictures: Images of any size; they are resized to the model's resolution.
+            images: Images of any size; they are resized to the model's resolution.
             generator: Source of the autoencoder's noise, on the CPU.
         """
         side = self.unet.config["sample_size"]
@@ -119,7 +108,7 @@ class Prior:
             side *= PATCH
         if self.vae is not None:
             side *= 2 ** (len(self.vae.config["block_out_channels"]) - 1)
-        x = pictures * 2 - 1
+        x = images * 2 - 1
         if x.shape[-2:] != (side, side):
             x = torch.nn.functional.interpolate(
                 x, (side, side), mode="bilinear", align_corners=False
@@ -131,7 +120,7 @@ class Prior:
         latent = self.vae.encode(x.to(self.dtype)).latent_dist
         noise = torch.randn(latent.mean.shape, generator=generator).to(latent.mean)
         drawn = latent.mean + latent.std * noise
-        return (drawn * self.vae.config["scaling_factor"]).to(pictures.dtype)
+        return (drawn * self.vae.config["scaling_factor"]).to(images.dtype)
 
     def add_noise(self, x: Tensor, noise: Tensor, t: Int[Tensor, " views"]) -> Tensor:
         """$x_t$ of a clean x."""
@@ -193,35 +182,37 @@ class Prior:
         if self.takes_conditions and conditions is None:
             conditions = Conditions.of(len(noisy), self.unet.config["sample_size"])
         if guidance_scale == 1:
-            answer = self._answer(noisy, t, words, conditions)
-            return self._to_noise(answer, noisy, t)
+            model_output = self._model_output(noisy, t, words, conditions)
+            return self._to_noise(model_output, noisy, t)
         blank = without.expand_as(words)
         if conditions is not None:
             conditions = conditions.without_image().beside(conditions)
-        both = self._answer(
+        both = self._model_output(
             torch.cat([noisy, noisy]),
             torch.cat([t, t]),
             torch.cat([blank, words]),
             conditions,
         )
         plain, given = both.chunk(2)
-        answer = guided(plain, given, guidance_scale, guidance_rescale)
-        return self._to_noise(answer, noisy, t)
+        model_output = guided(plain, given, guidance_scale, guidance_rescale)
+        return self._to_noise(model_output, noisy, t)
 
-    def _answer(
+    def _model_output(
         self, noisy: Tensor, t: Tensor, words: Tensor, conditions: Conditions | None
     ) -> Tensor:
         x, words = noisy.to(self.dtype), words.to(self.dtype)
-        answer = ask(self.unet, x, t, words, conditions).to(noisy.dtype)
-        return answer[:, : noisy.shape[1]]  # DeepFloyd IF: a learned variance follows
+        model_output = ask(self.unet, x, t, words, conditions).to(noisy.dtype)
+        return model_output[
+            :, : noisy.shape[1]
+        ]  # DeepFloyd IF: a learned variance follows
 
-    def _to_noise(self, answer: Tensor, noisy: Tensor, t: Tensor) -> Tensor:
+    def _to_noise(self, model_output: Tensor, noisy: Tensor, t: Tensor) -> Tensor:
         if self.prediction_type == "epsilon":
-            return answer
+            return model_output
         alpha, sigma = self.scales(t)
         if self.prediction_type == "v_prediction":
-            return alpha * answer + sigma * noisy
-        return (noisy - alpha * answer) / sigma
+            return alpha * model_output + sigma * noisy
+        return (noisy - alpha * model_output) / sigma
 
 
 def load(
@@ -249,17 +240,20 @@ def load(
     """
     source = resolve(name)
     dtype = torch.float16 if half and device.type == "cuda" else torch.float32
-    cached = _cache_file(source, [*prompts, negative])
-    words = _read_words(cached)
+    cached = cache_file(source, [*prompts, negative])
+    words = read_words(cached)
     pipeline = open_pipeline(source, with_text=words is None, dtype=dtype)
     if words is None:
-        words = _embed(pipeline.to(device), prompts, negative)
-        _write_words(cached, words)
-        for part in _TEXT:
+        words = embed(pipeline.to(device), prompts, negative)
+        write_words(cached, words)
+        for part in TEXT_PARTS:
             if getattr(pipeline, part, None) is not None:
                 setattr(pipeline, part, None)
         gc.collect()
-    words = Words(words.given.to(device, dtype), words.without.to(device, dtype))
+    words = Words(
+        words.prompt_embeds.to(device, dtype),
+        words.negative_prompt_embeds.to(device, dtype),
+    )
     return Prior(pipeline, device), words
 
 
@@ -326,7 +320,7 @@ def open_pipeline(
     quiet = _no_progress_bars() if local else contextlib.nullcontext()
     try:
         index: Any = DiffusionPipeline.load_config(source)
-        left_out = _NOT_NEEDED if with_text else (*_NOT_NEEDED, *_TEXT)
+        left_out = _NOT_NEEDED if with_text else (*_NOT_NEEDED, *TEXT_PARTS)
         options: dict[str, Any] = {part: None for part in left_out if part in index}
         if "requires_safety_checker" in index:
             options["requires_safety_checker"] = False
@@ -364,54 +358,3 @@ def _no_progress_bars() -> Iterator[None]:
     finally:
         for library in libraries:
             library.enable_progress_bar()
-
-
-@torch.no_grad()
-def _embed(pipeline: Any, prompts: Sequence[str], negative: str) -> Words:
-    """Embed the prompts with the pipeline's own `encode_prompt`."""
-    given, without = [], None
-    for prompt in prompts:
-        one, without = pipeline.encode_prompt(
-            prompt=prompt,
-            device=pipeline.device,
-            num_images_per_prompt=1,
-            do_classifier_free_guidance=True,
-            negative_prompt=negative,
-        )[:2]
-        given.append(one)
-    if without is None:
-        raise ValueError("At least one prompt is needed.")
-    return Words(torch.cat(given).float().cpu(), without.float().cpu())
-
-
-def _cache_file(source: str, texts: Sequence[str]) -> Path:
-    """The cache file of the embeddings of these texts, for one model."""
-    folder = Path(source)
-    files = [path for part in _TEXT for path in sorted((folder / part).glob("*"))]
-    stamp = [
-        (path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files
-    ]
-    # 2: the embedded priors embed captions, not prompts as they were written.
-    key = json.dumps([2, source, stamp, list(texts)])
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    name = hashlib.sha256(key.encode()).hexdigest()[:32]
-    return home / "dreampropeller" / "embeddings" / f"{name}.safetensors"
-
-
-def _read_words(path: Path) -> Words | None:
-    try:
-        tensors = load_file(path)
-        return Words(tensors["given"], tensors["without"])
-    except (OSError, SafetensorError, KeyError):
-        return None
-
-
-def _write_words(path: Path, words: Words) -> None:
-    """Cache embeddings; failing to write the cache is not an error."""
-    part = path.with_suffix(f".{os.getpid()}.part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_file({"given": words.given, "without": words.without}, part)
-        os.replace(part, path)
-    except (OSError, SafetensorError):
-        part.unlink(missing_ok=True)

@@ -168,8 +168,8 @@ class ScoreDistillation(Guidance):
             predicted = self.prior.noise(
                 self.prior.add_noise(x, noise, t),
                 t,
-                self.words.given[numbers],
-                self.words.without,
+                self.words.prompt_embeds[numbers],
+                self.words.negative_prompt_embeds,
                 self.config.scale,
                 self.config.guidance_rescale,
                 self.prior.conditions(cameras),

@@ -62,9 +62,9 @@ def read_prompts(path: str | Path) -> list[str]:
 
 
 @torch.no_grad()
-def judge(
+def clip_score(
     name: str,
-    pictures: Float[Tensor, "views 3 height width"],
+    images: Float[Tensor, "views 3 height width"],
     prompt: str,
     others: Sequence[str],
     device: torch.device,
@@ -73,7 +73,7 @@ def judge(
 
     Args:
         name: Name of a CLIP model on the hub, or a local folder.
-        pictures: Images of the object, from 0 to 1.
+        images: Images of the object, from 0 to 1.
         prompt: Prompt of the object.
         others: Other candidate prompts of R-precision.
         device: Device of the model.
@@ -105,18 +105,18 @@ def judge(
     )
     side = config.vision_config.image_size
     resized = torch.nn.functional.interpolate(
-        pictures, (side, side), mode="bicubic", antialias=True, align_corners=False
+        images, (side, side), mode="bicubic", antialias=True, align_corners=False
     ).clamp(0, 1)
     mean, std = (
         torch.tensor(values)[:, None, None]
         for values in (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD)
     )
-    answer = model.to(device).eval()(
+    output = model.to(device).eval()(
         input_ids=words["input_ids"].to(device),
         attention_mask=words["attention_mask"].to(device),
         pixel_values=((resized - mean) / std).to(device),
     )
-    cosines = (answer.image_embeds @ answer.text_embeds.T).float().cpu()
+    cosines = (output.image_embeds @ output.text_embeds.T).float().cpu()
     return ClipFigures(
         clip_score=round(float(100 * cosines[:, 0].clamp_min(0).mean()), 3),
         r_precision=round(float((cosines.argmax(-1) == 0).float().mean()), 4),

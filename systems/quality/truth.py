@@ -21,7 +21,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 import dreampropeller as dp
-from systems.quality.clip import ClipError, judge, read_prompts
+from systems.quality.clip import ClipError, clip_score, read_prompts
 from systems.scene.cameras import Cameras, Views
 from systems.toybox.classifier import load as load_classifier
 from systems.toybox.objects import COLOURS, OBJECTS
@@ -47,7 +47,7 @@ class Quality:
         iou: IoU of the silhouettes of all views together, from 0 to 1.
         right_colour: Fraction of views in which the classifier sees the right colour.
         right_object: Fraction of views in which it sees the right object.
-        pictures: Images over grey, shape ``(views, 3, size, size)``.
+        images: Images over grey, shape ``(views, 3, size, size)``.
         wanted: Ground-truth images, likewise.
     """
 
@@ -56,7 +56,7 @@ class Quality:
     iou: float
     right_colour: float
     right_object: float
-    pictures: Float[Tensor, "views 3 size size"]
+    images: Float[Tensor, "views 3 size size"]
     wanted: Float[Tensor, "views 3 size size"]
 
     def figures(self) -> dict[str, float]:
@@ -92,17 +92,17 @@ def against_truth(system: System, y: dp.State, wanted: Truth) -> Quality:
     """
     views = fixed_views()
     seen = [system.render(y, views.one(i), grey=GREY) for i in range(NUM_VIEWS)]
-    pictures, opacity = (
+    images, opacity = (
         torch.nn.functional.avg_pool2d(torch.cat(part), 2)
         for part in zip(*seen, strict=True)
     )
     exact = wanted.render(views.cameras, SIZE)
     goal = exact.over(torch.full((3,), GREY))
-    return measure(pictures, opacity, goal, exact.mask, wanted)
+    return measure(images, opacity, goal, exact.mask, wanted)
 
 
 def measure(
-    pictures: Float[Tensor, "views 3 size size"],
+    images: Float[Tensor, "views 3 size size"],
     opacity: Float[Tensor, "views 1 size size"],
     goal: Float[Tensor, "views 3 size size"],
     mask: Float[Tensor, "views 1 size size"],
@@ -111,25 +111,25 @@ def measure(
     """Compare images with the ground truth, both over the same grey."""
     from skimage.metrics import structural_similarity
 
-    error = float((pictures - goal).square().mean())
+    error = float((images - goal).square().mean())
     similar: list[Any] = [
         structural_similarity(a.numpy(), b.numpy(), channel_axis=0, data_range=1.0)
-        for a, b in zip(pictures, goal, strict=True)
+        for a, b in zip(images, goal, strict=True)
     ]
     inside, should = opacity > 0.5, mask > 0.5
     union = int((inside | should).sum())
-    judged = load_classifier().judge(pictures)
+    classified = load_classifier().classify(images)
 
-    def share(answers: Tensor, right: int) -> float:
-        return float((answers == right).float().mean())
+    def share(found: Tensor, right: int) -> float:
+        return float((found == right).float().mean())
 
     return Quality(
         psnr=-10 * math.log10(max(error, 1e-12)),
         ssim=float(sum(similar) / len(similar)),
         iou=int((inside & should).sum()) / union if union else 0.0,
-        right_colour=share(judged.colours, list(COLOURS).index(wanted.colour)),
-        right_object=share(judged.objects, list(OBJECTS).index(wanted.name)),
-        pictures=pictures,
+        right_colour=share(classified.colours, list(COLOURS).index(wanted.colour)),
+        right_object=share(classified.objects, list(OBJECTS).index(wanted.name)),
+        images=images,
         wanted=goal,
     )
 
@@ -144,8 +144,8 @@ def by_clip(system: System, y: dp.State) -> dict[str, float] | str:
         )
     try:
         others = read_prompts(wanted.prompts)
-        pictures = torch.stack(list(system.turntable(y, NUM_VIEWS)))
-        figures = judge(wanted.clip, pictures, system.title, others, system.device)
+        images = torch.stack(list(system.turntable(y, NUM_VIEWS)))
+        figures = clip_score(wanted.clip, images, system.title, others, system.device)
     except ClipError as error:
         return f"not measured: {error}"
     return asdict(figures)

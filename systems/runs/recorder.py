@@ -23,7 +23,7 @@ from tqdm import tqdm
 import dreampropeller as dp
 from dreampropeller import checkpoint
 from systems.files import named
-from systems.images import save_picture
+from systems.images import save_image
 from systems.problem import Problem
 from systems.runs import folders, history, results, viewer
 from systems.runs.stopping import Stop
@@ -286,7 +286,7 @@ class FolderRecorder(Recorder):
         images = self.problem.preview(state.y)
         if images is None:
             return
-        save_picture(images, self.folder / "preview.png")
+        save_image(images, self.folder / "preview.png")
         sheet = torch.cat(list(images), -1)
         self._board.add_image("preview", sheet.clamp(0, 1), state.step)
 

@@ -63,7 +63,7 @@ def work(config: Config, folder: Path | None = None, leads: bool = True) -> int:
             checkpoint.unlock(folder / folders.CHECKPOINTS)
 
 
-def look(config: Config, film: bool) -> int:
+def look(config: Config, video: bool) -> int:
     """Render and measure the current state of a run, or export it.
 
     Returns the exit code.
@@ -79,7 +79,7 @@ def look(config: Config, film: bool) -> int:
     system = build(config)
     state = folders.load_own_state(system)
     folder = folders.folder_of(config.resume)
-    made = artefacts.write(folder, system, state.y, film=film, mesh=not film)
+    made = artefacts.write(folder, system, state.y, video=video, mesh=not video)
     viewer.add(folder, {**folders.report(folder), **made}, system.title)
     print(results.summary(folder, system, {**made, "steps": state.step}))
     return 1 if artefacts.failures(made) else 0

@@ -22,17 +22,9 @@ import dreampropeller as dp
 from dreampropeller.precision import Precision
 from dreampropeller.predictor import PREDICTORS
 from systems.settings.checks import at_least, one_of
-from systems.settings.reader import (
-    ConfigError,
-    apply,
-    missing,
-    named,
-    open_yaml,
-    read,
-    section_name,
-    to_mapping,
-)
+from systems.settings.reader import ConfigError, named, read, section_name
 from systems.settings.upstream import DATA_TYPES, resolvers, translate
+from systems.settings.yaml_files import apply, missing, open_yaml, to_mapping
 
 
 @dataclass(frozen=True)
@@ -70,7 +62,8 @@ class SolverConfig:
     Args:
         name: "picard", or "sequential" for one step after another. With `--sample`
             also "piadm-ode" (with DDIM) and "piadm-sde" (with DDPM): blocks of
-            `window.size` steps, each iterated `depth` times.
+            `window.size` steps, each iterated `depth` times; threshold, predictor and
+            acceleration then have no effect.
         depth: Number of iterations per block, for PIADM.
         window: Number of steps evaluated per iteration: "sliding", "adaptive" or
             "auto".
@@ -124,7 +117,7 @@ class SolverConfig:
             return dp.Sequential(non_finite=non_finite)
         assert isinstance(self.window, dp.Window), "`load` resolves `auto`"
         if self.name.startswith("piadm"):
-            size = self.window.length(self.window.init(), sys.maxsize)
+            size = self.window.length(self.window.init(), 0, sys.maxsize)
             return dp.PicardSolver(
                 dp.BlockWindow(size, self.depth), dp.FixedThreshold(0)
             )

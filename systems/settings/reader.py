@@ -1,4 +1,4 @@
-"""From YAML and command line to validated settings.
+"""From mappings to validated settings.
 
 Every section belongs to a frozen dataclass. Unknown keys are refused by name with the
 nearest known key; errors about values of a wrong type say what to write.
@@ -13,12 +13,7 @@ import math
 import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, TypeVar
-
-import yaml
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
 T = TypeVar("T")
 
@@ -97,103 +92,6 @@ def settings_class(kind: type) -> type:
     return kind if dataclasses.is_dataclass(kind) else typing.cast(Any, kind).Config
 
 
-def open_yaml(path: str | Path) -> DictConfig:
-    """A YAML file, interpolations not yet resolved.
-
-    Raises:
-        ConfigError: The file does not exist, or cannot be read.
-    """
-    path = Path(path)
-    if not path.is_file():
-        places = dict.fromkeys((path.parent, Path("configs")))
-        files = [file for place in places for file in sorted(place.glob("[!.]*.yaml"))]
-        near = {file.stem: str(file) for file in reversed(files)}
-        names = difflib.get_close_matches(path.stem, near, n=3, cutoff=0.5)
-        hint = [near[name] for name in names] or list(near.values())[::-1][:8]
-        raise ConfigError(
-            f"There is no config `{path}`."
-            + (
-                f" Did you mean {', '.join(f'`{name}`' for name in hint)}?"
-                if hint
-                else ""
-            )
-        )
-    try:
-        base = OmegaConf.load(path)
-    except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
-        raise ConfigError(f"`{path}` is no YAML that can be read: {error}") from error
-    if not isinstance(base, DictConfig):
-        raise ConfigError(
-            f"`{path}` must hold `key: value` lines, as configs/*.yaml do."
-        )
-    return base
-
-
-def apply(base: DictConfig, overrides: Sequence[str]) -> None:
-    """Apply overrides, in order.
-
-    Raises:
-        ConfigError: An override is not of the form `key=value`.
-    """
-    for override in overrides:
-        key, sign, _ = override.partition("=")
-        if not sign or not key.strip() or override.startswith("-"):
-            raise ConfigError(
-                f"`{override}` is no setting: write `key=value`, for example "
-                '`system.prompt_processor.prompt="a red mushroom"`.'
-            )
-        try:
-            parsed = OmegaConf.select(OmegaConf.from_dotlist([override]), key)
-            # A whole section replaces the old one, whose keys need not fit.
-            OmegaConf.update(base, key, parsed, merge=False)
-        except (yaml.YAMLError, OmegaConfBaseException, ValueError) as error:
-            raise ConfigError(
-                f"`{override}` cannot be read ({_first_line(error)}). Quote values "
-                "with special characters: `'key=\"value: with colon\"'`."
-            ) from error
-
-
-def to_mapping(config: DictConfig) -> dict[str, Any]:
-    """Resolve interpolations.
-
-    Raises:
-        ConfigError: A value refers to one that does not exist.
-    """
-    try:
-        mapping = OmegaConf.to_container(config, resolve=True)
-    except (OmegaConfBaseException, ArithmeticError, TypeError, ValueError) as error:
-        raise ConfigError(
-            f"The config cannot be resolved: {_first_line(error)}"
-        ) from error
-    assert isinstance(mapping, dict)
-    return {str(key): value for key, value in mapping.items()}
-
-
-def missing(config: DictConfig, known: DictConfig | None = None) -> list[str]:
-    """A sentence for each value that is still missing (`???`).
-
-    A placeholder replaces it, so that references to it can be resolved.
-
-    Args:
-        config: The config, changed in place.
-        known: A config that has some of the values.
-
-    Raises:
-        ConfigError: A value refers to one that does not exist.
-    """
-    try:
-        keys = sorted(OmegaConf.missing_keys(config))
-    except OmegaConfBaseException as error:  # a value refers to one that does not exist
-        raise ConfigError(f"The config cannot be read: {_first_line(error)}") from error
-    absent: list[str] = []
-    for key in keys:
-        value = None if known is None else OmegaConf.select(known, key)
-        OmegaConf.update(config, key, "missing" if value is None else value)
-        if value is None:
-            absent.append(_missing(key))
-    return absent
-
-
 def read(kind: type[T], section: Any, where: str) -> T:
     """Read a section into a settings object.
 
@@ -232,7 +130,7 @@ def read(kind: type[T], section: Any, where: str) -> T:
         elif name in section:
             make = functools.partial(_convert, section[name], hints[name], path)
         elif _is_required(entry):
-            problems.append(_missing(path))
+            problems.append(missing_sentence(path))
             continue
         else:
             continue
@@ -397,7 +295,8 @@ def _unknown(where: str, key: str, known: Mapping[str, Any]) -> str:
     return f"There is no setting `{where}`.{hint} Known here: {', '.join(known)}."
 
 
-def _missing(where: str) -> str:
+def missing_sentence(where: str) -> str:
+    """What to write for a setting without a value."""
     if where.endswith("prompt_processor.prompt"):
         return (
             "The prompt is missing: say what to make, for example "
@@ -408,7 +307,3 @@ def _missing(where: str) -> str:
 
 def _dotted(where: str, key: str) -> str:
     return f"{where}.{key}" if where else key
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -9,7 +9,8 @@ from pathlib import Path
 from omegaconf import DictConfig, OmegaConf
 
 from systems.settings.config import DispatchConfig, SolverConfig, override
-from systems.settings.reader import open_yaml, read
+from systems.settings.reader import read
+from systems.settings.yaml_files import open_yaml
 
 _OURS = ("backend", "threestudio", "solver", "dispatch")
 

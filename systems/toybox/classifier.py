@@ -37,7 +37,7 @@ _FRONT = torch.tensor([name in WITH_FRONT for name in OBJECTS])
 
 
 @dataclass(frozen=True)
-class Judgement:
+class Classification:
     """Predictions of the classifier.
 
     Attributes:
@@ -93,7 +93,7 @@ class Classifier(nn.Module):
         return tuple(head(features) for head in heads if head is not None)
 
     @torch.no_grad()
-    def judge(self, images: Tensor) -> Judgement:
+    def classify(self, images: Tensor) -> Classification:
         """The most likely object, colour and finish, and the azimuth.
 
         Args:
@@ -102,10 +102,12 @@ class Classifier(nn.Module):
         parts = [self(part * 2 - 1) for part in images.split(256)]
         objects, colours, *rest = (torch.cat(p) for p in zip(*parts, strict=True))
         if not rest:
-            return Judgement(objects.argmax(-1), colours.argmax(-1))
+            return Classification(objects.argmax(-1), colours.argmax(-1))
         finishes, (x, y) = rest[0].argmax(-1), rest[1].unbind(-1)
         azimuths = torch.atan2(y, x).rad2deg()
-        return Judgement(objects.argmax(-1), colours.argmax(-1), finishes, azimuths)
+        return Classification(
+            objects.argmax(-1), colours.argmax(-1), finishes, azimuths
+        )
 
 
 def load(file: Path = FILE) -> Classifier:
@@ -159,7 +161,7 @@ def accuracy(model: Classifier, views: ViewSet, seed: int) -> dict[str, float]:
     """
     generator = StepRandom(seed).generator(0, "looks")
     made = labelled(views, torch.arange(len(views)), generator)
-    seen = model.judge(made.images / 2 + 0.5)
+    seen = model.classify(made.images / 2 + 0.5)
     assert seen.finishes is not None
     assert seen.azimuths is not None
     error = angle_between(seen.azimuths, made.azimuths)[_FRONT[made.objects]]

@@ -29,7 +29,7 @@ from systems.toybox.captions import (
     VIEWS,
     caption,
 )
-from systems.toybox.classifier import Judgement
+from systems.toybox.classifier import Classification
 from systems.toybox.conditions import takes_conditions
 from systems.toybox.objects import COLOURS, OBJECTS
 from systems.toybox.truth import truth, view_cameras
@@ -81,7 +81,7 @@ def prompts(count: int = NUM_PROMPTS) -> list[Prompt]:
     return result
 
 
-def score(asked: Sequence[Prompt], seen: Judgement) -> dict[str, object]:
+def score(asked: Sequence[Prompt], seen: Classification) -> dict[str, object]:
     """Accuracy of objects and colours, and the confusions."""
     names, colours = list(OBJECTS), list(COLOURS)
     right_object = [
@@ -126,7 +126,7 @@ def score(asked: Sequence[Prompt], seen: Judgement) -> dict[str, object]:
     }
 
 
-def confusion_table(asked: Sequence[Prompt], seen: Judgement) -> str:
+def confusion_table(asked: Sequence[Prompt], seen: Classification) -> str:
     """Markdown: one row per object requested, one column per object seen."""
     names = list(OBJECTS)[: 1 + max(int(seen.objects.max()), len(FIRST_OBJECTS) - 1)]
     counts = torch.zeros(len(names), len(names), dtype=torch.long)
@@ -179,17 +179,20 @@ def guided_step_seconds(prior: pipeline.ToyboxPipeline, repeats: int = 9) -> flo
 
 
 def first_list(
-    prior: pipeline.ToyboxPipeline, judge: classifier.Classifier, count: int, seed: int
+    prior: pipeline.ToyboxPipeline,
+    classifier: classifier.Classifier,
+    count: int,
+    seed: int,
 ) -> tuple[dict[str, object], str]:
     """Figures and confusion table of the first prior's prompts, the view in words."""
     asked = prompts(count)
-    seen = judge.judge(pipeline.draw(prior, [p.text for p in asked], seed))
+    seen = classifier.classify(pipeline.draw(prior, [p.text for p in asked], seed))
     return {"prompts": count, **score(asked, seen)}, confusion_table(asked, seen)
 
 
 def second_list(
     prior: pipeline.ToyboxPipeline,
-    judge: classifier.Classifier,
+    classifier: classifier.Classifier,
     count: int,
     seed: int,
     to: Path,
@@ -198,7 +201,7 @@ def second_list(
 
     Args:
         prior: The second prior.
-        judge: Classifier of the prior.
+        classifier: Classifier of the prior.
         count: Number of trained combinations; half as many are held out.
         seed: Seed of questions and noise.
         to: Folder of the sheets.
@@ -212,9 +215,9 @@ def second_list(
     ):
         part = measure.questions(number, held_out, seed)
         images.append(measure.answers(prior, part, seed))
-        report[title] = measure.combinations(part, images[-1], judge)
+        report[title] = measure.combinations(part, images[-1], classifier)
         asked += part
-    report["cameras"] = measure.cameras(asked, torch.cat(images), judge)
+    report["cameras"] = measure.cameras(asked, torch.cat(images), classifier)
     shown = [i * len(asked) // 64 for i in range(64)]
     truths = [measure.ground_truth(asked[i], images[0].shape[-1]) for i in shown]
     pairs = torch.stack([torch.cat(truths), torch.cat(images)[shown]], 1)
@@ -245,8 +248,8 @@ def evaluate(weights: Path, file: Path, to: Path, count: int, seed: int) -> str:
     prior.set_progress_bar_config(disable=True)
     seconds = {"loading": round(time.perf_counter() - start, 3)}
     seconds["guided step of 4 views"] = round(guided_step_seconds(prior), 4)
-    judge = classifier.load(file)
-    report, table = first_list(prior, judge, count, seed)
+    model = classifier.load(file)
+    report, table = first_list(prior, model, count, seed)
     files = [f for f in weights.rglob("*") if f.is_file()]
     report |= {
         "seconds": seconds,
@@ -258,7 +261,7 @@ def evaluate(weights: Path, file: Path, to: Path, count: int, seed: int) -> str:
         training = weights / "training.json"
         if training.exists():
             report["training"] = json.loads(training.read_text())
-        report |= second_list(prior, judge, 2 * count, seed, to)
+        report |= second_list(prior, model, 2 * count, seed, to)
     text = json.dumps(report, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     (to / "evaluation.json").write_text(text, encoding="utf-8")
     (to / "confusion.md").write_text(table, "utf-8")

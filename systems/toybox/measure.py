@@ -132,10 +132,10 @@ def answers(
 
 
 def combinations(
-    asked: Sequence[Question], images: Tensor, judge: Classifier
+    asked: Sequence[Question], images: Tensor, classifier: Classifier
 ) -> dict[str, float]:
     """Accuracy of objects, colours and finishes."""
-    seen = judge.judge(images)
+    seen = classifier.classify(images)
     assert seen.finishes is not None
     right = {
         "object": [_NAMES[i] for i in seen.objects],
@@ -161,12 +161,12 @@ def combinations(
 
 
 def cameras(
-    asked: Sequence[Question], images: Tensor, judge: Classifier
+    asked: Sequence[Question], images: Tensor, classifier: Classifier
 ) -> dict[str, float]:
     """Azimuth of objects with a front, and overlap with the ground-truth mask."""
     kept = [i for i, q in enumerate(asked) if q.asked.name in WITH_FRONT]
     chosen = [asked[i] for i in kept]
-    seen = judge.judge(images[kept])
+    seen = classifier.classify(images[kept])
     assert seen.azimuths is not None
     error = angle_between(seen.azimuths, torch.cat([q.camera.azimuth for q in chosen]))
     overlap = torch.tensor(

@@ -175,8 +175,8 @@ class ToyboxPipeline(DiffusionPipeline):
         t = timestep.expand(len(x)).repeat(2)
         if conditions is not None:
             conditions = conditions.without_image().beside(conditions)
-        answer = ask(self.unet, torch.cat([x, x]), t, both, conditions)
-        without, given = answer.chunk(2)
+        model_output = ask(self.unet, torch.cat([x, x]), t, both, conditions)
+        without, given = model_output.chunk(2)
         return guided(without, given, scale, rescale)
 
     def conditions(

@@ -168,8 +168,8 @@ def test_launch_leaves_what_threestudio_leaves(root: Path) -> None:
     for name in ("configs/parsed.yaml", "configs/raw.yaml", "cmd.txt", "tb_logs"):
         assert (folder / name).exists(), name
     assert (folder / "ckpts" / "last.ckpt").exists()
-    assert list((folder / "save").glob("it12-test*")), "test pictures"
-    assert list((folder / "save").glob("it[0-9]*-0.png")), "validation pictures"
+    assert list((folder / "save").glob("it12-test*")), "test images"
+    assert list((folder / "save").glob("it[0-9]*-0.png")), "validation images"
     metrics = next((folder / "csv_logs").rglob("metrics.csv")).read_text()
     assert len(metrics.splitlines()) == 13
     assert "train/loss_sds" in metrics.splitlines()[0]

@@ -243,7 +243,7 @@ def test_rivals_are_ranked_at_their_best_rate(tmp_path: Path) -> None:
         ]
         for line in made:
             picture = torch.full((2, 3, 4, 4), psnr / 100)
-            torch.save(picture, speedup.pictures_of(line))
+            torch.save(picture, speedup.images_of(line))
         lines += made
     found = {line["row"]: line for line in speedup.summarise(lines)}
     assert found["5 steps"]["rate"] == 0.4

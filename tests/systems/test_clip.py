@@ -1,4 +1,4 @@
-"""The CLIP judge, with a real CLIP model of a few thousand parameters."""
+"""The CLIP score, with a real CLIP model of a few thousand parameters."""
 
 from __future__ import annotations
 
@@ -53,10 +53,10 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def test_figures_follow_the_cosines(model: str) -> None:
-    pictures = torch.rand(6, 3, 20, 20, generator=torch.Generator().manual_seed(0))
+    images = torch.rand(6, 3, 20, 20, generator=torch.Generator().manual_seed(0))
     found = {
-        prompt: clip.judge(
-            model, pictures, prompt, [p for p in ("a a", *OTHERS) if p != prompt], CPU
+        prompt: clip.clip_score(
+            model, images, prompt, [p for p in ("a a", *OTHERS) if p != prompt], CPU
         )
         for prompt in ("a a", *OTHERS)
     }
@@ -68,13 +68,13 @@ def test_figures_follow_the_cosines(model: str) -> None:
 
 
 def test_a_prompt_does_not_compete_with_itself(model: str) -> None:
-    pictures = torch.rand(2, 3, 32, 32)
-    assert clip.judge(model, pictures, "b b", OTHERS, CPU).num_prompts == 2
+    images = torch.rand(2, 3, 32, 32)
+    assert clip.clip_score(model, images, "b b", OTHERS, CPU).num_prompts == 2
 
 
 def test_a_missing_model_is_a_reason(tmp_path: Path) -> None:
     with pytest.raises(clip.ClipError, match=r"quality\.clip="):
-        clip.judge(str(tmp_path), torch.rand(1, 3, 8, 8), "a", [], CPU)
+        clip.clip_score(str(tmp_path), torch.rand(1, 3, 8, 8), "a", [], CPU)
 
 
 @pytest.mark.parametrize("content", [None, " \n"])

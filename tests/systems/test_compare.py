@@ -242,11 +242,11 @@ def test_page_in_a_browser(page: Path, chromium: Any, width: int, height: int) -
     assert outside == []
     assert [url for url in asked if url.startswith("file:")] == [view.url]
     assert said == []
-    pictures = view.evaluate(
+    images = view.evaluate(
         "[...document.querySelectorAll('img')].map(i => i.complete && i.naturalWidth)"
     )
-    assert len(pictures) == 3
-    assert all(pictures)
+    assert len(images) == 3
+    assert all(images)
     curves = view.evaluate(
         "[...document.querySelectorAll('#curves svg')].map(s => "
         "[s.getBoundingClientRect().width, s.querySelectorAll('path').length])"

@@ -27,7 +27,7 @@ from dreampropeller.adapters.diffusers import (
     SamplingTrajectory,
     measure,
     sample,
-    worst_picture,
+    worst_image,
 )
 from systems.toybox import pipeline as toybox
 from tests.helpers import tree_equal
@@ -77,7 +77,7 @@ def sd(request: pytest.FixtureRequest) -> Callable[[str], tuple[Any, dict[str, A
 
 
 def check(whole: Any, prompt: Any, arguments: dict[str, Any]) -> None:
-    """The pipeline's own pictures, at tolerance 0 and at window 1."""
+    """The pipeline's own images, at tolerance 0 and at window 1."""
     generator = noise()
     own = whole(prompt, generator=generator, **arguments)
     after = generator.get_state()
@@ -241,7 +241,7 @@ def test_errors_are_in_units_of_the_posterior_variance(sd: Any) -> None:
     assert found.error_scale(len(times)) == 0
     old = {"x": torch.zeros(2, 1, 2, 2)}
     new = {"x": torch.stack([torch.full((1, 2, 2), 0.1), torch.full((1, 2, 2), 0.3)])}
-    assert float(worst_picture(new, old)) == pytest.approx(0.09)
+    assert float(worst_image(new, old)) == pytest.approx(0.09)
 
 
 def test_a_model_seen_in_order_has_a_pure_drift(sd: Any) -> None:

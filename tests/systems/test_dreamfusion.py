@@ -14,7 +14,7 @@ import dreampropeller as dp
 from dreampropeller import checkpoint
 from systems import make_system, quality
 from systems.dreamfusion import DreamFusion
-from systems.images import save_film
+from systems.images import save_video
 from systems.settings.reader import ConfigError
 from systems.toybox.truth import truth
 from tests.helpers import tree_equal
@@ -86,10 +86,10 @@ def test_default_solver_keeps_the_picture_in_fewer_iterations(
     system = small("solver.window.size=4")
     solution = dp.solve(system.trajectory(), system.solver())
     assert solution.stats.num_iterations < 25
-    pictures = [
+    images = [
         torch.stack(list(system.turntable(s.value))) for s in (solution, sequential)
     ]
-    assert (pictures[0] - pictures[1]).abs().mean() < 0.02
+    assert (images[0] - images[1]).abs().mean() < 0.02
 
 
 def test_loss_is_the_weighted_sum_of_its_terms() -> None:
@@ -175,7 +175,7 @@ def test_film_can_be_read_back(tmp_path: Path) -> None:
     import imageio.v3 as imageio
 
     frames = [torch.full((3, 64, 64), grey) for grey in (0.0, 0.5, 1.0)]
-    save_film(frames, tmp_path / "film.mp4")
+    save_video(frames, tmp_path / "film.mp4")
     film = imageio.imread(tmp_path / "film.mp4")
     assert film.shape == (3, 64, 64, 3)
     assert np.allclose(film.mean((1, 2, 3)), [0, 128, 255], atol=6)
@@ -210,7 +210,7 @@ def test_quality_sees_the_object_over_its_own_grey() -> None:
     )
     y, _ = system.trajectory().init()
     found = quality.against_truth(system, y, truth("a red mushroom"))
-    corner = found.pictures[:, :, 0, 0]
+    corner = found.images[:, :, 0, 0]
     assert torch.allclose(corner, torch.full_like(corner, quality.GREY))
 
 

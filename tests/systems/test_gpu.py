@@ -44,9 +44,9 @@ def test_threshold_zero_stays_near_the_sequential_run() -> None:
     assert all(tensor.is_cuda for tensor in plain.value.values())
     system = small()
     views = system.cameras.turntable(4)
-    pictures = [system.render(s.value, views, grey=0.5)[0] for s in (plain, exact)]
+    images = [system.render(s.value, views, grey=0.5)[0] for s in (plain, exact)]
     # 0.009 where one step is missing.
-    assert float((pictures[0] - pictures[1]).abs().mean()) < 0.002
+    assert float((images[0] - images[1]).abs().mean()) < 0.002
 
 
 def test_half_precision_makes_the_same_object() -> None:

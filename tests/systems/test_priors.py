@@ -204,10 +204,10 @@ def test_cached_prompts_need_no_text_encoder(
     deep_floyd: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _, first = priors.load(str(deep_floyd), ["a a", "a"], "", CPU)
-    assert first.given.shape[0] == 2
-    monkeypatch.setattr(priors, "_embed", None)  # would fail if it were called
+    assert first.prompt_embeds.shape[0] == 2
+    monkeypatch.setattr(priors, "embed", None)  # would fail if it were called
     prior, words = priors.load(str(deep_floyd), ["a a", "a"], "", CPU)
-    assert torch.equal(words.given, first.given)
+    assert torch.equal(words.prompt_embeds, first.prompt_embeds)
     assert not hasattr(prior, "text_encoder")
 
 
@@ -215,26 +215,28 @@ def test_latents_come_from_the_autoencoder_and_keep_their_noise(
     stable_diffusion: Path,
 ) -> None:
     prior, _ = priors.load(str(stable_diffusion), ["a"], "", CPU)
-    pictures = torch.rand(2, 3, 20, 20, requires_grad=True)
-    draw = [prior.encode(pictures, StepRandom(0).generator(4, "latent")) for _ in "ab"]
+    images = torch.rand(2, 3, 20, 20, requires_grad=True)
+    draw = [prior.encode(images, StepRandom(0).generator(4, "latent")) for _ in "ab"]
     assert torch.equal(draw[0], draw[1])
     assert draw[0].shape == (2, 4, 8, 8)
     draw[0].square().sum().backward()
-    assert pictures.grad is not None
-    assert (pictures.grad != 0).any()
+    assert images.grad is not None
+    assert (images.grad != 0).any()
 
 
 def test_learned_variance_is_left_out(deep_floyd: Path) -> None:
     prior, words = priors.load(str(deep_floyd), ["a"], "", CPU)
     x, t = torch.randn(2, 3, 8, 8), torch.tensor([10, 900])
-    noise = prior.noise(x, t, words.given[[0, 0]], words.without, 1.0)
-    answer = prior.unet(x, t, words.given[[0, 0]]).sample
+    noise = prior.noise(
+        x, t, words.prompt_embeds[[0, 0]], words.negative_prompt_embeds, 1.0
+    )
+    answer = prior.unet(x, t, words.prompt_embeds[[0, 0]]).sample
     assert answer.shape[1] == 6
     assert torch.equal(noise, answer[:, :3])
 
 
 class _Oracle:
-    """A pipeline whose U-Net knows the clean picture x."""
+    """A pipeline whose U-Net knows the clean image x."""
 
     def __init__(self, kind: Any, clean: torch.Tensor) -> None:
         self.scheduler = DDIMScheduler(prediction_type=kind)
@@ -284,7 +286,7 @@ def test_whatever_a_model_predicts_becomes_noise(kind: str) -> None:
     ],
 )
 def test_gradient_of_the_loss_is_that_of_the_paper(strategy: str, weight: Any) -> None:
-    """w(t)(ε̂ − ε) of −1…1 pictures over the number of views, written out."""
+    """w(t)(ε̂ − ε) of −1…1 images over the number of views, written out."""
     clean = torch.zeros(1, 3, 8, 8)
     prior = Prior(_Oracle("epsilon", clean), CPU)
     words = Words(torch.zeros(4, 1, 1), torch.zeros(1, 1, 1))
@@ -292,18 +294,19 @@ def test_gradient_of_the_loss_is_that_of_the_paper(strategy: str, weight: Any) -
     guidance = ScoreDistillation(settings, prior, words, PromptConfig("a thing"))
     one = torch.ones(2)
     cameras = Cameras(0 * one, 0 * one, one, one)
-    pictures = torch.rand(2, 3, 8, 8, requires_grad=True)
+    images = torch.rand(2, 3, 8, 8, requires_grad=True)
     random = StepRandom(5)
-    loss, _ = guidance(pictures, cameras, 7, random)
+    loss, _ = guidance(images, cameras, 7, random)
     loss.backward()
     t = torch.randint(20, 981, (2,), generator=random.generator(7, "timestep"))
     kept = prior.alphas_cumprod[t][:, None, None, None]
-    x = pictures.detach() * 2 - 1
-    # An oracle of the empty picture: ε̂ − ε = √ᾱ x / √(1 − ᾱ).
+    x = images.detach() * 2 - 1
+    # An oracle of the empty image: ε̂ − ε = √ᾱ x / √(1 − ᾱ).
     error = kept.sqrt() * x / (1 - kept).sqrt()
     expected = 2 * weight(kept) * error / 2
-    assert pictures.grad is not None
-    assert torch.allclose(pictures.grad, expected, atol=1e-4)
+    assert images.grad is not None
+    assert torch.allclose(images.grad, expected, atol=1e-4)
+    assert torch.equal(guidance.gradient(images, cameras, 7, random)[0], images.grad)
 
 
 def test_timesteps_follow_their_schedules_and_gradients_their_clip() -> None:
@@ -320,11 +323,11 @@ def test_timesteps_follow_their_schedules_and_gradients_their_clip() -> None:
         (20, 500),
     ]
     one = torch.ones(1)
-    pictures = torch.rand(1, 3, 8, 8, requires_grad=True)
+    images = torch.rand(1, 3, 8, 8, requires_grad=True)
     cameras = Cameras(0 * one, 0 * one, one, one)
-    guidance(pictures, cameras, 0, StepRandom(0))[0].backward()
-    assert pictures.grad is not None
-    assert pictures.grad.abs().max() <= 0.02 + 1e-6
+    guidance(images, cameras, 0, StepRandom(0))[0].backward()
+    assert images.grad is not None
+    assert images.grad.abs().max() <= 0.02 + 1e-6
 
 
 def test_guided_noise_is_the_toybox_pipelines_own() -> None:
@@ -332,10 +335,12 @@ def test_guided_noise_is_the_toybox_pipelines_own() -> None:
     prior, words = priors.load("toybox", ["a red mug", "a blue car"], "", CPU)
     x, t = torch.randn(2, 3, 32, 32), torch.tensor([300, 700])
     v = whole.velocity(
-        x, t, whole.encode(["a red mug", "a blue car"]), words.without, 3
+        x, t, whole.encode(["a red mug", "a blue car"]), words.negative_prompt_embeds, 3
     )
     alpha, sigma = prior.scales(t)
-    noise = prior.noise(x, t, words.given, words.without, 3.0, 0.7)
+    noise = prior.noise(
+        x, t, words.prompt_embeds, words.negative_prompt_embeds, 3.0, 0.7
+    )
     assert torch.allclose(noise, alpha * v + sigma * x, atol=1e-4)
 
 
@@ -391,13 +396,15 @@ def second(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_second_priors_space_is_blocks_of_pixels(second: Path) -> None:
     prior, words = priors.load(str(second), ["a red teapot"], "blurry", CPU)
-    assert words.given.shape == (1, 16, 96)
+    assert words.prompt_embeds.shape == (1, 16, 96)
     images = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     x = prior.encode(images, torch.Generator())
     assert x.shape == (2, 12, 32, 32)
     assert torch.equal(to_images(x), images * 2 - 1)
     t = torch.tensor([300, 700])
-    noise = prior.noise(x, t, words.given[[0, 0]], words.without, 3.0)
+    noise = prior.noise(
+        x, t, words.prompt_embeds[[0, 0]], words.negative_prompt_embeds, 3.0
+    )
     assert noise.shape == x.shape
 
 
@@ -426,9 +433,24 @@ def test_guidance_tells_the_second_prior_the_cameras_of_the_views(
     assert torch.equal(given, labels(2, cameras))
     x, t = torch.randn(2, 12, 32, 32), torch.tensor([300, 700])
     conditions = prior.conditions(cameras, images, cameras)
-    both = prior.noise(x, t, words.given[[0, 0]], words.without, 3.0, 0.7, conditions)
+    both = prior.noise(
+        x,
+        t,
+        words.prompt_embeds[[0, 0]],
+        words.negative_prompt_embeds,
+        3.0,
+        0.7,
+        conditions,
+    )
     v = whole.velocity(
-        *(x, t, whole.encode(["a red teapot"] * 2), words.without, 3.0, 0.7),
+        *(
+            x,
+            t,
+            whole.encode(["a red teapot"] * 2),
+            words.negative_prompt_embeds,
+            3.0,
+            0.7,
+        ),
         whole.conditions(2, cameras, images, cameras),
     )
     alpha, sigma = prior.scales(t)

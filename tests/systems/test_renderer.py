@@ -69,11 +69,11 @@ def test_pruned_rendering_equals_the_full_one() -> None:
     field = VoxelGrid(VoxelGridConfig(resolution=4))
     pruned.occupancy.refresh(0, lambda p: field.density(p, 0), 0.1, DICE)
     assert 0 < pruned.occupancy.occupied().float().mean() < 0.5
-    pictures = [
+    images = [
         r(field, Albedo(AlbedoConfig()), WHITE, views(), None, DICE).rgb
         for r in (full, pruned)
     ]
-    assert (pictures[0] - pictures[1]).abs().max() < 0.03
+    assert (images[0] - images[1]).abs().max() < 0.03
 
 
 def test_rendering_in_pieces_is_the_same() -> None:
@@ -123,14 +123,14 @@ def test_samples_background_and_shading_belong_to_the_step() -> None:
     behind = Random(RandomConfig(grey=False))
     field = VoxelGrid(VoxelGridConfig(resolution=6))
 
-    def picture(step: int, seed: int = 0) -> Tensor:
+    def image(step: int, seed: int = 0) -> Tensor:
         fresh = VolumeRenderer(VolumeConfig(num_samples_per_ray=24))
         return fresh(field, material, behind, views(), step, StepRandom(seed)).rgb
 
-    first = picture(3)
-    assert not torch.equal(first, picture(4))
-    assert not torch.equal(first, picture(3, seed=1))
-    assert torch.equal(first, picture(3))
+    first = image(3)
+    assert not torch.equal(first, image(4))
+    assert not torch.equal(first, image(3, seed=1))
+    assert torch.equal(first, image(3))
     shown = {material.shading(step, DICE) for step in range(60)}
     assert shown == {"albedo", "diffuse", "textureless"}
     assert PointLight(PointLightConfig()).shading(999, DICE) == "albedo"

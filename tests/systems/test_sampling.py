@@ -36,8 +36,8 @@ def made(to: Path) -> tuple[Path, dict[str, Any]]:
 
 
 def pixels(file: Path) -> torch.Tensor:
-    with Image.open(file) as picture:
-        return torch.from_numpy(np.array(picture)).long()
+    with Image.open(file) as image:
+        return torch.from_numpy(np.array(image)).long()
 
 
 @pytest.mark.parametrize("acceleration", ["none", "anderson"])
@@ -81,7 +81,7 @@ def test_batched_asks_its_record(
     found = dp.Calibration.load(record)
     assert found.window == 3
     said = capsys.readouterr().out
-    assert ("Batched: " if found.gain > 1 else "The plain loop: ") in said
+    assert ("Batched: " if found.gain > 1 else "The sequential run: ") in said
 
 
 def test_the_strip_shows_what_was_asked_and_accepted() -> None:
@@ -97,7 +97,7 @@ def test_the_strip_shows_what_was_asked_and_accepted() -> None:
     strip(state(1, 0.1, 0.2, 0.3), iteration(0, 3, 1))
     strip(state(3, 0.5, 0.6), iteration(1, 3, 2))
     strip(state(4, 1.0), iteration(3, 1, 1))
-    cells, columns = strip.picture(4)
+    cells, columns = strip.image(4)
     assert columns == 5
     borders = [tuple(round(v, 3) for v in cell[:, 0, 0].tolist()) for cell in cells]
     assert borders == [

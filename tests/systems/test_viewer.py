@@ -14,7 +14,7 @@ import torch
 import trimesh
 from trimesh.visual import ColorVisuals
 
-from systems.images import save_film, save_picture
+from systems.images import save_image, save_video
 from systems.runs import viewer
 from systems.scene.mesh_files import save_mesh
 
@@ -36,8 +36,8 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     mesh.visual = ColorVisuals(mesh, vertex_colors=colours)
     save_mesh(mesh, folder)
     grey = [torch.full((3, 32, 32), value) for value in (0.2, 0.8)]
-    save_film(grey, folder / "turntable.mp4")
-    save_picture(torch.stack(grey), folder / "preview.png")
+    save_video(grey, folder / "turntable.mp4")
+    save_image(torch.stack(grey), folder / "preview.png")
     (folder / "command.txt").write_text("python launch.py 'a <b> box'\n")
     report: dict[str, Any] = {**FIGURES, "truth": "failed: no <room>"}
     viewer.add(folder, report, "a <b> box")

@@ -7,4 +7,4 @@ from dreampropeller.adapters.diffusers.trajectory import Denoiser as Denoiser
 from dreampropeller.adapters.diffusers.trajectory import (
     SamplingTrajectory as SamplingTrajectory,
 )
-from dreampropeller.adapters.diffusers.trajectory import worst_picture as worst_picture
+from dreampropeller.adapters.diffusers.trajectory import worst_image as worst_image

@@ -18,7 +18,7 @@ from dreampropeller.adapters.diffusers.trajectory import (
     Form,
     SamplingTrajectory,
     check_scheduler,
-    worst_picture,
+    worst_image,
 )
 from dreampropeller.calibration import Calibration, calibrate, choose_solver
 from dreampropeller.dispatch.base import Dispatcher, InlineDispatcher
@@ -159,7 +159,7 @@ def solver_for(
         SlidingWindow(window),
         FixedThreshold(tolerance**2),
         predictor=Momentum(0.0) if form == "semi-linear" else "repeat_last",
-        norm=worst_picture,
+        norm=worst_image,
         acceleration=acceleration,
     )
 

@@ -59,7 +59,7 @@ def check_scheduler(scheduler: Any, form: str = "semi-linear") -> None:
     name = type(scheduler).__name__
     if form not in ("semi-linear", "published"):
         raise ValueError(
-            f"`form` is {form!r}: write `semi-linear` (the model's answer is the "
+            f"`form` is {form!r}: write `semi-linear` (the model's output is the "
             "drift) or `published` (the increment is)."
         )
     if name not in HISTORY:
@@ -71,7 +71,7 @@ def check_scheduler(scheduler: Any, form: str = "semi-linear") -> None:
         )
     if HISTORY[name] and form == "published":
         raise ValueError(
-            f"`{name}` is a multistep method: its increment reads the answers of "
+            f"`{name}` is a multistep method: its increment reads the outputs of "
             "earlier steps, so it is no function of step and state. Write "
             '`form="semi-linear"`, which keeps that history in the carry.'
         )
@@ -112,8 +112,8 @@ class Denoiser:
             x: Noisy images, shape ``(images, channels, height, width)``.
             timestep: The scheduler's timestep, a scalar.
         """
-        answer = self.unet(self._doubled(x), timestep, **self.conditions)[0]
-        return self.guided(answer, x.shape[1])
+        model_output = self.unet(self._doubled(x), timestep, **self.conditions)[0]
+        return self.guided(model_output, x.shape[1])
 
     def batch(self, xs: Sequence[Tensor], timesteps: Sequence[Tensor]) -> list[Tensor]:
         """The model outputs for several steps, from one call of the U-Net."""
@@ -121,25 +121,27 @@ class Denoiser:
         size = len(inputs) // len(xs)
         times = torch.stack(list(timesteps)).repeat_interleave(size).to(inputs.device)
         conditions = _repeated(dict(self.conditions), size, len(xs))
-        answers = self.unet(inputs, times, **conditions)[0].chunk(len(xs))
-        return [self.guided(answer, xs[0].shape[1]) for answer in answers]
+        outputs = self.unet(inputs, times, **conditions)[0].chunk(len(xs))
+        return [self.guided(model_output, xs[0].shape[1]) for model_output in outputs]
 
     def _doubled(self, x: Tensor) -> Tensor:
         return x if self.guidance_scale is None else torch.cat([x, x])
 
-    def guided(self, answer: Tensor, channels: int) -> Tensor:
+    def guided(self, model_output: Tensor, channels: int) -> Tensor:
         """The guided output, from the U-Net's output for `channels` latent channels."""
         if self.guidance_scale is not None:
-            without, given = answer.chunk(2)
+            without, given = model_output.chunk(2)
             without = without[:, :channels]
             given, variance = given[:, :channels], given[:, channels:]
-            answer = guided(without, given, self.guidance_scale, self.guidance_rescale)
+            model_output = guided(
+                without, given, self.guidance_scale, self.guidance_rescale
+            )
             if variance.shape[1]:
-                answer = torch.cat([answer, variance], 1)
-        return answer if self.keeps_variance else answer[:, :channels]
+                model_output = torch.cat([model_output, variance], 1)
+        return model_output if self.keeps_variance else model_output[:, :channels]
 
 
-def worst_picture(new: State, old: State) -> Tensor:
+def worst_image(new: State, old: State) -> Tensor:
     """The published norm: the largest mean square change of an image of the batch."""
     difference = new["x"].float() - old["x"].float()
     return difference.square().flatten(1).mean(1).max()
@@ -155,7 +157,7 @@ class SamplingTrajectory(Trajectory[Nest]):
       \Bigl(1 - \frac{\bar\alpha_t}{\bar\alpha_{t+1}}\Bigr),$$
 
     whatever the sampler's own noise is, and compared with the squared tolerance:
-    ``FixedThreshold(tolerance**2)`` with the norm `worst_picture`.
+    ``FixedThreshold(tolerance**2)`` with the norm `worst_image`.
 
     Args:
         denoiser: The model output as a function of x and timestep: a `Denoiser`, or a
@@ -227,10 +229,10 @@ class SamplingTrajectory(Trajectory[Nest]):
         return {"x": x}, carry
 
     def advance(
-        self, step: int, x: Tensor, carry: Nest, answer: Tensor
+        self, step: int, x: Tensor, carry: Nest, model_output: Tensor
     ) -> tuple[Tensor, Nest]:
         """The scheduler's own step, with the noise of this step."""
-        return self._step(step, x, carry, answer, _restored(self._draws[step]))
+        return self._step(step, x, carry, model_output, _restored(self._draws[step]))
 
     def error_scale(self, step: int) -> float:
         """The posterior variance at the timestep of a state; 0 at the end."""
@@ -280,8 +282,8 @@ class _Drift:
     def __call__(self, step: int, y: State) -> tuple[State, Aux]:
         with torch.no_grad():
             timestep = self.trajectory.timesteps[step]
-            answer = self.trajectory.denoiser(y["x"], timestep)
-            return self._of(step, y, answer), {}
+            model_output = self.trajectory.denoiser(y["x"], timestep)
+            return self._of(step, y, model_output), {}
 
     def batch(
         self, steps: Sequence[int], ys: Sequence[State]
@@ -290,19 +292,22 @@ class _Drift:
         denoiser: Any = self.trajectory.denoiser
         if not hasattr(denoiser, "batch"):
             raise ValueError(
-                "This denoiser answers one step at a time. Give it a method "
+                "This denoiser takes one step at a time. Give it a method "
                 "`batch(xs, timesteps)`, as `Denoiser` has, or use `InlineDispatcher`."
             )
         with torch.no_grad():
             timesteps = [self.trajectory.timesteps[step] for step in steps]
-            answers = denoiser.batch([y["x"] for y in ys], timesteps)
-            triples = zip(steps, ys, answers, strict=True)
-            return [(self._of(step, y, answer), {}) for step, y, answer in triples]
+            outputs = denoiser.batch([y["x"] for y in ys], timesteps)
+            triples = zip(steps, ys, outputs, strict=True)
+            return [
+                (self._of(step, y, model_output), {})
+                for step, y, model_output in triples
+            ]
 
-    def _of(self, step: int, y: State, answer: Tensor) -> State:
+    def _of(self, step: int, y: State, model_output: Tensor) -> State:
         if self.trajectory.form == "semi-linear":
-            return {"x": answer}
-        after, _ = self.trajectory.advance(step, y["x"], {}, answer)
+            return {"x": model_output}
+        after, _ = self.trajectory.advance(step, y["x"], {}, model_output)
         return {"x": after - y["x"]}
 
 
@@ -330,13 +335,13 @@ class _Step:
         step: int,
         x: Tensor,
         carry: Nest,
-        answer: Tensor,
+        model_output: Tensor,
         generators: list[torch.Generator],
     ) -> tuple[Tensor, Nest]:
         for name in self._fields:
             setattr(self.scheduler, name, _own(carry[name]))
         after = self.scheduler.step(
-            answer,
+            model_output,
             self._timesteps[step],
             x,
             generator=generators if len(generators) > 1 else generators[0],

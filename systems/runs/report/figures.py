@@ -31,13 +31,13 @@ def deviation(system: System, a: dp.State, b: dp.State) -> dict[str, float | Non
         the entries, and ``bitwise``, 1 if every entry is equal.
     """
     views = quality.fixed_views()
-    pictures = [
+    images = [
         torch.cat(
             [system.render(y, views.one(i), grey=quality.GREY)[0] for i in range(16)]
         )
         for y in (a, b)
     ]
-    error = float((pictures[0] - pictures[1]).square().mean())
+    error = float((images[0] - images[1]).square().mean())
     start, _ = system.trajectory().init()
     floating = [name for name, tensor in b.items() if tensor.is_floating_point()]
 

@@ -56,8 +56,8 @@ def write(
             f"<p>{html.escape(sentence)}</p>" for sentence in comparison["verdict"]
         ),
         numbers=_numbers(comparison),
-        films="\n".join(
-            _film(run.folder / "turntable.mp4", name) for name, run in runs.items()
+        videos="\n".join(
+            _video(run.folder / "turntable.mp4", name) for name, run in runs.items()
         ),
         truth=_truth(runs),
         table=_table(comparison),
@@ -91,7 +91,7 @@ def _numbers(comparison: Mapping[str, Any]) -> str:
     )
 
 
-def _film(path: Path, name: str) -> str:
+def _video(path: Path, name: str) -> str:
     if not path.exists():
         return f"<figure><figcaption>{name}: no turntable</figcaption></figure>"
     return (
@@ -166,7 +166,7 @@ def rows(comparison: Mapping[str, Any]) -> list[list[str]]:
             add(title, values, form)
     apart = comparison["deviation"]
     add(
-        "pictures against sequential, dB",
+        "images against sequential, dB",
         [
             None
             if name not in apart
@@ -227,7 +227,7 @@ def _rivals(rivals: Sequence[Mapping[str, Any]]) -> str:
     return (
         "<h2>The rivals at the same budget</h2>\n"
         f'<div class="wide"><table id="rivals">{table}</table></div>\n'
-        '<p class="soft">Plain loops that take as many steps as the accelerated run '
+        '<p class="soft">Sequential runs with as many steps as the accelerated run '
         "took iterations, each at the best of five learning rates.</p>"
     )
 

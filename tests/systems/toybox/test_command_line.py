@@ -45,8 +45,8 @@ def test_it_is_a_module_to_run() -> None:
 
 
 def _size(file: Path) -> tuple[int, int]:
-    with Image.open(file) as picture:
-        return picture.size
+    with Image.open(file) as image:
+        return image.size
 
 
 def test_list_shows_the_vocabulary(run: Callable[..., Done]) -> None:

@@ -232,7 +232,7 @@ def test_a_folder_without_a_pipeline_is_refused(tmp_path: Path) -> None:
         pipeline.load(tmp_path)
 
 
-def test_the_seed_decides_the_pictures(prior: pipeline.ToyboxPipeline) -> None:
+def test_the_seed_decides_the_images(prior: pipeline.ToyboxPipeline) -> None:
     once, again, other = (
         pipeline.draw(prior, ["a red cube"], seed, num_inference_steps=2)
         for seed in (1, 1, 2)
@@ -267,8 +267,8 @@ def test_it_answers_as_diffusers_pipelines_do(prior: pipeline.ToyboxPipeline) ->
     tensor = ask("pt").images
     assert torch.equal(torch.from_numpy(ask("np").images).movedim(-1, 1), tensor)
     assert torch.equal((ask("latent").images / 2 + 0.5).clamp(0, 1), tensor)
-    (picture,) = ask("pil", return_dict=False)[0]
-    assert np.abs(np.asarray(picture) / 255 - ask("np").images[0]).max() <= 0.5 / 255
+    (image,) = ask("pil", return_dict=False)[0]
+    assert np.abs(np.asarray(image) / 255 - ask("np").images[0]).max() <= 0.5 / 255
     start = torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     assert torch.equal(ask("pt", latents=start).images, tensor)
     assert not torch.equal(ask("pt", eta=1.0).images, tensor)
@@ -283,8 +283,8 @@ def test_shipped_weights_draw_what_they_are_asked_for(
         *(("green", "tree"), ("red", "mushroom"), ("blue", "torus")),
         *(("red", "cube"), ("purple", "snowman"), ("blue", "car")),
     ]
-    pictures = pipeline.draw(prior, [f"a {c} {n}, side view" for c, n in pairs], 0)
-    seen = classifier.load().judge(pictures)
+    images = pipeline.draw(prior, [f"a {c} {n}, side view" for c, n in pairs], 0)
+    seen = classifier.load().classify(images)
     objects = [list(OBJECTS)[i] for i in seen.objects.tolist()]
     colours = [list(COLOURS)[i] for i in seen.colours.tolist()]
     assert sum(o == n for o, (_, n) in zip(objects, pairs, strict=True)) >= 5

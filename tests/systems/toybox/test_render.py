@@ -51,13 +51,13 @@ def test_colour_of_a_surface_point_does_not_depend_on_the_camera() -> None:
     """From many cameras, a sphere's colour is one function of the point in space."""
     cameras = _cameras()
     origins, directions, depth = _rays_and_hits(cameras, 32)
-    picture = render("sphere", "blue", cameras, 32, supersample=1)
-    inside = (picture.mask[:, 0] == 1) & ~depth.isnan()
+    image = render("sphere", "blue", cameras, 32, supersample=1)
+    inside = (image.mask[:, 0] == 1) & ~depth.isnan()
     normals = (origins + depth[..., None] * directions)[inside] / RADIUS
     diffuse = (normals @ torch.tensor(LIGHT)).clamp(min=0)
     shade = AMBIENT + (1 - AMBIENT) * diffuse
     expected = shade[:, None] * torch.tensor(COLOURS["blue"])
-    actual = picture.rgb.permute(0, 2, 3, 1)[inside]
+    actual = image.rgb.permute(0, 2, 3, 1)[inside]
     assert len(actual) > 1000
     error = (actual - expected).abs()
     assert error.mean() < 1e-3
@@ -86,8 +86,8 @@ def test_front_is_seen_from_x_and_up_is_up() -> None:
     )
     orange, blue = torch.tensor(COLOURS["orange"]), torch.tensor(COLOURS["blue"])
 
-    def rows_like(picture: torch.Tensor, colour: torch.Tensor) -> torch.Tensor:
-        direction = torch.nn.functional.normalize(picture[0], dim=0)
+    def rows_like(image: torch.Tensor, colour: torch.Tensor) -> torch.Tensor:
+        direction = torch.nn.functional.normalize(image[0], dim=0)
         like = torch.einsum("chw,c->hw", direction, colour / colour.norm()) > 0.99
         return like.nonzero()[:, 0].float()
 

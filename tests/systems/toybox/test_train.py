@@ -9,7 +9,7 @@ from diffusers.utils import logging
 from systems.scene.cameras import Cameras
 from systems.toybox import WEIGHTS, classifier, evaluate, measure, pipeline
 from systems.toybox.captions import FIRST_HELD_OUT, HELD_OUT, MARKS
-from systems.toybox.classifier import Judgement
+from systems.toybox.classifier import Classification
 from systems.toybox.conditions import labels, to_blocks
 from systems.toybox.model import make_scheduler, make_tokenizer
 from systems.toybox.objects import COLOURS, OBJECTS
@@ -198,7 +198,7 @@ def test_a_classifier_learns_and_is_loaded_as_it_was_saved(
     assert set(score) >= {"object", "colour", "finish"}
     assert 0 <= score["azimuth, median error in degrees"] <= 180
     first = classifier.load()
-    assert first.judge(images[:, :, ::2, ::2]).finishes is None
+    assert first.classify(images[:, :, ::2, ::2]).finishes is None
 
 
 def test_angles_wrap_around() -> None:
@@ -221,7 +221,7 @@ def test_score_counts_what_was_seen() -> None:
     objects = torch.tensor([list(OBJECTS).index(p.name) for p in asked])
     colours = torch.tensor([list(COLOURS).index(p.colour) for p in asked])
     objects[0] = (objects[0] + 1) % 16
-    report = evaluate.score(asked, Judgement(objects, colours))
+    report = evaluate.score(asked, Classification(objects, colours))
     groups = report["groups"]
     assert isinstance(groups, dict)
     assert groups["trained pairs"] == {"prompts": 8, "object": 0.875, "colour": 1.0}
@@ -236,13 +236,13 @@ class _Oracle(classifier.Classifier):
         super().__init__()
         self.asked, self.turn = asked, turn
 
-    def judge(self, images: torch.Tensor) -> Judgement:
+    def classify(self, images: torch.Tensor) -> Classification:
         asked = [q for q in self.asked if len(images) == len(self.asked) or _front(q)]
         objects = [list(OBJECTS).index(q.asked.name or "") for q in asked]
         colours = [list(COLOURS).index(q.asked.colour or "") for q in asked]
         finishes = [("plain", *MARKS).index(q.asked.finish) for q in asked]
         azimuths = torch.cat([q.camera.azimuth for q in asked]) + self.turn
-        return Judgement(
+        return Classification(
             torch.tensor(objects),
             torch.tensor(colours),
             torch.tensor(finishes),
@@ -262,10 +262,10 @@ def test_truths_are_measured_as_perfect() -> None:
     assert all(q.asked.second != q.asked.colour for q in asked)
     grey = torch.full((3,), 0.75)
     images = torch.cat([q.truth.render(q.camera, 64).over(grey) for q in asked])
-    judge = _Oracle(asked, turn=10.0)
-    figures = measure.combinations(asked, images, judge)
+    classifier = _Oracle(asked, turn=10.0)
+    figures = measure.combinations(asked, images, classifier)
     assert figures == {"samples": 34, "object": 1.0, "colour": 1.0, "finish": 1.0}
-    seen = measure.cameras(asked, images, judge)
+    seen = measure.cameras(asked, images, classifier)
     assert seen["azimuth, median error in degrees"] == pytest.approx(10, abs=0.01)
     assert seen["azimuth within 30 degrees"] == 1
     assert seen["mask IoU, mean"] > 0.93
