@@ -8,12 +8,15 @@ built, and restored before each evaluation; schedules then set them from the ste
 
 from __future__ import annotations
 
+import collections
 from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
+
+from dreampropeller import generators
 
 _MODULE_TABLES = frozenset(
     name for name in vars(nn.Module()) if name != "training"
@@ -45,7 +48,10 @@ class Attributes:
         state: Iterable[Tensor] = (),
     ) -> None:
         self._skip = frozenset(skip)
-        memory = frozenset(tensor.untyped_storage().data_ptr() for tensor in state)
+        self._again = roots, follow, skip, list(state)
+        memory = frozenset(
+            tensor.untyped_storage().data_ptr() for tensor in self._again[3]
+        )
         self._owners: list[_Owner] = []
         seen: set[int] = set()
         todo: list[tuple[str, object]] = list(roots.items())
@@ -65,6 +71,10 @@ class Attributes:
                 and not _is_frozen(child)
             ]
 
+    def again(self) -> Attributes:
+        """A new record of the same objects, as they are now."""
+        return Attributes(*self._again)
+
     def restore(self) -> None:
         """Restore every attribute."""
         for one in self._owners:
@@ -78,21 +88,25 @@ class Attributes:
                 if name not in table or not note.holds(table[name]):
                     table[name] = note.restored()
 
-    def changed(self) -> list[str]:
-        """Names of the attributes that differ from the record."""
+    def changed(self, numbers: bool = False) -> list[str]:
+        """Names of the attributes that differ from the record.
+
+        Args:
+            numbers: Of numbers and tensors only, and not those of metrics.
+        """
         names: list[str] = []
         for one in self._owners:
-            if one.is_untouched():
+            observes = type(one.owner).__module__.split(".")[0] == "torchmetrics"
+            if one.is_untouched() or (numbers and observes):
                 continue
             now = dict(self._plain(one.owner))
             prefix = f"{one.path}." if one.path else ""
-            names += [
-                prefix + name
-                for name in {**one.notes, **now}
-                if name not in now
-                or name not in one.notes
-                or not one.notes[name].holds(now[name])
-            ]
+            for name in {**one.notes, **now}:
+                note = one.notes.get(name)
+                if note is None or name not in now:
+                    names.append(prefix + name)
+                elif note.counts(now[name]) if numbers else not note.holds(now[name]):
+                    names.append(prefix + name)
         return sorted(names)
 
     def objects(self) -> Iterator[tuple[str, object]]:
@@ -120,7 +134,7 @@ class _Owner:
         memory: frozenset[int],
     ) -> None:
         self.path, self.owner = path, owner
-        self.notes = {name: _Note(value, memory) for name, value in plain}
+        self.notes = {name: Note(value, memory) for name, value in plain}
         self._size = len(vars(owner))
         values = {name: vars(owner)[name] for name in self.notes}
         self._mutable = [n for n, value in values.items() if not _is_constant(value)]
@@ -140,7 +154,7 @@ class _Owner:
         )
 
 
-class _Note:
+class Note:
     """One recorded value: comparison and restoration."""
 
     def __init__(self, value: Any, memory: frozenset[int]) -> None:
@@ -149,24 +163,25 @@ class _Note:
             value.layout is torch.strided
             and value.untyped_storage().data_ptr() in memory
         )
-        self._items: list[_Note] | None = None
+        self._items: list[Note] | None = None
         self._keys: list[Any] = []
         self._copy: Any = None
         self._version = -1
         if self._is_value:
             self._copy = value.detach().clone()
             self._version = value._version
-        elif isinstance(value, torch.Generator):
-            self._copy = value.get_state()
-        elif type(value) is dict:
+        elif generators.is_generator(value):
+            self._copy = generators.state_of(value)
+        elif isinstance(value, dict):
             self._keys = list(value)
-            self._items = [_Note(item, memory) for item in value.values()]
-        elif type(value) in (list, tuple):
-            self._items = [_Note(item, memory) for item in value]
+            self._items = [Note(item, memory) for item in value.values()]
+        elif isinstance(value, (list, tuple, collections.deque)):
+            self._items = [Note(item, memory) for item in value]
         elif type(value) is set:
             self._copy = set(value)
 
     def holds(self, now: Any) -> bool:
+        """Whether the value that stands there now is the recorded one."""
         value = self._value
         if isinstance(value, _SCALARS):
             return type(now) is type(value) and (now == value or now != now)
@@ -174,19 +189,39 @@ class _Note:
             return False
         if self._is_value:
             return value._version == self._version
-        if isinstance(value, torch.Generator):
-            return torch.equal(value.get_state(), self._copy)
+        if generators.is_generator(value):
+            return generators.same(generators.state_of(value), self._copy)
         if type(value) is set:
             return value == self._copy
         if self._items is None:
             return True
-        if type(value) is dict:
+        if isinstance(value, dict):
             # By identity: keys may be tensors or arrays, whose `==` is not a bool.
             if [id(key) for key in value] != [id(key) for key in self._keys]:
                 return False
             value = list(value.values())
         return len(value) == len(self._items) and all(
             note.holds(item) for note, item in zip(self._items, value, strict=True)
+        )
+
+    def counts(self, now: Any) -> bool:
+        """Whether a number or tensor has another value, also inside of containers.
+
+        Containers that have grown do not count: they may be logs.
+        """
+        value = self._value
+        if isinstance(value, (bool, int, float)) or isinstance(now, (int, float)):
+            return not self.holds(now)
+        if isinstance(now, Tensor):
+            was = self._copy if self._is_value else value
+            if not isinstance(was, Tensor) or was.shape != now.shape:
+                return True
+            return not torch.equal(was.detach(), now.detach())
+        if self._items is None or type(now) is not type(value):
+            return False
+        items = list(now.values()) if isinstance(now, dict) else list(now)
+        return len(items) == len(self._items) and any(
+            note.counts(item) for note, item in zip(self._items, items, strict=True)
         )
 
     def restored(self) -> Any:
@@ -197,15 +232,18 @@ class _Note:
                 with torch.no_grad():
                     value.detach().copy_(self._copy)
                 self._version = value._version
-        elif isinstance(value, torch.Generator):
-            value.set_state(self._copy)
-        elif type(value) is dict:
+        elif generators.is_generator(value):
+            generators.set_state(value, self._copy)
+        elif isinstance(value, dict):
             items = [note.restored() for note in self._items or []]
             value.clear()
-            value.update(zip(self._keys, items, strict=True))
-        elif type(value) is list:
-            value[:] = [note.restored() for note in self._items or []]
-        elif type(value) is tuple:
+            for key, item in zip(self._keys, items, strict=True):
+                value[key] = item  # `Counter.update` would count
+        elif isinstance(value, (list, collections.deque)):
+            items = [note.restored() for note in self._items or []]
+            value.clear()
+            value.extend(items)
+        elif isinstance(value, tuple):
             for note in self._items or []:
                 note.restored()
         elif type(value) is set:
@@ -216,8 +254,8 @@ class _Note:
 
 def _is_constant(value: object) -> bool:
     """Whether a value is recorded by reference alone."""
-    kinds = (torch.Generator, dict, list, tuple, set)
-    return not _is_value(value) and not isinstance(value, kinds)
+    mutable = isinstance(value, (dict, list, tuple, set, collections.deque))
+    return not (mutable or _is_value(value) or generators.is_generator(value))
 
 
 def _is_value(value: Any) -> bool:

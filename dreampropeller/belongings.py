@@ -15,17 +15,17 @@ import functools
 import io
 import logging
 import pathlib
-import random
 import re
 import types
 import weakref
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping, MutableMapping
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from dreampropeller import generators
 from dreampropeller.tree import Nest
 
 KIND = "python"
@@ -64,6 +64,9 @@ _CONSTANT = (
 class Belongings:
     """Reads and writes the memory of objects that share parameters.
 
+    Containers and objects keep their identity, also where one stands at two places:
+    `begin` a pass over all of them, then read or write them in the same order.
+
     Args:
         parameters: The parameters by name.
         owners: Objects whose memory is kept elsewhere; they are not entered.
@@ -76,6 +79,14 @@ class Belongings:
         self._names = {id(one): name for name, one in parameters.items()}
         self._owners = [*owners]
         self._known = {id(one) for one in self._owners}
+        self._classes: dict[str, type] = {}
+        self.begin()
+
+    def begin(self) -> None:
+        """Begin a pass."""
+        self._numbers: dict[int, int] = {}  # of what was read, by identity
+        self._targets: list[Any] = []  # what was written, by number
+        self._used: set[int] = set()
 
     def read(self, value: Any, path: str) -> Nest:
         """The memory of a value.
@@ -87,7 +98,43 @@ class Belongings:
         Raises:
             TypeError: It holds something that could not be put back.
         """
-        return self._read(value, path, frozenset())
+        if isinstance(value, Tensor):
+            name = self._names.get(id(value))
+            if name is not None:
+                return {KIND: "parameter", "name": name}
+            return value.data if isinstance(value, nn.Parameter) else value
+        if isinstance(value, enum.Enum) or id(value) in self._known:
+            return {KIND: "constant"}
+        if isinstance(value, np.generic):
+            return value.item()
+        if isinstance(value, _SCALARS):
+            return value
+        if generators.is_generator(value):
+            state = Belongings({}).read(generators.state_of(value), path)
+            return {KIND: "generator", "state": state}
+        if isinstance(value, (tuple, frozenset)):
+            return self._read_items(value, path)
+        if isinstance(value, _CONSTANT):
+            return {KIND: "constant"}
+        if id(value) in self._numbers:
+            return {KIND: "alias", "of": self._numbers[id(value)]}
+        self._numbers[id(value)] = len(self._numbers)
+        if isinstance(value, Mapping):
+            return self._read_mapping(value, path)
+        if isinstance(value, (list, set, collections.deque)):
+            return self._read_items(value, path)
+        if isinstance(value, np.ndarray) and value.dtype != object:
+            return {KIND: "array", "value": torch.from_numpy(value.copy())}
+        if not hasattr(value, "__dict__") or isinstance(value, io.IOBase):
+            raise TypeError(
+                f"`{path}` is a `{type(value).__name__}`, which can be neither copied "
+                "nor put back, and steps are evaluated more than once. Keep tensors, "
+                "numbers, strings, lists, tuples, dicts or a generator there instead."
+            )
+        attributes = {n: self.read(v, f"{path}.{n}") for n, v in vars(value).items()}
+        name = f"{type(value).__module__}.{type(value).__qualname__}"
+        self._classes[name] = type(value)
+        return {KIND: "object", "class": name, "attributes": attributes}
 
     def read_attributes(self, owner: object, path: str, skip: Iterable[str]) -> Nest:
         """The memory in the attributes of an object, by their names."""
@@ -98,62 +145,26 @@ class Belongings:
     def write_attributes(self, owner: object, nest: Nest, skip: Iterable[str]) -> None:
         """Write memory back into the attributes; those born later are removed."""
         table = vars(owner)
+        reader = Belongings(self._parameters, self._owners)
         for name in [n for n in table if n not in nest and n not in skip]:
-            if not _is_constant(self.read(table[name], name)):
+            if not _is_constant(reader.read(table[name], name)):
                 del table[name]
         for name, value in nest.items():
             table[name] = self.write(value, table.get(name))
 
-    def _read(self, value: Any, path: str, above: frozenset[int]) -> Nest:
-        if isinstance(value, Tensor):
-            name = self._names.get(id(value))
-            if name is not None:
-                return {KIND: "parameter", "name": name}
-            return value.data if isinstance(value, nn.Parameter) else value
-        if isinstance(value, enum.Enum) or id(value) in self._known | above:
-            return {KIND: "constant"}
-        if isinstance(value, np.generic):
-            return value.item()
-        if isinstance(value, _SCALARS):
-            return value
-        above |= {id(value)}
-        for kind, read in _GENERATORS.items():
-            if isinstance(value, kind):
-                return {
-                    KIND: "generator",
-                    "state": self._read(read(value), path, above),
-                }
-        if isinstance(value, Mapping):
-            return self._read_mapping(value, path, above)
-        if isinstance(value, (list, tuple, collections.deque)):
-            items = [self._read(v, f"{path}[{i}]", above) for i, v in enumerate(value)]
-            if type(value) in (list, tuple) and all(map(_is_raw, items)):
-                return type(value)(items)
-            return {KIND: "sequence", "items": items}
+    def _read_items(self, value: Any, path: str) -> Nest:
         if isinstance(value, (set, frozenset)):
-            items = [self._read(one, f"{path}{{…}}", above) for one in value]
+            items = [self.read(one, f"{path}{{…}}") for one in value]
             return {KIND: "set", "items": sorted(items, key=repr)}
-        if isinstance(value, np.ndarray) and value.dtype != object:
-            return {KIND: "array", "value": torch.from_numpy(value.copy())}
-        if isinstance(value, _CONSTANT):
-            return {KIND: "constant"}
-        if not hasattr(value, "__dict__") or isinstance(value, io.IOBase):
-            raise TypeError(
-                f"`{path}` is a `{type(value).__name__}`, which can be neither copied "
-                "nor put back, and steps are evaluated more than once. Keep tensors, "
-                "numbers, strings, lists, tuples, dicts or a generator there instead."
-            )
-        attributes = {
-            n: self._read(v, f"{path}.{n}", above) for n, v in vars(value).items()
-        }
-        return {KIND: "object", "attributes": attributes}
+        items = [self.read(one, f"{path}[{i}]") for i, one in enumerate(value)]
+        if type(value) in (list, tuple) and all(map(_is_raw, items)):
+            return type(value)(items)
+        return {KIND: "sequence", "items": items}
 
-    def _read_mapping(
-        self, value: Mapping[Any, Any], path: str, above: frozenset[int]
-    ) -> Nest:
+    def _read_mapping(self, value: Mapping[Any, Any], path: str) -> Nest:
         keys = [self._key(key, path) for key in value]
         items = [
-            self._read(child, f"{path}[{key!r}]", above)
+            self.read(child, f"{path}[{key!r}]")
             for key, child in zip(keys, value.values(), strict=True)
         ]
         raw = type(value) is dict and KIND not in value and all(map(_is_raw, items))
@@ -162,10 +173,10 @@ class Belongings:
         return {KIND: "dict", "keys": keys, "items": items}
 
     def _key(self, key: Any, path: str) -> Any:
-        if id(key) in self._names or key in self._names:  # also by `id(parameter)`
-            by = id(key) in self._names
-            name = self._names[id(key) if by else key]
-            return {KIND: "parameter" if by else "identity", "name": name}
+        if id(key) in self._names:
+            return {KIND: "parameter", "name": self._names[id(key)]}
+        if isinstance(key, int) and key in self._names:  # `id(parameter)`
+            return {KIND: "identity", "name": self._names[key]}
         if isinstance(key, _SCALARS):
             return key
         if isinstance(key, tuple):
@@ -176,93 +187,122 @@ class Belongings:
         )
 
     def write(self, nest: Nest, live: Any) -> Any:
-        """Put memory back; containers and objects keep their identity.
+        """Put memory back.
 
         Args:
-            nest: The memory; it is used, not copied.
+            nest: The memory; its tensors are used, not copied.
             live: What stands at its place now.
         """
-        if not isinstance(nest, dict) or KIND not in nest:
-            return self._write_raw(nest, live)
-        kind = nest[KIND]
-        if kind == "constant":
-            return live
-        if kind == "parameter":
-            return self._parameters[nest["name"]]
-        if kind == "identity":
-            return id(self._parameters[nest["name"]])
-        if kind == "generator":
-            _WRITE[_generator_kind(live)](live, self.write(nest["state"], None))
-            return live
-        if kind == "array":
-            value = nest["value"].numpy()
-            if isinstance(live, np.ndarray) and live.shape == value.shape:
-                live[...] = value
+        if isinstance(nest, Tensor):
+            if isinstance(live, nn.Parameter) and id(live) not in self._names:
+                live.data = nest  # an object of its own, which keeps its type
                 return live
-            return value.copy()
-        if kind == "object":
-            return self._write_object(nest["attributes"], live)
-        if kind == "dict":
+            return nest
+        if isinstance(nest, dict):
             return self._write_dict(nest, live)
-        return self._write_items(kind, nest["items"], live)
-
-    def _write_raw(self, nest: Nest, live: Any) -> Any:
-        if isinstance(live, nn.Parameter) and isinstance(nest, Tensor):
-            live.data = nest  # an object of its own, which keeps its type
-            return live
-        if type(live) is dict and type(nest) is dict and live is not nest:
-            written = {key: self.write(v, live.get(key)) for key, v in nest.items()}
-            live.clear()
-            live.update(written)
-            return live
-        if type(live) is list and type(nest) is list and live is not nest:
-            return self._write_items("sequence", nest, live)
+        if isinstance(nest, list):
+            return self._write_items(nest, live, list)
+        if isinstance(nest, tuple):
+            return self._write_tuple(nest, live)
         return nest
 
-    def _write_object(self, attributes: Nest, live: Any) -> Any:
-        table = vars(live)
+    def _write_dict(self, nest: dict[Any, Any], live: Any) -> Any:
+        kind = nest.get(KIND)
+        if kind is None:
+            return self._write_mapping(list(nest), list(nest.values()), live)
+        if kind == "constant":
+            return live
+        if kind == "alias":
+            return self._targets[nest["of"]]
+        if kind in ("parameter", "identity"):
+            parameter = self._parameters[nest["name"]]
+            return parameter if kind == "parameter" else id(parameter)
+        if kind == "generator":
+            generators.set_state(live, Belongings({}).write(nest["state"], None))
+            return live
+        if kind == "array":
+            return self._write_array(nest["value"].numpy(), live)
+        if kind == "object":
+            return self._write_object(nest["class"], nest["attributes"], live)
+        if kind == "dict":
+            return self._write_mapping(nest["keys"], nest["items"], live)
+        if isinstance(live, (tuple, frozenset)):
+            return self._write_tuple(nest["items"], live)
+        made = set if kind == "set" else list
+        return self._write_items(nest["items"], live, made)
+
+    def _target(self, live: Any, kinds: Any, make: Any) -> Any:
+        """The object to write into: the live one, unless it was taken before."""
+        fits = isinstance(live, kinds) and id(live) not in self._used
+        target = live if fits else make()
+        self._used.add(id(target))
+        self._targets.append(target)
+        return target
+
+    def _write_mapping(self, keys: list[Any], nests: list[Nest], live: Any) -> Any:
+        old = dict(live) if isinstance(live, Mapping) else {}
+        target = self._target(live, MutableMapping, dict)
+        found = [self._restored_key(key) for key in keys]
+        items = [
+            self.write(nest, old.get(key))
+            for key, nest in zip(found, nests, strict=True)
+        ]
+        target.clear()
+        for key, item in zip(found, items, strict=True):
+            target[key] = item  # `Counter.update` would count
+        return target
+
+    def _write_items(self, nests: list[Nest], live: Any, made: type) -> Any:
+        kinds = set if made is set else (list, collections.deque)
+        old = [] if made is set or not isinstance(live, Iterable) else list(live)
+        target = self._target(live, kinds, made)
+        if made is set:
+            items = [self._restored_key(nest) for nest in nests]
+        else:
+            old += [None] * (len(nests) - len(old))
+            items = [self.write(one, o) for one, o in zip(nests, old, strict=False)]
+        target.clear()
+        target.update(items) if made is set else target.extend(items)
+        return target
+
+    def _write_tuple(self, nests: Iterable[Nest], live: Any) -> Any:
+        nests = [*nests]
+        if isinstance(live, frozenset):
+            return type(live)(self._restored_key(nest) for nest in nests)
+        old = [*live] if isinstance(live, tuple) else []
+        old += [None] * (len(nests) - len(old))
+        items = [self.write(one, o) for one, o in zip(nests, old, strict=False)]
+        if not isinstance(live, tuple):
+            return tuple(items)
+        return type(live)(*items) if hasattr(live, "_fields") else type(live)(items)
+
+    def _write_array(self, value: Any, live: Any) -> Any:
+        target = self._target(live, np.ndarray, value.copy)
+        if target.shape != value.shape or target.dtype != value.dtype:
+            self._targets[-1] = target = value.copy()
+        target[...] = value
+        return target
+
+    def _write_object(self, kind: str, attributes: dict[str, Nest], live: Any) -> Any:
+        known = self._classes.get(kind)
+        if known is None:
+            raise TypeError(
+                f"A `{kind}` was made during the run that is resumed, and its class is "
+                "not known yet: make it when the optimizer or scheduler is made."
+            )
+        old = dict(vars(live)) if isinstance(live, known) else {}
+        target = self._target(live, known, lambda: object.__new__(known))
+        table = vars(target)
         for name in [name for name in table if name not in attributes]:
             del table[name]
-        for name, value in attributes.items():
-            table[name] = self.write(value, table.get(name))
-        return live
-
-    def _write_dict(self, nest: Nest, live: Any) -> Any:
-        keys = [self._restored_key(key) for key in nest["keys"]]
-        old = live if isinstance(live, Mapping) else {}
-        items = [
-            self.write(item, old.get(key))
-            for key, item in zip(keys, nest["items"], strict=True)
-        ]
-        target: Any = live if hasattr(live, "clear") else {}
-        target.clear()
-        for key, item in zip(keys, items, strict=True):
-            target[key] = item  # `Counter.update` would count
+        for name, nest in attributes.items():
+            table[name] = self.write(nest, old.get(name))
         return target
 
     def _restored_key(self, key: Any) -> Any:
         if isinstance(key, tuple):
             return tuple(self._restored_key(one) for one in key)
         return self.write(key, None) if isinstance(key, dict) else key
-
-    def _write_items(self, kind: str, items: list[Nest], live: Any) -> Any:
-        if kind == "set":
-            values: Any = [self._restored_key(item) for item in items]
-        else:
-            old = list(live) if isinstance(live, Iterable) else []
-            old += [None] * (len(items) - len(old))
-            values = [self.write(item, o) for item, o in zip(items, old, strict=False)]
-        if isinstance(live, (tuple, frozenset)):
-            named = hasattr(live, "_fields")
-            return type(live)(*values) if named else type(live)(values)
-        if isinstance(live, list):
-            live[:] = values
-        elif isinstance(live, (set, collections.deque)):
-            live.clear()
-            live.update(values) if isinstance(live, set) else live.extend(values)
-        else:
-            return values
-        return live
 
 
 def _is_raw(nest: Nest) -> bool:
@@ -272,29 +312,3 @@ def _is_raw(nest: Nest) -> bool:
 
 def _is_constant(nest: Nest) -> bool:
     return isinstance(nest, dict) and nest.get(KIND) in ("constant", "parameter")
-
-
-def _numpy_state(one: np.random.Generator) -> Any:
-    return dict(one.bit_generator.state)
-
-
-def _set_numpy_state(one: np.random.Generator, state: Any) -> None:
-    one.bit_generator.state = state
-
-
-_GENERATORS: dict[type, Callable[[Any], Any]] = {
-    torch.Generator: torch.Generator.get_state,
-    random.Random: random.Random.getstate,
-    np.random.Generator: _numpy_state,
-    np.random.RandomState: lambda one: one.get_state(legacy=False),
-}
-_WRITE: dict[type, Callable[[Any, Any], None]] = {
-    torch.Generator: lambda one, state: one.set_state(state),
-    random.Random: random.Random.setstate,
-    np.random.Generator: _set_numpy_state,
-    np.random.RandomState: lambda one, state: one.set_state(state),
-}
-
-
-def _generator_kind(value: Any) -> type:
-    return next(kind for kind in _GENERATORS if isinstance(value, kind))

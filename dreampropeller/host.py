@@ -43,6 +43,11 @@ class ModuleHost:
         self.frozen = {n: p for n, p in named.items() if n not in self.parameters}
         self.record()
 
+    @property
+    def on_gpu(self) -> bool:
+        """Whether the parameters are on a GPU."""
+        return next(iter(self.parameters.values())).device.type != "cpu"
+
     def record(self) -> None:
         """Record flags and plain attributes, which an evaluation must leave alone."""
         self._flags = Flags(self.module)
@@ -63,18 +68,12 @@ class ModuleHost:
         self._flags.check("Between two evaluations")
         named = {**self.parameters, **self.frozen}
         gradients = {name: parameter.grad for name, parameter in named.items()}
-        own = [
-            (owner, key, buffer)
-            for owner in self.module.modules()
-            for key, buffer in owner._buffers.items()
-        ]
-        buffers = self.buffers()
+        own, buffers = self._registered(), self.buffers()
         values = {name: y[name] for name in self.parameters}
         values |= {name: y[name].detach().clone() for name in buffers}
         try:
             with lent({**self.parameters, **buffers}, values):
-                for parameter in named.values():
-                    parameter.grad = None
+                self.clear_gradients()
                 yield
                 self._flags.check("The step")
         finally:
@@ -84,6 +83,43 @@ class ModuleHost:
                 owner._buffers[key] = buffer
             self.attributes.restore()
             self._flags.restore()
+
+    @contextlib.contextmanager
+    def untouched(self) -> Iterator[None]:
+        """Put back values, gradients, flags and attributes after the block."""
+        named = {**self.parameters, **self.frozen}
+        gradients = {name: parameter.grad for name, parameter in named.items()}
+        tensors = [*self.parameters.values(), *self.buffers().values()]
+        saved = [(tensor, tensor.detach().clone()) for tensor in tensors]
+        own = self._registered()
+        try:
+            yield
+        finally:
+            for owner, key, buffer in own:
+                owner._buffers[key] = buffer
+            for tensor, value in saved:
+                tensor.data.copy_(value)
+            for name, parameter in named.items():
+                parameter.grad = gradients[name]
+            self.attributes.restore()
+            self._flags.restore()
+
+    def write(self, y: State) -> None:
+        """Write a state into the module's own memory."""
+        for name, tensor in {**self.parameters, **self.buffers()}.items():
+            tensor.data.copy_(y[name])
+
+    def clear_gradients(self) -> None:
+        """Remove the gradients of all parameters."""
+        for parameter in self.module.parameters():
+            parameter.grad = None
+
+    def _registered(self) -> list[tuple[nn.Module, str, Tensor | None]]:
+        return [
+            (owner, key, buffer)
+            for owner in self.module.modules()
+            for key, buffer in owner._buffers.items()
+        ]
 
     def gradients(self) -> State:
         """The gradients of the trainable parameters; absent ones are left out."""

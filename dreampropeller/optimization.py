@@ -13,7 +13,7 @@ new values of changed elements (integers: the increment), and the update writes 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeAlias
 
 import torch
@@ -23,6 +23,7 @@ from dreampropeller.buffers import buffer_drift, updated_buffers
 from dreampropeller.guard import Guard
 from dreampropeller.host import ModuleHost
 from dreampropeller.identity import Fingerprint, plain, shape_of
+from dreampropeller.module_check import ModuleLoop
 from dreampropeller.optimizers import (
     OptimizerFactory,
     Optimizers,
@@ -33,7 +34,8 @@ from dreampropeller.optimizers import (
 from dreampropeller.precision import Precision
 from dreampropeller.rng import StepRandom, set_streams, streams
 from dreampropeller.trajectory import Drift, Trajectory
-from dreampropeller.tree import Aux, Nest, State, copy_nest
+from dreampropeller.tree import Aux, Nest, State, all_finite, copy_nest
+from dreampropeller.verification import Checked, EvaluationFailed, Repeats, probe
 
 Loss: TypeAlias = Callable[[int, State], Any]
 """`(step, y) -> loss` or `(loss, aux)`; new buffer values are written into `y`."""
@@ -108,13 +110,13 @@ class OptimizationTrajectory(Trajectory[Nest]):
             )
         self._host = _host
         parameters: Params = {n: nn.Parameter(self._initial[n]) for n in params}
-        self._optimizers = Optimizers(
-            parameters if _host is None else _host.parameters,
-            optimizer,
-            scheduler,
-            private=_host is None,
-            known=() if _host is None else _host.module.modules(),
-        )
+        known = () if _host is None else tuple(_host.module.modules())
+
+        def make() -> Optimizers:
+            own = parameters if _host is None else _host.parameters
+            return Optimizers(own, optimizer, scheduler, _host is None, known)
+
+        self._make_optimizers, self._optimizers = make, make()
         self._initial_carry = copy_nest(self._optimizers.export())
         self._fingerprint = {
             "state": {name: shape_of(value) for name, value in self._initial.items()},
@@ -165,6 +167,7 @@ class OptimizationTrajectory(Trajectory[Nest]):
             del y  # the module holds it
             return loss(step, module)
 
+        vars(evaluated)["__wrapped__"] = loss
         return cls(
             evaluated,
             host.parameters,
@@ -190,9 +193,19 @@ class OptimizationTrajectory(Trajectory[Nest]):
         if self._host is not None:
             self._host.module.to(device)
             self._host.record()
+        self._repeats = None
         return self._drift
 
+    _repeats: Repeats | None = None
+    """Repeats an evaluation now and then, once a check has passed."""
+
     def _drift(self, step: int, y: State) -> tuple[State, Aux]:
+        drift, aux = self._drift_once(step, y)
+        if self._repeats is not None and self._repeats.due():
+            self._repeats.compare(step, drift, self._drift_once(step, y)[0])
+        return drift, aux
+
+    def _drift_once(self, step: int, y: State) -> tuple[State, Aux]:
         random = self._random.scope(step) if self._random else nullcontext()
         evaluate = self._evaluate if self._host is None else self._evaluate_host
         with random, torch.enable_grad():
@@ -272,15 +285,57 @@ class OptimizationTrajectory(Trajectory[Nest]):
         scale = self._precision.update(y, drift)
         return {**y, **params, **updated_buffers(y, drift), **scale}, carry
 
+    def check(self, step: int, y: State, carry: Nest, drift: Drift) -> Checked | None:
+        """Also compare with the loop on the module itself, if there is a module."""
+        host = self._host
+        if host is None:
+            return super().check(step, y, carry, drift)
+
+        def draws(step: int) -> AbstractContextManager[None]:
+            return self._random.scope(step) if self._random else nullcontext()
+
+        loop = ModuleLoop(
+            host,
+            getattr(self._loss, "__wrapped__", self._loss),
+            self._loop_gradients,
+            self._clip_in_place,
+            self._make_optimizers,
+        )
+        try:
+            found = probe(self, step, y, carry, drift, loop.cause)
+        except EvaluationFailed:
+            loop.captured.restore()
+            return None
+        if all_finite(found.drifts[1:]) == [True]:
+            second = found.steps[1], found.states[1], copy_nest(found.after[0][1])
+            with torch.no_grad():
+                found.after.append(self.update(*second, found.drifts[1]))
+        loop.compare(found, carry if step else None, draws)
+        self._repeats = Repeats(found.noise, loop.cause)
+        return found.checked(whole=True)
+
+    def _loop_gradients(self, step: int, y: State) -> State:
+        """The gradients of the loop, on what the module holds."""
+        assert self._host is not None, "only with a host"
+        with torch.enable_grad():
+            loss, _ = self._scaled_loss(step, y, y, {})
+            loss.backward()
+        gradients = self._host.gradients()
+        overflow = Precision.overflowed(self._precision.unscale(gradients.values(), y))
+        return {} if overflow else gradients
+
+    def _clip_in_place(self, parameters: list[Tensor]) -> None:
+        if self._clip_grad_norm is not None:
+            nn.utils.clip_grad_norm_(parameters, self._clip_grad_norm)
+        if self._clip_grad_value is not None:
+            nn.utils.clip_grad_value_(parameters, self._clip_grad_value)
+
     def _clip(self, gradients: State) -> State:
         if self._clip_grad_norm is None and self._clip_grad_value is None:
             return gradients
         holders = [nn.Parameter(gradient) for gradient in gradients.values()]
         for holder, gradient in zip(holders, gradients.values(), strict=True):
             holder.grad = gradient.clone()  # clipping writes in place
-        if self._clip_grad_norm is not None:
-            nn.utils.clip_grad_norm_(holders, self._clip_grad_norm)
-        if self._clip_grad_value is not None:
-            nn.utils.clip_grad_value_(holders, self._clip_grad_value)
+        self._clip_in_place([*holders])
         clipped = [holder.grad for holder in holders]
         return {n: g for n, g in zip(gradients, clipped, strict=True) if g is not None}

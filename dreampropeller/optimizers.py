@@ -74,7 +74,7 @@ class Optimizers:
         self._belongings = Belongings(self._params, owners)
         self._private = private
         self._trusted = all(_is_plain(one) for one in self._optimizers)
-        self._load(copy_nest(self.export()))  # what cannot be restored fails here
+        self.load(copy_nest(self.export()))  # what cannot be restored fails here
 
     @property
     def count(self) -> int:
@@ -91,6 +91,7 @@ class Optimizers:
 
     def export(self) -> Nest:
         """The memory of optimizers and schedulers, not copied."""
+        self._belongings.begin()
         return {
             "optimizers": [
                 self._export_one(optimizer, names)
@@ -131,9 +132,9 @@ class Optimizers:
             shared = {k: v for k, v in state.items() if not isinstance(k, Tensor)}
             if shared:
                 memory["shared"] = read(shared, f"{title}.state")
-            found = self._belongings.read_attributes(optimizer, title, _DECLARED)
-            if found:
-                memory["attributes"] = found
+            memory["attributes"] = self._belongings.read_attributes(
+                optimizer, title, _DECLARED
+            )
         return memory
 
     def fingerprint(self) -> Fingerprint:
@@ -176,7 +177,7 @@ class Optimizers:
             due: Whether the scheduler of each optimizer steps; default: all do.
             skip: Skip the optimizers, as torch's `GradScaler` does on overflow.
         """
-        self._load(carry)
+        self.load(carry)
         # Torch's own move what has a gradient; others may decay every parameter.
         names = list(gradients) if self._trusted else list(self._params)
         values = {name: y[name].clone() for name in names}
@@ -200,6 +201,13 @@ class Optimizers:
                 self._params[name].grad = gradient
         return params, self.export()
 
+    def step_in_place(self, skip: bool = False) -> None:
+        """Step the optimizers and schedulers on what the parameters hold."""
+        for optimizer in [] if skip else self._optimizers:
+            optimizer.step()
+        for scheduler in filter(None, self._schedulers):
+            scheduler.step()
+
     def _set_gradients(self, gradients: State) -> None:
         for name, parameter in self._params.items():
             gradient = gradients.get(name)
@@ -207,7 +215,9 @@ class Optimizers:
                 gradient = gradient.clone()  # some optimizers write into it
             parameter.grad = gradient
 
-    def _load(self, carry: Nest) -> None:
+    def load(self, carry: Nest) -> None:
+        """Put the optimizers and schedulers into a state; consumes the carry."""
+        self._belongings.begin()
         for optimizer, memory in zip(
             self._optimizers, carry["optimizers"], strict=True
         ):
@@ -227,16 +237,18 @@ class Optimizers:
             optimizer.state[parameter] = (
                 state if plain else write(state, live.get(parameter))
             )
-        shared = {k: v for k, v in live.items() if not isinstance(k, Tensor)}
-        optimizer.state.update(write(memory.get("shared", {}), shared))
         for group, values in zip(optimizer.param_groups, memory["groups"], strict=True):
             for key in group.keys() - values.keys() - _PARAMETERS:
                 del group[key]  # born in a later step
             for key, value in values.items():
                 group[key] = value if plain else write(value, group.get(key))
-        if not plain:
-            attributes = memory.get("attributes", {})
-            self._belongings.write_attributes(optimizer, attributes, _DECLARED)
+        if "shared" in memory:  # in the order of `_export_one`
+            shared = {k: v for k, v in live.items() if not isinstance(k, Tensor)}
+            optimizer.state.update(write(memory["shared"], shared))
+        if "attributes" in memory:
+            self._belongings.write_attributes(
+                optimizer, memory["attributes"], _DECLARED
+            )
 
 
 def _is_plain(optimizer: Optimizer) -> bool:

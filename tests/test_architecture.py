@@ -22,7 +22,7 @@ LAYERS = {
     "states": "dreampropeller/{tree,rng,timer,checks,buffers,guard,identity,allocator}"
     ".py",
     "problem": "dreampropeller/{trajectory,optim*,precision,host,attributes,lending,"
-    "verification,reachable,belongings,differential}.py",
+    "verification,module_check,reachable,generators,belongings,differential}.py",
     "control": "dreampropeller/{component,rollout,window,predictor,*threshold}.py "
     "dreampropeller/acceleration/*",
     "dispatch": "dreampropeller/dispatch/*",

@@ -366,7 +366,7 @@ def test_a_module_is_as_before_after_an_error(when: str) -> None:
         raise Failing
 
     def loss(step: int, module: Any) -> Tensor:
-        module.level += step + 1
+        module.level.fill_(step + 1)
         module.born = step
         found = error(step, module)
         if step == 2 and when == "forward":
