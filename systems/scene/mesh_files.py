@@ -51,20 +51,24 @@ def save_mesh(mesh: trimesh.Trimesh, folder: Path) -> list[Path]:
     return paths
 
 
-def to_glb(mesh: trimesh.Trimesh) -> bytes:
-    """A mesh with sRGB vertex colours as binary glTF."""
+def to_glb(*meshes: trimesh.Trimesh) -> bytes:
+    """Meshes with sRGB vertex colours as binary glTF, each an object of its own."""
     import trimesh
     from trimesh.exchange.gltf import export_glb
 
-    look: Any = mesh.visual
-    colours = np.asarray(look.vertex_colors)[:, :3] / 255
-    upright = trimesh.Trimesh(
-        mesh.vertices,
-        mesh.faces,
-        vertex_attributes={"_COLOR": to_linear(colours).astype(np.float32)},
-        process=False,
-    )
-    upright.apply_transform(_UPRIGHT)
+    scene = trimesh.Scene()
+    for number, mesh in enumerate(meshes):
+        look: Any = mesh.visual
+        colours = np.asarray(look.vertex_colors)[:, :3] / 255
+        upright = trimesh.Trimesh(
+            mesh.vertices,
+            mesh.faces,
+            vertex_attributes={"_COLOR": to_linear(colours).astype(np.float32)},
+            process=False,
+        )
+        upright.apply_transform(_UPRIGHT)
+        name = "mesh" if len(meshes) == 1 else f"part_{number + 1}"
+        scene.add_geometry(upright, geom_name=name, node_name=name)
 
     def finish(tree: dict[str, Any]) -> None:
         tree["materials"] = [MATERIAL]
@@ -76,9 +80,7 @@ def to_glb(mesh: trimesh.Trimesh) -> bytes:
                 attributes["COLOR_0"] = attributes.pop("_COLOR")
                 primitive["material"] = 0
 
-    return export_glb(
-        trimesh.Scene(upright), include_normals=True, tree_postprocessor=finish
-    )
+    return export_glb(scene, include_normals=True, tree_postprocessor=finish)
 
 
 def to_linear(srgb: np.ndarray) -> np.ndarray:

@@ -1,0 +1,107 @@
+"""`--parts`: pieces of a surface in one colour, one palette for several objects."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import trimesh
+from sklearn.metrics import adjusted_rand_score
+
+import launch
+from systems.quality.parts import Palette, find_parts
+from systems.scene.mesh_files import save_mesh
+from systems.toybox.objects import OBJECTS
+from systems.toybox.truth import truth
+
+
+def shaded(prompt: str) -> Any:
+    """The true mesh, its albedo under light from above and with noise."""
+    found = truth(prompt).mesh(40)
+    mesh = trimesh.Trimesh(found.vertices.numpy(), found.faces.numpy(), process=False)
+    light = 0.7 + 0.3 * mesh.vertex_normals[:, 2:]
+    noise = 0.02 * np.random.default_rng(0).normal(size=light.shape)
+    colours = (found.colours.numpy() * light + noise).clip(0, 1)
+    mesh.visual.vertex_colors = (colours * 255).round().astype(np.uint8)
+    return mesh
+
+
+def agreement(name: str, mesh: Any, found: Palette, index: int = 0) -> float:
+    """The adjusted Rand index of the parts and the object's own."""
+    centres = torch.from_numpy(mesh.triangles_center.copy()).float()
+    own = OBJECTS[name].distances(centres).argmin(-1)
+    return adjusted_rand_score(own, found.parts[index].labels)
+
+
+@pytest.mark.parametrize(
+    ("colour", "name", "parts"),
+    # The snowman's hat, body and nose.
+    [("red", "mushroom", 2), ("green", "snowman", 3), ("pink", "ice cream cone", 2)],
+)
+def test_parts_are_those_of_the_object(colour: str, name: str, parts: int) -> None:
+    mesh = shaded(f"a {colour} {name}")
+    found = find_parts([mesh])
+    assert found.parts[0].count == parts
+    assert agreement(name, mesh, found) > 0.9
+    assert found.parts[0].shares.sum() == pytest.approx(1)
+    again = find_parts([mesh])
+    assert (again.parts[0].labels == found.parts[0].labels).all()
+
+
+def test_pieces_apart_are_parts_and_crumbs_are_none() -> None:
+    ball = trimesh.creation.icosphere(3)
+    red, blue = np.array([200, 20, 20]), np.array([20, 20, 200])
+    colours = np.tile(red, (len(ball.vertices), 1))
+    colours[np.abs(ball.vertices[:, 2]) > 0.8] = blue  # two caps
+    colours[np.argmax(ball.vertices[:, 0])] = blue  # and a dot
+    ball.visual.vertex_colors = colours.astype(np.uint8)
+    found = find_parts([ball])
+    assert found.parts[0].count == 3
+    assert len(found.colours) == 2
+
+
+def test_runs_share_a_palette_and_get_their_files(tmp_path: Path) -> None:
+    names = {"red mushroom": "mushroom", "red tree": "tree"}
+    meshes = [shaded(f"a {name}") for name in names]
+    runs = [tmp_path / name.replace(" ", "-") for name in names]
+    for folder, mesh in zip(runs, meshes, strict=True):
+        folder.mkdir()
+        save_mesh(mesh, folder)
+    assert launch.main(["--parts", *map(str, runs)]) == 0
+    palettes = []
+    for folder in runs:
+        found = json.loads((folder / "parts.json").read_text())
+        palettes.append(found["palette"])
+        scene: Any = trimesh.load(folder / "parts.glb", process=False)
+        assert len(scene.geometry) == len(found["parts"]) == 2
+        assert (folder / "parts.png").stat().st_size > 1000
+        page = (folder / "parts.html").read_text()
+        assert all(colour in page for colour in found["palette"])
+        assert "$" not in page.partition("base64")[0]
+    assert palettes[0] == palettes[1]
+    assert len(palettes[0]) == 3  # red, white and brown
+    assert launch.main(["--parts", f"resume={runs[0]}"]) == 0
+    assert len(json.loads((runs[0] / "parts.json").read_text())["palette"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("words", "complaint"),
+    [
+        ([], "write `--parts resume=run`"),
+        (["resume={}"], "write it with `python launch.py --export"),
+        (["{}", "solver.name=picard"], "`solver.name=picard` has no effect here"),
+        (["{}/nowhere"], "there is nothing to resume"),
+    ],
+)
+def test_what_has_no_parts_is_refused(
+    words: list[str],
+    complaint: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert launch.main(["--parts", *(word.format(tmp_path) for word in words)]) == 2
+    assert complaint.lower() in capsys.readouterr().err.lower()
