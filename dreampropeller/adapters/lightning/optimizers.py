@@ -135,7 +135,7 @@ def lend(
         ValueError: An optimizer needs a closure, or a scheduler a metric.
         TypeError: An optimizer's memory cannot be restored from a checkpoint.
     """
-    values: dict[str, Tensor] = {n: p.detach().clone() for n, p in parameters.items()}
+    private = {n: nn.Parameter(p.detach().clone()) for n, p in parameters.items()}
 
     def bind(private: Params) -> list[Optimizer]:
         own: dict[Tensor, Tensor] = {
@@ -153,5 +153,5 @@ def lend(
         for optimizer, schedule in zip(optimizers, schedules, strict=True)
     }
     return Optimizers(
-        values, bind, [lambda one: scheduler_of[id(one)]] * len(optimizers)
+        private, bind, [lambda one: scheduler_of[id(one)]] * len(optimizers)
     )
