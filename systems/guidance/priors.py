@@ -193,12 +193,12 @@ class Prior:
         if self.takes_conditions and conditions is None:
             conditions = Conditions.of(len(noisy), self.unet.config["sample_size"])
         if guidance_scale == 1:
-            answer = self._answer(noisy, t, words, conditions)
-            return self._to_noise(answer, noisy, t)
+            answer = self.output(noisy, t, words, conditions)
+            return self.to_noise(answer, noisy, t)
         blank = without.expand_as(words)
         if conditions is not None:
             conditions = conditions.without_image().beside(conditions)
-        both = self._answer(
+        both = self.output(
             torch.cat([noisy, noisy]),
             torch.cat([t, t]),
             torch.cat([blank, words]),
@@ -206,16 +206,18 @@ class Prior:
         )
         plain, given = both.chunk(2)
         answer = guided(plain, given, guidance_scale, guidance_rescale)
-        return self._to_noise(answer, noisy, t)
+        return self.to_noise(answer, noisy, t)
 
-    def _answer(
+    def output(
         self, noisy: Tensor, t: Tensor, words: Tensor, conditions: Conditions | None
-    ) -> Tensor:
+    ) -> Float[Tensor, "views channels rows columns"]:
+        """The model's own output (noise, velocity or image), differentiable."""
         x, words = noisy.to(self.dtype), words.to(self.dtype)
         answer = ask(self.unet, x, t, words, conditions).to(noisy.dtype)
         return answer[:, : noisy.shape[1]]  # DeepFloyd IF: a learned variance follows
 
-    def _to_noise(self, answer: Tensor, noisy: Tensor, t: Tensor) -> Tensor:
+    def to_noise(self, answer: Tensor, noisy: Tensor, t: Tensor) -> Tensor:
+        """The noise that an output stands for."""
         if self.prediction_type == "epsilon":
             return answer
         alpha, sigma = self.scales(t)
