@@ -20,6 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -113,7 +114,7 @@ class VariationalScoreDistillation(ScoreDistillation):
 
     @classmethod
     def load(
-        cls, config: VSDConfig, prompts: PromptConfig, device: torch.device
+        cls, config: Any, prompts: PromptConfig, device: torch.device
     ) -> VariationalScoreDistillation:
         """See `Guidance.load`; call `lora.reset` with the seed of the run."""
         prior, words = load(
@@ -204,9 +205,9 @@ class VariationalScoreDistillation(ScoreDistillation):
             (len(x),),
             generator=random.generator(step, "lora-timestep"),
         ).to(x.device)
-        noise = torch.randn(
-            x.shape, generator=random.generator(step, "lora-noise")
-        ).to(x)
+        noise = torch.randn(x.shape, generator=random.generator(step, "lora-noise")).to(
+            x
+        )
         dice = torch.rand(1, generator=random.generator(step, "lora-camera"))
         known = not self.config.lora_cfg_training or float(dice) >= BLIND
         conditions = self.lora.conditions(cameras, known)

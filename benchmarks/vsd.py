@@ -1,0 +1,204 @@
+"""Variational score distillation beside score distillation, and windows for both.
+
+    python -m benchmarks.vsd [--workers 2] [--logged]
+
+Three toybox prompts with two seeds, both guidances at scale 7.5 without rescaling, give
+a table and a contact sheet in `benchmarks/results/vsd/`. Every accelerated run is
+compared with its own sequential run. An interrupted benchmark resumes from its log.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+import dreampropeller as dp
+from benchmarks import runs
+from benchmarks.gaussians import save
+from systems import build, quality
+from systems.scene.isosurface import EmptySurface
+from systems.settings.config import load
+
+FOLDER = Path("benchmarks/results/vsd")
+PROMPTS = ("mushroom", "tree", "rocket")
+SEEDS = (0, 1)
+STEPS = 100
+KINDS = {
+    "VSD": ("configs/prolificdreamer-toybox.yaml", []),
+    "SDS": (
+        "configs/dreamfusion-toybox.yaml",
+        ["system.guidance.guidance_scale=7.5", "system.guidance.guidance_rescale=0.0"],
+    ),
+}
+PLAIN = "sequential"
+SOLVERS = {
+    PLAIN: ["solver.name=sequential"],
+    "window 8": ["solver.window.size=8"],
+    "window 16": ["solver.window.size=16"],
+}
+
+
+def jobs(steps: int = STEPS) -> list[dict[str, Any]]:
+    """All runs, complete problems first."""
+    return [
+        runs.job(
+            config,
+            runs.prompt_of(name),
+            *settings,
+            f"trainer.max_steps={steps}",
+            *solver,
+            f"seed={seed}",
+            kind=kind,
+            row=row,
+            seed=seed,
+        )
+        for seed in SEEDS
+        for name in PROMPTS
+        for kind, (config, settings) in KINDS.items()
+        for row, solver in SOLVERS.items()
+    ]
+
+
+def solve(wanted: runs.Job) -> dict[str, Any]:
+    """Solve a job, measure images and mesh, and save a strip of images."""
+    system = build(load(wanted["config"], wanted["settings"]))
+    truth = quality.truth_of(system)
+    assert truth is not None
+    trajectory = system.trajectory()
+    start, cpu = time.perf_counter(), time.process_time()
+    solution = dp.solve(trajectory, system.solver())
+    entry = {
+        **wanted,
+        "seconds": round(time.perf_counter() - start, 2),
+        "cpu_seconds": round(time.process_time() - cpu, 2),
+        "iterations": solution.stats.num_iterations,
+        "evaluations": solution.stats.num_evaluations,
+        "strides": solution.stats.strides,
+    }
+    found = quality.against_truth(system, solution.value, truth)
+    folder = FOLDER / "images"
+    save(torch.cat(list(found.pictures[::4]), -1), folder / f"{name_of(wanted)}.png")
+    wide = torch.cat(list(found.wanted[::4]), -1)
+    save(wide, folder / f"{wanted['prompt'].replace(' ', '-')}.png")
+    try:
+        mesh = quality.measure_mesh(system.mesh(solution.value), truth)
+        chamfer = mesh.figures()["chamfer"]
+    except EmptySurface:
+        chamfer = None
+    excess = saturation(found.pictures) - saturation(found.wanted)
+    more = {"chamfer": chamfer, "saturation": round(excess, 4)}
+    return {**entry, **found.figures(), **more}
+
+
+def saturation(images: Tensor) -> float:
+    """Mean of (max − min) / max over the channels of the pixels that are not grey.
+
+    The background is grey, and so is white and black; a quarter of the largest spread
+    separates them from coloured pixels.
+    """
+    most, least = images.amax(1), images.amin(1)
+    coloured = most - least > 0.1
+    if not coloured.any():
+        return 0.0
+    return float(((most - least) / most)[coloured].mean())
+
+
+def name_of(wanted: runs.Job) -> str:
+    """File name of a run."""
+    words = f"{wanted['prompt']} {wanted['kind']} {wanted['row']} {wanted['seed']}"
+    return words.replace(" ", "-")
+
+
+def problem(entry: runs.Job) -> tuple[Any, ...]:
+    """The labels that a run shares with its sequential run."""
+    return entry["kind"], entry["prompt"], entry["seed"]
+
+
+def table(entries: list[dict[str, Any]]) -> str:
+    """Means over the runs that have a sequential run, as Markdown."""
+    lines = [
+        "| | runs | iterations | fewer | gradients | PSNR | saturation | colour | "
+        "object | IoU | chamfer | core seconds |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    plain = {problem(e): e for e in entries if e["row"] == PLAIN}
+    for kind in KINDS:
+        for row in SOLVERS:
+            found = [
+                entry
+                for entry in entries
+                if (entry["kind"], entry["row"]) == (kind, row)
+                and problem(entry) in plain
+            ]
+            if found:
+                lines.append(_line(kind, row, found, plain))
+    return "\n".join(lines) + "\n"
+
+
+def _line(
+    kind: str,
+    row: str,
+    found: list[dict[str, Any]],
+    plain: dict[tuple[Any, ...], dict[str, Any]],
+) -> str:
+    steps = sum(found[0]["strides"])
+    own = [plain[problem(entry)] for entry in found]
+    few, many = runs.mean(found, "iterations"), runs.mean(found, "evaluations")
+    change = runs.mean(found, "psnr") - runs.mean(own, "psnr")
+    shapes = [entry for entry in found if entry["chamfer"] is not None]
+    chamfer = f"{runs.mean(shapes, 'chamfer'):.4f}" if shapes else "none"
+    return (
+        f"| {kind}, {row} | {len(found)} | {few:.1f} | {steps / few:.2f} | "
+        f"{many / steps:.2f} | {runs.mean(found, 'psnr'):.2f} ({change:+.2f}) | "
+        f"{runs.mean(found, 'saturation'):+.3f} | "
+        f"{runs.mean(found, 'right_colour'):.2f} | "
+        f"{runs.mean(found, 'right_object'):.2f} | {runs.mean(found, 'iou'):.3f} | "
+        f"{chamfer} | {runs.mean(found, 'cpu_seconds'):.0f} |"
+    )
+
+
+def sheet(entries: list[dict[str, Any]]) -> Image.Image:
+    """Ground truth, then the rows, for each prompt and seed that is complete."""
+    count = len(KINDS) * len(SOLVERS)
+    strips = []
+    for seed in SEEDS:
+        for name in PROMPTS:
+            prompt = runs.prompt_of(name)
+            found = [e for e in entries if (e["prompt"], e["seed"]) == (prompt, seed)]
+            if len(found) == count:
+                files = [prompt.replace(" ", "-"), *map(name_of, found)]
+                paths = [FOLDER / "images" / f"{file}.png" for file in files]
+                strips.append([Image.open(path) for path in paths])
+    width, height = strips[0][0].size if strips else (1, 1)
+    whole = Image.new("RGB", (width * max(1, len(strips)), height * (count + 1)))
+    for column, images in enumerate(strips):
+        for row, image in enumerate(images):
+            whole.paste(image, (column * width, row * height))
+    return whole
+
+
+def main() -> None:
+    """Run the missing jobs, and write table and sheet."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--logged", action="store_true", help="only what was run")
+    arguments = parser.parse_args()
+    log = FOLDER / "runs.jsonl"
+    if arguments.logged:
+        entries = runs.logged(jobs(), log, problem, PLAIN)
+    else:
+        entries = runs.run_all(jobs(), log, arguments.workers, solve)
+    text = table(entries)
+    (FOLDER / "table.md").write_text(f"{text}\n{runs.cost(entries)}\n")
+    print(text)
+    sheet(entries).save(FOLDER / "sheet.png")
+
+
+if __name__ == "__main__":
+    main()
