@@ -220,8 +220,8 @@ class RandomCameras:
                 at_least(name, number, 1)
             if isinstance(value, list) and len(value) != len(steps) + 1:
                 raise ValueError(
-                    f"`{name}` is {value}, and `resolution_milestones` {steps}: write a "
-                    "first value, and one more for each milestone."
+                    f"`{name}` is {value}, and `resolution_milestones` {steps}: write "
+                    "a first value, and one more for each milestone."
                 )
         if steps and not any(isinstance(getattr(self, n), list) for n in _RESIZED):
             raise ValueError(
