@@ -210,6 +210,14 @@ class ScoreDistillation(Guidance):
             self.prior.conditions(cameras),
         )
 
+    def blank(
+        self, noisy: Tensor, t: Tensor, cameras: Cameras
+    ) -> Float[Tensor, "views channels rows columns"]:
+        """The noise predicted under the negative prompt, which is usually empty."""
+        without = self.words.without.expand(len(noisy), -1, -1)
+        conditions = self.prior.conditions(cameras)
+        return self.prior.noise(noisy, t, without, without, 1.0, 0.0, conditions)
+
     def timestep(self, x: Tensor, step: int, random: StepRandom) -> Tensor:
         """The timesteps of a step, one per view."""
         low, high = self.timesteps(step)

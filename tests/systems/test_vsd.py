@@ -22,6 +22,7 @@ from systems.scene.cameras import Cameras
 from systems.toybox.conditions import CAMERA, LABELS, fill_missing_reference
 from systems.toybox.model import make_scheduler, make_unet
 from tests.golden import vsd_oracle as oracle
+from tests.systems.gaussian import SPREAD, prior
 
 CPU = torch.device("cpu")
 
@@ -43,11 +44,11 @@ def pretrained(salt: str, kind: str) -> Prior:
 
 def guidance(case: str) -> VariationalScoreDistillation:
     embedded = torch.cat([oracle.words("view"), oracle.words("plain")])
-    prior = pretrained("base ", "epsilon")
+    base = pretrained("base ", "epsilon")
     two = case == "two models"
     made = VariationalScoreDistillation(
         VSDConfig("", **oracle.CASES[case]),
-        prior,
+        base,
         Words(embedded, oracle.words("negative")),
         PromptConfig("a", view_dependent=False),
         pretrained("other ", "v_prediction") if two else None,
@@ -103,44 +104,17 @@ def test_gradients_are_threestudios(case: str, threestudio: dict[str, Tensor]) -
     assert len(found["learned"]) > 30
 
 
-class Gaussian(torch.nn.Module):
-    """A U-Net that knows the score of Gaussian images around the embedded prompt.
-
-    Their mean is a linear function of the prompt, which a LoRA can change, plus the
-    class embedding.
-    """
-
-    SPREAD = 0.5
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.mean = torch.nn.Linear(1, 1, bias=False)
-        torch.nn.init.ones_(self.mean.weight)
-        self.config = {"sample_size": 4}
-        self.dtype = torch.float32
-        self.kept = DDPMScheduler().alphas_cumprod
-
-    def forward(
-        self, x: Tensor, t: Tensor, encoder_hidden_states: Tensor
-    ) -> SimpleNamespace:
-        kept = self.kept[t][:, None, None, None]
-        mean = self.mean(encoder_hidden_states)[..., None]
-        sigma, variance = (1 - kept).sqrt(), kept * self.SPREAD**2 + 1 - kept
-        return SimpleNamespace(sample=sigma * (x - kept.sqrt() * mean) / variance)
-
-
 GIVEN, WITHOUT = 0.6, -0.2
 ONE = torch.ones(2)
 CAMERAS = Cameras(90 * ONE, 20 * ONE, 2.4 * ONE, 50 * ONE)
 
 
 def gaussian(**settings: Any) -> VariationalScoreDistillation:
-    pipeline = SimpleNamespace(unet=Gaussian(), scheduler=DDPMScheduler())
     config = {"camera_condition_type": "none", "lora_targets": ["mean"], **settings}
     words = Words(torch.full((2, 1, 1), GIVEN), torch.full((1, 1, 1), WITHOUT))
     made = VariationalScoreDistillation(
         VSDConfig("", **config),
-        Prior(pipeline, CPU),
+        prior(1),
         words,
         PromptConfig("a", view_dependent=False),
     )
@@ -170,7 +144,7 @@ def test_the_value_on_a_gaussian_prior_by_hand() -> None:
     t = made.timestep(images, 3, random)
     kept = DDPMScheduler().alphas_cumprod[t][:, None, None, None]
     alpha, sigma = kept.sqrt(), (1 - kept).sqrt()
-    variance = kept * Gaussian.SPREAD**2 + 1 - kept
+    variance = kept * SPREAD**2 + 1 - kept
     wanted = sigma**2 * alpha * sigma * (learned - guided) / variance
     # Two views; an image in [0, 1] is half as wide as the model's.
     assert torch.allclose(gradient, (wanted / 2 * 2).expand_as(gradient), atol=1e-5)
@@ -185,24 +159,24 @@ def test_the_loras_loss_by_hand_and_its_target() -> None:
     noise = torch.randn(x.shape, generator=random.generator(3, "lora-noise"))
     kept = DDPMScheduler().alphas_cumprod[t][:, None, None, None]
     alpha, sigma = kept.sqrt(), (1 - kept).sqrt()
-    variance = kept * Gaussian.SPREAD**2 + 1 - kept
+    variance = kept * SPREAD**2 + 1 - kept
     predicted = sigma * (alpha * x + sigma * noise - alpha * GIVEN) / variance
     assert loss.item() == pytest.approx(float((predicted - noise).square().mean()))
     assert (low, high) == (20, 980)  # its own range is all timesteps
-    prior = made.lora.prior
+    adapted = made.lora.prior
     for kind, wanted in (("v_prediction", alpha * noise - sigma * x), ("sample", x)):
-        prior.prediction_type = kind
+        adapted.prediction_type = kind
         assert torch.equal(made.lora.target(x, noise, t), wanted)
-        found = prior.to_noise(wanted, alpha * x + sigma * noise, t)
+        found = adapted.to_noise(wanted, alpha * x + sigma * noise, t)
         assert torch.allclose(found, noise, atol=1e-4)
 
 
 def test_an_untrained_lora_is_the_pretrained_model_and_shares_its_weights() -> None:
     unet = make_unet((8, 16, 16))
     fill_missing_reference(unet)  # as its pipeline does
-    prior = Prior(SimpleNamespace(unet=unet, scheduler=make_scheduler()), CPU)
+    model = Prior(SimpleNamespace(unet=unet, scheduler=make_scheduler()), CPU)
     names = [name for name, _ in unet.named_parameters()]
-    lora = Lora(prior, 2, 2.0, ["to_q", "conv1"])
+    lora = Lora(model, 2, 2.0, ["to_q", "conv1"])
     assert [name for name, _ in unet.named_parameters()] == names
     own = [p for p in lora.parameters() if not p.requires_grad]
     assert {id(p) for p in own} == {id(p) for p in unet.parameters()}
@@ -219,7 +193,7 @@ def test_an_untrained_lora_is_the_pretrained_model_and_shares_its_weights() -> N
         assert conditions.labels.shape == (2, LABELS)
         assert bool(conditions.labels[:, : 1 + CAMERA].any()) == known
         with torch.no_grad():
-            plain = prior.output(x, t, words, conditions)
+            plain = model.output(x, t, words, conditions)
             assert torch.equal(lora.output(x, t, words, conditions), plain)
 
 
@@ -227,9 +201,9 @@ def test_a_model_without_a_free_class_embedding_is_refused() -> None:
     with pytest.raises(ValueError, match=r"`Gaussian`.*camera_condition_type=none"):
         gaussian(camera_condition_type="extrinsics")
     taken: Any = UNet2DConditionModel(**oracle.UNET, class_embed_type="timestep")
-    prior = Prior(SimpleNamespace(unet=taken, scheduler=DDPMScheduler()), CPU)
+    model = Prior(SimpleNamespace(unet=taken, scheduler=DDPMScheduler()), CPU)
     with pytest.raises(ValueError, match="no class embedding that is free for it"):
-        Lora(prior, 2, 2.0, ["to_q"])
+        Lora(model, 2, 2.0, ["to_q"])
 
 
 def test_the_camera_is_hidden_in_a_tenth_of_the_steps() -> None:
