@@ -1,16 +1,19 @@
 """Variational score distillation beside score distillation, and windows for both.
 
-    python -m benchmarks.vsd [--workers 2] [--logged]
+    python -m benchmarks.vsd [--plan sdi] [--workers 2] [--logged]
 
-Three toybox prompts with two seeds, both guidances at scale 7.5 without rescaling, give
-a table and a contact sheet in `benchmarks/results/vsd/`. Every accelerated run is
-compared with its own sequential run. An interrupted benchmark resumes from its log.
+The plan `vsd`: three toybox prompts with two seeds, both guidances at scale 7.5 without
+rescaling. The plan `sdi`: does noise from inversion let wider windows pass than drawn
+noise? Each gives a table and a contact sheet in `benchmarks/results/vsd/`. Every
+accelerated run is compared with its own sequential run. An interrupted benchmark
+resumes from its log.
 """
 
 from __future__ import annotations
 
 import argparse
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,42 +29,61 @@ from systems.scene.isosurface import EmptySurface
 from systems.settings.config import load
 
 FOLDER = Path("benchmarks/results/vsd")
-PROMPTS = ("mushroom", "tree", "rocket")
-SEEDS = (0, 1)
-STEPS = 100
+PLAIN = "sequential"
+DREAMFUSION = "configs/dreamfusion-toybox.yaml"
+UNRESCALED = [
+    "system.guidance.guidance_scale=7.5",
+    "system.guidance.guidance_rescale=0.0",
+]
 KINDS = {
     "VSD": ("configs/prolificdreamer-toybox.yaml", []),
-    "SDS": (
-        "configs/dreamfusion-toybox.yaml",
-        ["system.guidance.guidance_scale=7.5", "system.guidance.guidance_rescale=0.0"],
-    ),
-}
-PLAIN = "sequential"
-SOLVERS = {
-    PLAIN: ["solver.name=sequential"],
-    "window 8": ["solver.window.size=8"],
-    "window 16": ["solver.window.size=16"],
+    "SDS": (DREAMFUSION, UNRESCALED),
+    "SDI": (DREAMFUSION, ["system.guidance_type=sdi-guidance", *UNRESCALED]),
 }
 
 
-def jobs(steps: int = STEPS) -> list[dict[str, Any]]:
+@dataclass(frozen=True)
+class Plan:
+    """A table: its guidances, windows, objects, seeds and number of steps."""
+
+    kinds: tuple[str, ...]
+    windows: tuple[int, ...]
+    objects: tuple[str, ...]
+    seeds: tuple[int, ...]
+    steps: int
+
+    @property
+    def solvers(self) -> dict[str, list[str]]:
+        """Settings of the solver for each row."""
+        windows = {f"window {w}": [f"solver.window.size={w}"] for w in self.windows}
+        return {PLAIN: ["solver.name=sequential"], **windows}
+
+
+PLANS = {
+    "vsd": Plan(("VSD", "SDS"), (8, 16), ("mushroom", "tree", "rocket"), (0, 1), 100),
+    "sdi": Plan(("SDI", "SDS"), (8, 32), ("mushroom", "rocket"), (0,), 60),
+}
+
+
+def jobs(plan: Plan) -> list[dict[str, Any]]:
     """All runs, complete problems first."""
     return [
         runs.job(
             config,
             runs.prompt_of(name),
             *settings,
-            f"trainer.max_steps={steps}",
+            f"trainer.max_steps={plan.steps}",
             *solver,
             f"seed={seed}",
             kind=kind,
             row=row,
             seed=seed,
         )
-        for seed in SEEDS
-        for name in PROMPTS
-        for kind, (config, settings) in KINDS.items()
-        for row, solver in SOLVERS.items()
+        for seed in plan.seeds
+        for name in plan.objects
+        for kind in plan.kinds
+        for config, settings in [KINDS[kind]]
+        for row, solver in plan.solvers.items()
     ]
 
 
@@ -99,8 +121,7 @@ def solve(wanted: runs.Job) -> dict[str, Any]:
 def saturation(images: Tensor) -> float:
     """Mean of (max − min) / max over the channels of the pixels that are not grey.
 
-    The background is grey, and so is white and black; a quarter of the largest spread
-    separates them from coloured pixels.
+    The background is grey, and so are white and black parts of an object.
     """
     most, least = images.amax(1), images.amin(1)
     coloured = most - least > 0.1
@@ -120,7 +141,7 @@ def problem(entry: runs.Job) -> tuple[Any, ...]:
     return entry["kind"], entry["prompt"], entry["seed"]
 
 
-def table(entries: list[dict[str, Any]]) -> str:
+def table(plan: Plan, entries: list[dict[str, Any]]) -> str:
     """Means over the runs that have a sequential run, as Markdown."""
     lines = [
         "| | runs | iterations | fewer | gradients | PSNR | saturation | colour | "
@@ -128,8 +149,8 @@ def table(entries: list[dict[str, Any]]) -> str:
         "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     plain = {problem(e): e for e in entries if e["row"] == PLAIN}
-    for kind in KINDS:
-        for row in SOLVERS:
+    for kind in plan.kinds:
+        for row in plan.solvers:
             found = [
                 entry
                 for entry in entries
@@ -163,12 +184,12 @@ def _line(
     )
 
 
-def sheet(entries: list[dict[str, Any]]) -> Image.Image:
+def sheet(plan: Plan, entries: list[dict[str, Any]]) -> Image.Image:
     """Ground truth, then the rows, for each prompt and seed that is complete."""
-    count = len(KINDS) * len(SOLVERS)
+    count = len(plan.kinds) * len(plan.solvers)
     strips = []
-    for seed in SEEDS:
-        for name in PROMPTS:
+    for seed in plan.seeds:
+        for name in plan.objects:
             prompt = runs.prompt_of(name)
             found = [e for e in entries if (e["prompt"], e["seed"]) == (prompt, seed)]
             if len(found) == count:
@@ -186,18 +207,19 @@ def sheet(entries: list[dict[str, Any]]) -> Image.Image:
 def main() -> None:
     """Run the missing jobs, and write table and sheet."""
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--plan", choices=PLANS, default="vsd")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--logged", action="store_true", help="only what was run")
     arguments = parser.parse_args()
-    log = FOLDER / "runs.jsonl"
+    log, name, plan = FOLDER / "runs.jsonl", arguments.plan, PLANS[arguments.plan]
     if arguments.logged:
-        entries = runs.logged(jobs(), log, problem, PLAIN)
+        entries = runs.logged(jobs(plan), log, problem, PLAIN)
     else:
-        entries = runs.run_all(jobs(), log, arguments.workers, solve)
-    text = table(entries)
-    (FOLDER / "table.md").write_text(f"{text}\n{runs.cost(entries)}\n")
+        entries = runs.run_all(jobs(plan), log, arguments.workers, solve)
+    text = table(plan, entries)
+    (FOLDER / f"{name}.md").write_text(f"{text}\n{runs.cost(entries)}\n")
     print(text)
-    sheet(entries).save(FOLDER / "sheet.png")
+    sheet(plan, entries).save(FOLDER / f"{name}.png")
 
 
 if __name__ == "__main__":

@@ -88,14 +88,17 @@ class Recorded(dp.Trajectory[Any]):
         self.used: dict[int, tuple[dp.State, dp.State]] = {}
 
     def init(self) -> tuple[dp.State, Any]:
+        """See `Trajectory.init`."""
         return self.inner.init()
 
     def make_drift(self, device: torch.device) -> dp.Drift:
+        """See `Trajectory.make_drift`."""
         return self.inner.make_drift(device)
 
     def update(
         self, step: int, y: dp.State, carry: Any, drift: dp.State
     ) -> tuple[dp.State, Any]:
+        """See `Trajectory.update`."""
         self.used[step] = (y, drift)
         return self.inner.update(step, y, carry, drift)
 

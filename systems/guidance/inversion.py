@@ -5,8 +5,8 @@ From a clean image $x_0$ ($\alpha = 1$, $\sigma = 0$) towards rising timesteps,
 $$x_{t'} = \alpha_{t'}\, \frac{x_t - \sigma_t\, \hat\epsilon(x_t, t)}{\alpha_t} +
   \sigma_{t'}\, \hat\epsilon(x_t, t)$$
 
-(J. Song, C. Meng and S. Ermon, 2020, arXiv 2010.02502, Eq. 12 without noise, backwards). Unlike
-drawn noise, it changes continuously with the image.
+(J. Song, C. Meng and S. Ermon, 2020, arXiv 2010.02502, Eq. 12 without
+noise, backwards). Unlike drawn noise, it changes continuously with the image.
 """
 
 from __future__ import annotations
