@@ -184,8 +184,14 @@ def _check_targets(unet: nn.Module, targets: Sequence[str]) -> None:
     ]
     if idle or not targets:
         named = ", ".join(f"`{target}`" for target in idle) or "nothing"
-        ends = {".".join(name.split(".")[-1 - name[-1].isdigit() :]) for name in layers}
+        ends = map(_ending, layers)
         raise ValueError(
             f"`lora_targets` names {named}, which matches no layer of the U-Net: write "
-            f"some of {', '.join(sorted(ends))}."
+            f"some of {', '.join(sorted(set(ends)))}."
         )
+
+
+def _ending(name: str) -> str:
+    """The last part of a layer's name; with the one before where it is a number."""
+    head, _, last = name.rpartition(".")
+    return f"{head.rpartition('.')[2]}.{last}" if last.isdigit() else last

@@ -143,6 +143,8 @@ class VariationalScoreDistillation(ScoreDistillation):
         adapted: Prior | None = None,
     ) -> None:
         super().__init__(config, prior, words, prompts)
+        if adapted is not None and not config.enable_memory_efficient_attention:
+            adapted.unet.set_default_attn_processor()
         rank = config.lora_rank
         self.lora = Lora(
             adapted or prior,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -57,18 +58,32 @@ def whole_window(window: int) -> dp.PicardSolver:
     return dp.PicardSolver(dp.SlidingWindow(window), dp.FixedThreshold(1e9))
 
 
-def solve_on_ranks(folder: Path, cache: str, lora: str = "shared") -> dp.State:
-    os.environ["XDG_CACHE_HOME"] = cache
-    torch.set_num_threads(1)
+RUNS = {
+    "exact": ("shared", exact(4)),
+    "shared": ("shared", whole_window(4)),
+    "local": ("local", whole_window(4)),
+}
+
+
+def solve_on(
+    name: str,
+    folder: Path,
+    dispatcher: Callable[[dp.Trajectory[Any]], dp.Dispatcher] = dp.InlineDispatcher,
+) -> dp.State:
+    lora, solver = RUNS[name]
     trajectory = tiny(folder, f"system.guidance.lora={lora}").trajectory()
-    dispatcher = functools.partial(dp.DistributedDispatcher, timeout=120.0)
-    solver = exact(4) if lora == "shared" else whole_window(4)
     return dp.solve(trajectory, solver, dispatcher).value
 
 
-def solve_both(folder: Path, cache: str) -> dict[str, dp.State]:
-    kinds = ("shared", "local")
-    return {kind: solve_on_ranks(folder, cache, kind) for kind in kinds}
+def solve_on_ranks(folder: Path, cache: str) -> dict[str, dp.State]:
+    """All runs in one launch, because processes start slowly."""
+    os.environ["XDG_CACHE_HOME"] = cache
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo")
+    dispatcher = functools.partial(dp.DistributedDispatcher, timeout=120.0)
+    found = {name: solve_on(name, folder, dispatcher) for name in RUNS}
+    torch.distributed.destroy_process_group()
+    return found
 
 
 def solve_until_killed(folder: Path, cache: str, into: Path) -> None:

@@ -27,12 +27,13 @@ from tests.systems.prolific import (
     ROOT,
     STEPS,
     exact,
-    solve_both,
+    solve_on,
+    solve_on_ranks,
     solve_until_killed,
     tiny,
-    whole_window,
 )
 from tests.systems.scenes import SMALL
+from tests.systems.test_priors import deep_floyd as deep_floyd
 from tests.systems.test_priors import stable_diffusion as stable_diffusion
 from tests.systems.test_upstream import CHECKOUT, written
 
@@ -68,21 +69,19 @@ def test_threshold_zero_is_sequential_for_scene_and_lora(
 def test_two_workers_give_the_same_bytes_and_a_private_lora_does_not(
     stable_diffusion: Path,
 ) -> None:
-    """One launch of two ranks for both, because processes start slowly."""
-    plain = _sequential(stable_diffusion).value
-    cache = os.environ["XDG_CACHE_HOME"]
-    run = functools.partial(solve_both, stable_diffusion, cache)
+    run = functools.partial(
+        solve_on_ranks, stable_diffusion, os.environ["XDG_CACHE_HOME"]
+    )
     answers = dp.launch_workers(run, num_workers=2)
+    alone = {name: solve_on(name, stable_diffusion) for name in ("shared", "local")}
     for answer in answers:
-        assert tree_equal(answer["shared"], plain)
-    # A private LoRA is no part of the state, and how much each learns depends on how
-    # many there are.
-    one = tiny(stable_diffusion, "system.guidance.lora=local").trajectory()
-    alone = dp.solve(one, whole_window(4)).value
-    assert not any(name.startswith(LORA) for name in alone)
-    table = "geometry.encoding.table"
-    assert torch.equal(answers[0]["local"][table], answers[1]["local"][table])
-    assert not torch.equal(answers[0]["local"][table], alone[table])
+        assert tree_equal(answer["exact"], _sequential(stable_diffusion).value)
+        assert tree_equal(answer["shared"], alone["shared"])
+        # Each worker's LoRA has seen other steps than that of a single worker.
+        table = "geometry.encoding.table"
+        assert not torch.equal(answer["local"][table], alone["local"][table])
+        assert tree_equal(answer["local"], answers[0]["local"])
+    assert not any(name.startswith(LORA) for name in alone["local"])
 
 
 def test_a_killed_run_resumes_to_the_same_bits(
@@ -142,7 +141,7 @@ def test_each_loss_moves_its_own_part(stable_diffusion: Path) -> None:
     assert not torch.equal(drift(dimmer)[names[0]], whole[names[0]])
 
 
-def test_the_embedded_priors_pixels_and_the_camera(tmp_path: Path) -> None:
+def test_the_embedded_priors_pixels_and_the_camera() -> None:
     """A text-only prior in pixel space: its LoRA is told the camera all the same."""
     system = build(load(TOYBOX, [*SMALL, "trainer.max_steps=2"]))
     trajectory = system.trajectory()
@@ -153,6 +152,18 @@ def test_the_embedded_priors_pixels_and_the_camera(tmp_path: Path) -> None:
         assert not torch.equal(solution.value[name], start[name])
     blind = build(load(TOYBOX, [*SMALL, "system.guidance.camera_condition_type=none"]))
     assert seen not in blind.trajectory().init()[0]
+
+
+def test_a_pixel_model_with_a_learned_variance(deep_floyd: Path) -> None:
+    """DeepFloyd IF, in threestudio's own kinds of parts."""
+    kind = "system.guidance_type=vsd-guidance"
+    trajectory = tiny(deep_floyd, kind, "system.guidance.lora_rank=2").trajectory()
+    start, _ = trajectory.init()
+    value = dp.solve(trajectory, dp.Sequential(), max_iterations=2, throw=False).value
+    learned = [n for n in start if n.startswith(LORA) and "lora_B" in n]
+    assert learned
+    for name in ("geometry.encoding.table", *learned):
+        assert not torch.equal(value[name], start[name]), name
 
 
 def theirs() -> dict[str, Any]:
