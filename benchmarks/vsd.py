@@ -30,6 +30,8 @@ from systems.settings.config import load
 
 FOLDER = Path("benchmarks/results/vsd")
 PLAIN = "sequential"
+VIEWS = 2
+"""Per step; half the configs', so that the whole plan takes an hour of one core."""
 DREAMFUSION = "configs/dreamfusion-toybox.yaml"
 UNRESCALED = [
     "system.guidance.guidance_scale=7.5",
@@ -60,7 +62,7 @@ class Plan:
 
 
 PLANS = {
-    "vsd": Plan(("VSD", "SDS"), (8, 16), ("mushroom", "tree", "rocket"), (0, 1), 100),
+    "vsd": Plan(("VSD", "SDS"), (8, 16), ("mushroom", "tree", "rocket"), (0, 1), 60),
     "sdi": Plan(("SDI", "SDS"), (8, 32), ("mushroom", "rocket"), (0,), 60),
 }
 
@@ -72,6 +74,7 @@ def jobs(plan: Plan) -> list[dict[str, Any]]:
             config,
             runs.prompt_of(name),
             *settings,
+            f"data.batch_size={VIEWS}",
             f"trainer.max_steps={plan.steps}",
             *solver,
             f"seed={seed}",

@@ -31,7 +31,7 @@ from systems.prolificdreamer import LORA
 from systems.settings.config import load
 
 CONFIG = "configs/prolificdreamer-toybox.yaml"
-SETTINGS = ("data.batch_size=2",)
+SETTINGS = ("data.batch_size=1",)
 GROUPS = {
     "scene": lambda name: not name.startswith(LORA),
     "lora": lambda name: name.startswith(LORA),

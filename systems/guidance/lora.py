@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 import itertools
-import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -66,9 +65,7 @@ class Lora(nn.Module):
             target_modules=list(targets),
             init_lora_weights="gaussian",
         )
-        with warnings.catch_warnings():  # a LoRA of a convolution cannot be merged
-            warnings.simplefilter("ignore")
-            self.unet: Any = inject_adapter_in_model(config, unet)
+        self.unet: Any = inject_adapter_in_model(config, unet)
         self._projects = camera == "extrinsics" and not prior.takes_conditions
         self._camera = camera
         if self._projects:
