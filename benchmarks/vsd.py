@@ -116,21 +116,22 @@ def solve(wanted: runs.Job) -> dict[str, Any]:
         chamfer = mesh.figures()["chamfer"]
     except EmptySurface:
         chamfer = None
-    excess = saturation(found.pictures) - saturation(found.wanted)
+    excess = excess_saturation(found.pictures, found.wanted)
     more = {"chamfer": chamfer, "saturation": round(excess, 4)}
     return {**entry, **found.figures(), **more}
 
 
-def saturation(images: Tensor) -> float:
-    """Mean of (max − min) / max over the channels of the pixels that are not grey.
+def excess_saturation(images: Tensor, truth: Tensor) -> float:
+    """Mean of (max − min) / max over the channels, less that of the ground truth.
 
-    The background is grey, and so are white and black parts of an object.
+    Over the pixels in which the ground truth shows the object, and not the background.
     """
-    most, least = images.amax(1), images.amin(1)
-    coloured = most - least > 0.1
-    if not coloured.any():
-        return 0.0
-    return float(((most - least) / most)[coloured].mean())
+    shown = (truth - quality.GREY).abs().amax(1) > 0.02
+    found, wanted = (
+        ((x.amax(1) - x.amin(1)) / x.amax(1).clamp(min=1e-3))[shown].mean()
+        for x in (images, truth)
+    )
+    return float(found - wanted)
 
 
 def name_of(wanted: runs.Job) -> str:

@@ -10,6 +10,7 @@ import torch
 import dreampropeller as dp
 from benchmarks import vsd
 from benchmarks.vsd_groups import SceneOnly
+from systems import quality
 from tests.systems.scenes import small
 
 
@@ -44,11 +45,12 @@ def test_runs_are_counted_from_their_own_sequential_run() -> None:
 
 
 def test_saturation_by_hand() -> None:
-    images = torch.full((1, 3, 2, 2), 0.5)
-    assert vsd.saturation(images) == 0
-    images[0, :, 0, 0] = torch.tensor([0.8, 0.2, 0.2])
-    images[0, :, 0, 1] = torch.tensor([0.4, 0.4, 0.2])
-    assert vsd.saturation(images) == pytest.approx((0.75 + 0.5) / 2)
+    truth = torch.full((1, 3, 2, 2), quality.GREY)
+    images = torch.rand(1, 3, 2, 2)  # what is behind the object does not count
+    truth[0, :, 0] = torch.tensor([[0.8, 0.4], [0.2, 0.4], [0.2, 0.2]])
+    images[0, :, 0] = torch.tensor([[0.8, 0.4], [0.0, 0.4], [0.2, 0.0]])
+    wanted = (1 + 1 - 0.75 - 0.5) / 2
+    assert vsd.excess_saturation(images, truth) == pytest.approx(wanted)
 
 
 def test_a_criterion_over_one_group_is_the_threshold_itself() -> None:
