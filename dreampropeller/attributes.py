@@ -103,10 +103,12 @@ class Attributes:
             prefix = f"{one.path}." if one.path else ""
             for name in {**one.notes, **now}:
                 note = one.notes.get(name)
-                if note is None or name not in now:
-                    names.append(prefix + name)
-                elif note.counts(now[name]) if numbers else not note.holds(now[name]):
-                    names.append(prefix + name)
+                if note is not None and name in now:
+                    value = now[name]
+                    same = not note.counts(value) if numbers else note.holds(value)
+                    if same:
+                        continue
+                names.append(prefix + name)
         return sorted(names)
 
     def objects(self) -> Iterator[tuple[str, object]]:
