@@ -78,8 +78,8 @@ class DriftThreshold(Threshold[DriftMemory]):
     `docs/results.md`), and they change along a run. While there is no secant, one step
     is accepted. When everything passes, the last slot is held back at intervals to
     measure one (`hold_every`), but never in a window of one step, which is
-    `Sequential`; after a jump, slots are held back where that is free. With `Secant` the drifts are the corrected ones, so the remaining
-    error counts.
+    `Sequential`; after a jump, slots are held back where that is free. With `Secant`
+    the drifts are the corrected ones, so the remaining error counts.
 
     Limitations:
 

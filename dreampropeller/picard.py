@@ -191,7 +191,7 @@ class PicardSolver(Solver):
             state.y,
             state.carry,
             state.predictor,
-            self.window.length(state.window, remaining),
+            self.window.length(state.window, state.step, remaining),
         )
         return replace(state, guesses=guesses, predictor=memory)
 
