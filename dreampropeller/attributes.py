@@ -103,9 +103,13 @@ class Attributes:
             prefix = f"{one.path}." if one.path else ""
             for name in {**one.notes, **now}:
                 note = one.notes.get(name)
-                if note is None or name not in now:
-                    names.append(prefix + name)
-                elif note.counts(now[name]) if numbers else not note.holds(now[name]):
+                if (
+                    note is None
+                    or name not in now
+                    or (
+                        note.counts(now[name]) if numbers else not note.holds(now[name])
+                    )
+                ):
                     names.append(prefix + name)
         return sorted(names)
 
