@@ -40,6 +40,7 @@ class DriftMemory(Memory):
         age: Number of iterations since the last measurement.
         measured: Median error measured in this iteration; None if there was none.
         step: The anchor's step.
+        fresh: Whether the structure has changed since the last iteration.
     """
 
     held: dict[int, tuple[State, float]] = field(default_factory=dict, metadata=FULL)
@@ -49,6 +50,7 @@ class DriftMemory(Memory):
     age: int = 0
     measured: float | None = None
     step: int = 0
+    fresh: bool = False
 
 
 @dataclass(frozen=True)
@@ -76,8 +78,8 @@ class DriftThreshold(Threshold[DriftMemory]):
     `docs/results.md`), and they change along a run. While there is no secant, one step
     is accepted. When everything passes, the last slot is held back at intervals to
     measure one (`hold_every`), but never in a window of one step, which is
-    `Sequential`. With `Secant` the drifts are the corrected ones, so the remaining
-    error counts.
+    `Sequential`; after a jump, slots are held back where that is free. With `Secant`
+    the drifts are the corrected ones, so the remaining error counts.
 
     Limitations:
 
@@ -205,11 +207,18 @@ class DriftThreshold(Threshold[DriftMemory]):
         return _slope(memory, step) * math.sqrt(distance)
 
     def most(self, memory: DriftMemory, length: int, remaining: int) -> int:
-        """One step while there is no secant; one slot fewer when a secant is due."""
+        """One step while there is no secant; one slot fewer when a secant is due.
+
+        In the first iteration after a jump, up to half of the slots are held back, as
+        far as this costs no iteration before the next jump.
+        """
         if self.exact:
             return length
         if not memory.secants:
             return 1
+        if memory.fresh and length < remaining:
+            needed = remaining - (math.ceil(remaining / length) - 1) * length
+            return max(needed, math.ceil(length / 2))
         # At a jump or the end no slot is left to be evaluated again.
         every = max(2, math.ceil(self.hold_every / length))
         due = memory.age >= every - 1 and length < remaining
@@ -230,16 +239,16 @@ class DriftThreshold(Threshold[DriftMemory]):
         }
         first, last = rollout.states[0], rollout.states[-1]
         path = {n: last[n] - first[n] for n in moving(first, rollout.used[-1])}
-        return replace(memory, held=held, moved=norms(path))
+        return replace(memory, held=held, moved=norms(path), fresh=False)
 
     def jumped(
         self, memory: DriftMemory, y: State, parents: Parents | None
     ) -> DriftMemory:
-        """Keep the secants if the old rows are known."""
+        """Keep the secants if the old rows are known, and measure new ones soon."""
         del y
         if parents is None:
             return self.init()
-        return replace(memory, held={}, own={}, measured=None)
+        return replace(memory, held={}, own={}, measured=None, fresh=True)
 
     def diagnostics(self, memory: DriftMemory) -> dict[str, float]:
         """The secant of a step without its own, and the last measured error."""

@@ -158,6 +158,7 @@ class PicardSolver(Solver):
     ) -> tuple[SolverState[Any], Iteration]:
         """Evaluate, roll out, accept, predict."""
         timer = dispatcher.timer
+        state = self._guess_anew(trajectory, state)
         evaluation = self._evaluate(trajectory, dispatcher, state)
         state = self._learn("before", state, evaluation, timer)
         bound = self.threshold.bound(state.threshold)
@@ -192,6 +193,23 @@ class PicardSolver(Solver):
             seconds=timer.lap(),
             diagnostics=self._diagnostics(after),
         )
+
+    def _guess_anew(
+        self, trajectory: Trajectory[Any], state: SolverState[Any]
+    ) -> SolverState[Any]:
+        """Guesses where there are none: after a jump, from what the predictor kept."""
+        if state.guesses:
+            return state
+        remaining = next_jump(trajectory, state.step) - state.step
+        guesses, memory = as_predictor(self.predictor).extend(
+            trajectory,
+            state.step,
+            state.y,
+            state.carry,
+            state.predictor,
+            self.window.length(state.window, state.step, remaining),
+        )
+        return replace(state, guesses=guesses, predictor=memory)
 
     def _evaluate(
         self,

@@ -318,14 +318,51 @@ def test_secants_outlive_a_jump_and_what_belongs_to_steps_does_not() -> None:
 def test_the_first_iteration_after_a_jump_trusts_the_secants_of_before() -> None:
     """And not one step alone, which it is while there is none."""
     begins: dict[int, int] = {}
-    solver = PicardSolver(SlidingWindow(3), DriftThreshold(1e6))
+    solver = PicardSolver(SlidingWindow(4), DriftThreshold(1e6))
     solve(
         TOYS["growing"].make(),
         solver,
         on_iteration=lambda _, it: begins.update({it.begin: it.stride}),
     )
     assert begins[0] == 1
-    assert begins[5] == 3
+    assert begins[5] == 4  # up to the next jump
+
+
+@pytest.mark.parametrize(
+    ("length", "remaining", "most"),
+    [
+        (8, 20, 4),  # 4 + 8 + 8 takes no longer than 8 + 8 + 4
+        (8, 17, 4),  # 1 + 8 + 8 would do; half is enough
+        (8, 23, 7),
+        (8, 24, 8),
+        (8, 8, 8),
+        (3, 4, 2),
+        (1, 9, 1),
+    ],
+)
+def test_after_a_jump_slots_are_held_back_where_that_is_free(
+    length: int, remaining: int, most: int
+) -> None:
+    threshold = DriftThreshold()
+    known = replace(threshold.init(), secants=[[1.0]])
+    after = threshold.jumped(known, {}, {})
+    assert threshold.most(after, length, remaining) == most
+    assert most + length * (math.ceil(remaining / length) - 1) >= remaining
+    assert threshold.most(known, length, remaining) == length
+
+
+def test_a_jump_costs_no_iteration_and_gives_secants_at_once() -> None:
+    """Steps 5 to 8 in windows of three, between two jumps."""
+    seen: dict[int, Any] = {}
+    solver = PicardSolver(SlidingWindow(3), DriftThreshold(1e6))
+    solve(
+        TOYS["growing"].make(),
+        solver,
+        on_iteration=lambda state, it: seen.update({it.begin: (it.stride, state)}),
+    )
+    assert [seen[step][0] for step in (5, 7)] == [2, 2]
+    assert seen[5][1].threshold.held.keys() == {7}
+    assert not seen[5][1].threshold.fresh
 
 
 def test_relative_threshold_counts_optimizer_steps() -> None:

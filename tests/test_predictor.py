@@ -12,6 +12,7 @@ import torch
 from dreampropeller import (
     DriftThreshold,
     FittedMomentum,
+    InlineDispatcher,
     Iteration,
     Momentum,
     OptimizationTrajectory,
@@ -21,7 +22,7 @@ from dreampropeller import (
     solve,
 )
 from dreampropeller.predictor import Probe
-from tests.helpers import noise, rolled_out
+from tests.helpers import JUMPS, TOYS, noise, rolled_out
 
 STEPS = 80
 
@@ -116,3 +117,38 @@ def test_guesses_lie_between_repeating_and_momentum(choice: int) -> None:
     assert after.probe is not None
     assert after.probe.step == 3
     assert torch.equal(after.probe.momentum["x"], far[2]["x"])
+
+
+class Seen(InlineDispatcher):
+    """Keeps the states at which drifts were evaluated."""
+
+    def evaluate(self, steps: Any, ys: Any) -> Any:
+        _SEEN[steps[0]] = [y["points"] for y in ys]
+        return super().evaluate(steps, ys)
+
+
+_SEEN: dict[int, list[torch.Tensor]] = {}
+
+
+@pytest.mark.parametrize("predictor", ["momentum", "auto"])
+def test_after_a_jump_guesses_are_predicted_from_the_mean_drift(predictor: str) -> None:
+    """The mean follows its rows, so the anchor need not be repeated."""
+    errors: dict[str, dict[int, float]] = {}
+    later = [jump for jump in JUMPS if jump]
+    for name in ("repeat_last", predictor):
+        found = errors.setdefault(name, {})
+        solver = PicardSolver(SlidingWindow(4), DriftThreshold(1e6), name)
+        solve(
+            TOYS["growing"].make(),
+            solver,
+            Seen,
+            on_iteration=lambda _, it, found=found: found.update(
+                {it.begin: it.errors[0]}
+            ),
+        )
+        for jump in later:
+            repeats = torch.equal(_SEEN[jump][1], _SEEN[jump][0])
+            assert repeats == (name == "repeat_last")
+        assert torch.equal(_SEEN[0][1], _SEEN[0][0]), "no drift to average yet"
+    for jump in later:
+        assert errors[predictor][jump] < 0.5 * errors["repeat_last"][jump]

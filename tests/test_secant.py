@@ -23,6 +23,7 @@ from dreampropeller import (
     solve,
 )
 from dreampropeller.acceleration.secant import SecantMemory
+from dreampropeller.rollout import Rollout
 from dreampropeller.solution import Iteration
 from tests.helpers import JUMPS, TOYS, make_quadratic, noise, rolled_out, tree_equal
 
@@ -126,6 +127,28 @@ def test_slopes_follow_their_rows_through_a_jump() -> None:
         assert memory.squares["points"][:-1].all()
         assert not memory.squares["points"][-1]
         assert not memory.held
+
+
+def test_slopes_of_before_a_jump_wait_for_the_first_of_after_it() -> None:
+    """They are kept, with their rows, but correct nothing until then."""
+    one = torch.ones(2)
+    rows = {"x": torch.tensor([0, 0, 1])}
+    memory = SecantMemory({}, {"x": one}, {"x": one})
+    fresh = Secant().jumped(memory, {"x": torch.ones(3)}, rows)
+
+    def seen(step: int, *guesses: float) -> Rollout:
+        ys = [{"x": torch.full((3,), guess)} for guess in (*guesses, guesses[-1])]
+        return rolled_out(range(step, step + len(guesses)), ys, ys[:-1])
+
+    window = seen(5, 0.0, 1.0)
+    waiting = Secant().before(fresh, window)
+    assert not waiting.slopes
+    measured = Secant().before(Secant().after(waiting, window), seen(6, 2.0))
+    # A drift that equals the guess has slope 1; 0.7 of the sums of before count, too.
+    sums = 1 + Secant().decay
+    assert torch.equal(measured.slopes["x"], torch.full((3,), sums / (2 * sums)))
+    assert Secant().before(measured, seen(7, 3.0)).slopes.keys() == {"x"}
+    assert Secant().before(memory, window).slopes.keys() == {"x"}, "without a jump"
 
 
 def test_without_a_row_map_slopes_are_forgotten() -> None:

@@ -38,12 +38,14 @@ class SecantMemory(Memory):
         products: $\sum_a \Delta g_a \Delta y_a$, decayed, by name.
         squares: $\sum_a \Delta y_a^2$, decayed, by name.
         slopes: The diagonal $\Lambda$, from `before` to `after`.
+        current: Whether anything was measured since the last jump.
     """
 
     held: dict[int, tuple[State, State]] = field(default_factory=dict, metadata=FULL)
     products: State = field(default_factory=dict)
     squares: State = field(default_factory=dict)
     slopes: State = field(default_factory=dict, metadata=FULL)
+    current: bool = True
 
 
 @dataclass(frozen=True)
@@ -96,6 +98,8 @@ class Secant(Acceleration[SecantMemory]):
                 _add(squares, name, move.square())
         if not squares:
             products, squares = memory.products, memory.squares
+            if not memory.current:
+                return SecantMemory({}, products, squares, current=False)
         else:
             for name in memory.products:
                 _add(products, name, self.decay * memory.products[name])
@@ -133,12 +137,18 @@ class Secant(Acceleration[SecantMemory]):
             )
             for slot in rollout.repeated
         }
-        return SecantMemory(held, memory.products, memory.squares)
+        return SecantMemory(
+            held, memory.products, memory.squares, current=memory.current
+        )
 
     def jumped(
         self, memory: SecantMemory, y: State, parents: Parents | None
     ) -> SecantMemory:
-        """Map the rows; new rows have no slope. Without a map no row has one."""
+        """Map the rows; new rows have no slope. Without a map no row has one.
+
+        The slopes of before are not used until some have been measured: where
+        rows were split or cloned, several now pull in the place of one.
+        """
         if parents is None:
             return self.init()
         products, squares = (
@@ -152,7 +162,7 @@ class Secant(Acceleration[SecantMemory]):
             }
             for sums in (memory.products, memory.squares)
         )
-        return SecantMemory({}, products, squares)
+        return SecantMemory({}, products, squares, current=False)
 
 
 def _add(sums: State, name: str, value: Tensor) -> None:

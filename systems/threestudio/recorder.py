@@ -14,7 +14,7 @@ import torch.distributed as dist
 from omegaconf import OmegaConf
 
 import dreampropeller as dp
-from dreampropeller import checkpoint
+from dreampropeller import checkpoint, identity
 from dreampropeller.adapters.threestudio import ThreestudioTrajectory
 from systems.runs import recorder
 from systems.runs.recorder import STOP
@@ -40,6 +40,23 @@ def load_state(path: str) -> dp.SolverState[Any]:
     folder = Path(path)
     inner = folder / "ckpts" / _STATES
     return checkpoint.load(inner if inner.is_dir() else folder)
+
+
+def check_state(state: dp.SolverState[Any], trajectory: ThreestudioTrajectory) -> None:
+    """Refuse to resume with other settings, before anything is written.
+
+    Raises:
+        ConfigError: Names the settings that differ.
+    """
+    found, wanted = dict(state.problem), trajectory.fingerprint()
+    if found.get("num_steps", 0) <= wanted["num_steps"]:
+        found["num_steps"] = wanted["num_steps"]  # a run may be prolonged
+    differ = identity.differences(found, wanted) if state.problem else ""
+    if differ:
+        raise ConfigError(
+            f"The run to resume had other settings: {differ}. Write them as they were "
+            "(`--config RUN/configs/parsed.yaml`), or start a new run without `resume`."
+        )
 
 
 class Recorder(recorder.Recorder):
@@ -82,16 +99,20 @@ class Recorder(recorder.Recorder):
 
         Raises:
             ConfigError: The folder holds another run.
+            CheckpointError: Another process runs in the folder.
         """
+        configs = self._folder / "configs"
+        configs.mkdir(parents=True, exist_ok=True)
+        checkpoint.lock(self._folder)
         other = checkpoint.run_of(self._folder / "ckpts" / _STATES)
-        if other not in ("", run):
+        parsed = configs / "parsed.yaml"
+        unsaved = not other and not run and parsed.exists()
+        if other not in ("", run) or (unsaved and self._differs(parsed)):
             raise ConfigError(
                 f"`{self._folder}` holds another run: leave `use_timestamp` on, name "
                 f"another `tag`, or write `resume={self._folder}`."
             )
-        configs = self._folder / "configs"
-        configs.mkdir(parents=True, exist_ok=True)
-        OmegaConf.save(self._cfg, configs / "parsed.yaml")
+        OmegaConf.save(self._cfg, parsed)
         if path != (configs / "raw.yaml").resolve():
             shutil.copyfile(path, configs / "raw.yaml")
         command = "python " + " ".join(sys.argv) + "\n"
@@ -99,6 +120,15 @@ class Recorder(recorder.Recorder):
         loggers: Any = importlib.import_module("pytorch_lightning.loggers")
         for kind, name in (("TensorBoardLogger", "tb_logs"), ("CSVLogger", "csv_logs")):
             self._loggers.append(getattr(loggers, kind)(str(self._folder), name=name))
+
+    def _differs(self, parsed: Path) -> bool:
+        """Whether a config that was written before is of another problem."""
+        sections: list[Any] = [OmegaConf.load(parsed), self._cfg]
+        one, other = (
+            [OmegaConf.to_container(cfg[name]) for name in ("system", "data")]
+            for cfg in sections
+        )
+        return one != other
 
     def record(self, state: dp.SolverState[Any], iteration: dp.Iteration) -> None:
         """Log an iteration; validate and save when due."""

@@ -24,7 +24,7 @@ from systems.settings.config import DispatchConfig, is_rank
 from systems.settings.reader import ConfigError
 from systems.threestudio.checkout import import_threestudio
 from systems.threestudio.config import BackendConfig, split
-from systems.threestudio.recorder import Recorder, load_state
+from systems.threestudio.recorder import Recorder, check_state, load_state
 
 _RANKS = ("RANK", "LOCAL_RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK")
 
@@ -92,12 +92,8 @@ def work(
         datamodule = find(cfg.data_type)(cfg.data)
         system = find(cfg.system_type)(cfg.system, resumed=False)
         system.set_save_dir(os.path.join(cfg.trial_dir, "save"))
-        about = {
-            name: OmegaConf.to_container(cfg[name], resolve=True)
-            for name in ("system", "data")
-        }
         return ThreestudioTrajectory(
-            system, datamodule, cfg, verify=ours.threestudio.verify, about=about
+            system, datamodule, cfg, verify=ours.threestudio.verify
         )
 
     # Rank 0 first: it fills the cache of prompt embeddings that the others read. (If
@@ -107,6 +103,8 @@ def work(
     trajectory = build()
     if leads and dist.is_initialized():
         dist.barrier()
+    if state is not None:
+        check_state(state, trajectory)
     recorder = Recorder(
         trajectory, cfg, lightning, ours, leads=leads or rank is None, stop=stop
     )

@@ -25,6 +25,7 @@ from dreampropeller.adapters.threestudio import (
     accelerate,
 )
 from dreampropeller.checkpoint import load, save
+from dreampropeller.identity import AnotherProblem
 from tests.adapters import standin
 from tests.adapters.recording import tensors_of
 from tests.adapters.standin.systems import DreamFusionLike
@@ -318,3 +319,70 @@ def test_settings_come_from_the_config() -> None:
     y, _ = trajectory.init()
     (g, _), (h, _) = trajectory.host.evaluate(5, y), other.host.evaluate(5, y)
     assert not tree_equal(g, h), "another seed, other cameras"
+
+
+def half_way(**changes: Any) -> Any:
+    system, datamodule = build("dreamfusion-like", **changes)
+    trajectory = ThreestudioTrajectory(system, datamodule, num_steps=12)
+    return solve(trajectory, LOOSE, max_iterations=2, throw=False).state
+
+
+PROMPT = {"prompt_processor": {"prompt": "a cup", "spawn": True}}
+
+
+@pytest.mark.parametrize(
+    ("changes", "data", "seed", "message"),
+    [
+        (
+            {"prompt_processor": {"prompt": "a car"}},
+            {},
+            0,
+            r"`about\.system\.prompt_processor\.prompt` was 'a cup' and is 'a car'",
+        ),
+        (
+            {**PROMPT, "loss": {"lambda_sds": 2.0, "lambda_sparsity": 0.5}},
+            {},
+            0,
+            r"`about\.system\.loss\.lambda_sds` was 1\.0 and is 2\.0",
+        ),
+        (
+            {**PROMPT, "guidance": {"max_step_percent": 0.5}},
+            {},
+            0,
+            r"guidance\.max_step_percent",
+        ),
+        (PROMPT, {"sizes": [4, 8]}, 0, r"`about\.data\.sizes\.1` was 6 and is 8"),
+        (PROMPT, {}, 1, "`seed` was 0 and is 1"),
+    ],
+)
+def test_a_state_belongs_to_its_settings(
+    changes: Any, data: Any, seed: int, message: str
+) -> None:
+    state = half_way(**PROMPT)
+    system, datamodule = build("dreamfusion-like", **changes)
+    datamodule.cfg.update(data)
+    other = ThreestudioTrajectory(system, datamodule, num_steps=12, seed=seed)
+    with pytest.raises(AnotherProblem, match=message):
+        solve(other, LOOSE, state=state)
+
+
+def test_what_does_not_change_the_training_may_differ() -> None:
+    """Logs, validation, the cache of prompts, more steps, another solver."""
+    state = half_way(**PROMPT)
+    system, datamodule = build(
+        "dreamfusion-like",
+        prompt_processor={**PROMPT["prompt_processor"], "spawn": False},
+        loggers={"wandb": {"enable": True}},
+    )
+    datamodule.cfg.update(eval_width=64, n_test_views=7)
+    other = ThreestudioTrajectory(system, datamodule, num_steps=20)
+    assert solve(other, Sequential(), state=state).state.step == 20
+
+
+def test_accelerate_resumes_its_own_problem_alone() -> None:
+    state = half_way(**PROMPT)
+    system, datamodule = build("dreamfusion-like", **PROMPT)
+    assert accelerate(system, datamodule, num_steps=12, state=state).state.step == 12
+    system, datamodule = build("dreamfusion-like")
+    with pytest.raises(AnotherProblem, match="'a cup' and is 'absent'"):
+        accelerate(system, datamodule, num_steps=12, state=state)

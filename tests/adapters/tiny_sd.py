@@ -10,8 +10,14 @@ from typing import Any
 import torch
 
 
-def write(folder: Path) -> None:
-    """Write what `StableDiffusionPipeline.from_pretrained` reads."""
+def write(folder: Path, blocks: int = 6) -> None:
+    """Write what `StableDiffusionPipeline.from_pretrained` reads.
+
+    Args:
+        folder: Folder to write to.
+        blocks: Number of the autoencoder's resolutions. Six make 16 of 512 pixels, for
+            speed; Stable Diffusion's four make 64.
+    """
     diffusers: Any = importlib.import_module("diffusers")
     transformers: Any = importlib.import_module("transformers")
 
@@ -39,10 +45,10 @@ def write(folder: Path) -> None:
     )
     pipeline = diffusers.StableDiffusionPipeline(
         vae=diffusers.AutoencoderKL(
-            block_out_channels=(4,) * 6,
-            down_block_types=("DownEncoderBlock2D",) * 6,
-            up_block_types=("UpDecoderBlock2D",) * 6,
-            norm_num_groups=4,  # six blocks: 512 pixels become 16, for speed
+            block_out_channels=(4,) * blocks,
+            down_block_types=("DownEncoderBlock2D",) * blocks,
+            up_block_types=("UpDecoderBlock2D",) * blocks,
+            norm_num_groups=4,
             latent_channels=4,
         ),
         unet=diffusers.UNet2DConditionModel(

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import types
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import pytest
+from omegaconf import OmegaConf
 
 import dreampropeller as dp
 import launch
+from dreampropeller.checkpoint import CheckpointError
 from systems.settings.reader import ConfigError
 from systems.threestudio.checkout import import_threestudio
-from systems.threestudio.config import split
-from systems.threestudio.recorder import load_state
+from systems.threestudio.config import BackendConfig, split
+from systems.threestudio.recorder import Recorder, check_state, load_state
 
 CONFIG = """
 name: scene
@@ -120,3 +125,77 @@ import launch
         [sys.executable, "-c", program], capture_output=True, text=True
     )
     assert run.returncode == 0, run.stderr
+
+
+def make_recorder(folder: Path, prompt: str = "a cup") -> Recorder:
+    cfg = OmegaConf.create(
+        {
+            "trial_dir": str(folder),
+            "system": {"prompt_processor": {"prompt": prompt}},
+            "data": {"width": 64},
+            "trainer": {},
+            "checkpoint": {},
+        }
+    )
+    nothing: Any = None
+    return Recorder(nothing, cfg, nothing, BackendConfig(), leads=True, stop=None)
+
+
+@pytest.fixture
+def loggers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Loggers of an environment without Lightning 2.0."""
+    fake = types.ModuleType("pytorch_lightning.loggers")
+    vars(fake).update(TensorBoardLogger=mock.Mock(), CSVLogger=mock.Mock())
+    monkeypatch.setitem(sys.modules, "pytorch_lightning.loggers", fake)
+
+
+@pytest.mark.usefixtures("loggers")
+def test_the_config_of_another_run_is_never_overwritten(
+    config: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    make_recorder(folder).snapshot(config, "")
+    before = (folder / "configs" / "parsed.yaml").read_text()
+    make_recorder(folder).snapshot(config, "")  # of the same problem, not yet saved
+    with pytest.raises(ConfigError, match="holds another run: leave `use_timestamp`"):
+        make_recorder(folder, "a car").snapshot(config, "")
+    assert (folder / "configs" / "parsed.yaml").read_text() == before
+
+
+@pytest.mark.usefixtures("loggers")
+def test_two_processes_do_not_write_to_one_folder(config: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    (folder / "configs").mkdir(parents=True)
+    program = (
+        "import sys, time; from pathlib import Path;"
+        "from dreampropeller import checkpoint;"
+        "checkpoint.lock(Path(sys.argv[1])); print('locked', flush=True);"
+        "sys.stdin.read()"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", program, str(folder)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    ) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline()
+        with pytest.raises(CheckpointError, match="Another process writes"):
+            make_recorder(folder).snapshot(config, "")
+        other.communicate()
+
+
+def test_a_run_resumes_with_its_own_settings_alone() -> None:
+    def problem(steps: int, prompt: str) -> Any:
+        about = {"system": {"prompt_processor": {"prompt": prompt}}}
+        return {"num_steps": steps, "seed": 0, "about": about}
+
+    trajectory: Any = mock.Mock(fingerprint=lambda: problem(20, "a cup"))
+    state: Any = mock.Mock(problem=problem(12, "a cup"))
+    check_state(state, trajectory)
+    for found, message in (
+        (problem(12, "a car"), r"prompt` was 'a car' and is 'a cup'.*parsed\.yaml"),
+        (problem(30, "a cup"), "`num_steps` was 30 and is 20"),
+    ):
+        state.problem = found
+        with pytest.raises(ConfigError, match=message):
+            check_state(state, trajectory)

@@ -3,6 +3,7 @@
 from dreampropeller.adapters.diffusers.pipeline import measure as measure
 from dreampropeller.adapters.diffusers.pipeline import sample as sample
 from dreampropeller.adapters.diffusers.pipeline import solver_for as solver_for
+from dreampropeller.adapters.diffusers.speculative import Speculative as Speculative
 from dreampropeller.adapters.diffusers.trajectory import Denoiser as Denoiser
 from dreampropeller.adapters.diffusers.trajectory import (
     SamplingTrajectory as SamplingTrajectory,

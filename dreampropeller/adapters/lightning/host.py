@@ -21,8 +21,9 @@ from torch import nn
 
 from dreampropeller.adapters.lightning import optimizers as configured
 from dreampropeller.adapters.lightning import refusals, trainer
-from dreampropeller.adapters.lightning.attributes import Attributes
+from dreampropeller.adapters.lightning.born import Born
 from dreampropeller.adapters.lightning.groups import Groups
+from dreampropeller.attributes import Attributes
 from dreampropeller.buffers import buffer_drift, updated_buffers
 from dreampropeller.dispatch.process_group import local_device
 from dreampropeller.guard import Guard
@@ -255,6 +256,7 @@ class Host:
             roots["dataset"] = found.loader.dataset
         self.attributes = Attributes(roots, follow=self.follows, skip=self.skip)
         refusals.check_optimizers(self.attributes, owned)
+        self.born = Born(module)
 
     def initial(self) -> tuple[State, Nest]:
         """Parameters, buffers, and the memory of new optimizers, as own tensors."""
@@ -295,6 +297,7 @@ class Host:
     def enter(self, step: int, y: State, restore: bool = True) -> None:
         """Put the module into its state at the start of a step."""
         if restore:
+            self.born.forget()
             self.attributes.restore()
         self.load(y)
         self.shim.global_step = step
@@ -321,18 +324,15 @@ class Host:
 
     def _buffers(self) -> Iterator[tuple[str, Any, str]]:
         for name, _ in self.module.named_buffers():
+            if name in self.born:
+                continue
             path, _, key = name.rpartition(".")
             yield name, self.module.get_submodule(path), key
 
     def buffer_drift(self, y: State) -> State:
         """Changes of the module's buffers by the evaluation at a state (Eq. 19)."""
+        self.born.check(y)
         after = {name: owner._buffers[key] for name, owner, key in self._buffers()}
-        born = sorted(after.keys() - y.keys())
-        if born:
-            raise ValueError(
-                f"The step registered buffer `{born[0]}`; register it when the module "
-                "is built, so that it is part of the state."
-            )
         after = {name: tensor.detach() for name, tensor in after.items()}
         changed = buffer_drift({name: y[name] for name in after}, after)
         # The module keeps writing into its buffers; the drift must not follow.

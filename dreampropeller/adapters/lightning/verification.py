@@ -52,9 +52,11 @@ def verify(trajectory: LightningTrajectory) -> None:
             following,
             f"Step {step} was evaluated afresh and right after step {step - 1}",
             " Attributes that the step before had changed: "
-            + (", ".join(f"`{name}`" for name in left) or "none")
+            + _listed([f"`{name}`" for name in left])
             + ". One of them remembers something of earlier steps: make it a buffer, "
-            "or compute it from `global_step`.",
+            "or compute it from `global_step`. If it holds numbers that were drawn at "
+            "an earlier step, list these steps in `resolution_milestones` of the data "
+            "set (threestudio), or draw them when the module is built.",
         )
 
 
@@ -110,11 +112,16 @@ def _compare(one: dict[str, Any], two: dict[str, Any], what: str, why: str) -> N
         if name not in one or name not in two or not _same(one[name], two[name])
     ]
     if different:
-        shown = ", ".join(different[:5]) + (" and more" * (len(different) > 5))
         raise NotReproducible(
-            f"{what}, at the same state, and the results differ in: {shown}.{why} "
+            f"{what}, at the same state, and the results differ in: "
+            f"{_listed(different)}.{why} "
             "Picard iterations would silently go astray, so the run is refused."
         )
+
+
+def _listed(names: list[str], most: int = 5) -> str:
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return (", ".join(names[:most]) or "none") + more
 
 
 def _same(one: Any, two: Any) -> bool:

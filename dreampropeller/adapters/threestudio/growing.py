@@ -20,7 +20,6 @@ Reference: threestudio-3dgs at 8c2ab7b, https://github.com/DSaurus/threestudio-3
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -28,13 +27,8 @@ from torch import Tensor
 
 from dreampropeller.adapters.lightning import optimizers as configured
 from dreampropeller.adapters.lightning import trainer
-from dreampropeller.adapters.lightning.host import Host
 from dreampropeller.adapters.threestudio.rows import parents_of
-from dreampropeller.adapters.threestudio.system import (
-    check_system,
-    is_updated,
-    system_batches,
-)
+from dreampropeller.adapters.threestudio.system import CameraHost, check_system
 from dreampropeller.buffers import updated_buffers
 from dreampropeller.trajectory import Parents
 from dreampropeller.tree import Aux, Nest, State, copy_nest
@@ -52,20 +46,14 @@ def grows(system: Any) -> bool:
     )
 
 
-class GrowingHost(Host):
+class GrowingHost(CameraHost):
     """A system with one optimizer step per training step, and growth as jumps.
 
     With several views in a batch the statistics are summed in another order than
     upstream's, so they agree to rounding; with one view bit for bit.
-
-    Args:
-        batches: Function that returns the batch of a step, instead of the data module.
     """
 
-    skip = (*Host.skip, "optimizer", "optimize_list")
-
-    def __init__(self, batches: Callable[[int], Any] | None = None) -> None:
-        self._given = batches
+    skip = (*CameraHost.skip, "optimizer", "optimize_list")
 
     def refuse(self, module: Any) -> None:
         """Refuse systems that do not grow, or that depend on earlier steps."""
@@ -81,14 +69,6 @@ class GrowingHost(Host):
             super().refuse(module)
         finally:
             module.automatic_optimization = automatic
-
-    def find_batches(self, data: Any, seed: int) -> trainer.Batches:
-        """Cameras of a step."""
-        return system_batches(data, seed, self._given)
-
-    def follows(self, value: object) -> bool:
-        """Whether threestudio updates an object by step that is not a module."""
-        return is_updated(value)
 
     def configure(self) -> list[torch.optim.Optimizer]:
         """Take over the optimizer that the system steps itself."""
@@ -167,6 +147,7 @@ class GrowingHost(Host):
             finally:
                 self._proxy.real = None
         self._read_parameters()
+        self.born.check(y)
         after = self.state()
         groups = [
             {key: value for key, value in group.items() if key in values}

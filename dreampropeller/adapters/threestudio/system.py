@@ -20,7 +20,9 @@ from typing import Any
 from torch.utils.data import IterableDataset
 
 from dreampropeller.adapters.lightning import trainer
-from dreampropeller.adapters.lightning.host import Host
+from dreampropeller.adapters.lightning.host import Host, Keyed, Settings
+from dreampropeller.attributes import Attributes
+from dreampropeller.tree import State
 
 _HISTORY = ("edit_frames", "per_editing_step")
 """Attributes of systems whose data depends on earlier renderings."""
@@ -97,8 +99,48 @@ def is_updated(value: object) -> bool:
     return hasattr(type(value), "do_update_step")
 
 
-class SystemHost(Host):
-    """A threestudio system with automatic optimisation.
+class Milestones:
+    """States of a data set between its resolution milestones.
+
+    At a milestone a data set may draw random numbers and read files, once for all steps
+    that follow: a single image is scaled, and its rays are jittered. Such a step is
+    evaluated as it is. For a later one the data set is put into the state that the
+    milestone's own update left, under the milestone's random numbers.
+
+    Args:
+        dataset: The data set, in its state at the start.
+        random: Keys the random streams of a step.
+    """
+
+    def __init__(self, dataset: Any, random: Keyed) -> None:
+        self._dataset, self._random = dataset, random
+        found = [
+            one
+            for _, owner in self._record().objects()
+            for one in getattr(owner, "resolution_milestones", ())
+            if isinstance(one, int) and one >= 0
+        ]
+        self._steps = sorted(set(found))
+        self._records: list[Attributes] = []
+
+    def enter(self, step: int) -> None:
+        """Put the data set into the state that the last milestone left."""
+        count = sum(one < step for one in self._steps)
+        for milestone in self._steps[len(self._records) : count]:
+            if self._records:
+                self._records[-1].restore()
+            with self._random.scope(milestone):
+                _update_dataset(self._dataset, milestone)
+            self._records.append(self._record())
+        if count:
+            self._records[count - 1].restore()
+
+    def _record(self) -> Attributes:
+        return Attributes({"": self._dataset}, is_updated, Host.skip)
+
+
+class CameraHost(Host):
+    """A system whose batches are cameras that a data set draws for the step.
 
     Args:
         batches: Function that returns the batch of a step, instead of the data module.
@@ -107,10 +149,11 @@ class SystemHost(Host):
     def __init__(self, batches: Callable[[int], Any] | None = None) -> None:
         self._given = batches
 
-    def refuse(self, module: Any) -> None:
-        """Refuse systems that depend on earlier steps, too."""
-        check_system(module)
-        super().refuse(module)
+    def open(self, module: Any, data: Any, settings: Settings) -> None:
+        """Set up the module, and find the data set's milestones."""
+        super().open(module, data, settings)
+        dataset = self.shim.train_dataloader.dataset
+        self._milestones = Milestones(dataset, self.random)
 
     def find_batches(self, data: Any, seed: int) -> trainer.Batches:
         """Cameras of a step."""
@@ -119,3 +162,18 @@ class SystemHost(Host):
     def follows(self, value: object) -> bool:
         """Whether threestudio updates an object by step that is not a module."""
         return is_updated(value)
+
+    def enter(self, step: int, y: State, restore: bool = True) -> None:
+        """Put module and data set into their state at the start of a step."""
+        super().enter(step, y, restore)
+        if restore:
+            self._milestones.enter(step)
+
+
+class SystemHost(CameraHost):
+    """A threestudio system with automatic optimisation."""
+
+    def refuse(self, module: Any) -> None:
+        """Refuse systems that depend on earlier steps, too."""
+        check_system(module)
+        super().refuse(module)

@@ -11,10 +11,18 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from omegaconf import OmegaConf
+
 from dreampropeller.adapters.lightning.trajectory import LightningTrajectory
 from dreampropeller.adapters.lightning.verification import verify as verify_trajectory
 from dreampropeller.adapters.threestudio.growing import GrowingHost, grows
 from dreampropeller.adapters.threestudio.system import SystemHost
+
+_UNTRAINED = (
+    *("eval_", "n_val_views", "n_test_views", "test_", "loggers", "exporter"),
+    *("cleanup_after_", "use_cache", "spawn"),
+)
+"""Beginnings of the names of settings that do not change the training."""
 
 
 class ThreestudioTrajectory(LightningTrajectory):
@@ -27,7 +35,9 @@ class ThreestudioTrajectory(LightningTrajectory):
 
     Args:
         system: The system, as `threestudio.find(cfg.system_type)(cfg.system)` made it.
-        datamodule: The data module, as `threestudio.find(cfg.data_type)(cfg.data)`.
+        datamodule: The data module, as `threestudio.find(cfg.data_type)(cfg.data)`. A
+            state can be resumed only with the settings of system and data that it was
+            made with, the prompt among them.
         config: The experiment's config, or any mapping with `trainer` and `seed`.
             Read: `trainer.max_steps`, `precision`, `gradient_clip_val`,
             `gradient_clip_algorithm`, and `seed`.
@@ -75,9 +85,34 @@ class ThreestudioTrajectory(LightningTrajectory):
                 options.setdefault(key, _get(settings, key))
         seed = int(_get(config, "seed") or 0) if seed is None else seed
         host = GrowingHost(batches) if grows(system) else SystemHost(batches)
+        options["about"] = {**about(system, datamodule), **(options.get("about") or {})}
         super().__init__(system, datamodule, num_steps, seed=seed, host=host, **options)
         if verify:
             verify_trajectory(self)
+
+
+def about(system: Any, datamodule: Any) -> dict[str, Any]:
+    """The settings that a state belongs to: those of system and data.
+
+    What only validation, tests, logs and export read may change between two parts of a
+    run, and is left out.
+    """
+    return {
+        name: _trained(OmegaConf.to_container(cfg, resolve=True))
+        for name, owner in (("system", system), ("data", datamodule))
+        for cfg in [getattr(owner, "cfg", None)]
+        if OmegaConf.is_config(cfg)
+    }
+
+
+def _trained(section: Any) -> Any:
+    if not isinstance(section, dict):
+        return section
+    return {
+        name: _trained(value)
+        for name, value in section.items()
+        if not str(name).startswith(_UNTRAINED)
+    }
 
 
 def _get(config: Any, key: str) -> Any:

@@ -1,0 +1,396 @@
+"""Every config of a threestudio checkout and of extensions, run on CPU in small.
+
+    THREESTUDIO_ROOT=… python -m tests.adapters.real_systems zero123 fantasia3d
+
+Prints a line of JSON per config: equal to its own Lightning run and to itself in
+parallel, or refused and why, or not run and why. Run by threestudio's own Python; what
+a machine without a GPU lacks is replaced by the stand-ins on the path, by the guidance
+below (score distillation towards a blob), and by a rasteriser in torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import sys
+import tempfile
+import traceback
+import types
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dreampropeller.adapters.threestudio import ThreestudioTrajectory
+from tests.adapters import real_threestudio as real
+
+NUM_STEPS = 6
+MILESTONE = 3
+_TOY = {
+    "stable-diffusion-guidance",
+    "deep-floyd-guidance",
+    "zero123-guidance",
+    "stable-zero123-guidance",
+    "stable-diffusion-sdi-guidance",
+    "stable-diffusion-controlnet-guidance",
+    "mvdream-multiview-diffusion-guidance",
+}
+"""Guidances that need trained weights and have no state: replaced by `Toy`."""
+_ENCODING = {
+    "otype": "HashGrid",
+    "n_levels": 4,
+    "n_features_per_level": 2,
+    "log2_hashmap_size": 10,
+    "base_resolution": 8,
+    "per_level_scale": 1.447269237440378,
+}
+_MISSING = {
+    "system.weights": None,
+    "data.image_path": "./load/images/hamburger_rgba.png",
+    "system.guide_shape": "load/shapes/teddy.obj",
+}
+"""Values that a config leaves to the user."""
+_VSD = {
+    "stable-diffusion-vsd-guidance",
+    "stable-diffusion-unified-guidance",
+}
+"""Guidances that train a LoRA: run on a tiny random Stable Diffusion."""
+
+
+def register() -> None:
+    """Register the toy guidance, and prompts that need no language model."""
+    threestudio: Any = importlib.import_module("threestudio")
+    base: Any = importlib.import_module("threestudio.utils.base")
+    C: Any = importlib.import_module("threestudio.utils.misc").C
+
+    class Toy(base.BaseObject):
+        """Score distillation towards a blob that depends on the view."""
+
+        @dataclass
+        class Config(base.BaseObject.Config):
+            min_step_percent: Any = 0.02
+            max_step_percent: Any = 0.98
+            pretrained_model_name_or_path: str = ""
+
+        def configure(self) -> None:
+            self.low, self.high = 20, 980
+
+        def __call__(
+            self, image: Tensor, *prompts: Any, azimuth: Tensor, **_: Any
+        ) -> dict[str, Tensor]:
+            count, height, width, channels = image.shape
+            y, x = torch.meshgrid(
+                torch.linspace(-1, 1, height), torch.linspace(-1, 1, width)
+            )
+            blob = torch.exp(-4 * (x**2 + y**2))[None, ..., None]
+            view = torch.deg2rad(azimuth)[:, None, None, None]
+            mode = 0.5 + 0.4 * blob * torch.cos(view + torch.arange(channels))
+            t = torch.randint(self.low, self.high + 1, [count]) / 1000
+            noise = torch.randn_like(image)
+            gradient = (image - mode + 0.1 * noise).detach() * t[:, None, None, None]
+            loss = (gradient * image).sum() / count
+            return {"loss_sds": loss, "grad_norm": gradient.norm()}
+
+        def update_step(self, epoch: int, step: int, **_: Any) -> None:
+            self.low = int(1000 * C(self.cfg.min_step_percent, epoch, step))
+            self.high = int(1000 * C(self.cfg.max_step_percent, epoch, step))
+
+    threestudio.register("toy-guidance")(Toy)
+    real.prompts()
+
+
+def rasterise_in_torch() -> None:
+    """Replace nvdiffrast by dense barycentric coordinates, without anti-aliasing."""
+    context: Any = importlib.import_module(
+        "threestudio.utils.rasterize"
+    ).NVDiffRasterizerContext
+
+    def rasterize(_: Any, pos: Tensor, tri: Tensor, resolution: Any) -> Any:
+        height, width = resolution
+        rows = (torch.arange(height) + 0.5) / height * 2 - 1
+        columns = (torch.arange(width) + 0.5) / width * 2 - 1
+        y, x = torch.meshgrid(rows, columns)
+        pixels = torch.stack([x, y], -1).reshape(-1, 2)
+        images = []
+        for one in pos:
+            w = one[:, 3:].clamp_min(1e-6)
+            flat = one[:, :3] / w
+            corners = flat[tri]  # faces, 3, xyz
+            with torch.no_grad():
+                inside = _barycentric(corners[:, None, :, :2], pixels[None])
+                depth = (inside * corners[:, None, :, 2]).sum(-1)
+                hit = (inside >= 0).all(-1)
+                nearest, face = torch.where(hit, depth, torch.inf).min(0)
+                covered = nearest < torch.inf
+            weights = _barycentric(corners[face][:, :, :2], pixels)
+            weights = weights / w[tri[face], 0]
+            weights = weights / weights.sum(-1, keepdim=True)
+            values = [weights[:, :2], nearest[:, None], face[:, None] + 1.0]
+            image = torch.cat(values, -1) * covered[:, None]
+            images.append(image.reshape(height, width, 4))
+        return torch.stack(images), None
+
+    def interpolate(
+        _: Any, attr: Tensor, rast: Tensor, tri: Tensor, *__: Any, **___: Any
+    ) -> Any:
+        face = (rast[..., 3].long() - 1).clamp_min(0)
+        u, v = rast[..., :1], rast[..., 1:2]
+        parts = attr.expand(len(rast), -1, -1)
+        a, b, c = (
+            torch.stack([p[tri[f, i]] for p, f in zip(parts, face, strict=True)])
+            for i in range(3)
+        )
+        return (u * a + v * b + (1 - u - v) * c) * (rast[..., 3:] > 0), None
+
+    context.initialize_context = lambda *_: None
+    context.rasterize, context.interpolate = rasterize, interpolate
+    context.antialias = lambda _, color, *__: color
+
+
+def place_on_cpu() -> None:
+    """Where upstream takes its rank for a device, take the CPU if there is no GPU."""
+    if torch.cuda.is_available():
+        return
+    for name, module in list(sys.modules.items()):
+        if name.startswith("threestudio.") and hasattr(module, "get_rank"):
+            vars(module)["get_rank"] = lambda: "cpu"
+
+
+def _barycentric(corners: Tensor, points: Tensor) -> Tensor:
+    """Barycentric coordinates of points in triangles, in the plane."""
+    a, b, c = corners.unbind(-2)
+
+    def area(p: Tensor, q: Tensor, r: Tensor) -> Tensor:
+        (x, y), (z, w) = (q - p).unbind(-1), (r - p).unbind(-1)
+        return x * w - y * z
+
+    whole = area(a, b, c)
+    whole = torch.where(whole.abs() < 1e-12, torch.full_like(whole, 1e-12), whole)
+    parts = [area(points, b, c), area(a, points, c), area(a, b, points)]
+    return torch.stack(parts, -1) / whole[..., None]
+
+
+def shrink(read: Any, model: str) -> None:
+    """Make a config small, in place; its structure and options stay."""
+    from omegaconf import OmegaConf
+
+    OmegaConf.set_struct(read, False)
+    convert = "system.geometry_convert_from"
+    missing = OmegaConf.missing_keys(read)
+    for key in missing - {convert}:
+        OmegaConf.update(read, key, _MISSING.get(key, "missing"))
+    system, data = read.system, read.data
+    for section in (data, data.get("random_camera")):
+        if section is None:
+            continue
+        if read.data_type in ("multiview-camera-datamodule", "co3d-datamodule"):
+            continue  # these need a data set, and have one resolution
+        for name in ("height", "width"):
+            section[name] = [12, 16]
+        for name in {"sample_height", "sample_width"} & set(section):
+            section[name] = [6, 8]
+        section.resolution_milestones = [MILESTONE]
+        if "image_path" not in section:
+            section.batch_size = [1, 1]
+            section.n_val_views, section.n_test_views = 1, 2
+            section.eval_height = section.eval_width = 12
+    for part in (system.get("geometry"), system.get("background")):
+        part = part or {}
+        for name, value in part.items():
+            if name.endswith("encoding_config") and "Grid" in str(value.get("otype")):
+                value.update(n_levels=4, log2_hashmap_size=10, base_resolution=8)
+    geometry = system.geometry
+    if system.geometry_type in ("implicit-sdf", "tetrahedra-sdf-grid"):
+        geometry.setdefault("pos_encoding_config", dict(_ENCODING))
+    if geometry.get("shape_init") and system.geometry_type == "implicit-sdf":
+        # The same start without a thousand optimizer steps.
+        geometry.update(shape_init=None, sdf_bias="sphere", sdf_bias_params=0.5)
+    if "isosurface_resolution" in geometry:
+        geometry.isosurface_resolution = 32
+    if system.geometry_type == "volume-grid":
+        geometry.grid_size = [8, 8, 8]
+    if convert in missing:  # the result of another config
+        system.geometry_convert_from = None
+        geometry.update(shape_init="sphere", shape_init_params=0.5)
+    renderer = system.get("renderer") or {}
+    for name in ("num_samples_per_ray", "num_samples_per_ray_importance"):
+        if name in renderer:
+            renderer[name] = 16
+    if system.get("renderer_type") == "patch-renderer":
+        renderer.patch_size = 8
+    if "base_renderer" in renderer and "num_samples_per_ray" in renderer.base_renderer:
+        renderer.base_renderer.num_samples_per_ray = 16
+    trained = False
+    for name in ("guidance", "guidance_3d"):
+        kind = system.get(f"{name}_type")
+        if kind in _VSD:
+            trained = True
+            guidance = system[name]
+            for key in ("pretrained_model_name_or_path", "guidance_type"):
+                if key in guidance and key.startswith("pretrained"):
+                    guidance[key] = model
+            guidance.pretrained_model_name_or_path = model
+            if kind == "stable-diffusion-vsd-guidance":
+                guidance.pretrained_model_name_or_path_lora = model
+            guidance.half_precision_weights = False
+        elif kind is not None and (kind in _TOY or name == "guidance_3d"):
+            kept = {
+                key: system[name][key]
+                for key in ("min_step_percent", "max_step_percent")
+                if key in (system.get(name) or {})
+            }
+            system[f"{name}_type"], system[name] = "toy-guidance", kept
+    if "prompt_processor_type" in system:
+        if trained:
+            system.prompt_processor.pretrained_model_name_or_path = model
+            system.prompt_processor.spawn = False
+        else:
+            system.prompt_processor_type = "no-prompts"
+            system.prompt_processor = {}
+        system.prompt_processor.prompt = "a pineapple"
+    if "latent_steps" in system:
+        system.latent_steps = 3
+    read.trainer.update(max_steps=NUM_STEPS, precision="32")
+
+
+def build(path: str, scratch: str) -> tuple[Any, Any, Any]:
+    """System, data module and config, as threestudio's `launch.py` makes them."""
+    from omegaconf import OmegaConf
+
+    pl: Any = importlib.import_module("pytorch_lightning")
+    threestudio: Any = importlib.import_module("threestudio")
+    load_config = importlib.import_module("threestudio.utils.config").load_config
+    read = OmegaConf.load(path)
+    # HiFA compares decoded images, so its latents need the true scale.
+    model = "tiny-sd-8" if "hifa" in path else "tiny-sd-32"
+    shrink(read, str(Path(scratch) / model))
+    read.exp_root_dir = scratch
+    cfg = load_config(OmegaConf.to_yaml(read), from_string=True, n_gpus=1)
+    pl.seed_everything(cfg.seed)
+    datamodule = threestudio.find(cfg.data_type)(cfg.data)
+    system = threestudio.find(cfg.system_type)(cfg.system)
+    system.set_save_dir(os.path.join(scratch, "save"))
+    if cfg.system.geometry_type == "tetrahedra-sdf-grid":
+        system.geometry.initialize_shape()  # instead of an earlier stage's result
+    return system, datamodule, cfg
+
+
+def examine(path: str, scratch: str) -> dict[str, Any]:
+    """Compare a config with itself.
+
+    Returns:
+        `outcome` is "equal", "different", "refused" or "not run"; `why` says it in the
+        words of the error.
+    """
+    try:
+        parts = build(path, scratch)
+    except Exception as error:
+        return {"outcome": "not run", "why": _reason(error)}
+    kind = type(parts[0]).__name__
+    try:  # a refusal needs no run
+        ThreestudioTrajectory(*parts)
+    except (ValueError, TypeError) as error:
+        if _is_ours(error):
+            return {"system": kind, "outcome": "refused", "why": str(error)}
+    except Exception:  # Lightning's own run says it better
+        pass
+    try:
+        recording = real.own_run(*build(path, scratch))
+    except Exception as error:
+        return {"system": kind, "outcome": "not run", "why": _reason(error)}
+    try:
+        found = real.compare(lambda: build(path, scratch), recording, loose=False)
+    except ValueError as error:
+        if not _is_ours(error):
+            raise
+        return {"system": kind, "outcome": "refused", "why": str(error)}
+    equal = found["steps_equal"] == found["steps_compared"] > 0
+    equal = equal and found["threshold_zero_equal"] and found["moved"]
+    return {"system": kind, "outcome": "equal" if equal else "different", **found}
+
+
+def _reason(error: BaseException) -> str:
+    lines = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {lines[0][:160]}"
+
+
+def _is_ours(error: BaseException) -> bool:
+    """Whether the adapter raised an error."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    module = "" if trace is None else trace.tb_frame.f_globals.get("__name__", "")
+    return module.startswith("dreampropeller.")
+
+
+class _Absent(types.ModuleType):
+    """A package that an extension imports and that the examined parts do not use."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return type(name, (), {})
+
+
+def load_extension(folder: Path) -> None:
+    """Import an extension; packages of its trained models may be absent."""
+    try:
+        real.load_extension(folder)
+    except ModuleNotFoundError as error:
+        package = error.name or ""
+        if not package or package.startswith(("threestudio", "dreampropeller")):
+            raise
+        sys.modules[package] = _Absent(package)
+        vars(sys.modules[package])["__path__"] = []
+        load_extension(folder)
+
+
+def configs(root: Path, extensions: Sequence[Path]) -> dict[str, Path]:
+    """Every config by name, such as `zero123` or `threestudio-3dgs/shading`."""
+    found: dict[str, Path] = {}
+    for folder, prefix in ((root, ""), *((one, f"{one.name}/") for one in extensions)):
+        for path in sorted((folder / "configs").rglob("*.yaml")):
+            inner = path.relative_to(folder / "configs").with_suffix("")
+            if inner.parts[0] not in ("debugging", "gradio"):
+                found[prefix + inner.as_posix()] = path
+    return found
+
+
+def main(names: list[str]) -> None:
+    root = Path(os.environ["THREESTUDIO_ROOT"])
+    given = os.environ.get("THREESTUDIO_EXTENSIONS", "").split(os.pathsep)
+    extensions = [Path(one) for one in given if one]
+    os.chdir(root)
+    sys.path.insert(0, str(root))
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    importlib.import_module("threestudio")
+    register()
+    rasterise_in_torch()
+    known = configs(root, extensions)
+    for extension in extensions:
+        if any(name.startswith(f"{extension.name}/") for name in names):
+            load_extension(extension)
+    place_on_cpu()
+    with tempfile.TemporaryDirectory() as scratch:
+        from tests.adapters.tiny_sd import write
+
+        write(Path(scratch) / "tiny-sd-32")
+        write(Path(scratch) / "tiny-sd-8", blocks=4)
+        for name in names:
+            os.chdir(root)
+            try:
+                found = examine(str(known[name]), scratch)
+            except Exception as error:
+                traceback.print_exc()
+                found = {"outcome": "failed", "why": _reason(error)}
+            print(json.dumps({"config": name, **found}), flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
