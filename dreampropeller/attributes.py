@@ -85,6 +85,8 @@ class Attributes:
                 if name not in one.notes:
                     del table[name]
             for name, note in one.notes.items():
+                if _is_registered(one.owner, name):
+                    continue  # a part built on first use; its record is None
                 if name not in table or not note.holds(table[name]):
                     table[name] = note.restored()
 
@@ -252,6 +254,13 @@ class Note:
             value.clear()
             value.update(self._copy)
         return value
+
+
+def _is_registered(owner: object, name: str) -> bool:
+    """Whether a name is now that of a parameter, buffer or child."""
+    return isinstance(owner, nn.Module) and any(
+        name in table for table in (owner._parameters, owner._buffers, owner._modules)
+    )
 
 
 def _is_constant(value: object) -> bool:
