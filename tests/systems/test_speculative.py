@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,18 +13,29 @@ from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 from torch import Tensor
 
-from dreampropeller import PicardSolver, Sequential, SlidingWindow, checkpoint, solve
+from dreampropeller import (
+    FixedThreshold,
+    PicardSolver,
+    Sequential,
+    SlidingWindow,
+    checkpoint,
+    solve,
+)
 from dreampropeller.adapters.diffusers import (
+    CleanImage,
     SamplingTrajectory,
     Speculative,
     sample,
+    solver_for,
 )
 from dreampropeller.adapters.diffusers.transitions import Transitions
 from systems.toybox import pipeline as toybox
+from tests.helpers import TOYS
 
 MEANS = torch.tensor([[-0.8, 0.3], [0.7, 0.5], [0.1, -0.9]])
 WEIGHTS = torch.tensor([0.5, 0.3, 0.2])
 VARIANCE = 0.03
+ZERO = FixedThreshold(0)
 STEPS = 12
 
 
@@ -133,6 +145,20 @@ def test_noise_is_that_of_the_scheduler(eta: float) -> None:
     assert not torch.allclose(quiet, loud)
 
 
+def test_guesses_from_the_clean_image_take_fewer_iterations() -> None:
+    made = scheduler()
+    found = {}
+    for name, predictor in (("clean", CleanImage()), ("last", None)):
+        solver = solver_for(6, 0.1, predictor=predictor)
+        found[name] = solve(trajectory(made, 1, 1), solver).stats.num_iterations
+        exact = solve(trajectory(made, 2, 3), replace(solver, threshold=ZERO))
+        expected = solve(trajectory(made, 2, 3), Sequential())
+        assert torch.equal(exact.value["x"], expected.value["x"])
+    assert found["clean"] <= found["last"]
+    with pytest.raises(TypeError, match=r"write `Momentum\(\)`"):
+        solve(TOYS["sde"].make(), PicardSolver(SlidingWindow(4), ZERO, CleanImage()))
+
+
 def test_a_run_can_be_resumed(tmp_path: Path) -> None:
     made = scheduler()
     whole = solve(trajectory(made, 1, 1), Speculative(6))
@@ -165,20 +191,18 @@ def test_the_toybox_takes_it() -> None:
 
 
 def test_what_draws_no_gaussian_is_refused() -> None:
-    for made, settings in (
-        (scheduler(DDIMScheduler), {}),
-        (scheduler(), {"form": "published"}),
+    for made, settings, complaint in (
+        (scheduler(DDIMScheduler), {}, "draws no step from a Gaussian"),
+        (scheduler(), {"form": "published"}, "stands for no image"),
     ):
-        with pytest.raises(ValueError, match="draws no step from a Gaussian"):
+        with pytest.raises(ValueError, match=complaint):
             solve(trajectory(made, 1, 0, **settings), Speculative(4))
     learned = DDPMScheduler(variance_type="learned")
     learned.set_timesteps(STEPS)
     with pytest.raises(ValueError, match="learns the variance"):
-        solve(trajectory(learned, 1, 0), Speculative(4))
+        Transitions(trajectory(learned, 1, 0))
     with pytest.raises(ValueError, match="at least 1"):
         Speculative(0)
-    from tests.helpers import TOYS
-
     with pytest.raises(TypeError, match="is no `SamplingTrajectory`"):
         solve(TOYS["sde"].make(), Speculative(4))
     state = solve(

@@ -12,36 +12,27 @@ from dreampropeller.adapters.diffusers.trajectory import SamplingTrajectory, res
 from dreampropeller.rng import StepRandom
 
 
-class Transitions:
-    r"""The Gaussian transitions of an ancestral sampler.
+class Estimates:
+    r"""The estimates of the clean image that model outputs stand for.
 
-    With $x_t = \alpha_t x_0 + \varsigma_t \epsilon$ every model output stands for an
-    estimate of the clean image $x_0$, and every estimate for an output.
+    With $x_t = \alpha_t x_0 + \varsigma_t \epsilon$ an output, whether it predicts ε,
+    $v = \alpha_t \epsilon - \varsigma_t x_0$ or $x_0$, stands for an estimate of $x_0$.
 
     Args:
-        trajectory: The trajectory, in the semi-linear form.
+        trajectory: The trajectory.
 
     Raises:
-        ValueError: The form is "published", the sampler keeps history or draws nothing,
-            or the model learns the variance.
+        ValueError: The form is "published".
     """
 
     def __init__(self, trajectory: SamplingTrajectory) -> None:
+        if trajectory.form != "semi-linear":
+            raise ValueError(
+                "In the published form a drift is an increment, which stands for no "
+                'image: write `form="semi-linear"`.'
+            )
         self._trajectory = trajectory
-        stepper = trajectory.stepper
-        drawn = stepper.name.startswith("DDPM") or stepper.settings.get("eta", 0) > 0
-        if trajectory.form == "published" or stepper.history() or not drawn:
-            raise ValueError(
-                f"`{stepper.name}` in the {trajectory.form} form draws no step from a "
-                'Gaussian: write `form="semi-linear"` with `DDPMScheduler`, or '
-                "`DDIMScheduler` and `eta=1`."
-            )
-        if stepper.learns_variance:
-            raise ValueError(
-                "The model learns the variance, which a draft does not know: write "
-                '`DDPMScheduler.from_config(config, variance_type="fixed_small")`.'
-            )
-        self._prediction: str = stepper.scheduler.config.prediction_type
+        self._prediction: str = trajectory.stepper.scheduler.config.prediction_type
 
     def clean(self, step: int, x: Tensor, model_output: Tensor) -> Tensor:
         """The estimate of the clean images, shape as x."""
@@ -60,6 +51,38 @@ class Transitions:
         if self._prediction == "v_prediction":
             return (alpha * x - clean) / sigma
         return clean
+
+    def _scales(self, step: int) -> tuple[float, float]:
+        kept = self._trajectory.stepper.scheduler.alphas_cumprod
+        now = float(kept[int(self._trajectory.timesteps[step])])
+        return math.sqrt(now), math.sqrt(1 - now)
+
+
+class Transitions(Estimates):
+    """The Gaussian transitions of an ancestral sampler.
+
+    Args:
+        trajectory: The trajectory.
+
+    Raises:
+        ValueError: The sampler keeps history or draws nothing, or the model learns the
+            variance.
+    """
+
+    def __init__(self, trajectory: SamplingTrajectory) -> None:
+        super().__init__(trajectory)
+        stepper = trajectory.stepper
+        drawn = stepper.name.startswith("DDPM") or stepper.settings.get("eta", 0) > 0
+        if stepper.history() or not drawn:
+            raise ValueError(
+                f"`{stepper.name}` draws no step from a Gaussian: write "
+                "`DDPMScheduler`, or `DDIMScheduler` and `eta=1`."
+            )
+        if stepper.learns_variance:
+            raise ValueError(
+                "The model learns the variance, which a draft does not know: write "
+                '`DDPMScheduler.from_config(config, variance_type="fixed_small")`.'
+            )
 
     def noise(self, step: int) -> tuple[float, Tensor]:
         r"""The standard deviation σ of a step's noise, and its standard normal ξ."""
@@ -82,8 +105,3 @@ class Transitions:
         key = int.from_bytes(hashlib.blake2b(text, digest_size=7).digest(), "little")
         generator = StepRandom(key).generator(step, "acceptance")
         return torch.rand(len(self._trajectory.latents), generator=generator).double()
-
-    def _scales(self, step: int) -> tuple[float, float]:
-        kept = self._trajectory.stepper.scheduler.alphas_cumprod
-        now = float(kept[int(self._trajectory.timesteps[step])])
-        return math.sqrt(now), math.sqrt(1 - now)
