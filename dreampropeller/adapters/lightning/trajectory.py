@@ -17,10 +17,12 @@ from typing import Any
 
 import torch
 
+from dreampropeller.adapters.lightning import verification
 from dreampropeller.adapters.lightning.host import Host, Keyed, Settings
 from dreampropeller.identity import Fingerprint, plain, shape_of
 from dreampropeller.trajectory import Drift, Parents, Trajectory
 from dreampropeller.tree import Nest, State, copy_nest
+from dreampropeller.verification import Checked
 
 
 class LightningTrajectory(Trajectory[Nest]):
@@ -117,6 +119,10 @@ class LightningTrajectory(Trajectory[Nest]):
     ) -> tuple[State, Nest]:
         """Step the optimizer and the due schedulers; write the buffers."""
         return self.host.update(step, y, carry, drift)
+
+    def check(self, step: int, y: State, carry: Nest, drift: Drift) -> Checked | None:
+        """Also compare with the module's own loop."""
+        return verification.check(self, step, y, carry, drift)
 
     def next_jump(self, step: int) -> int:
         """The next step that changes the module's structure."""
