@@ -1,6 +1,6 @@
 """What should the drift threshold judge when scene and LoRA move together?
 
-    python -m benchmarks.vsd_groups [--to outputs/vsd_groups]
+    python -m benchmarks.vsd_groups [--steps 32] [--objects mushroom rocket]
 
 Three criteria on `configs/prolificdreamer-toybox.yaml`: one number over all tensors
 weighted by displacement (`DriftThreshold` as it is), the larger of the scene's and the
@@ -170,7 +170,7 @@ FOLDER = Path("outputs/vsd_groups")
 def main() -> None:
     """Measure, and print one line of JSON per run; a finished run is not repeated."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--steps", type=int, default=32)
     parser.add_argument("--objects", nargs="+", default=["mushroom", "rocket"])
     arguments = parser.parse_args()
     torch.set_num_threads(1)

@@ -10,9 +10,11 @@ below (score distillation towards a blob), and by a rasteriser in torch.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import json
 import os
+import re
 import sys
 import tempfile
 import traceback
@@ -24,23 +26,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 from dreampropeller.adapters.threestudio import ThreestudioTrajectory
 from tests.adapters import real_threestudio as real
 
 NUM_STEPS = 6
 MILESTONE = 3
-_TOY = {
-    "stable-diffusion-guidance",
-    "deep-floyd-guidance",
-    "zero123-guidance",
-    "stable-zero123-guidance",
-    "stable-diffusion-sdi-guidance",
-    "stable-diffusion-controlnet-guidance",
-    "mvdream-multiview-diffusion-guidance",
-}
-"""Guidances that need trained weights and have no state: replaced by `Toy`."""
 _ENCODING = {
     "otype": "HashGrid",
     "n_levels": 4,
@@ -49,17 +42,36 @@ _ENCODING = {
     "base_resolution": 8,
     "per_level_scale": 1.447269237440378,
 }
+_GROWTH = {
+    "init_num_pts": 64,
+    "densify_from_iter": 1,
+    "densify_until_iter": 5,
+    "densification_interval": 2,
+    "prune_from_iter": 1,
+    "prune_until_iter": 5,
+    "prune_interval": 3,
+    "densify_grad_threshold": 1e-4,
+    "split_thresh": 0.05,
+}
 _MISSING = {
     "system.weights": None,
     "data.image_path": "./load/images/hamburger_rgba.png",
     "system.guide_shape": "load/shapes/teddy.obj",
+    "system.geometry.shape_init": "mesh:load/shapes/teddy.obj",
 }
 """Values that a config leaves to the user."""
+_GUIDANCE, _PROMPTS = (
+    rf"{name}(_\w+)?_type|{name}_type(_\w+)?"
+    for name in ("guidance", "prompt_processor")
+)
 _VSD = {
     "stable-diffusion-vsd-guidance",
     "stable-diffusion-unified-guidance",
 }
-"""Guidances that train a LoRA: run on a tiny random Stable Diffusion."""
+"""Guidances that train a LoRA: run on a tiny random Stable Diffusion.
+
+All others need trained weights and have no state of their own: replaced by `Toy`.
+"""
 
 
 def register() -> None:
@@ -75,7 +87,7 @@ def register() -> None:
         class Config(base.BaseObject.Config):
             min_step_percent: Any = 0.02
             max_step_percent: Any = 0.98
-            pretrained_model_name_or_path: str = ""
+            loss: str = "loss_sds"
 
         def configure(self) -> None:
             self.low, self.high = 20, 980
@@ -94,7 +106,10 @@ def register() -> None:
             noise = torch.randn_like(image)
             gradient = (image - mode + 0.1 * noise).detach() * t[:, None, None, None]
             loss = (gradient * image).sum() / count
-            return {"loss_sds": loss, "grad_norm": gradient.norm()}
+            return {self.cfg.loss: loss, "grad_norm": gradient.norm()}
+
+        def set_min_max_steps(self, low: float, high: float) -> None:
+            self.low, self.high = int(1000 * low), int(1000 * high)
 
         def update_step(self, epoch: int, step: int, **_: Any) -> None:
             self.low = int(1000 * C(self.cfg.min_step_percent, epoch, step))
@@ -152,10 +167,32 @@ def rasterise_in_torch() -> None:
     context.antialias = lambda _, color, *__: color
 
 
+class Light(nn.Module):
+    """A smooth light from everywhere, instead of an environment map."""
+
+    def __init__(self, *_: Any, **__: Any) -> None:
+        super().__init__()
+
+    def forward(self, directions: Tensor, roughness: Any = 0.5) -> Tensor:
+        return 0.6 + 0.3 * directions * (1 - roughness)
+
+
+def look_up(table: Tensor, uv: Tensor, **_: Any) -> Tensor:
+    """Bilinear look-up in a texture."""
+    image = table.permute(0, 3, 1, 2)
+    found = F.grid_sample(image, 2 * uv - 1, "bilinear", "border", False)
+    return found.permute(0, 2, 3, 1)
+
+
 def place_on_cpu() -> None:
-    """Where upstream takes its rank for a device, take the CPU if there is no GPU."""
+    """Replace what upstream takes from a GPU, if there is none."""
     if torch.cuda.is_available():
         return
+    # On CPU the default driver reads pivots that it has not set; a GPU uses this one.
+    torch.linalg.lstsq = functools.partial(torch.linalg.lstsq, driver="gels")
+    shading: Any = importlib.import_module("threestudio.models.materials.pbr_material")
+    shading.envlight = types.SimpleNamespace(EnvLight=Light)
+    shading.dr = types.SimpleNamespace(texture=look_up)
     for name, module in list(sys.modules.items()):
         if name.startswith("threestudio.") and hasattr(module, "get_rank"):
             vars(module)["get_rank"] = lambda: "cpu"
@@ -196,7 +233,7 @@ def shrink(read: Any, model: str) -> None:
             section[name] = [6, 8]
         section.resolution_milestones = [MILESTONE]
         if "image_path" not in section:
-            section.batch_size = [1, 1]
+            section.batch_size = [section.get("n_view", 1)] * 2
             section.n_val_views, section.n_test_views = 1, 2
             section.eval_height = section.eval_width = 12
     for part in (system.get("geometry"), system.get("background")):
@@ -210,6 +247,9 @@ def shrink(read: Any, model: str) -> None:
     if geometry.get("shape_init") and system.geometry_type == "implicit-sdf":
         # The same start without a thousand optimizer steps.
         geometry.update(shape_init=None, sdf_bias="sphere", sdf_bias_params=0.5)
+    if "densify_from_iter" in geometry:
+        geometry.update(_GROWTH)
+        system.loss.update(lambda_tv_loss=0.0, lambda_depth_tv_loss=0.0)
     if "isosurface_resolution" in geometry:
         geometry.isosurface_resolution = 32
     if system.geometry_type == "volume-grid":
@@ -226,33 +266,34 @@ def shrink(read: Any, model: str) -> None:
     if "base_renderer" in renderer and "num_samples_per_ray" in renderer.base_renderer:
         renderer.base_renderer.num_samples_per_ray = 16
     trained = False
-    for name in ("guidance", "guidance_3d"):
-        kind = system.get(f"{name}_type")
-        if kind in _VSD:
+    for name in [name for name in system if re.fullmatch(_GUIDANCE, name)]:
+        section = name.replace("_type", "", 1)
+        if system[name] in _VSD:
             trained = True
-            guidance = system[name]
-            for key in ("pretrained_model_name_or_path", "guidance_type"):
-                if key in guidance and key.startswith("pretrained"):
-                    guidance[key] = model
+            guidance = system[section]
             guidance.pretrained_model_name_or_path = model
-            if kind == "stable-diffusion-vsd-guidance":
+            for key in ("lora", "phi"):
+                for one in [one for one in guidance if one.endswith(f"path_{key}")]:
+                    guidance[one] = model
+            if "vsd_phi_model_name_or_path" in guidance:
+                guidance.vsd_phi_model_name_or_path = model
+            if system[name] == "stable-diffusion-vsd-guidance":
                 guidance.pretrained_model_name_or_path_lora = model
             guidance.half_precision_weights = False
-        elif kind is not None and (kind in _TOY or name == "guidance_3d"):
-            kept = {
-                key: system[name][key]
-                for key in ("min_step_percent", "max_step_percent")
-                if key in (system.get(name) or {})
-            }
-            system[f"{name}_type"], system[name] = "toy-guidance", kept
-    if "prompt_processor_type" in system:
-        if trained:
-            system.prompt_processor.pretrained_model_name_or_path = model
-            system.prompt_processor.spawn = False
+            continue
+        percents = ("min_step_percent", "max_step_percent")
+        old = system.get(section) or {}
+        kept = {key: old[key] for key in percents if key in old}
+        if "lambda_sdi" in system.loss:
+            kept["loss"] = "loss_sdi"
+        system[name], system[section] = "toy-guidance", kept
+    for name in [name for name in system if re.fullmatch(_PROMPTS, name)]:
+        section = name.replace("_type", "", 1)
+        if trained and name == "prompt_processor_type":
+            system[section].update(pretrained_model_name_or_path=model, spawn=False)
         else:
-            system.prompt_processor_type = "no-prompts"
-            system.prompt_processor = {}
-        system.prompt_processor.prompt = "a pineapple"
+            system[name], system[section] = "no-prompts", {}
+        system[section].prompt = "a pineapple"
     if "latent_steps" in system:
         system.latent_steps = 3
     read.trainer.update(max_steps=NUM_STEPS, precision="32")

@@ -42,7 +42,7 @@ def accelerate(
     num_steps: int,
     window: int = 8,
     threshold: Threshold[Any] | None = None,
-    predictor: str | Predictor[Any] = "repeat_last",
+    predictor: str | Predictor[Any] = "momentum",
     acceleration: Acceleration[Any] | None = None,
     config: Any = None,
     state: SolverState[Any] | None = None,

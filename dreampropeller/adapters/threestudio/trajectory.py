@@ -8,6 +8,8 @@ Reference: threestudio at 28d9d80, https://github.com/threestudio-project/threes
 
 from __future__ import annotations
 
+import multiprocessing
+import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -65,6 +67,7 @@ class ThreestudioTrajectory(LightningTrajectory):
         verify: bool = False,
         **options: Any,
     ) -> None:
+        _refuse_import()
         config = {} if config is None else config
         settings = _get(config, "trainer") or {}
         num_steps = _get(settings, "max_steps") if num_steps is None else num_steps
@@ -89,6 +92,16 @@ class ThreestudioTrajectory(LightningTrajectory):
         super().__init__(system, datamodule, num_steps, seed=seed, host=host, **options)
         if verify:
             verify_trajectory(self)
+
+
+def _refuse_import() -> None:
+    """End a process of the prompt processor that imports the script again."""
+    if getattr(multiprocessing.current_process(), "_inheriting", False):
+        sys.exit(
+            "threestudio embeds prompts in a process of its own, which imports this "
+            'script again: put what it does under `if __name__ == "__main__":`, or '
+            "write `system.prompt_processor.spawn=false`."
+        )
 
 
 def about(system: Any, datamodule: Any) -> dict[str, Any]:
