@@ -62,14 +62,15 @@ def check(
     return found.checked(whole=True)
 
 
-def verify(trajectory: LightningTrajectory) -> None:
+def verify(trajectory: LightningTrajectory) -> Checked | None:
     """Check a trajectory from its start, as `solve` does.
 
     Raises:
         NotReproducible: See `check`.
     """
     y, carry = trajectory.init()
-    check(trajectory, 0, y, carry, trajectory.make_drift(torch.device("cpu")))
+    drift = trajectory.make_drift(torch.device("cpu"))
+    return check(trajectory, 0, y, carry, drift)
 
 
 def _explain(trajectory: LightningTrajectory, step: int, y: State) -> None:
