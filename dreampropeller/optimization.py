@@ -34,8 +34,14 @@ from dreampropeller.optimizers import (
 from dreampropeller.precision import Precision
 from dreampropeller.rng import StepRandom, set_streams, streams
 from dreampropeller.trajectory import Drift, Trajectory
-from dreampropeller.tree import Aux, Nest, State, all_finite, copy_nest
-from dreampropeller.verification import Checked, EvaluationFailed, Repeats, probe
+from dreampropeller.tree import Aux, Nest, State, copy_nest
+from dreampropeller.verification import (
+    Checked,
+    EvaluationFailed,
+    Repeats,
+    probe,
+    second_update,
+)
 
 Loss: TypeAlias = Callable[[int, State], Any]
 """`(step, y) -> loss` or `(loss, aux)`; new buffer values are written into `y`."""
@@ -206,19 +212,23 @@ class OptimizationTrajectory(Trajectory[Nest]):
         return drift, aux
 
     def _drift_once(self, step: int, y: State) -> tuple[State, Aux]:
-        random = self._random.scope(step) if self._random else nullcontext()
         evaluate = self._evaluate if self._host is None else self._evaluate_host
-        with random, torch.enable_grad():
-            gradients, buffers, aux = evaluate(step, y)
-            if self._random and self._optimizers.may_draw:
-                buffers |= streams()  # an optimizer that draws goes on from here
+        gradients, others, aux = evaluate(step, y)
         found = self._precision.unscale(gradients.values(), y)
-        drift = {**found, **buffers}
+        drift = {**found, **others}
         if not Precision.overflowed(found):
             drift |= {name: dense(name, value) for name, value in gradients.items()}
         return drift, {
             key: float(torch.as_tensor(v).detach()) for key, v in aux.items()
         }
+
+    def _draws(self, step: int) -> AbstractContextManager[None]:
+        """Scope of the random numbers of a step."""
+        return self._random.scope(step) if self._random else nullcontext()
+
+    def _drawn(self) -> State:
+        """The global generators where the loss ended, if an optimizer goes on there."""
+        return streams() if self._random and self._optimizers.may_draw else {}
 
     def _evaluate(self, step: int, y: State) -> tuple[State, State, Mapping[str, Any]]:
         """Gradients, changes of the buffers, and scalars to log."""
@@ -230,8 +240,10 @@ class OptimizationTrajectory(Trajectory[Nest]):
             name: leaves[name] if name in leaves else y[name].detach().clone()
             for name in self._initial
         }
-        loss, aux = self._scaled_loss(step, y, view, leaves)
-        found = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
+        with self._draws(step), torch.enable_grad():
+            loss, aux = self._scaled_loss(step, y, view, leaves)
+            found = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
+            drawn = self._drawn()
         gradients = {  # absent, not zero: a zero would make AdamW decay the parameter
             name: gradient
             for name, gradient in zip(leaves, found, strict=True)
@@ -241,7 +253,7 @@ class OptimizationTrajectory(Trajectory[Nest]):
             {name: y[name] for name in view if name not in leaves},
             {name: tensor.detach() for name, tensor in view.items()},
         )
-        return gradients, buffers, aux
+        return gradients, {**buffers, **drawn}, aux
 
     def _evaluate_host(
         self, step: int, y: State
@@ -251,9 +263,11 @@ class OptimizationTrajectory(Trajectory[Nest]):
         assert host is not None, "only with a host"
         with host.holding(y):
             guarded = {**host.parameters, **host.frozen}
-            loss, aux = self._scaled_loss(step, y, y, guarded)
-            loss.backward()
-            return host.gradients(), host.buffer_drift(y), aux
+            with self._draws(step), torch.enable_grad():
+                loss, aux = self._scaled_loss(step, y, y, guarded)
+                loss.backward()
+                drawn = self._drawn()
+            return host.gradients(), {**host.buffer_drift(y), **drawn}, aux
 
     def _scaled_loss(
         self, step: int, y: State, view: State, guarded: Mapping[str, Tensor]
@@ -291,9 +305,6 @@ class OptimizationTrajectory(Trajectory[Nest]):
         if host is None:
             return super().check(step, y, carry, drift)
 
-        def draws(step: int) -> AbstractContextManager[None]:
-            return self._random.scope(step) if self._random else nullcontext()
-
         loop = ModuleLoop(
             host,
             getattr(self._loss, "__wrapped__", self._loss),
@@ -306,11 +317,8 @@ class OptimizationTrajectory(Trajectory[Nest]):
         except EvaluationFailed:
             loop.captured.restore()
             return None
-        if all_finite(found.drifts[1:]) == [True]:
-            second = found.steps[1], found.states[1], copy_nest(found.after[0][1])
-            with torch.no_grad():
-                found.after.append(self.update(*second, found.drifts[1]))
-        loop.compare(found, carry if step else None, draws)
+        second_update(self, found)
+        loop.compare(found, carry if step else None, self._draws)
         self._repeats = Repeats(found.noise, loop.cause)
         return found.checked(whole=True)
 

@@ -187,11 +187,7 @@ class Optimizers:
         try:
             with lends as written:
                 self._set_gradients(gradients)
-                for optimizer in [] if skip else self._optimizers:
-                    optimizer.step()
-                for index, scheduler in enumerate(self._schedulers):
-                    if scheduler is not None and (due is None or due[index]):
-                        scheduler.step()
+                self.step_in_place(skip, due)
                 params = {name: self._params[name].data for name in names}
                 params |= {name: params[name].clone() for name in written}
                 self._set_gradients({})
@@ -201,12 +197,15 @@ class Optimizers:
                 self._params[name].grad = gradient
         return params, self.export()
 
-    def step_in_place(self, skip: bool = False) -> None:
+    def step_in_place(
+        self, skip: bool = False, due: Sequence[bool] | None = None
+    ) -> None:
         """Step the optimizers and schedulers on what the parameters hold."""
         for optimizer in [] if skip else self._optimizers:
             optimizer.step()
-        for scheduler in filter(None, self._schedulers):
-            scheduler.step()
+        for index, scheduler in enumerate(self._schedulers):
+            if scheduler is not None and (due is None or due[index]):
+                scheduler.step()
 
     def _set_gradients(self, gradients: State) -> None:
         for name, parameter in self._params.items():

@@ -147,6 +147,15 @@ def probe(
     return found
 
 
+def second_update(trajectory: Trajectory[Any], found: Probe) -> None:
+    """Add the update from the second state of a probe, where its drift is finite."""
+    if len(found.drifts) == 2 and all_finite(found.drifts[1:])[0]:
+        carry = copy_nest(found.after[0][1])
+        step, y, drift = found.steps[1], found.states[1], found.drifts[1]
+        with torch.no_grad():
+            found.after.append(copy_nest(trajectory.update(step, y, carry, drift)))
+
+
 def require_equal(
     one: Mapping[str, Tensor],
     two: Mapping[str, Tensor],

@@ -47,17 +47,28 @@ class Groups:
         self._known = {0: _without_tensors(copy_nest(optimizers.export()))}
         self._state: Any = None
 
+    def move_to(self, step: int) -> None:
+        """Put the live optimizer into its state at the start of a step.
+
+        From the last settings known, the schedulers step by themselves.
+        """
+        start = max(known for known in self._known if known <= step)
+        self._optimizers.load(copy_nest(self._known[start]))
+        self._optimizer._opt_called = True  # pyright: ignore[reportAttributeAccessIssue]
+        for one in range(start, step):
+            if self._due(one):
+                self._optimizers.step_in_place(skip=True)
+
     @contextlib.contextmanager
-    def inside(self, step: int) -> Iterator[None]:
-        """Show the live optimizer in its state at the start of a step."""
+    def watched(self) -> Iterator[None]:
+        """Take note of what a step reads and sets; its moments are hidden."""
         try:
-            self._enter(step)
+            self._watch()
             yield
         finally:
             self._close()
 
-    def _enter(self, step: int) -> None:
-        self._move_to(step)
+    def _watch(self) -> None:
         self._entered = [_settings(group) for group in self._groups]
         for group, own in zip(self._groups, self._own, strict=True):
             own.update(_settings(group))
@@ -106,7 +117,7 @@ class Groups:
         """
         groups = carry["optimizers"][0]["groups"]
         found = {n: v for n, v in drift.items() if n.startswith(PREFIX)}
-        for name, value in found.items():
+        for name, value in sorted(found.items(), key=lambda one: one[0][-5:] != _READ):
             index, key = name.removeprefix(PREFIX).split("/")[:2]
             group = groups[int(index)]
             if not name.endswith(_READ):
@@ -120,20 +131,19 @@ class Groups:
                     "or use a scheduler."
                 )
 
+    def set_by_hand(self, drift: State) -> None:
+        """Set on the live optimizer what a step has set."""
+        for name, value in drift.items():
+            if name.startswith(PREFIX) and not name.endswith(_READ):
+                index, key = name.removeprefix(PREFIX).split("/")
+                group = self._groups[int(index)]
+                group[key] = _like(group.get(key), value)
+
     def remember(self, step: int, carry: Nest) -> None:
         """Remember the settings at the start of a step."""
         self._known[step] = _without_tensors(carry)
         if len(self._known) > _KEPT:
             del self._known[min(set(self._known) - {0})]
-
-    def _move_to(self, step: int) -> None:
-        """Load the last settings known, and let the schedulers step from there."""
-        start = max(known for known in self._known if known <= step)
-        self._optimizers.load(copy_nest(self._known[start]))
-        self._optimizer._opt_called = True  # pyright: ignore[reportAttributeAccessIssue]
-        for one in range(start, step):
-            if self._due(one):
-                self._optimizers.step_in_place(skip=True)
 
 
 class _Watched(dict[str, Any]):

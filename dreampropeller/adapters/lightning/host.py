@@ -134,17 +134,35 @@ class Host:
     ) -> tuple[State, Nest]:
         """Step the optimizer and the due schedulers; write the buffers."""
         gradients = {n: drift[n] for n in self.parameters if n in drift}
-        due = [one.due(step, self.epoch_length) for one in self._schedules]
+        due = self.due(step)
         skip = Precision.overflowed(drift)
         self.groups.apply(step, carry, drift)
-        with self._drawing(step):
+        with self.drawing(step):
             set_streams(drift)
             params, carry = self.optimizers.step(y, carry, gradients, due, skip)
         self.groups.remember(step + 1, carry)
         extra = self.precision.update(y, drift)
         return {**y, **params, **updated_buffers(y, drift), **extra}, carry
 
-    def _drawing(self, step: int) -> contextlib.AbstractContextManager[None]:
+    @property
+    def steps_itself(self) -> bool:
+        """Whether the update is the optimizer's own step."""
+        return type(self).update is Host.update
+
+    def due(self, step: int) -> list[bool]:
+        """Whether the scheduler of each optimizer steps after a step."""
+        return [one.due(step, self.epoch_length) for one in self._schedules]
+
+    def begin(self, step: int, carry: Nest) -> None:
+        """Take note of the carry at which a solve begins."""
+        if self.steps_itself:
+            self.groups.remember(step, carry)
+
+    def clear_gradients(self) -> None:
+        """Remove all gradients."""
+        self._zero_grad()
+
+    def drawing(self, step: int) -> contextlib.AbstractContextManager[None]:
         """Scope of an update that may draw random numbers, as the drift left them."""
         if not self.optimizers.may_draw:
             return contextlib.nullcontext()
@@ -154,7 +172,7 @@ class Host:
 
     def run(self, step: int, y: State) -> tuple[State, Aux]:
         """One step on the module in its current state."""
-        with self.groups.inside(step):
+        with self.groups.watched():
             return self._run(step, y)
 
     def _run(self, step: int, y: State) -> tuple[State, Aux]:
@@ -275,11 +293,8 @@ class Host:
         """Give the module its own values back after the block."""
         buffers = [one for one in self._buffers() if one[0] in y]
         own = {name: owner._buffers[key] for name, owner, key in buffers}
-        values = {name: y[name] for name in self.parameters if name in y}
-        lends = lent(
-            {**{name: self.parameters[name] for name in values}, **own},
-            {**values, **{name: y[name].clone() for name in own}},
-        )
+        tensors = {n: p for n, p in self.parameters.items() if n in y} | own
+        lends = lent(tensors, {name: y[name].clone() for name in tensors})
         with lends:
             try:
                 yield
@@ -300,6 +315,8 @@ class Host:
             self.born.forget()
             self.attributes.restore()
         self.load(y)
+        if self.steps_itself:
+            self.groups.move_to(step)
         self.shim.global_step = step
         if self.epoch_length is not None:
             self.shim.current_epoch = step // self.epoch_length

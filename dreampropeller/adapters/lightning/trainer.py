@@ -3,6 +3,7 @@ r"""Replacement of a Trainer: its attributes, and batches as functions of the st
 from __future__ import annotations
 
 import inspect
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -99,19 +100,20 @@ class KeyedLoader:
         epoch, position = divmod(step, self.length)
         if epoch not in self._epochs:
             self._epochs = {n: o for n, o in self._epochs.items() if n >= epoch - 1}
-            self._epochs[epoch] = self._order(epoch)
+            with self._random.scope(epoch, "data order"):
+                self._epochs[epoch] = self._order(epoch)
         chosen: Any = self._epochs[epoch][position]
         dataset, collate = self.loader.dataset, self.loader.collate_fn
         if self.loader.batch_sampler is None:  # batching is left to the data set
             return collate(dataset[chosen])
         return collate([dataset[index] for index in chosen])
 
-    def _order(self, epoch: int) -> list[Any]:
+    def _order(self, epoch: int) -> Any:
         """The indices of an epoch; the samplers are left as they were."""
         before = copy_nest(self._read())
         first = epoch if self._forgets else min(epoch, len(self._starts) - 1)
         try:
-            order: list[Any] = []
+            order: Any = None
             for one in range(first, epoch + 1):
                 start = self._starts[0 if self._forgets else one]
                 self._write(copy_nest(start))
@@ -125,7 +127,7 @@ class KeyedLoader:
         finally:
             self._write(before)
 
-    def _draw(self, epoch: int) -> list[Any]:
+    def _draw(self, epoch: int) -> Any:
         for part in self._parts:
             if callable(getattr(part, "set_epoch", None)):
                 part.set_epoch(epoch)
@@ -134,7 +136,8 @@ class KeyedLoader:
                 torch.empty((), dtype=torch.int64).random_(
                     generator=self.loader.generator
                 )
-            return list(self._sampler)
+            # Not to the end: a sampler draws once more there, and Lightning stops.
+            return list(itertools.islice(iter(self._sampler), self.length))
 
     def _read(self) -> Any:
         self._memory.begin()
