@@ -29,7 +29,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dreampropeller.adapters.threestudio import ThreestudioTrajectory
+from dreampropeller.adapters.threestudio import GrowingHost, SystemHost
+from dreampropeller.adapters.threestudio.growing import grows
 from tests.adapters import real_threestudio as real
 
 NUM_STEPS = 6
@@ -53,6 +54,10 @@ _GROWTH = {
     "densify_grad_threshold": 1e-4,
     "split_thresh": 0.05,
 }
+_WHY = {
+    "Could not find|dataroot|No such file": "needs a data set of the user's",
+}
+"""Reasons why a config was not run, by a pattern of upstream's error."""
 _MISSING = {
     "system.weights": None,
     "data.image_path": "./load/images/hamburger_rgba.png",
@@ -196,6 +201,8 @@ def place_on_cpu() -> None:
     for name, module in list(sys.modules.items()):
         if name.startswith("threestudio.") and hasattr(module, "get_rank"):
             vars(module)["get_rank"] = lambda: "cpu"
+        if hasattr(module, "PerceptualLoss"):  # downloads trained weights
+            vars(module)["PerceptualLoss"] = lambda *_: nn.Identity()
 
 
 def _barycentric(corners: Tensor, points: Tensor) -> Tensor:
@@ -328,31 +335,49 @@ def examine(path: str, scratch: str) -> dict[str, Any]:
         `outcome` is "equal", "different", "refused" or "not run"; `why` says it in the
         words of the error.
     """
+    from omegaconf import OmegaConf
+
+    system = {"system": OmegaConf.load(path).system_type}
     try:
         parts = build(path, scratch)
     except Exception as error:
-        return {"outcome": "not run", "why": _reason(error)}
-    kind = type(parts[0]).__name__
-    try:  # a refusal needs no run
-        ThreestudioTrajectory(*parts)
-    except (ValueError, TypeError) as error:
-        if _is_ours(error):
-            return {"system": kind, "outcome": "refused", "why": str(error)}
-    except Exception:  # Lightning's own run says it better
-        pass
+        return {**system, "outcome": "not run", "why": _reason(error)}
+    host = GrowingHost() if grows(parts[0]) else SystemHost()
     try:
-        recording = real.own_run(*build(path, scratch))
+        host.refuse(parts[0])  # which needs no run
+    except (ValueError, TypeError) as error:
+        return {**system, "outcome": "refused", "why": str(error)}
+    try:
+        recording = real.own_run(*parts)
     except Exception as error:
-        return {"system": kind, "outcome": "not run", "why": _reason(error)}
+        return {**system, "outcome": "not run", "why": _reason(error)}
     try:
         found = real.compare(lambda: build(path, scratch), recording, loose=False)
     except ValueError as error:
         if not _is_ours(error):
             raise
-        return {"system": kind, "outcome": "refused", "why": str(error)}
+        return {**system, "outcome": "refused", "why": str(error)}
     equal = found["steps_equal"] == found["steps_compared"] > 0
     equal = equal and found["threshold_zero_equal"] and found["moved"]
-    return {"system": kind, "outcome": "equal" if equal else "different", **found}
+    return {**system, "outcome": "equal" if equal else "different", **found}
+
+
+def table(found: Sequence[dict[str, Any]]) -> str:
+    """The examined configs as a table in Markdown."""
+    lines = ["| config | system | result |", "|---|---|---|"]
+    for one in found:
+        result = one["outcome"]
+        if result in ("refused", "not run", "failed"):
+            result += f": {_shortly(one['why'])}"
+        lines.append(f"| {one['config']} | {one['system']} | {result} |")
+    return "\n".join(lines) + "\n"
+
+
+def _shortly(why: str) -> str:
+    for pattern, reason in _WHY.items():
+        if re.search(pattern, why):
+            return reason
+    return why.split(". ")[0].rstrip(".").replace("|", "/")
 
 
 def _reason(error: BaseException) -> str:

@@ -3,6 +3,8 @@
 `THREESTUDIO_ROOT` names the checkout (`THREESTUDIO_3DGS_ROOT` the extension for growing
 Gaussians), `THREESTUDIO_PYTHON` the interpreter of its environment, and
 `THREESTUDIO_PATH` what else belongs on the path (stand-ins for CUDA packages).
+`THREESTUDIO_EXTENSIONS` names further extensions for the table of configs in
+`docs/threestudio.md`, which `THREESTUDIO_TABLE=write` writes.
 """
 
 from __future__ import annotations
@@ -19,6 +21,8 @@ from typing import Any
 import pytest
 import trimesh
 import yaml
+
+from tests.adapters.real_systems import configs, table
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -60,11 +64,11 @@ geometry.do_update_step(epoch, step, on_load_weights=True)
 """
 
 
-def start(*command: str, **variables: str) -> subprocess.Popen[str]:
-    path = [os.environ.get("THREESTUDIO_PATH", ""), str(ROOT)]
+def start(*command: str, cwd: Path = ROOT, **variables: str) -> subprocess.Popen[str]:
+    path = [os.environ.get("THREESTUDIO_PATH", ""), str(ROOT), str(cwd)]
     return subprocess.Popen(
         [os.environ.get("THREESTUDIO_PYTHON", sys.executable), *command],
-        cwd=ROOT,
+        cwd=cwd,
         env={
             **os.environ,
             "PYTHONPATH": os.pathsep.join(filter(None, path)),
@@ -77,8 +81,8 @@ def start(*command: str, **variables: str) -> subprocess.Popen[str]:
     )
 
 
-def python(*command: str, **variables: str) -> str:
-    run = start(*command, **variables)
+def python(*command: str, cwd: Path = ROOT, **variables: str) -> str:
+    run = start(*command, cwd=cwd, **variables)
     out, errors = run.communicate()
     assert run.returncode == 0, errors[-3000:]
     return out
@@ -110,6 +114,54 @@ def test_an_unmodified_checkout_is_driven_bit_for_bit(case: str) -> None:
         assert "renderer.estimator.binaries" in found["changed_buffers"] or case != (
             "dreamfusion"
         ), "a grid update"
+
+
+WRITE_MODEL = (
+    "import sys; from pathlib import Path; from tests.adapters.tiny_sd import write;"
+    "write(Path(sys.argv[1]))"
+)
+GUARD_ADVICE = 'put what it does under `if __name__ == "__main__":`'
+BEGIN, END = "<!-- table of configs -->\n", "<!-- end of table -->\n"
+
+
+def examine(names: list[str], **variables: str) -> list[dict[str, Any]]:
+    out = python("-m", "tests.adapters.real_systems", *names, **variables)
+    return [
+        json.loads(line) for line in out.splitlines() if line.startswith('{"config')
+    ]
+
+
+@needs_checkout
+def test_the_table_of_configs_is_what_they_do() -> None:
+    """Every config of the checkout and of the extensions: some twenty minutes."""
+    given = os.environ.get("THREESTUDIO_EXTENSIONS", "").split(os.pathsep)
+    extensions = [Path(one) for one in given if one]
+    known = list(configs(Path(os.environ["THREESTUDIO_ROOT"]), extensions))
+    found = examine([name for name in known if "threestudio-" not in name])
+    others = [name for name in known if "threestudio-" in name]
+    found += examine(others, TS_FAKE_CUDA="1") if others else []
+    page = ROOT / "docs" / "threestudio.md"
+    before, _, rest = page.read_text().partition(BEGIN)
+    written, _, after = rest.partition(END)
+    now = table(found)
+    if os.environ.get("THREESTUDIO_TABLE") == "write":
+        page.write_text(before + BEGIN + now + END + after)
+        written = now
+    rows = written.splitlines()
+    assert [row for row in now.splitlines() if row not in rows] == []
+    assert not [one for one in found if one["outcome"] in ("different", "failed")]
+
+
+@needs_checkout
+@pytest.mark.parametrize(
+    "name", ["fantasia3d", "zero123", "experimental/imagecondition"]
+)
+def test_systems_that_build_or_draw_on_first_use_are_equal(name: str) -> None:
+    (found,) = examine([name])
+    assert found["outcome"] == "equal", found
+    assert found["steps_equal"] == found["steps_compared"] == 6
+    assert found["threshold_zero_equal"]
+    assert found["sizes"] == [12, 16], "a resolution milestone"
 
 
 @pytest.fixture
@@ -157,6 +209,40 @@ def command(root: Path, *settings: str, tag: str) -> list[str]:
 def launched(root: Path, *settings: str, tag: str = "one") -> Path:
     python(*command(root, *settings, tag=tag))
     return root.parent / "outputs" / "dreamfusion-sd" / tag
+
+
+@needs_checkout
+@pytest.mark.parametrize("guarded", [True, False])
+def test_the_page_s_script_embeds_a_new_prompt(root: Path, guarded: bool) -> None:
+    """As printed, but with three steps, a small scene and a tiny text encoder."""
+    model = root / "tiny-sd"
+    python("-c", WRITE_MODEL, str(model))
+    config = yaml.safe_load((root.parent / "run.yaml").read_text())
+    config["system"]["prompt_processor_type"] = "stable-diffusion-prompt-processor"
+    config["system"]["prompt_processor"] = {
+        "prompt": "???",
+        "pretrained_model_name_or_path": str(model),
+    }
+    (root / "configs").unlink()
+    (root / "configs").mkdir()
+    (root / "configs" / "dreamfusion-sd.yaml").write_text(yaml.safe_dump(config))
+    page = (ROOT / "docs" / "threestudio.md").read_text()
+    (script,) = [
+        block.partition("```")[0]
+        for block in page.split("```python\n")[1:]
+        if "import threestudio\n" in block
+    ]
+    script = script.replace("num_steps=10000", "num_steps=3")
+    assert "num_steps=3" in script
+    if not guarded:
+        script = script.partition('if __name__ == "__main__":')[0] + "main()\n"
+    (root / "train.py").write_text(script)
+    run = start("train.py", cwd=root)
+    out, errors = run.communicate()
+    assert (run.returncode == 0) == guarded, errors[-3000:]
+    if guarded:
+        assert int(out.strip().splitlines()[-1]) <= 3
+    assert (GUARD_ADVICE in errors) == (not guarded)
 
 
 @needs_checkout
