@@ -1,8 +1,8 @@
 r"""Buffers that a module registers during a step, such as helpers built on first use.
 
 They are not part of the state, so they must be constants. A helper is dropped after the
-first evaluation that built it, and the next evaluation builds it again, at another step
-or state: if the two agree bitwise, it is kept and its buffers may never change.
+first evaluation that built it, and later evaluations build it again: if that of another
+step agrees bitwise, it is kept and its buffers may never change.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from dreampropeller.verification import NotReproducible
 
 
 class Born:
@@ -30,13 +32,19 @@ class Born:
         self._values: dict[str, Tensor] = {}
         self._seen: dict[str, tuple[Tensor, int]] = {}
         self._agree = self._again = False
+        self._step = self._born_at = -1
 
     def __contains__(self, name: object) -> bool:
         """Whether a buffer's name is that of a constant born in a step."""
         return name in self._values
 
-    def forget(self) -> None:
-        """Remove what was built once, so that the next evaluation builds it again."""
+    def forget(self, step: int) -> None:
+        """Remove what was built at one step only, so that it is built again.
+
+        Args:
+            step: The step that is evaluated next.
+        """
+        self._step = step
         if not self._values or self._agree:
             return
         for owner, children, buffers in self._structure:
@@ -52,7 +60,7 @@ class Born:
             known: Names of the buffers that are part of the state.
 
         Raises:
-            ValueError: A buffer born in a step is not a constant.
+            NotReproducible: A buffer born in a step is not a constant.
         """
         known = set(known)
         now = {n: b for n, b in self._module.named_buffers() if n not in known}
@@ -65,14 +73,16 @@ class Born:
             if name not in self._values:
                 self._values[name] = value.detach().clone()
                 self._agree = self._again = False
+                self._born_at = self._step
             elif not _equal(self._values[name], value):
-                raise ValueError(
+                raise NotReproducible(
                     f"Buffer `{name}` was registered during a step and is not a "
                     "constant: its values differ between steps. Register it when the "
                     "module is built, so that it is part of the state."
                 )
             self._seen[name] = value, value._version
-        self._agree |= self._again and self._values.keys() <= now.keys()
+        elsewhere = self._again and self._step != self._born_at
+        self._agree |= elsewhere and self._values.keys() <= now.keys()
 
 
 def _equal(one: Tensor, two: Any) -> bool:
