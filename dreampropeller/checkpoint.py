@@ -30,6 +30,9 @@ from dreampropeller.tree import decode, encode, record_name
 FORMAT = 3
 LOCK = ".lock"
 """Name of the lock file of the writing process."""
+_STORED = {torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.bool}
+_STORED |= {torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8}
+"""Types that every version of safetensors stores; others are written as bytes."""
 _LOCKS: dict[Path, int] = {}
 _NAME = re.compile(r"step-(\d+)\.safetensors")
 
@@ -77,12 +80,14 @@ def save(
         str(index): leaf.detach().to("cpu", copy=True).contiguous()
         for index, leaf in enumerate(leaves)
     }
+    types = _store_as_bytes(arrays)
     header = {
         "format": FORMAT,
         "run": state.run,
         "structure": structure,
         "devices": [leaf.device.type for leaf in leaves],
         "checksums": {key: _checksum(array) for key, array in arrays.items()},
+        "types": types,
     }
     part = path.with_suffix(".part")
     try:
@@ -101,14 +106,31 @@ def save(
             f"{error}. Earlier checkpoints are intact. Free some space there, or write "
             "to another folder."
         ) from error
+    _remove_others(folder, path, keep, bool(state.run))
+    return path
+
+
+def _remove_others(folder: Path, path: Path, keep: int, known: bool) -> None:
+    """Keep the newest checkpoints up to a file."""
     others = _newest_first(folder)
     # Beyond this step: from a part of the run that was abandoned by resuming.
-    given_up = [other for other in others if other > path and state.run]
+    given_up = [other for other in others if other > path and known]
     kept = [path, *(other for other in others if other not in (path, *given_up))]
     for old in [*given_up, *kept[keep:]]:
         with contextlib.suppress(OSError):
             old.unlink()
-    return path
+
+
+def _store_as_bytes(arrays: dict[str, Tensor]) -> dict[str, Any]:
+    """Replace tensors of unusual types by their bytes; type and shape of each."""
+    types = {
+        key: [str(array.dtype).removeprefix("torch."), list(array.shape)]
+        for key, array in arrays.items()
+        if array.dtype not in _STORED
+    }
+    for key in types:
+        arrays[key] = arrays[key].reshape(-1).view(torch.uint8)
+    return types
 
 
 def lock(folder: Path) -> None:
@@ -221,6 +243,8 @@ def _read(path: Path, device: torch.device | str | None) -> SolverState[Any]:
     for key, checksum in header["checksums"].items():
         if key not in arrays or _checksum(arrays[key]) != checksum:
             raise CheckpointError(f"The checkpoint `{path}` is damaged.")
+    for key, (dtype, shape) in header.get("types", {}).items():
+        arrays[key] = arrays[key].view(getattr(torch, dtype)).reshape(shape)
     leaves = [
         arrays[str(index)] if kind == "cpu" else arrays[str(index)].to(device or kind)
         for index, kind in enumerate(header["devices"])

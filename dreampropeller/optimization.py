@@ -12,8 +12,8 @@ new values of changed elements (integers: the increment), and the update writes 
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeAlias
 
 import torch
@@ -21,17 +21,27 @@ from torch import Tensor, nn
 
 from dreampropeller.buffers import buffer_drift, updated_buffers
 from dreampropeller.guard import Guard
+from dreampropeller.host import ModuleHost
 from dreampropeller.identity import Fingerprint, plain, shape_of
+from dreampropeller.module_check import ModuleLoop
 from dreampropeller.optimizers import (
     OptimizerFactory,
     Optimizers,
+    Params,
     SchedulerFactory,
     dense,
 )
 from dreampropeller.precision import Precision
-from dreampropeller.rng import StepRandom
+from dreampropeller.rng import StepRandom, set_streams, streams
 from dreampropeller.trajectory import Drift, Trajectory
 from dreampropeller.tree import Aux, Nest, State, copy_nest
+from dreampropeller.verification import (
+    Checked,
+    EvaluationFailed,
+    Repeats,
+    probe,
+    second_update,
+)
 
 Loss: TypeAlias = Callable[[int, State], Any]
 """`(step, y) -> loss` or `(loss, aux)`; new buffer values are written into `y`."""
@@ -60,8 +70,9 @@ class OptimizationTrajectory(Trajectory[Nest]):
             autocast. With "16-mixed" the loss scale is part of the state, and a step
             whose gradients overflow is skipped (it counts), as with `GradScaler`; one
             optimizer only.
-        seed: The global generators are seeded with (seed, step) during `loss`, so that
-            dropout and `torch.randn` replay; None leaves them unchanged.
+        seed: The global generators are seeded with (seed, step) during a step, so that
+            dropout and `torch.randn` replay; an optimizer that draws goes on where the
+            loss ended. None leaves them unchanged.
         about: Further values that a resumed run must share (a prompt, a data set):
             JSON values by name, included in the fingerprint.
 
@@ -86,6 +97,7 @@ class OptimizationTrajectory(Trajectory[Nest]):
         precision: str | int = "32-true",
         seed: int | None = 0,
         about: Mapping[str, Any] | None = None,
+        _host: ModuleHost | None = None,
     ) -> None:
         if num_steps < 1:
             raise ValueError(f"`num_steps` is {num_steps}: write at least 1.")
@@ -102,9 +114,15 @@ class OptimizationTrajectory(Trajectory[Nest]):
             raise ValueError(
                 "A name stands in both `params` and `buffers`; rename one of them."
             )
-        self._optimizers = Optimizers(
-            {name: self._initial[name] for name in params}, optimizer, scheduler
-        )
+        self._host = _host
+        parameters: Params = {n: nn.Parameter(self._initial[n]) for n in params}
+        known = () if _host is None else tuple(_host.module.modules())
+
+        def make() -> Optimizers:
+            own = parameters if _host is None else _host.parameters
+            return Optimizers(own, optimizer, scheduler, _host is None, known)
+
+        self._make_optimizers, self._optimizers = make, make()
         self._initial_carry = copy_nest(self._optimizers.export())
         self._fingerprint = {
             "state": {name: shape_of(value) for name, value in self._initial.items()},
@@ -136,44 +154,35 @@ class OptimizationTrajectory(Trajectory[Nest]):
     ) -> OptimizationTrajectory:
         """Wrap the body of an existing loop: ``(step, module)`` returns its loss.
 
-        The module's own tensors are replaced during a call and are not changed;
-        `module.load_state_dict(solution.value, strict=False)` loads the result.
-        Parameters that do not require gradients are frozen and not part of the state;
-        writing into one during a call is refused.
+        The module is evaluated in its own tensors, so hooks, activation checkpointing,
+        captured and marked parameters and compiled parts work as in the loop. After a
+        solve the module is as before; `module.load_state_dict(solution.value,
+        strict=False)` loads the result. Parameters that do not require gradients are
+        frozen and not part of the state; writing into one during a call is refused.
 
         Args:
             module: The module to optimise.
             loss: The body of the loop, up to the loss.
-            optimizer: See the class.
+            optimizer: See the class; called with the module's own parameters by name.
             num_steps: See the class.
             **options: Further arguments of the class.
         """
-        body = _LoopBody(module, loss)
-        prefix = "module."
+        host = ModuleHost(module)
 
-        def functional(step: int, y: State) -> Any:
-            named = {prefix + name: tensor for name, tensor in y.items()}
-            guard = Guard(frozen, ())
-            try:
-                result = torch.func.functional_call(body, named, (step,))
-                guard.check()
-                return result
-            finally:  # rebound buffers are reported through the mapping
-                y.update({name: named[prefix + name] for name in y})
+        def evaluated(step: int, y: State) -> Any:
+            del y  # the module holds it
+            return loss(step, module)
 
-        named_parameters = dict(module.named_parameters())
-        trainable = {n: p for n, p in named_parameters.items() if p.requires_grad}
-        frozen = {n: p for n, p in named_parameters.items() if n not in trainable}
-        if not trainable:
-            raise ValueError("No parameter of `module` requires gradients.")
-        buffers = dict(module.named_buffers())
-        self = cls(
-            functional, trainable, optimizer, num_steps, buffers=buffers, **options
+        vars(evaluated)["__wrapped__"] = loss
+        return cls(
+            evaluated,
+            host.parameters,
+            optimizer,
+            num_steps,
+            buffers=host.buffers(),
+            _host=host,
+            **options,
         )
-        self._module = module
-        return self
-
-    _module: nn.Module | None = None
 
     def fingerprint(self) -> Fingerprint:
         """Names and shapes, optimizers and schedulers with their settings, the seed."""
@@ -187,62 +196,147 @@ class OptimizationTrajectory(Trajectory[Nest]):
 
     def make_drift(self, device: torch.device) -> Drift:
         """The gradient of the loss, and the changes of the buffers."""
-        if self._module is not None:
-            self._module.to(device)
+        if self._host is not None:
+            self._host.module.to(device)
+            self._host.record()
+        self._repeats = None
         return self._drift
 
+    _repeats: Repeats | None = None
+    """Repeats an evaluation now and then, once a check has passed."""
+
     def _drift(self, step: int, y: State) -> tuple[State, Aux]:
-        leaves = {name: y[name].detach() for name in self._optimizers.trainable}
-        for leaf in leaves.values():
-            leaf.requires_grad_(True)
-        view: State = {
-            name: leaves[name] if name in leaves else tensor.detach().clone()
-            for name, tensor in y.items()
-            if name in self._initial
-        }
-        random = self._random.scope(step) if self._random else contextlib.nullcontext()
-        with random, torch.enable_grad():
-            guard = Guard(leaves, leaves)
-            with self._precision.autocast():
-                result = self._loss(step, view)
-            guard.check()
-            loss, aux = result if isinstance(result, tuple) else (result, {})
-            if not isinstance(loss, Tensor) or loss.numel() != 1:
-                raise ValueError(
-                    f"The loss of step {step} is not a scalar tensor; return "
-                    "`loss.mean()`, or a tuple `(loss, aux)`."
-                )
-            scaled = self._precision.scale(loss.sum(), y)
-            gradients = torch.autograd.grad(
-                scaled, list(leaves.values()), allow_unused=True
-            )
-        found = self._precision.unscale(gradients, y)
-        drift = {
-            **found,
-            **buffer_drift(
-                {name: y[name] for name in view if name not in leaves},
-                {name: tensor.detach() for name, tensor in view.items()},
-            ),
-        }
-        for name, gradient in zip(leaves, gradients, strict=True):
-            if gradient is None or Precision.overflowed(found):
-                continue  # absent, not zero: a zero would make AdamW decay it
-            drift[name] = dense(name, gradient)
+        drift, aux = self._drift_once(step, y)
+        if self._repeats is not None and self._repeats.due():
+            self._repeats.compare(step, drift, self._drift_once(step, y)[0])
+        return drift, aux
+
+    def _drift_once(self, step: int, y: State) -> tuple[State, Aux]:
+        evaluate = self._evaluate if self._host is None else self._evaluate_host
+        gradients, others, aux = evaluate(step, y)
+        found = self._precision.unscale(gradients.values(), y)
+        drift = {**found, **others}
+        if not Precision.overflowed(found):
+            drift |= {name: dense(name, value) for name, value in gradients.items()}
         return drift, {
             key: float(torch.as_tensor(v).detach()) for key, v in aux.items()
         }
+
+    def _draws(self, step: int) -> AbstractContextManager[None]:
+        """Scope of the random numbers of a step."""
+        return self._random.scope(step) if self._random else nullcontext()
+
+    def _drawn(self) -> State:
+        """The global generators where the loss ended, if an optimizer goes on there."""
+        return streams() if self._random and self._optimizers.may_draw else {}
+
+    def _evaluate(self, step: int, y: State) -> tuple[State, State, Mapping[str, Any]]:
+        """Gradients, changes of the buffers, and scalars to log."""
+        leaves = {
+            name: y[name].detach().requires_grad_(True)
+            for name in self._optimizers.trainable
+        }
+        view: State = {
+            name: leaves[name] if name in leaves else y[name].detach().clone()
+            for name in self._initial
+        }
+        with self._draws(step), torch.enable_grad():
+            loss, aux = self._scaled_loss(step, y, view, leaves)
+            found = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
+            drawn = self._drawn()
+        gradients = {  # absent, not zero: a zero would make AdamW decay the parameter
+            name: gradient
+            for name, gradient in zip(leaves, found, strict=True)
+            if gradient is not None
+        }
+        buffers = buffer_drift(
+            {name: y[name] for name in view if name not in leaves},
+            {name: tensor.detach() for name, tensor in view.items()},
+        )
+        return gradients, {**buffers, **drawn}, aux
+
+    def _evaluate_host(
+        self, step: int, y: State
+    ) -> tuple[State, State, Mapping[str, Any]]:
+        """The same in the module's own tensors, by `backward` as in its loop."""
+        host = self._host
+        assert host is not None, "only with a host"
+        with host.holding(y):
+            guarded = {**host.parameters, **host.frozen}
+            with self._draws(step), torch.enable_grad():
+                loss, aux = self._scaled_loss(step, y, y, guarded)
+                loss.backward()
+                drawn = self._drawn()
+            return host.gradients(), {**host.buffer_drift(y), **drawn}, aux
+
+    def _scaled_loss(
+        self, step: int, y: State, view: State, guarded: Mapping[str, Tensor]
+    ) -> tuple[Tensor, Mapping[str, Any]]:
+        """The loss to differentiate, and scalars to log."""
+        guard = Guard(guarded, self._optimizers.trainable)
+        with self._precision.autocast():
+            result = self._loss(step, view)
+        guard.check()
+        loss, aux = result if isinstance(result, tuple) else (result, {})
+        if not isinstance(loss, Tensor) or loss.numel() != 1:
+            raise ValueError(
+                f"The loss of step {step} is not a scalar tensor; return "
+                "`loss.mean()`, or a tuple `(loss, aux)`."
+            )
+        return self._precision.scale(loss.sum(), y), aux
 
     def update(
         self, step: int, y: State, carry: Nest, drift: State
     ) -> tuple[State, Nest]:
         """Clip, step every optimizer, then every scheduler; write the buffers."""
-        del step
         gradients = {n: drift[n] for n in self._optimizers.trainable if n in drift}
         gradients = self._clip(gradients)
         skip = Precision.overflowed(drift)
-        params, carry = self._optimizers.step(y, carry, gradients, skip=skip)
+        random = self._random if self._optimizers.may_draw else None
+        with random.scope(step, "update") if random else nullcontext():
+            set_streams(drift)
+            params, carry = self._optimizers.step(y, carry, gradients, skip=skip)
         scale = self._precision.update(y, drift)
         return {**y, **params, **updated_buffers(y, drift), **scale}, carry
+
+    def check(self, step: int, y: State, carry: Nest, drift: Drift) -> Checked | None:
+        """Also compare with the loop on the module itself, if there is a module."""
+        host = self._host
+        if host is None:
+            return super().check(step, y, carry, drift)
+
+        loop = ModuleLoop(
+            host,
+            getattr(self._loss, "__wrapped__", self._loss),
+            self._loop_gradients,
+            self._clip_in_place,
+            self._make_optimizers,
+        )
+        try:
+            found = probe(self, step, y, carry, drift, loop.cause)
+        except EvaluationFailed:
+            loop.captured.restore()
+            return None
+        second_update(self, found)
+        loop.compare(found, carry if step else None, self._draws)
+        self._repeats = Repeats(found.noise, loop.cause)
+        return found.checked(whole=True)
+
+    def _loop_gradients(self, step: int, y: State) -> State:
+        """The gradients of the loop, on what the module holds."""
+        assert self._host is not None, "only with a host"
+        with torch.enable_grad():
+            loss, _ = self._scaled_loss(step, y, y, {})
+            loss.backward()
+        gradients = self._host.gradients()
+        overflow = Precision.overflowed(self._precision.unscale(gradients.values(), y))
+        return {} if overflow else gradients
+
+    def _clip_in_place(self, parameters: list[Tensor]) -> None:
+        if self._clip_grad_norm is not None:
+            nn.utils.clip_grad_norm_(parameters, self._clip_grad_norm)
+        if self._clip_grad_value is not None:
+            nn.utils.clip_grad_value_(parameters, self._clip_grad_value)
 
     def _clip(self, gradients: State) -> State:
         if self._clip_grad_norm is None and self._clip_grad_value is None:
@@ -250,23 +344,6 @@ class OptimizationTrajectory(Trajectory[Nest]):
         holders = [nn.Parameter(gradient) for gradient in gradients.values()]
         for holder, gradient in zip(holders, gradients.values(), strict=True):
             holder.grad = gradient.clone()  # clipping writes in place
-        if self._clip_grad_norm is not None:
-            nn.utils.clip_grad_norm_(holders, self._clip_grad_norm)
-        if self._clip_grad_value is not None:
-            nn.utils.clip_grad_value_(holders, self._clip_grad_value)
+        self._clip_in_place([*holders])
         clipped = [holder.grad for holder in holders]
         return {n: g for n, g in zip(gradients, clipped, strict=True) if g is not None}
-
-
-class _LoopBody(nn.Module):
-    """Makes a loop's body a `forward`, so that `functional_call` can swap tensors."""
-
-    def __init__(
-        self, module: nn.Module, loss: Callable[[int, nn.Module], Any]
-    ) -> None:
-        super().__init__()
-        self.module = module
-        self._loss = loss
-
-    def forward(self, step: int) -> Any:
-        return self._loss(step, self.module)

@@ -2,39 +2,56 @@
 
 from __future__ import annotations
 
-import contextlib
 import inspect
-from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeAlias
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
 
+from dreampropeller.belongings import Belongings
 from dreampropeller.identity import Fingerprint, plain
+from dreampropeller.lending import lent
 from dreampropeller.tree import Nest, State, copy_nest
 
 Params: TypeAlias = dict[str, nn.Parameter]
 OptimizerFactory: TypeAlias = Callable[[Params], Optimizer | Sequence[Optimizer]]
-SchedulerFactory: TypeAlias = Callable[[Optimizer], LRScheduler | None]
+SchedulerFactory: TypeAlias = Callable[[Optimizer], Any]
+
+
+_PARAMETERS = frozenset(("params", "param_names"))
+"""Keys of a group that name its parameters."""
+_DECLARED = frozenset(
+    vars(Optimizer([nn.Parameter(torch.zeros(1))], {})).keys() - {"defaults"}
+) | {"step", "_opt_called"}
+"""Attributes of every optimizer; state and groups are kept by name, defaults too."""
 
 
 class Optimizers:
-    """Private optimizers, lent their memory for one step.
+    """Optimizers that are lent their memory and parameters for one step.
 
     `Optimizer.load_state_dict` aliases the tensors it is given (torch ≥ 2.1), so a
     saved state would change with the optimizer. Here the carry *is* the memory: it is
     lent to the optimizers for one step, so a carry must be copied to be kept.
+
+    Args:
+        params: The parameters by name; outside of a step they keep their own values.
+        optimizer: Factory of one optimizer or several, called with the parameters.
+        scheduler: Factory of a scheduler, or one per optimizer.
+        private: Whether the parameters belong to nobody else.
+        known: Objects whose memory is kept elsewhere (the module's own).
     """
 
     def __init__(
         self,
-        params: State,
+        params: Params,
         optimizer: OptimizerFactory,
         scheduler: SchedulerFactory | Sequence[SchedulerFactory | None] | None,
+        private: bool = True,
+        known: Iterable[object] = (),
     ) -> None:
-        self._params = {name: nn.Parameter(tensor) for name, tensor in params.items()}
+        self._params = dict(params)
         made = optimizer(dict(self._params))
         self._optimizers = [made] if isinstance(made, Optimizer) else list(made)
         names = {parameter: name for name, parameter in self._params.items()}
@@ -53,41 +70,72 @@ class Optimizers:
             n for n in self._params if any(n in owned for owned in self._names)
         ]
         self._schedulers = _make_schedulers(scheduler, self._optimizers)
-        self._writes_gradients = False
-        self._probed = False
-        self._load(copy_nest(self.export()))  # what cannot be restored fails here
+        owners = [*self._optimizers, *filter(None, self._schedulers), *known]
+        self._belongings = Belongings(self._params, owners)
+        self._private = private
+        self._trusted = all(_is_plain(one) for one in self._optimizers)
+        self.load(copy_nest(self.export()))  # what cannot be restored fails here
 
     @property
     def count(self) -> int:
         """The number of optimizers."""
         return len(self._optimizers)
 
+    @property
+    def may_draw(self) -> bool:
+        """Whether a step may draw random numbers; torch's own classes do not."""
+        return not self._trusted or not all(
+            type(one).__module__.startswith("torch.optim.")
+            for one in filter(None, self._schedulers)
+        )
+
     def export(self) -> Nest:
         """The memory of optimizers and schedulers, not copied."""
+        self._belongings.begin()
         return {
             "optimizers": [
-                {
-                    "state": {
-                        name: optimizer.state[self._params[name]]
-                        for name in names
-                        if self._params[name] in optimizer.state
-                    },
-                    "groups": [
-                        {
-                            key: value
-                            for key, value in group.items()
-                            if key not in ("params", "param_names")
-                        }
-                        for group in optimizer.param_groups
-                    ],
-                }
+                self._export_one(optimizer, names)
                 for optimizer, names in zip(self._optimizers, self._names, strict=True)
             ],
             "schedulers": [
-                None if scheduler is None else _memory(scheduler.state_dict())
+                None
+                if scheduler is None
+                else self._belongings.read_attributes(
+                    scheduler, type(scheduler).__name__, ()
+                )
                 for scheduler in self._schedulers
             ],
         }
+
+    def _export_one(self, optimizer: Optimizer, names: Sequence[str]) -> Nest:
+        title = type(optimizer).__name__
+        read, state = self._belongings.read, optimizer.state
+        plain = _is_plain(optimizer)
+        memory: dict[str, Any] = {
+            "state": {
+                name: state[parameter]
+                if plain
+                else read(state[parameter], f"{title}.state[{name!r}]")
+                for name in names
+                if (parameter := self._params[name]) in state
+            },
+            "groups": [
+                {
+                    key: value if plain else read(value, f"{title}'s group[{key!r}]")
+                    for key, value in group.items()
+                    if key not in _PARAMETERS
+                }
+                for group in optimizer.param_groups
+            ],
+        }
+        if not plain:
+            shared = {k: v for k, v in state.items() if not isinstance(k, Tensor)}
+            if shared:
+                memory["shared"] = read(shared, f"{title}.state")
+            memory["attributes"] = self._belongings.read_attributes(
+                optimizer, title, _DECLARED
+            )
+        return memory
 
     def fingerprint(self) -> Fingerprint:
         """Classes, groups and settings of optimizers and schedulers, as they are."""
@@ -129,56 +177,88 @@ class Optimizers:
             due: Whether the scheduler of each optimizer steps; default: all do.
             skip: Skip the optimizers, as torch's `GradScaler` does on overflow.
         """
-        self._load(carry)
-        copy_gradients = self._writes_gradients or not self._probed
-        for name, parameter in self._params.items():
-            gradient = gradients.get(name)
-            parameter.grad = None  # before the value: a jump changes shapes
-            # Also without a gradient: some optimizers decay every parameter.
-            parameter.data = y[name].clone()
-            if gradient is not None:
-                parameter.grad = gradient.clone() if copy_gradients else gradient
-        lent = {n: p.grad for n, p in self._params.items() if p.grad is not None}
-        versions = {name: gradient._version for name, gradient in lent.items()}
-        before = {name: one._version for name, one in self._params.items()}
+        self.load(carry)
+        # Torch's own move what has a gradient; others may decay every parameter.
+        names = list(gradients) if self._trusted else list(self._params)
+        values = {name: y[name].clone() for name in names}
+        own = {name: parameter.grad for name, parameter in self._params.items()}
+        self._set_gradients({})  # before the values: a jump changes shapes
+        lends = lent({n: self._params[n] for n in names}, values, self._private)
+        try:
+            with lends as written:
+                self._set_gradients(gradients)
+                self.step_in_place(skip, due)
+                params = {name: self._params[name].data for name in names}
+                params |= {name: params[name].clone() for name in written}
+                self._set_gradients({})
+        finally:
+            self._set_gradients({})
+            for name, gradient in own.items():
+                self._params[name].grad = gradient
+        return params, self.export()
+
+    def step_in_place(
+        self, skip: bool = False, due: Sequence[bool] | None = None
+    ) -> None:
+        """Step the optimizers and schedulers on what the parameters hold."""
         for optimizer in [] if skip else self._optimizers:
             optimizer.step()
         for index, scheduler in enumerate(self._schedulers):
             if scheduler is not None and (due is None or due[index]):
                 scheduler.step()
-        written = [n for n, gradient in lent.items() if gradient._version > versions[n]]
-        if written and not copy_gradients:
-            raise RuntimeError(
-                f"An optimizer changed the gradient of `{written[0]}` in place, which "
-                "it did not do at its first step; a drift must not be changed."
-            )
-        if lent:
-            self._probed, self._writes_gradients = True, bool(written)
-        params = {
-            name: parameter.data
-            for name, parameter in self._params.items()
-            if name in lent or parameter._version > before[name]
-        }
-        for parameter in self._params.values():
-            parameter.grad = None
-        return params, self.export()
 
-    def _load(self, carry: Nest) -> None:
+    def _set_gradients(self, gradients: State) -> None:
+        for name, parameter in self._params.items():
+            gradient = gradients.get(name)
+            if gradient is not None and not self._trusted:
+                gradient = gradient.clone()  # some optimizers write into it
+            parameter.grad = gradient
+
+    def load(self, carry: Nest) -> None:
+        """Put the optimizers and schedulers into a state; consumes the carry."""
+        self._belongings.begin()
         for optimizer, memory in zip(
             self._optimizers, carry["optimizers"], strict=True
         ):
-            optimizer.state = defaultdict(dict)
-            for name, state in memory["state"].items():
-                optimizer.state[self._params[name]] = state
-            for group, values in zip(
-                optimizer.param_groups, memory["groups"], strict=True
-            ):
-                group.update(values)
+            self._load_one(optimizer, memory)
         for scheduler, memory in zip(
             self._schedulers, carry["schedulers"], strict=True
         ):
             if scheduler is not None:
-                scheduler.load_state_dict(copy_nest(memory))
+                self._belongings.write_attributes(scheduler, memory, ())
+
+    def _load_one(self, optimizer: Optimizer, memory: Nest) -> None:
+        plain, write = _is_plain(optimizer), self._belongings.write
+        live = dict(optimizer.state)
+        optimizer.state.clear()  # in place: a wrapper may share it
+        for name, state in memory["state"].items():
+            parameter = self._params[name]
+            optimizer.state[parameter] = (
+                state if plain else write(state, live.get(parameter))
+            )
+        for group, values in zip(optimizer.param_groups, memory["groups"], strict=True):
+            for key in group.keys() - values.keys() - _PARAMETERS:
+                del group[key]  # born in a later step
+            for key, value in values.items():
+                group[key] = value if plain else write(value, group.get(key))
+        if "shared" in memory:  # in the order of `_export_one`
+            shared = {k: v for k, v in live.items() if not isinstance(k, Tensor)}
+            optimizer.state.update(write(memory["shared"], shared))
+        if "attributes" in memory:
+            self._belongings.write_attributes(
+                optimizer, memory["attributes"], _DECLARED
+            )
+
+
+def _is_plain(optimizer: Optimizer) -> bool:
+    """Whether an optimizer is torch's own, without hooks: what it does is known."""
+    step = vars(optimizer).get("step")
+    return (
+        type(optimizer).__module__.startswith("torch.optim.")
+        and (step is None or hasattr(step, "_wrapped_by_lr_sched"))
+        and not optimizer._optimizer_step_pre_hooks
+        and not optimizer._optimizer_step_post_hooks
+    )
 
 
 def dense(name: str, gradient: Tensor) -> Tensor:
@@ -198,7 +278,7 @@ def dense(name: str, gradient: Tensor) -> Tensor:
 def _make_schedulers(
     scheduler: SchedulerFactory | Sequence[SchedulerFactory | None] | None,
     optimizers: Sequence[Optimizer],
-) -> list[LRScheduler | None]:
+) -> list[Any]:
     if scheduler is None or callable(scheduler):
         factories = [scheduler] * len(optimizers)
     else:
@@ -238,19 +318,3 @@ def _required_arguments(step: Callable[..., Any]) -> bool:
         and argument.kind in (argument.POSITIONAL_ONLY, argument.POSITIONAL_OR_KEYWORD)
         for argument in arguments
     )
-
-
-def _memory(state: dict[str, Any]) -> dict[str, Any]:
-    """The part of a scheduler's state that can change.
-
-    Values that a nest cannot hold (functions, the counter of milestones) are settings
-    and stay in the scheduler. Nested schedulers keep their state under `_schedulers`.
-    """
-    kept: dict[str, Any] = {}
-    for key, value in state.items():
-        if key == "_schedulers":
-            kept[key] = [_memory(inner) for inner in value]
-            continue
-        with contextlib.suppress(TypeError):
-            kept[key] = copy_nest(value)
-    return kept

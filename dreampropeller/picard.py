@@ -35,6 +35,9 @@ from dreampropeller.tree import Nest, State, all_finite, copy_nest, mean_square
 from dreampropeller.tree import share_differing as exact_error
 from dreampropeller.window import Window
 
+_TELLING = 8
+"""Iterations from which strides of one say something."""
+
 
 @dataclass(frozen=True)
 class PicardSolver(Solver):
@@ -133,6 +136,19 @@ class PicardSolver(Solver):
             for name, one in self.components.items()
         }
         return replace(super().jumped(state, parents), **memories)
+
+    def note(self, strides: Sequence[int]) -> str:
+        """Whether an exact threshold never accepted more than one step."""
+        wide = self.window.length(self.window.init(), 0, 2) > 1
+        if not (wide and self.threshold.exact) or len(strides) < _TELLING:
+            return ""
+        if max(strides) > 1:
+            return ""
+        return (
+            f"Each of {len(strides)} iterations accepted one step: at threshold 0 "
+            "guesses must agree bitwise, and none did. Write "
+            "`threshold=DriftThreshold(0.2)` to accept steps that agree closely."
+        )
 
     def iterate(
         self,

@@ -10,11 +10,13 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import random
+import struct
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -84,3 +86,46 @@ class StepRandom:
             random.setstate(python_state)
             if numpy:
                 numpy.random.set_state(numpy_state)
+
+
+STREAM = "random/"
+"""Prefix of the entries of a drift that hold the states of the global generators."""
+
+
+def streams() -> dict[str, Tensor]:
+    """The states of the global generators, as integers."""
+    _, words, gauss = random.getstate()
+    found = {
+        "torch": torch.default_generator.get_state(),
+        "python": torch.tensor([*words, gauss is not None, _bits(gauss or 0.0)]),
+    }
+    numpy = sys.modules.get("numpy")
+    if numpy is not None:
+        _, words, *rest, gauss = numpy.random.get_state()
+        found["numpy"] = torch.tensor([*words.tolist(), *rest, _bits(gauss)])
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        found["cuda"] = torch.cuda.get_rng_state()
+    return {STREAM + name: state for name, state in found.items()}
+
+
+def set_streams(states: Mapping[str, Tensor]) -> None:
+    """Put the global generators into recorded states; those not recorded stay."""
+    if STREAM + "torch" in states:
+        torch.default_generator.set_state(states[STREAM + "torch"].cpu())
+    if STREAM + "python" in states:
+        *words, has_gauss, bits = states[STREAM + "python"].tolist()
+        random.setstate((3, tuple(words), _number(bits) if has_gauss else None))
+    if STREAM + "numpy" in states and "numpy" in sys.modules:
+        *words, place, has_gauss, bits = states[STREAM + "numpy"].tolist()
+        state = ("MT19937", words, place, has_gauss, _number(bits))
+        sys.modules["numpy"].random.set_state(state)
+    if STREAM + "cuda" in states:
+        torch.cuda.set_rng_state(states[STREAM + "cuda"].cpu())
+
+
+def _bits(value: float) -> int:
+    return struct.unpack("<q", struct.pack("<d", value))[0]
+
+
+def _number(bits: int) -> float:
+    return struct.unpack("<d", struct.pack("<q", bits))[0]

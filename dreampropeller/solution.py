@@ -9,6 +9,7 @@ from typing import Any, Generic, TypeVar
 from dreampropeller.component import FULL, LEAN
 from dreampropeller.identity import Fingerprint
 from dreampropeller.tree import Aux, State
+from dreampropeller.verification import Checked
 
 C = TypeVar("C")
 
@@ -121,6 +122,8 @@ class Solution(Generic[C]):
         result: Why the solve ended.
         stats: The cost of the solve.
         state: The whole solver state, to resume from or to save.
+        checked: What was verified before the run; None if nothing was.
+        note: A sentence about a solve that gained nothing; empty otherwise.
     """
 
     value: State
@@ -128,6 +131,8 @@ class Solution(Generic[C]):
     result: Result
     stats: Stats
     state: SolverState[C]
+    checked: Checked | None = None
+    note: str = ""
 
 
 class NotConverged(RuntimeError):

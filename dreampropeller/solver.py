@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import abc
 import contextlib
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeVar
@@ -59,6 +60,11 @@ class Solver(abc.ABC):
     def adopt(self, state: SolverState[Any]) -> SolverState[Any]:
         """Adapt a state to resume from, perhaps of a different solver."""
         return state
+
+    def note(self, strides: Sequence[int]) -> str:
+        """A sentence on strides that gained nothing; default: none."""
+        del strides
+        return ""
 
     def jumped(
         self, state: SolverState[Any], parents: Parents | None
@@ -127,6 +133,7 @@ def solve(
     max_iterations: int | None = None,
     throw: bool = True,
     on_iteration: Listener | Sequence[Listener] | None = None,
+    check: bool = True,
 ) -> Solution[C]:
     """Solve a trajectory.
 
@@ -146,6 +153,9 @@ def solve(
             kept, because the next iteration consumes its carry. A function that
             returns `True` stops the solve; any other value is ignored. On several
             ranks the return value on rank 0 counts.
+        check: Verify first, on every rank, that steps are functions of their index and
+            state, and that a module's own loop is the loop that is solved; see
+            `Trajectory.check`. Its evaluations are not counted.
 
     Returns:
         The solution.
@@ -154,6 +164,7 @@ def solve(
         NotConverged: The last step was not reached and `throw` is set; `solution` of
             the error holds the state reached.
         AnotherProblem: `state` belongs to another problem.
+        NotReproducible: The check failed; the message says what to change.
         WorkerError: A rank failed (distributed dispatchers only).
     """
     listeners = [on_iteration] if callable(on_iteration) else on_iteration or ()
@@ -166,6 +177,11 @@ def solve(
         state = _begin(trajectory, solver, workers, state)
         state.run, state.problem = state.run or identity.new_run(), problem
         stack.enter_context(allocator.reused(state.y))
+        checked = None
+        if check and state.step < trajectory.num_steps:
+            drift = workers.drift(state.y)
+            checked = trajectory.check(state.step, state.y, state.carry, drift)
+            workers.timer.lap()  # not part of the first iteration
         run, result, iterations = state.run, Result.SUCCESS, 0
         while state.step < trajectory.num_steps:
             if max_iterations is not None and iterations >= max_iterations:
@@ -186,7 +202,8 @@ def solve(
             if workers.agree([stop])[0] and state.step < trajectory.num_steps:
                 result = Result.STOPPED
                 break
-    solution = Solution(state.y, state.carry, result, state.stats, state)
+    note = _say(solver.note(state.stats.strides[-iterations:] if iterations else []))
+    solution = Solution(state.y, state.carry, result, state.stats, state, checked, note)
     if throw and result in (Result.MAX_ITERATIONS, Result.NON_FINITE):
         raise NotConverged(
             f"{result.value} Reached step {state.step} of {trajectory.num_steps}."
@@ -194,6 +211,13 @@ def solve(
             solution,
         )
     return solution
+
+
+def _say(note: str) -> str:
+    """Show a note to the user, too."""
+    if note:
+        logging.getLogger("dreampropeller").warning(note)
+    return note
 
 
 def _begin(

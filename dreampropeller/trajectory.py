@@ -19,6 +19,7 @@ from torch import Tensor
 
 from dreampropeller.identity import Fingerprint
 from dreampropeller.tree import Aux, State
+from dreampropeller.verification import Checked, EvaluationFailed, probe
 
 C = TypeVar("C")
 
@@ -110,6 +111,30 @@ class Trajectory(abc.ABC, Generic[C]):
         """
         del step
         return y, carry, None
+
+    def check(self, step: int, y: State, carry: C, drift: Drift) -> Checked | None:
+        """Verify before a run that it will be the run it stands for.
+
+        Here: drifts again in reverse order, and an update twice from one carry
+        (`dreampropeller.verification`). The hosts of a user's module also compare with
+        the module's own loop.
+
+        Args:
+            step: The step at which the solve begins.
+            y: The state at this step; it must not be changed.
+            carry: The carry; it must not be changed.
+            drift: This worker's drift.
+
+        Returns:
+            What was verified; None if an evaluation failed, which the run will meet.
+
+        Raises:
+            NotReproducible: A step depends on more than its index and state.
+        """
+        try:
+            return probe(self, step, y, carry, drift).checked(whole=False)
+        except EvaluationFailed:
+            return None
 
     def fingerprint(self) -> Fingerprint:
         """The values that must agree for a state to be resumed (`identity`)."""

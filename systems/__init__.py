@@ -20,6 +20,7 @@ OTHERWISE = (
 PROBLEMS = {
     "dreamfusion-system": "systems.dreamfusion.DreamFusion",
     "dreamgaussian-system": "systems.dreamgaussian.DreamGaussian",
+    "prolificdreamer-system": "systems.prolificdreamer.ProlificDreamer",
     "diffusion-sampling": "systems.sampling.Sampling",
 }
 """Problems by their names in configs; imported on use, because they are heavy."""

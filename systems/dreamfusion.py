@@ -95,11 +95,15 @@ class DreamFusion(Distillation):
 
     def __init__(self, config: Config, device: torch.device | None = None) -> None:
         super().__init__(config, device)
-        self.settings = read(DreamFusionConfig, config.system, "system")
+        self.settings = read(self.section_types["system"], config.system, "system")
         check(self.settings.guidance.pretrained_model_name_or_path, [self.title])
         with self.random.scope(0, "scene"):
             self._scene = Scene(self.settings).to(self.device)
-        self.settings.optimizer.check(self._scene)
+        self.settings.optimizer.check(self.parts())
+
+    def parts(self) -> nn.Module:
+        """The parts whose learning rates can be set: those of the scene."""
+        return self._scene
 
     @property
     def title(self) -> str:

@@ -21,6 +21,9 @@ OPTIMIZERS: Mapping[str, type[torch.optim.Optimizer]] = {
 }
 
 
+_NO_RATE = "`args` has no learning rate: write `args.lr=0.01`."
+
+
 def _check_rate(name: str, value: Any) -> None:
     if isinstance(value, bool) or not isinstance(value, int | float) or value < 0:
         raise ValueError(
@@ -41,7 +44,8 @@ class OptimizerConfig:
 
     Args:
         name: Optimizer; a class of `torch.optim`.
-        args: Arguments of the optimizer; a null argument is left out.
+        args: Arguments of the optimizer; a null argument is left out. The learning rate
+            may be missing if `params` has one for every part.
         params: Arguments of single parts of the scene by name, such as `background:
             {lr: 0.001}` or `geometry.encoding: {lr: 0.01}`. The longest matching name
             counts; other parts use `args`.
@@ -53,12 +57,13 @@ class OptimizerConfig:
 
     def __post_init__(self) -> None:
         one_of("name", self.name, list(OPTIMIZERS))
-        if self.args.get("lr") is None:
-            raise ValueError("`args` has no learning rate: write `args.lr=0.01`.")
+        if self.args.get("lr") is None and not self.params:
+            raise ValueError(_NO_RATE)
         for part, arguments in {"args": self.args, **self._parts()}.items():
             for name, value in arguments.items():
                 _check_finite(f"{part}.{name}", value)
-            _check_rate(f"{part}.lr", arguments.get("lr", self.args["lr"]))
+            if arguments.get("lr") is not None:
+                _check_rate(f"{part}.lr", arguments["lr"])
 
     def _parts(self) -> dict[str, Mapping[str, Any]]:
         """Sections of `params` by name.
@@ -93,6 +98,14 @@ class OptimizerConfig:
                     f"There is no setting `system.optimizer.params.{name}`. "
                     f"Known here: {', '.join(parts)}."
                 )
+        if self.args.get("lr") is None:
+            for name, tensor in scene.named_parameters():
+                rate = self.params.get(self._part_of(name), {}).get("lr")
+                if tensor.requires_grad and rate is None:
+                    raise ConfigError(
+                        f"In `system.optimizer`: {_NO_RATE} Without it, `{name}` has "
+                        "none in `params` either."
+                    )
         probe = {
             f"{name}.probe": nn.Parameter(torch.zeros(1)) for name in (*parts, "rest")
         }
@@ -105,12 +118,16 @@ class OptimizerConfig:
                 "null`."
             ) from error
 
+    def _part_of(self, name: str) -> str:
+        """The part whose arguments count for a tensor; empty if there is none."""
+        fits = [part for part in self.params if f"{name}.".startswith(f"{part}.")]
+        return max(fits, key=len, default="")
+
     def build(self, parameters: Mapping[str, Tensor]) -> torch.optim.Optimizer:
         """The optimizer of named parameters."""
         groups: dict[str, list[Tensor]] = {}
         for name, tensor in parameters.items():
-            fits = [part for part in self.params if f"{name}.".startswith(f"{part}.")]
-            groups.setdefault(max(fits, key=len, default=""), []).append(tensor)
+            groups.setdefault(self._part_of(name), []).append(tensor)
         arguments: Any = {
             key: tuple(value) if isinstance(value, list) else value
             for key, value in self.args.items()

@@ -14,7 +14,7 @@ from torch import Tensor
 
 import dreampropeller as dp
 from dreampropeller.dispatch.process_group import local_device
-from systems.settings.config import Config
+from systems.settings.config import SAMPLERS, Config
 from systems.settings.reader import ConfigError
 
 COMMON = frozenset(
@@ -72,7 +72,7 @@ class Problem(abc.ABC):
             ConfigError: The solver samples images.
         """
         name = self.config.solver.name
-        if name.startswith("piadm"):
+        if name in SAMPLERS:
             raise ConfigError(
                 f"`solver.name` is `{name}`, which samples images: write `picard` or "
                 "`sequential`, or `--sample` with `configs/sample-toybox.yaml`."

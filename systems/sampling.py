@@ -85,6 +85,14 @@ class SamplingConfig:
     sampler: SamplerConfig
 
 
+NEEDS = {
+    "piadm-ode": ("ddim",),
+    "piadm-sde": ("ddpm",),
+    "speculative": ("ddpm", "ddim"),  # with η above 0, which the solver checks
+}
+"""Schedulers of the solvers that only sample images."""
+
+
 class Strip:
     """The window at work: the states that each iteration evaluated."""
 
@@ -145,11 +153,11 @@ class Sampling(Problem):
                 "`system.sampler.batched` puts a window on one device, and "
                 f"there are {config.dispatch.count} workers: choose one."
             )
-        needs = {"piadm-ode": "ddim", "piadm-sde": "ddpm"}.get(config.solver.name)
-        if needs and self.settings.sampler.scheduler != needs:
+        needs = NEEDS.get(config.solver.name)
+        if needs and self.settings.sampler.scheduler not in needs:
             raise ConfigError(
-                f"`solver.name={config.solver.name}` integrates with {needs.upper()}: "
-                f"write `system.sampler.scheduler={needs}`."
+                f"`solver.name={config.solver.name}` works with {needs[0].upper()}: "
+                f"write `system.sampler.scheduler={needs[0]}`."
             )
         self._strip = Strip()
         self._images = torch.empty(0)

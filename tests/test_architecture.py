@@ -21,7 +21,8 @@ SCIENCE = {"scipy", "sklearn", "joblib", "threadpoolctl"}
 LAYERS = {
     "states": "dreampropeller/{tree,rng,timer,checks,buffers,guard,identity,allocator}"
     ".py",
-    "problem": "dreampropeller/{trajectory,optim*,precision,host,differential}.py",
+    "problem": "dreampropeller/{trajectory,optim*,precision,host,attributes,lending,"
+    "verification,module_check,reachable,generators,belongings,differential}.py",
     "control": "dreampropeller/{component,rollout,window,predictor,*threshold}.py "
     "dreampropeller/acceleration/*",
     "dispatch": "dreampropeller/dispatch/*",

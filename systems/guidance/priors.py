@@ -182,12 +182,12 @@ class Prior:
         if self.takes_conditions and conditions is None:
             conditions = Conditions.of(len(noisy), self.unet.config["sample_size"])
         if guidance_scale == 1:
-            model_output = self._model_output(noisy, t, words, conditions)
-            return self._to_noise(model_output, noisy, t)
+            model_output = self.output(noisy, t, words, conditions)
+            return self.to_noise(model_output, noisy, t)
         blank = without.expand_as(words)
         if conditions is not None:
             conditions = conditions.without_image().beside(conditions)
-        both = self._model_output(
+        both = self.output(
             torch.cat([noisy, noisy]),
             torch.cat([t, t]),
             torch.cat([blank, words]),
@@ -195,18 +195,19 @@ class Prior:
         )
         plain, given = both.chunk(2)
         model_output = guided(plain, given, guidance_scale, guidance_rescale)
-        return self._to_noise(model_output, noisy, t)
+        return self.to_noise(model_output, noisy, t)
 
-    def _model_output(
+    def output(
         self, noisy: Tensor, t: Tensor, words: Tensor, conditions: Conditions | None
-    ) -> Tensor:
+    ) -> Float[Tensor, "views channels rows columns"]:
+        """The model's own output (noise, velocity or image), differentiable."""
         x, words = noisy.to(self.dtype), words.to(self.dtype)
         model_output = ask(self.unet, x, t, words, conditions).to(noisy.dtype)
-        return model_output[
-            :, : noisy.shape[1]
-        ]  # DeepFloyd IF: a learned variance follows
+        # DeepFloyd IF: a learned variance follows.
+        return model_output[:, : noisy.shape[1]]
 
-    def _to_noise(self, model_output: Tensor, noisy: Tensor, t: Tensor) -> Tensor:
+    def to_noise(self, model_output: Tensor, noisy: Tensor, t: Tensor) -> Tensor:
+        """The noise that an output stands for."""
         if self.prediction_type == "epsilon":
             return model_output
         alpha, sigma = self.scales(t)

@@ -146,7 +146,7 @@ class ScoreDistillation(Guidance):
         step: int,
         random: StepRandom,
     ) -> tuple[Float[Tensor, ""], Log]:
-        """A loss whose gradient in the model's space is g over the number of images.
+        """A loss whose gradient in the model's space is g over the number of views.
 
         Args:
             images: Rendered images in [0, 1].
@@ -158,29 +158,75 @@ class ScoreDistillation(Guidance):
             The loss, half the sum of g² over the number of views, and scalars to log.
         """
         x = self.prior.encode(images, random.generator(step, "latent"))
-        low, high = self.timesteps(step)
-        t = torch.randint(
-            low, high + 1, (len(x),), generator=random.generator(step, "timestep")
-        ).to(x.device)
-        noise = torch.randn(x.shape, generator=random.generator(step, "noise")).to(x)
+        return self.loss(x, cameras, step, random)
+
+    def loss(
+        self, x: Tensor, cameras: Cameras, step: int, random: StepRandom
+    ) -> tuple[Float[Tensor, ""], Log]:
+        """The same of images in the model's space."""
         with torch.no_grad():
-            numbers = self.prompts.numbers(cameras)
-            predicted = self.prior.noise(
-                self.prior.add_noise(x, noise, t),
-                t,
-                self.words.prompt_embeds[numbers],
-                self.words.negative_prompt_embeds,
-                self.config.scale,
-                self.config.guidance_rescale,
-                self.prior.conditions(cameras),
-            )
-            gradient = self._weight(t) * (predicted - noise)
+            gradient = self.direction(x, cameras, step, random)
             if self.config.grad_clip is not None:
                 bound = value_at(self.config.grad_clip, step)
                 gradient = gradient.clamp(-bound, bound)
             target = x - gradient
         loss = 0.5 * (x - target).square().sum() / len(x)
-        return loss, {"grad_norm": gradient.norm(), "max_timestep": float(high)}
+        high = float(self.timesteps(step)[1])
+        return loss, {"grad_norm": gradient.norm(), "max_timestep": high}
+
+    def direction(
+        self, x: Tensor, cameras: Cameras, step: int, random: StepRandom
+    ) -> Float[Tensor, "views channels rows columns"]:
+        """The gradient g in the model's space; what the relatives of SDS replace.
+
+        Args:
+            x: Images in the model's space.
+            cameras: Cameras of the images.
+            step: The step on the trajectory.
+            random: Source of the timestep and the noise.
+        """
+        t, noise = self.timestep(x, step, random), self.noise(x, step, random)
+        noisy = self.prior.add_noise(x, noise, t)
+        return self.weight(t) * (self.predict(noisy, t, cameras) - noise)
+
+    def predict(
+        self, noisy: Tensor, t: Tensor, cameras: Cameras, scale: float | None = None
+    ) -> Float[Tensor, "views channels rows columns"]:
+        """The noise that the guided model predicts under the views' prompts.
+
+        Args:
+            noisy: $x_t$.
+            t: Timesteps.
+            cameras: Cameras of the images.
+            scale: Guidance scale; default: the config's.
+        """
+        return self.prior.noise(
+            noisy,
+            t,
+            self.words.prompt_embeds[self.prompts.numbers(cameras)],
+            self.words.negative_prompt_embeds,
+            self.config.scale if scale is None else scale,
+            self.config.guidance_rescale,
+            self.prior.conditions(cameras),
+        )
+
+    def blank(
+        self, noisy: Tensor, t: Tensor, cameras: Cameras
+    ) -> Float[Tensor, "views channels rows columns"]:
+        """The noise predicted under the negative prompt, which is usually empty."""
+        without = self.words.negative_prompt_embeds.expand(len(noisy), -1, -1)
+        conditions = self.prior.conditions(cameras)
+        return self.prior.noise(noisy, t, without, without, 1.0, 0.0, conditions)
+
+    def timestep(self, x: Tensor, step: int, random: StepRandom) -> Tensor:
+        """The timesteps of a step, one per view."""
+        low, high = self.timesteps(step)
+        generator = random.generator(step, "timestep")
+        return torch.randint(low, high + 1, (len(x),), generator=generator).to(x.device)
+
+    def noise(self, x: Tensor, step: int, random: StepRandom) -> Tensor:
+        """The noise of a step."""
+        return torch.randn(x.shape, generator=random.generator(step, "noise")).to(x)
 
     def timesteps(self, step: int) -> tuple[int, int]:
         """Smallest and largest timestep at a step."""
@@ -191,7 +237,8 @@ class ScoreDistillation(Guidance):
         )
         return max(0, min(low, high)), high
 
-    def _weight(self, t: Tensor) -> Tensor:
+    def weight(self, t: Tensor) -> Tensor:
+        """w(t), of shape ``(views, 1, 1, 1)``."""
         alpha, sigma = self.prior.scales(t)
         if self.config.weighting_strategy == "uniform":
             return torch.ones_like(alpha)

@@ -3,6 +3,10 @@
 from collections.abc import Mapping
 
 from systems.guidance.base import Guidance
+from systems.guidance.csd import ClassifierScoreDistillation
+from systems.guidance.ism import IntervalScoreMatching
+from systems.guidance.perpendicular import PerpendicularNegatives
+from systems.guidance.sdi import ScoreDistillationInversion
 from systems.guidance.sds import (
     DeepFloydGuidance,
     ScoreDistillation,
@@ -13,5 +17,10 @@ GUIDANCES: Mapping[str, type[Guidance]] = {
     "diffusers-guidance": ScoreDistillation,
     "stable-diffusion-guidance": StableDiffusionGuidance,
     "deep-floyd-guidance": DeepFloydGuidance,
+    "csd-guidance": ClassifierScoreDistillation,
+    "ism-guidance": IntervalScoreMatching,
+    "sdi-guidance": ScoreDistillationInversion,
+    "perp-neg-guidance": PerpendicularNegatives,
 }
-"""The last two names, and how they count the guidance scale, are threestudio's."""
+"""The names that begin with `stable-diffusion` and `deep-floyd`, and how they count the
+guidance scale, are threestudio's."""

@@ -8,8 +8,10 @@ $$u = c / \max(\max_i c_i, 0.2),$$
 by a Dirichlet process mixture of Gaussians whose standard deviation is about 0.16 or
 more per channel (an inverse Wishart prior as strong as the data). Several objects
 share their clusters: the hierarchical Dirichlet process finds one palette. A part is a
-connected piece of the surface in one cluster; a piece of less than 0.5 % of the
-surface joins the neighbour with which it shares the longest border.
+connected piece of the surface in one cluster. A piece of less than 0.5 % of the surface
+joins the neighbour with which it shares the longest border, and so does a narrow band,
+which is where two parts blend: twice its area over its border's length is less than
+2.5 % of the root of the surface.
 """
 
 from __future__ import annotations
@@ -29,6 +31,8 @@ DARK = 0.2
 """Brightness below which a colour counts as dark and not as a hue."""
 SMALLEST = 0.005
 """Share of the surface below which a piece is no part."""
+NARROW = 0.025
+"""Width below which a piece is a blend of its neighbours, relative to √surface."""
 POINTS = 20_000
 """Largest number of colours per object from which the clusters are found."""
 
@@ -77,17 +81,18 @@ def find_parts(meshes: Sequence[trimesh.Trimesh], seed: int = 0) -> Palette:
         ValueError: A mesh has no faces, or no colours.
         ImportError: scikit-learn is not installed.
     """
-    for mesh in meshes:
+    looks: list[Any] = [mesh.visual for mesh in meshes]
+    for mesh, look in zip(meshes, looks, strict=True):
         if not len(mesh.faces):
             raise ValueError("The mesh has no faces, so there are no parts.")
-        if mesh.visual.kind not in ("vertex", "face"):
+        if look.kind not in ("vertex", "face"):
             raise ValueError(
                 "The mesh has no vertex colours, from which parts are found: export "
                 "it again with `launch.py --export resume=RUN`."
             )
     corners = [
-        np.asarray(mesh.visual.vertex_colors)[:, :3][mesh.faces] / 255
-        for mesh in meshes
+        np.asarray(look.vertex_colors)[:, :3][mesh.faces] / 255
+        for mesh, look in zip(meshes, looks, strict=True)
     ]
     albedos = [np.median(each, axis=1) for each in corners]
     clusters = _clusters([_relative(albedo) for albedo in albedos], seed)
@@ -154,20 +159,16 @@ def _pieces(mesh: Any, clusters: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     edges = np.linalg.norm(
         np.diff(mesh.vertices[mesh.face_adjacency_edges], axis=1)[:, 0], axis=-1
     )
-    least = SMALLEST * area.sum()
-    while len(area[area > 0]) > 1:
-        small = np.flatnonzero((area > 0) & (area < least))
-        borders = {}
-        for piece in small[np.argsort(area[small])]:
-            borders = _borders(labels, pairs, edges, piece)
-            if borders:
-                break
-        if not borders:
-            break  # what is left is loose: there is nothing beside it
-        other = max(borders, key=lambda one: borders[one])
-        labels[labels == piece] = other
-        area[other] += area[piece]
-        area[piece] = 0
+    least, narrow = SMALLEST * area.sum(), NARROW * area.sum() ** 0.5
+    # A small piece may have grown by smaller ones before its turn comes. A piece with
+    # nothing beside it is loose, and stays.
+    for piece in np.argsort(area):
+        borders = _borders(labels, pairs, edges, piece)
+        border = sum(borders.values())
+        if border and (area[piece] < least or 2 * area[piece] < narrow * border):
+            other = max(borders, key=lambda one: borders[one])
+            labels[labels == piece] = other
+            area[other] += area[piece]
     kept, labels = np.unique(labels, return_inverse=True)
     return labels, colours[kept]
 

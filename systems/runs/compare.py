@@ -166,11 +166,12 @@ def _rivals(path: Path, overrides: Sequence[str], fast: Run) -> list[dict[str, A
     times = max(1, round(fast.report["steps"] / few))
     views = fast.config.data["batch_size"]
     plain = [*overrides, "solver.name=sequential", f"trainer.max_steps={few}"]
+    many = [times * v for v in views] if isinstance(views, list) else times * views
     plans = {
         f"{few} steps": (views, plain),
         f"{few} steps of {times}x the views": (
-            views * times,
-            [*plain, f"data.batch_size={views * times}"],
+            many,
+            [*plain, f"data.batch_size={many}"],
         ),
     }
     found = []
@@ -196,12 +197,13 @@ def _rank(entry: dict[str, Any]) -> float:
 def _rival(config: Config, factor: float, tell: Callable[[], Any]) -> dict[str, Any]:
     """One sequential run at a multiple of the config's learning rates."""
     settings = dict(config.system["optimizer"])
-    rate = settings["args"]["lr"] * factor
-    settings["args"] = {**settings["args"], "lr": rate}
-    settings["params"] = {
+    parts = {"args": settings.get("args", {}), **settings.get("params", {})}
+    scaled = {
         part: {k: v * factor if k == "lr" else v for k, v in group.items()}
-        for part, group in settings.get("params", {}).items()
+        for part, group in parts.items()
     }
+    rate = next(group["lr"] for group in scaled.values() if "lr" in group)
+    settings |= {"args": scaled.pop("args"), "params": scaled}
     system = build(replace(config, system={**config.system, "optimizer": settings}))
     solution = dp.solve(
         system.trajectory(),

@@ -7,7 +7,8 @@ Right-handed world coordinates, z up: azimuth 0 looks at the front (from +x), 90
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
+from bisect import bisect_right
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
@@ -117,6 +118,9 @@ class Views:
         return Views(Cameras(**cut), self.light[part], self.height, self.width)
 
 
+_RESIZED = ("batch_size", "height", "width")
+
+
 @dataclass(frozen=True)
 class RandomCameras:
     """The cameras of training steps and of turntables (`data` in a config).
@@ -125,9 +129,12 @@ class RandomCameras:
     ``random-camera-datamodule``; the numbers are drawn from the step's own generator.
 
     Args:
-        batch_size: Number of views per step.
+        batch_size: Number of views per step. This, `height` and `width` may be lists:
+            a first value, and one from each of `resolution_milestones` on.
         height: Height of a training image in pixels.
         width: Width of a training image in pixels.
+        resolution_milestones: Rising steps at which the later values of those lists
+            begin.
         elevation_range: Range of elevations in degrees. Half of the steps draw uniform
             angles, half uniform points of the sphere.
         azimuth_range: Range of azimuths in degrees.
@@ -149,9 +156,10 @@ class RandomCameras:
         n_test_views: Number of frames of the turntable.
     """
 
-    batch_size: int = 1
-    height: int = 64
-    width: int = 64
+    batch_size: int | list[int] = 1
+    height: int | list[int] = 64
+    width: int | list[int] = 64
+    resolution_milestones: list[int] = field(default_factory=list)
     elevation_range: tuple[float, float] = (-10.0, 90.0)
     azimuth_range: tuple[float, float] = (-180.0, 180.0)
     camera_distance_range: tuple[float, float] = (1.0, 1.5)
@@ -171,15 +179,9 @@ class RandomCameras:
     n_test_views: int = 120
 
     def __post_init__(self) -> None:
-        for name in (
-            "batch_size",
-            "height",
-            "width",
-            "eval_height",
-            "eval_width",
-            "n_test_views",
-        ):
+        for name in ("eval_height", "eval_width", "n_test_views"):
             at_least(name, getattr(self, name), 1)
+        self._check_milestones()
         for name in (
             "camera_perturb",
             "center_perturb",
@@ -204,10 +206,42 @@ class RandomCameras:
             ("dreamfusion", "magic3d"),
         )
 
+    def _check_milestones(self) -> None:
+        steps = self.resolution_milestones
+        if steps != sorted(set(steps)):
+            raise ValueError(
+                f"`resolution_milestones` is {steps}: write rising steps, such as "
+                "`[1000, 2000]`."
+            )
+        for name in _RESIZED:
+            value = getattr(self, name)
+            values = value if isinstance(value, list) else [value]
+            for number in values:
+                at_least(name, number, 1)
+            if isinstance(value, list) and len(value) != len(steps) + 1:
+                raise ValueError(
+                    f"`{name}` is {value}, and `resolution_milestones` {steps}: write "
+                    "a first value, and one more for each milestone."
+                )
+        if steps and not any(isinstance(getattr(self, n), list) for n in _RESIZED):
+            raise ValueError(
+                f"`resolution_milestones` is {steps}, and nothing changes there: write "
+                f"`{'`, `'.join(_RESIZED)}` as lists, or leave it out."
+            )
+
+    def shape(self, step: int) -> tuple[int, int, int]:
+        """Number of views, height and width of a training step."""
+        passed = bisect_right(self.resolution_milestones, step)
+        values = (getattr(self, name) for name in _RESIZED)
+        views, height, width = (
+            value[passed] if isinstance(value, list) else value for value in values
+        )
+        return views, height, width
+
     def views(self, step: int, random: StepRandom) -> Views:
         """The views of a training step, on the CPU; a pure function of the step."""
         generator = random.generator(step, "cameras")
-        n = self.batch_size
+        n, height, width = self.shape(step)
 
         def uniform(low: float, high: float, *shape: int) -> Tensor:
             return low + (high - low) * torch.rand(*shape, generator=generator)
@@ -236,9 +270,7 @@ class RandomCameras:
             centre=self.center_perturb * normal(n, 3) if self.center_perturb else None,
             tilt=self.up_perturb * normal(n, 3) if self.up_perturb else None,
         )
-        return Views(
-            cameras, self._light(cameras, random, step), self.height, self.width
-        )
+        return Views(cameras, self._light(cameras, random, step), height, width)
 
     def _light(self, cameras: Cameras, random: StepRandom, step: int) -> Tensor:
         generator = random.generator(step, "light")

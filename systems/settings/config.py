@@ -50,6 +50,8 @@ THRESHOLDS = {
     "ema": dp.EMAThreshold,
     "fixed": dp.FixedThreshold,
 }
+SAMPLERS = ("piadm-ode", "piadm-sde", "speculative")
+"""Solvers that only sample images."""
 ACCELERATIONS = {"none": type(None), "secant": dp.Secant, "anderson": dp.Anderson}
 
 
@@ -62,7 +64,8 @@ class SolverConfig:
     Args:
         name: "picard", or "sequential" for one step after another. With `--sample`
             also "piadm-ode" (with DDIM) and "piadm-sde" (with DDPM): blocks of
-            `window.size` steps, each iterated `depth` times; threshold, predictor and
+            `window.size` steps, each iterated `depth` times; and "speculative" (with
+            DDPM): another sample of exactly the same law. Threshold, predictor and
             acceleration then have no effect.
         depth: Number of iterations per block, for PIADM.
         window: Number of steps evaluated per iteration: "sliding", "adaptive" or
@@ -94,7 +97,7 @@ class SolverConfig:
     )
 
     def __post_init__(self) -> None:
-        one_of("name", self.name, ("picard", "sequential", "piadm-ode", "piadm-sde"))
+        one_of("name", self.name, ("picard", "sequential", *SAMPLERS))
         at_least("depth", self.depth, 1)
         if self.depth != SolverConfig.depth and not self.name.startswith("piadm"):
             raise ValueError(
@@ -116,8 +119,12 @@ class SolverConfig:
         if self.name == "sequential":
             return dp.Sequential(non_finite=non_finite)
         assert isinstance(self.window, dp.Window), "`load` resolves `auto`"
-        if self.name.startswith("piadm"):
-            size = self.window.length(self.window.init(), 0, sys.maxsize)
+        size = self.window.length(self.window.init(), 0, sys.maxsize)
+        if self.name == "speculative":
+            from dreampropeller.adapters.diffusers.speculative import Speculative
+
+            return Speculative(size)
+        if self.name in SAMPLERS:
             return dp.PicardSolver(
                 dp.BlockWindow(size, self.depth), dp.FixedThreshold(0)
             )

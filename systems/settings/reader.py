@@ -237,6 +237,10 @@ def _convert(value: Any, hint: Any, where: str) -> Any:
         return tuple(
             _convert(v, a, where) for v, a in zip(value, arguments, strict=True)
         )
+    if origin is list:
+        if not isinstance(value, Sequence) or isinstance(value, str):
+            raise _wrong(where, value, hint)
+        return [_convert(v, arguments[0], where) for v in value]
     if origin is dict:
         if not isinstance(value, Mapping):
             raise ConfigError(
@@ -286,6 +290,8 @@ def describe_type(hint: Any) -> str:
         return "a section"
     if origin is tuple:
         return f"[{', '.join(describe_type(a) for a in arguments)}]"
+    if origin is list:
+        return f"[{describe_type(arguments[0])}, …]"
     return _NAMES.get(hint, str(hint))
 
 

@@ -92,7 +92,6 @@ SETTINGS: Mapping[str, Mapping[str, tuple[Any, ...]]] = {
         "n_val_views": ANY,
         "progressive_until": (0,),
         "rays_d_normalize": (True,),
-        "resolution_milestones": ([],),
     },
     "system": {
         "cleanup_after_test_step": ANY,
@@ -100,6 +99,7 @@ SETTINGS: Mapping[str, Mapping[str, tuple[Any, ...]]] = {
         "exporter": ANY,
         "exporter_type": ANY,
         "loggers": ANY,
+        "visualize_samples": ANY,
         "weights_ignore_modules": ANY,
         "geometry_convert_from": (None,),
         "geometry_convert_inherit_texture": ANY,
@@ -209,14 +209,18 @@ SETTINGS: Mapping[str, Mapping[str, tuple[Any, ...]]] = {
 """Settings of threestudio that we lack, by section: the values that are accepted."""
 
 VALUES: Mapping[str, Callable[[Any], bool]] = {
-    "data.batch_size": lambda value: isinstance(value, list),
-    "data.height": lambda value: isinstance(value, list),
-    "data.width": lambda value: isinstance(value, list),
     "system.geometry.normal_type": lambda value: (
-        value in (None, "pred", "finite_difference_laplacian")
+        value in ("pred", "finite_difference_laplacian")
     ),
 }
 """Settings that exist here, and values that only threestudio supports."""
+
+OWN: Mapping[str, frozenset[str]] = {
+    "prolificdreamer-system": frozenset(
+        {"system.loss.lambda_vsd", "system.loss.lambda_lora"}
+    ),
+}
+"""Settings in `SETTINGS` that a system of ours has, by the name of the system."""
 
 DATA_TYPES = ("random-camera-datamodule",)
 
@@ -241,7 +245,8 @@ def translate(settings: Mapping[str, Any]) -> Translation:
     """Separate threestudio's own settings from a config with resolved values."""
     ignored: list[str] = []
     unsupported: list[str] = []
-    kept = _section(settings, "", ignored, unsupported)
+    own = OWN.get(str(settings.get("system_type")), frozenset())
+    kept = _section(settings, "", own, ignored, unsupported)
     kind = kept.get("data_type", DATA_TYPES[0])
     if kind not in DATA_TYPES:
         unsupported = [p for p in unsupported if not p.startswith("`data.")]
@@ -252,7 +257,11 @@ def translate(settings: Mapping[str, Any]) -> Translation:
 
 
 def _section(
-    section: Mapping[str, Any], where: str, ignored: list[str], unsupported: list[str]
+    section: Mapping[str, Any],
+    where: str,
+    own: frozenset[str],
+    ignored: list[str],
+    unsupported: list[str],
 ) -> dict[str, Any]:
     """The settings of a section that exist here; the rest goes into the lists."""
     table = SETTINGS.get(where, {})
@@ -261,9 +270,9 @@ def _section(
         name = f"{where}.{key}" if where else key
         if name in VALUES and VALUES[name](value):
             unsupported.append(_refusal(name, value))
-        elif key not in table:
+        elif key not in table or name in own:
             kept[key] = (
-                _section(value, name, ignored, unsupported)
+                _section(value, name, own, ignored, unsupported)
                 if isinstance(value, dict)
                 else value
             )

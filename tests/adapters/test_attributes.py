@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from dreampropeller.adapters.lightning.attributes import Attributes
+from dreampropeller.attributes import Attributes
 
 
 class Part(nn.Module):

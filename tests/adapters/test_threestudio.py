@@ -215,7 +215,7 @@ _CALLS: list[int] = []
     [
         (Counting, r"drift of `geometry\.encoding\.table`"),
         (Remembering, r"step before had changed: .*`mean`"),
-        (Unkeyed, r"differ in: random stream of Python's `random`, "),
+        (Unkeyed, r"differ in: random stream of Python's `random`"),
     ],
 )
 def test_verify_names_what_differs(kind: Any, message: str) -> None:

@@ -69,7 +69,7 @@ def test_views_stay_in_their_ranges(strategy: str) -> None:
             assert (values >= low - 1e-4).all()
             assert (values <= high + 1e-4).all()
         turn = cameras.azimuth.sort().values.diff()
-        assert (turn < 2 * 360 / room.batch_size).all()  # spread all around
+        assert (turn < 2 * 360 / len(cameras)).all()  # spread all around
 
 
 def test_turntable_goes_round_once() -> None:
@@ -95,3 +95,20 @@ def test_turntable_goes_round_once() -> None:
 def test_impossible_cameras_are_refused(change: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         dataclasses.replace(ROOM, **change)
+
+
+def test_resolution_and_batch_change_at_the_milestones() -> None:
+    cameras = RandomCameras(
+        batch_size=[3, 1, 2],
+        height=[8, 16, 24],
+        width=6,
+        resolution_milestones=[10, 20],
+    )
+    for step, shape in ((0, (3, 8, 6)), (9, (3, 8, 6)), (10, (1, 16, 6))):
+        views = cameras.views(step, StepRandom(0))
+        assert (len(views.cameras), views.height, views.width) == shape
+    assert cameras.shape(99) == (2, 24, 6)
+    with pytest.raises(ValueError, match=r"`height` is \[8, 16\].*one more for each"):
+        RandomCameras(height=[8, 16])
+    with pytest.raises(ValueError, match="nothing changes there"):
+        RandomCameras(resolution_milestones=[5])

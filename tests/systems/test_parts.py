@@ -22,7 +22,9 @@ from systems.toybox.truth import truth
 def shaded(prompt: str) -> Any:
     """The true mesh, its albedo under light from above and with noise."""
     found = truth(prompt).mesh(40)
-    mesh = trimesh.Trimesh(found.vertices.numpy(), found.faces.numpy(), process=False)
+    mesh: Any = trimesh.Trimesh(
+        found.vertices.numpy(), found.faces.numpy(), process=False
+    )
     light = 0.7 + 0.3 * mesh.vertex_normals[:, 2:]
     noise = 0.02 * np.random.default_rng(0).normal(size=light.shape)
     colours = (found.colours.numpy() * light + noise).clip(0, 1)
@@ -53,7 +55,7 @@ def test_parts_are_those_of_the_object(colour: str, name: str, parts: int) -> No
 
 
 def test_pieces_apart_are_parts_and_crumbs_are_none() -> None:
-    ball = trimesh.creation.icosphere(3)
+    ball: Any = trimesh.creation.icosphere(3)
     red, blue = np.array([200, 20, 20]), np.array([20, 20, 200])
     colours = np.tile(red, (len(ball.vertices), 1))
     colours[np.abs(ball.vertices[:, 2]) > 0.8] = blue  # two caps

@@ -23,7 +23,7 @@ from dreampropeller.adapters.diffusers.trajectory import (
 from dreampropeller.calibration import Calibration, calibrate, choose_solver
 from dreampropeller.dispatch.base import Dispatcher, InlineDispatcher
 from dreampropeller.picard import PicardSolver
-from dreampropeller.predictor import Momentum
+from dreampropeller.predictor import Momentum, Predictor
 from dreampropeller.solution import Iteration, Solution, SolverState
 from dreampropeller.solver import Listener, Solver, solve
 from dreampropeller.threshold import FixedThreshold
@@ -40,6 +40,7 @@ def sample(
     tolerance: float = 0.1,
     form: Form = "semi-linear",
     acceleration: Acceleration[Any] | None = None,
+    predictor: Predictor[Any] | None = None,
     dispatcher: Callable[[Trajectory[Any]], Dispatcher] = InlineDispatcher,
     calibration: Calibration | None = None,
     solver: Solver | None = None,
@@ -64,13 +65,15 @@ def sample(
         form: Form of the drift: "semi-linear", or "published" for comparison.
         acceleration: `Anderson()` needs fewer iterations if windows are wide and
             tolerances small (`docs/sampling.md`).
+        predictor: Guesses of new slots; `CleanImage()` needs fewer iterations with
+            many steps of DDPM (`docs/sampling.md`). Default: see `solver_for`.
         dispatcher: Evaluation of the model: `InlineDispatcher` (one step after
             another), `BatchedDispatcher` (a window in one call, close but not bitwise)
             or `DistributedDispatcher` (a window spread over devices).
         calibration: Result of `measure`, instead of `dispatcher`: a batched window if
             that pays on this device, the sequential run otherwise.
-        solver: Another solver, instead of `window`, `tolerance` and `acceleration`; its
-            threshold is the squared tolerance.
+        solver: Another solver, instead of `window`, `tolerance`, `acceleration` and
+            `predictor`; its threshold is the squared tolerance.
         on_iteration: As for `solve`; it cannot stop the solve.
         on_solution: Called with the solution: iterations, evaluations, strides.
         **arguments: Further arguments of the pipeline.
@@ -81,18 +84,19 @@ def sample(
     Raises:
         ValueError: A number is out of range, the pipeline or its scheduler cannot be
             sampled in parallel, a callback of the pipeline's loop is given, or an
-            acceleration beside a solver.
+            acceleration or predictor beside a solver.
 
     Example:
         >>> images = sample(pipeline, "a red mug", num_inference_steps=100).images
     """
     _check(pipeline, num_inference_steps, window, tolerance, form, arguments)
-    if solver is not None and acceleration is not None:
-        raise ValueError(
-            "`acceleration` has no effect beside `solver`: write `solver=PicardSolver("
-            "…, acceleration=Anderson())`."
-        )
-    wanted = solver or solver_for(window, tolerance, form, acceleration)
+    for name, value in (("acceleration", acceleration), ("predictor", predictor)):
+        if solver is not None and value is not None:
+            raise ValueError(
+                f"`{name}` has no effect beside `solver`: write `solver=PicardSolver("
+                f"…, {name}={type(value).__name__}())`."
+            )
+    wanted = solver or solver_for(window, tolerance, form, acceleration, predictor)
 
     def run(trajectory: SamplingTrajectory, advanced: Callable[[int], Any]) -> Tensor:
         def watch(state: SolverState[Any], iteration: Iteration) -> None:
@@ -149,16 +153,18 @@ def solver_for(
     tolerance: float,
     form: Form = "semi-linear",
     acceleration: Acceleration[Any] | None = None,
+    predictor: Predictor[Any] | None = None,
 ) -> PicardSolver:
     """The solver of `sample`, for a trajectory of your own.
 
-    In the semi-linear form new slots are guessed by stepping the scheduler with the
-    last model output; in the published form they repeat the last state.
+    By default, new slots are guessed by stepping the scheduler with the last model
+    output in the semi-linear form, and repeat the last state in the published one.
     """
     return PicardSolver(
         SlidingWindow(window),
         FixedThreshold(tolerance**2),
-        predictor=Momentum(0.0) if form == "semi-linear" else "repeat_last",
+        predictor=predictor
+        or (Momentum(0.0) if form == "semi-linear" else "repeat_last"),
         norm=worst_image,
         acceleration=acceleration,
     )

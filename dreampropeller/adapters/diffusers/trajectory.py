@@ -172,6 +172,10 @@ class SamplingTrajectory(Trajectory[Nest]):
         timesteps: Timesteps to take; default: all of the scheduler's.
         **settings: Further arguments of the scheduler's `step`.
 
+    Attributes:
+        stepper: The scheduler's step as a function.
+        draws: States of the generators before each step's draw.
+
     Raises:
         ValueError: `check_scheduler` refuses it, or `eta` is negative.
     """
@@ -195,8 +199,8 @@ class SamplingTrajectory(Trajectory[Nest]):
         self.latents = latents.detach().clone()
         self.timesteps = scheduler.timesteps if timesteps is None else timesteps
         self.num_steps = len(self.timesteps)
-        self._step = _Step(scheduler, self.timesteps, {"eta": eta, **settings})
-        self._draws = self._record(generator)
+        self.stepper = Stepper(scheduler, self.timesteps, {"eta": eta, **settings})
+        self.draws = self._record(generator)
 
     def fingerprint(self) -> Fingerprint:
         """Timesteps, form, scheduler with its settings, and the random draws."""
@@ -204,15 +208,15 @@ class SamplingTrajectory(Trajectory[Nest]):
             **super().fingerprint(),
             "timesteps": self.timesteps.tolist(),
             "form": self.form,
-            "scheduler": self._step.name,
-            "settings": plain(dict(self._step.scheduler.config)),
-            "step": plain(self._step.settings),
+            "scheduler": self.stepper.name,
+            "settings": plain(dict(self.stepper.scheduler.config)),
+            "step": plain(self.stepper.settings),
             "latents": shape_of(self.latents),
         }
 
     def init(self) -> tuple[State, Nest]:
         """The latents, and the history before the first step."""
-        return {"x": self.latents.clone()}, self._step.history()
+        return {"x": self.latents.clone()}, self.stepper.history()
 
     def make_drift(self, device: torch.device) -> _Drift:
         """The model output, or the increment, of a step."""
@@ -232,13 +236,13 @@ class SamplingTrajectory(Trajectory[Nest]):
         self, step: int, x: Tensor, carry: Nest, model_output: Tensor
     ) -> tuple[Tensor, Nest]:
         """The scheduler's own step, with the noise of this step."""
-        return self._step(step, x, carry, model_output, _restored(self._draws[step]))
+        return self.stepper(step, x, carry, model_output, restored(self.draws[step]))
 
     def error_scale(self, step: int) -> float:
         """The posterior variance at the timestep of a state; 0 at the end."""
         if step >= self.num_steps:
             return 0.0
-        kept = self._step.scheduler.alphas_cumprod
+        kept = self.stepper.scheduler.alphas_cumprod
         now = float(kept[int(self.timesteps[step])])
         after = (
             float(kept[int(self.timesteps[step + 1])])
@@ -255,12 +259,12 @@ class SamplingTrajectory(Trajectory[Nest]):
         its draws are its own; the caller's generators advance with it.
         """
         sources = _sources(generator, self.latents.device)
-        wide = self._step.learns_variance and not HISTORY[self._step.name]
+        wide = self.stepper.learns_variance and not HISTORY[self.stepper.name]
         channels = self.latents.shape[1] * (2 if wide else 1)
         empty = self.latents.new_zeros(
             (len(self.latents), channels, *self.latents.shape[2:])
         )
-        x, carry = self.latents, self._step.history()
+        x, carry = self.latents, self.stepper.history()
         draws: list[list[Draw]] = []
         with torch.no_grad():
             for step in range(self.num_steps):
@@ -271,7 +275,7 @@ class SamplingTrajectory(Trajectory[Nest]):
                     for (_, a), (_, b) in zip(now, before, strict=True)
                 )
                 draws.append(before if same else now)  # one copy while nothing is drawn
-                x, carry = self._step(step, x, carry, empty, sources)
+                x, carry = self.stepper(step, x, carry, empty, sources)
         return draws
 
 
@@ -311,7 +315,7 @@ class _Drift:
         return {"x": after - y["x"]}
 
 
-class _Step:
+class Stepper:
     """A scheduler's `step` as a function: its history is an argument and a result."""
 
     def __init__(
@@ -338,6 +342,7 @@ class _Step:
         model_output: Tensor,
         generators: list[torch.Generator],
     ) -> tuple[Tensor, Nest]:
+        """The state after a step, and the history."""
         for name in self._fields:
             setattr(self.scheduler, name, _own(carry[name]))
         after = self.scheduler.step(
@@ -370,7 +375,7 @@ def _sources(generator: Generators, device: torch.device) -> list[torch.Generato
     return [torch.default_generator]
 
 
-def _restored(draws: list[Draw]) -> list[torch.Generator]:
+def restored(draws: list[Draw]) -> list[torch.Generator]:
     """Private generators in the recorded states of the caller's."""
     restored = []
     for device, state in draws:

@@ -21,14 +21,16 @@ from torch import nn
 
 from dreampropeller.adapters.lightning import optimizers as configured
 from dreampropeller.adapters.lightning import refusals, trainer
-from dreampropeller.adapters.lightning.attributes import Attributes
 from dreampropeller.adapters.lightning.born import Born
+from dreampropeller.adapters.lightning.groups import Groups
+from dreampropeller.attributes import Attributes
 from dreampropeller.buffers import buffer_drift, updated_buffers
 from dreampropeller.dispatch.process_group import local_device
 from dreampropeller.guard import Guard
+from dreampropeller.lending import lent
 from dreampropeller.optimizers import dense
 from dreampropeller.precision import Precision
-from dreampropeller.rng import StepRandom
+from dreampropeller.rng import StepRandom, set_streams, streams
 from dreampropeller.trajectory import Parents
 from dreampropeller.tree import Aux, Nest, State, copy_nest
 
@@ -105,9 +107,14 @@ class Host:
                 "into the groups of one."
             )
         self._schedules = schedules
-        self.shim.optimizers = [configured.view(one) for one in made]
         self.parameters = configured.names(self.module, made)
-        self.optimizers = configured.lend(self.parameters, made, schedules)
+        self.optimizers = configured.bind(self.parameters, made, schedules, self.module)
+        self.groups = Groups(
+            made[0],
+            self.optimizers,
+            lambda step: schedules[0].due(step, self.epoch_length),
+        )
+        self.shim.offer(made[0], schedules[0].scheduler)
         return made
 
     def next_jump(self, step: int) -> int:
@@ -127,14 +134,48 @@ class Host:
     ) -> tuple[State, Nest]:
         """Step the optimizer and the due schedulers; write the buffers."""
         gradients = {n: drift[n] for n in self.parameters if n in drift}
-        due = [one.due(step, self.epoch_length) for one in self._schedules]
+        due = self.due(step)
         skip = Precision.overflowed(drift)
-        params, carry = self.optimizers.step(y, carry, gradients, due, skip)
+        self.groups.apply(step, carry, drift)
+        with self.drawing(step):
+            set_streams(drift)
+            params, carry = self.optimizers.step(y, carry, gradients, due, skip)
+        self.groups.remember(step + 1, carry)
         extra = self.precision.update(y, drift)
         return {**y, **params, **updated_buffers(y, drift), **extra}, carry
 
+    @property
+    def steps_itself(self) -> bool:
+        """Whether the update is the optimizer's own step."""
+        return type(self).update is Host.update
+
+    def due(self, step: int) -> list[bool]:
+        """Whether the scheduler of each optimizer steps after a step."""
+        return [one.due(step, self.epoch_length) for one in self._schedules]
+
+    def begin(self, step: int, carry: Nest) -> None:
+        """Take note of the carry at which a solve begins."""
+        if self.steps_itself:
+            self.groups.remember(step, carry)
+
+    def clear_gradients(self) -> None:
+        """Remove all gradients."""
+        self._zero_grad()
+
+    def drawing(self, step: int) -> contextlib.AbstractContextManager[None]:
+        """Scope of an update that may draw random numbers, as the drift left them."""
+        if not self.optimizers.may_draw:
+            return contextlib.nullcontext()
+        if isinstance(self.random, StepRandom):
+            return self.random.scope(step, "update")
+        return self.random.scope(step)
+
     def run(self, step: int, y: State) -> tuple[State, Aux]:
         """One step on the module in its current state."""
+        with self.groups.watched():
+            return self._run(step, y)
+
+    def _run(self, step: int, y: State) -> tuple[State, Aux]:
         module, (optimizer,) = self.module, self.shim.optimizers
         parameters = {**dict(module.named_parameters()), **self.parameters}
         guard = Guard(parameters, self.parameters)
@@ -165,13 +206,37 @@ class Host:
                 module.on_before_optimizer_step(optimizer)
                 self._clip_gradients()
         drift = {**self._gradients(Precision.overflowed(found)), **found}
+        drift |= self.groups.leave()
+        if self.optimizers.may_draw:
+            drift |= streams()  # an optimizer that draws goes on from here
         self.shim.global_step = step + 1
-        outputs = trainer.detached(output, loss)
-        module.on_train_batch_end(outputs, batch, index)
+        self._end_batch(trainer.detached(output, loss), batch, index)
         guard.check()
         drift.update(self.buffer_drift(y))
         aux = dict(self._logged) if loss is None else {**self._logged, "loss": loss}
         return drift, trainer.numbers(aux)
+
+    def _end_batch(self, outputs: Any, batch: Any, index: int) -> None:
+        """The hook that Lightning calls after the optimizer's step."""
+        before = [(n, b, b._version) for n, b in self.module.named_buffers()]
+        self.module.on_train_batch_end(outputs, batch, index)
+        now = dict(self.module.named_buffers())
+        for name, buffer, version in before:
+            changed = now.get(name) is not buffer or buffer._version != version
+            if changed and buffer.is_floating_point():
+                raise ValueError(
+                    f"`on_train_batch_end` changed the buffer `{name}`. In Lightning "
+                    "it sees the weights after the optimizer's step, which are not "
+                    "known here. Change it in `on_train_batch_start`, which sees the "
+                    "weights after the step before, or keep an average of the weights "
+                    "in the optimizer's state (docs/own_loops.md)."
+                )
+        if self.groups.changed_since():
+            raise ValueError(
+                "`on_train_batch_end` changed a setting of the optimizer, which "
+                "applies to the next step only. Change it in `on_train_batch_start`, "
+                "from `self.global_step`."
+            )
 
     # --- its life -----------------------------------------------------------------
 
@@ -218,9 +283,24 @@ class Host:
 
     def evaluate(self, step: int, y: State) -> tuple[State, Aux]:
         """The drift of a step, with the attributes recorded when opened."""
-        self.enter(step, y)
-        with self.random.scope(step):  # only for the module's own draws
-            return self.run(step, y)
+        with self.kept(y):
+            self.enter(step, y)
+            with self.random.scope(step):  # only for the module's own draws
+                return self.run(step, y)
+
+    @contextlib.contextmanager
+    def kept(self, y: State) -> Iterator[None]:
+        """Give the module its own values back after the block."""
+        buffers = [one for one in self._buffers() if one[0] in y]
+        own = {name: owner._buffers[key] for name, owner, key in buffers}
+        tensors = {n: p for n, p in self.parameters.items() if n in y} | own
+        lends = lent(tensors, {name: y[name].clone() for name in tensors})
+        with lends:
+            try:
+                yield
+            finally:
+                for name, owner, key in buffers:
+                    owner._buffers[key] = own[name]
 
     def attach(self) -> None:
         """Take over the module again, after a trainer used it for validation."""
@@ -235,6 +315,8 @@ class Host:
             self.born.forget()
             self.attributes.restore()
         self.load(y)
+        if self.steps_itself:
+            self.groups.move_to(step)
         self.shim.global_step = step
         if self.epoch_length is not None:
             self.shim.current_epoch = step // self.epoch_length

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from dreampropeller.checks import is_whole
 from dreampropeller.optimizers import Optimizers, Params
 
 
@@ -50,6 +51,7 @@ def read(configured: Any) -> tuple[list[Optimizer], list[Schedule]]:
     if isinstance(configured, Optimizer):
         optimizers = [configured]
     elif isinstance(configured, Mapping):
+        _refuse_keys(configured, {"optimizer", "lr_scheduler"}, "an optimizer")
         optimizers = [configured["optimizer"]]
         schedules = [configured["lr_scheduler"]] if "lr_scheduler" in configured else []
     elif isinstance(configured, Sequence):
@@ -89,9 +91,39 @@ def _schedule(one: Any) -> Schedule:
         return one
     if not isinstance(one, Mapping):
         return Schedule(one)
+    keys = {"scheduler", "interval", "frequency", "name", "strict"}
+    _refuse_keys(one, keys, "a scheduler")
+    if one.get("interval", "epoch") not in ("step", "epoch"):
+        raise ValueError(
+            f"`interval` of a scheduler is {one['interval']!r}: write `step` or "
+            "`epoch`."
+        )
+    frequency = one.get("frequency", 1)
+    if not is_whole(frequency) or frequency < 1:
+        raise ValueError(
+            f"`frequency` of a scheduler is {frequency!r}: write a whole number from 1."
+        )
     return Schedule(
         one["scheduler"], one.get("interval", "epoch"), one.get("frequency", 1)
     )
+
+
+def _refuse_keys(found: Mapping[str, Any], known: set[str], what: str) -> None:
+    """Refuse misspelt keys, and those of a metric-driven schedule."""
+    metric = sorted({"monitor", "reduce_on_plateau"} & {n for n in found if found[n]})
+    if metric:
+        raise ValueError(
+            f"`configure_optimizers` returned {what} with `{metric[0]}`: a metric is "
+            "not known ahead of time; use a scheduler that depends on the step alone."
+        )
+    unknown = sorted(found.keys() - known - {"monitor", "reduce_on_plateau"})
+    missing = sorted({"optimizer", "scheduler"} & known - found.keys())
+    if unknown or missing:
+        raise ValueError(
+            f"`configure_optimizers` returned {what} "
+            + (f"with the key `{unknown[0]}`" if unknown else f"without `{missing[0]}`")
+            + f": the keys are {', '.join(f'`{name}`' for name in sorted(known))}."
+        )
 
 
 def view(optimizer: Optimizer) -> Optimizer:
@@ -135,7 +167,7 @@ def lend(
         ValueError: An optimizer needs a closure, or a scheduler a metric.
         TypeError: An optimizer's memory cannot be restored from a checkpoint.
     """
-    values: dict[str, Tensor] = {n: p.detach().clone() for n, p in parameters.items()}
+    private = {n: nn.Parameter(p.detach().clone()) for n, p in parameters.items()}
 
     def bind(private: Params) -> list[Optimizer]:
         own: dict[Tensor, Tensor] = {
@@ -148,10 +180,36 @@ def lend(
                 optimizer.state[own[parameter]] = optimizer.state.pop(parameter)
         return list(optimizers)
 
+    return Optimizers(private, bind, _schedulers(optimizers, schedules))
+
+
+def bind(
+    parameters: Mapping[str, nn.Parameter],
+    optimizers: Sequence[Optimizer],
+    schedules: Sequence[Schedule],
+    module: nn.Module,
+) -> Optimizers:
+    """Lend the optimizers the module's own parameters.
+
+    Raises:
+        ValueError: An optimizer needs a closure, or a scheduler a metric.
+        TypeError: An optimizer's memory cannot be restored from a checkpoint.
+    """
+    return Optimizers(
+        dict(parameters),
+        lambda _: list(optimizers),
+        _schedulers(optimizers, schedules),
+        private=False,
+        known=list(module.modules()),
+    )
+
+
+def _schedulers(
+    optimizers: Sequence[Optimizer], schedules: Sequence[Schedule]
+) -> list[Any]:
+    """Factories of the schedulers that are there."""
     scheduler_of = {
         id(optimizer): schedule.scheduler
         for optimizer, schedule in zip(optimizers, schedules, strict=True)
     }
-    return Optimizers(
-        values, bind, [lambda one: scheduler_of[id(one)]] * len(optimizers)
-    )
+    return [lambda one: scheduler_of[id(one)]] * len(optimizers)

@@ -9,7 +9,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from dreampropeller.adapters.lightning import trainer
-from dreampropeller.adapters.lightning.attributes import Attributes
+from dreampropeller.attributes import Attributes
 
 _REFUSED_HOOKS = {
     "optimizer_step": "compute the learning rate with a scheduler of interval `step`",

@@ -3,16 +3,19 @@ r"""Replacement of a Trainer: its attributes, and batches as functions of the st
 from __future__ import annotations
 
 import inspect
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
+from dreampropeller.belongings import Belongings
 from dreampropeller.rng import StepRandom
-from dreampropeller.tree import Aux
+from dreampropeller.tree import Aux, copy_nest, encode
 
 
 class Shim:
@@ -40,6 +43,15 @@ class Shim:
         self.optimizers: list[Any] = []
         self.lr_scheduler_configs: list[Any] = []
 
+    def offer(self, optimizer: Any, scheduler: Any) -> None:
+        """Offer the live optimizer and scheduler to the module."""
+        self.optimizers = [optimizer]
+        self.strategy = SimpleNamespace(
+            optimizers=[optimizer], _lightning_optimizers={0: optimizer}
+        )
+        if scheduler is not None:
+            self.lr_scheduler_configs = [SimpleNamespace(scheduler=scheduler)]
+
     def __getattr__(self, name: str) -> Any:
         raise AttributeError(
             f"The module asked its trainer for `{name}`, which exists only during "
@@ -53,7 +65,9 @@ class KeyedLoader:
 
     Epoch e is ordered by the loader's own sampler, drawn under the key (seed, e), so
     step t always holds the same examples; they are fetched in this process. Without
-    shuffling the order is the loader's own.
+    shuffling the order is the loader's own. A sampler with a generator or a memory of
+    its own draws its epochs in order, as in `Trainer.fit`, and one with `set_epoch` is
+    told the epoch.
 
     Args:
         loader: The loader; its workers are not used.
@@ -72,21 +86,85 @@ class KeyedLoader:
             )
         self.loader = loader
         self._random = StepRandom(seed)
-        self._epoch: tuple[int, list[Any]] | None = None
+        self._epochs: dict[int, list[Any]] = {}
         self.length = len(loader)
+        self._sampler: Any = loader.batch_sampler or loader.sampler
+        parts = [self._sampler, getattr(self._sampler, "sampler", None)]
+        self._parts = [part for part in parts if part is not None]
+        self._memory = Belongings({}, [loader.dataset, *_data_of(self._parts)])
+        self._starts = [copy_nest(self._read())]  # memory at the start of each epoch
+        self._forgets = False  # known once the first epoch was drawn
 
     def __call__(self, step: int) -> Any:
         """The batch of a step, collated by the loader's own function."""
         epoch, position = divmod(step, self.length)
-        if self._epoch is None or self._epoch[0] != epoch:
-            sampler = self.loader.batch_sampler or self.loader.sampler
+        if epoch not in self._epochs:
+            self._epochs = {n: o for n, o in self._epochs.items() if n >= epoch - 1}
             with self._random.scope(epoch, "data order"):
-                self._epoch = epoch, list(sampler)
-        chosen: Any = self._epoch[1][position]
+                self._epochs[epoch] = self._order(epoch)
+        chosen: Any = self._epochs[epoch][position]
         dataset, collate = self.loader.dataset, self.loader.collate_fn
         if self.loader.batch_sampler is None:  # batching is left to the data set
             return collate(dataset[chosen])
         return collate([dataset[index] for index in chosen])
+
+    def _order(self, epoch: int) -> Any:
+        """The indices of an epoch; the samplers are left as they were."""
+        before = copy_nest(self._read())
+        first = epoch if self._forgets else min(epoch, len(self._starts) - 1)
+        try:
+            order: Any = None
+            for one in range(first, epoch + 1):
+                start = self._starts[0 if self._forgets else one]
+                self._write(copy_nest(start))
+                order = self._draw(one)
+                after = copy_nest(self._read())
+                if one == 0:
+                    self._forgets = _equal(after, start)
+                if one + 1 == len(self._starts) and not self._forgets:
+                    self._starts.append(after)
+            return order
+        finally:
+            self._write(before)
+
+    def _draw(self, epoch: int) -> Any:
+        for part in self._parts:
+            if callable(getattr(part, "set_epoch", None)):
+                part.set_epoch(epoch)
+        with self._random.scope(epoch, "data order"):
+            if self.loader.generator is not None:  # the seed of the workers
+                torch.empty((), dtype=torch.int64).random_(
+                    generator=self.loader.generator
+                )
+            # Not to the end: a sampler draws once more there, and Lightning stops.
+            return list(itertools.islice(iter(self._sampler), self.length))
+
+    def _read(self) -> Any:
+        self._memory.begin()
+        memory = [
+            self._memory.read_attributes(part, type(part).__name__, ())
+            for part in self._parts
+        ]
+        return [memory, self._memory.read(self.loader.generator, "generator")]
+
+    def _write(self, nest: Any) -> None:
+        self._memory.begin()
+        for part, memory in zip(self._parts, nest[0], strict=True):
+            self._memory.write_attributes(part, memory, ())
+        self._memory.write(nest[1], self.loader.generator)
+
+
+def _equal(one: Any, two: Any) -> bool:
+    (here, found), (there, others) = encode(one), encode(two)
+    return here == there and all(
+        torch.equal(a, b) for a, b in zip(found, others, strict=True)
+    )
+
+
+def _data_of(samplers: list[Any]) -> list[Any]:
+    """What samplers refer to: data, and each other."""
+    names = ("data_source", "dataset", "sampler", "weights", "indices")
+    return [vars(one)[name] for one in samplers for name in names if name in vars(one)]
 
 
 @dataclass(frozen=True)

@@ -17,10 +17,12 @@ from typing import Any
 
 import torch
 
+from dreampropeller.adapters.lightning import verification
 from dreampropeller.adapters.lightning.host import Host, Keyed, Settings
 from dreampropeller.identity import Fingerprint, plain, shape_of
 from dreampropeller.trajectory import Drift, Parents, Trajectory
 from dreampropeller.tree import Nest, State, copy_nest
+from dreampropeller.verification import Checked
 
 
 class LightningTrajectory(Trajectory[Nest]):
@@ -58,6 +60,11 @@ class LightningTrajectory(Trajectory[Nest]):
             optimisation, a closure, a metric-driven scheduler, a hook that belongs to
             the trainer's loop, an iterable data set. The message says what to do.
     """
+
+    verifies: bool = True
+    """Whether `check` does anything."""
+    verified: Checked | None = None
+    """The result of a check that was made before the solve."""
 
     def __init__(
         self,
@@ -117,6 +124,12 @@ class LightningTrajectory(Trajectory[Nest]):
     ) -> tuple[State, Nest]:
         """Step the optimizer and the due schedulers; write the buffers."""
         return self.host.update(step, y, carry, drift)
+
+    def check(self, step: int, y: State, carry: Nest, drift: Drift) -> Checked | None:
+        """Also compare with the module's own loop."""
+        if not self.verifies or (self.verified is not None and step == 0):
+            return self.verified
+        return verification.check(self, step, y, carry, drift)
 
     def next_jump(self, step: int) -> int:
         """The next step that changes the module's structure."""

@@ -1,9 +1,9 @@
-r"""Verification on the live module that a drift is a function of (step, state).
+r"""Verification on the live module that a solve will be its own training run.
 
-There are two checks. Step a evaluated before and after step b must agree bitwise: all
-changes are restored, and every random stream is keyed. Step b right after step a, with
-the attributes that a left, must agree with step b evaluated anew: nothing is restored
-that the module is meant to keep.
+Besides what every trajectory verifies (`dreampropeller.verification`), the steps of the
+module's own loop are made: a step right after another, with the attributes that it
+left, must agree with the step evaluated anew, and the optimizer's own steps with the
+update. Where results differ, the batch entries and random streams that do are named.
 """
 
 from __future__ import annotations
@@ -11,53 +11,136 @@ from __future__ import annotations
 import hashlib
 import random
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from dreampropeller.adapters.lightning.trajectory import LightningTrajectory
-from dreampropeller.tree import State, differs, tensors
+from dreampropeller.precision import Precision
+from dreampropeller.rng import set_streams
+from dreampropeller.tree import Nest, State, copy_nest, tensors
+from dreampropeller.verification import (
+    Checked,
+    EvaluationFailed,
+    Probe,
+    distance,
+    names,
+    probe,
+    require_equal,
+    same,
+    second_update,
+)
+from dreampropeller.verification import NotReproducible as NotReproducible
+
+if TYPE_CHECKING:
+    from dreampropeller.adapters.lightning.trajectory import LightningTrajectory
+    from dreampropeller.trajectory import Drift
 
 
-class NotReproducible(ValueError):
-    """A drift depends on more than its step and state; the message says on what."""
-
-
-def verify(trajectory: LightningTrajectory) -> None:
-    """Evaluate steps in different orders and compare bitwise.
-
-    Args:
-        trajectory: A trajectory that has not been started.
+def check(
+    trajectory: LightningTrajectory, step: int, y: State, carry: Nest, drift: Drift
+) -> Checked | None:
+    """Compare steps with the module's own loop; see `Trajectory.check`.
 
     Raises:
-        NotReproducible: Two evaluations of the same step and state differ. The message
-            names the gradients, buffers, batch entries and random streams that do.
+        NotReproducible: Results differ. The message names the gradients, buffers,
+            attributes, batch entries and random streams that do.
     """
-    y, _ = trajectory.init()
+    trajectory.host.begin(step, carry)
+    try:
+        found = probe(trajectory, step, y, carry, drift)
+    except EvaluationFailed:
+        return None
+    except NotReproducible:
+        _explain(trajectory, step, y)
+        raise
+    second_update(trajectory, found)
+    with trajectory.host.kept(y):
+        _compare_steps(trajectory, found)
+    _compare_updates(trajectory, found, carry)
+    trajectory.host.attributes.restore()
+    return found.checked(whole=True)
+
+
+def verify(trajectory: LightningTrajectory) -> Checked | None:
+    """Check a trajectory from its start, as `solve` does.
+
+    Raises:
+        NotReproducible: See `check`.
+    """
+    y, carry = trajectory.init()
+    drift = trajectory.make_drift(torch.device("cpu"))
+    return check(trajectory, 0, y, carry, drift)
+
+
+def _explain(trajectory: LightningTrajectory, step: int, y: State) -> None:
+    """Evaluate again, and name what differs besides the drift."""
     last = trajectory.num_steps - 1
-    first = _probe(trajectory, 0, y)
-    fresh = _probe(trajectory, last, y)
-    again = _probe(trajectory, 0, y)
-    _compare(first, again, f"Step 0 was evaluated before and after step {last}", "")
-    for step in dict.fromkeys((min(1, last), last)):
-        if step == 0:
+    first = _probe(trajectory, step, y)
+    _probe(trajectory, last, y)
+    again = _probe(trajectory, step, y)
+    _compare(first, again, f"Step {step} was evaluated before and after step {last}")
+
+
+def _compare_steps(trajectory: LightningTrajectory, found: Probe) -> None:
+    """A step after another must not depend on what that one left."""
+    first, last = found.steps[0], trajectory.num_steps - 1
+    y = found.states[0]
+    _explain(trajectory, first, y)
+    for step, state in ((found.steps[-1], found.states[-1]), (last, y)):
+        if step in (0, first):
             continue
-        fresh = _probe(trajectory, step, y)
+        fresh = _probe(trajectory, step, state)
         _probe(trajectory, step - 1, y)
         left = trajectory.host.attributes.changed()
-        following = _probe(trajectory, step, y, restore=False)
+        following = _probe(trajectory, step, state, restore=False)
+        shown = names(left) or "none"
         _compare(
             fresh,
             following,
             f"Step {step} was evaluated afresh and right after step {step - 1}",
-            " Attributes that the step before had changed: "
-            + _listed([f"`{name}`" for name in left])
-            + ". One of them remembers something of earlier steps: make it a buffer, "
-            "or compute it from `global_step`. If it holds numbers that were drawn at "
-            "an earlier step, list these steps in `resolution_milestones` of the data "
-            "set (threestudio), or draw them when the module is built.",
+            f"Attributes that the step before had changed: {shown}. One of them "
+            "remembers something of earlier steps: make it a buffer, or compute it "
+            "from `global_step`.",
         )
+
+
+def _compare_updates(
+    trajectory: LightningTrajectory, found: Probe, carry: Nest
+) -> None:
+    """Steps of the live optimizer, one after another, against the updates."""
+    host = trajectory.host
+    if not host.steps_itself:
+        return
+    host.optimizers.load(copy_nest(carry))
+    with host.kept(found.states[0]), torch.no_grad():
+        host.load(found.states[0])
+        for index, (after, _) in enumerate(found.after):
+            step, drift = found.steps[index], found.drifts[index]
+            if index and host.device.type != "cpu":
+                host.load(found.states[index])
+            for name, parameter in host.parameters.items():
+                gradient = drift.get(name)
+                parameter.grad = None if gradient is None else gradient.clone()
+            host.groups.set_by_hand(drift)
+            with host.drawing(step):
+                set_streams(drift)
+                host.optimizers.step_in_place(
+                    skip=Precision.overflowed(drift), due=host.due(step)
+                )
+            require_equal(
+                {name: after[name] for name in host.parameters},
+                {name: one.detach() for name, one in host.parameters.items()},
+                f"The update of step {step} was compared with the optimizer's own "
+                "step from the same gradients",
+                {},
+                lambda: (
+                    "The optimizer or scheduler remembers something outside of its "
+                    "attributes (a function's closure, a global name): keep it in "
+                    "`self`."
+                ),
+            )
+        host.clear_gradients()
 
 
 def _probe(
@@ -105,28 +188,30 @@ def _streams() -> dict[str, str]:
     }
 
 
-def _compare(one: dict[str, Any], two: dict[str, Any], what: str, why: str) -> None:
+def _compare(
+    one: dict[str, Any], two: dict[str, Any], what: str, why: str = ""
+) -> None:
     different = [
         name
         for name in {**one, **two}
         if name not in one or name not in two or not _same(one[name], two[name])
     ]
     if different:
+        shown = ", ".join(different[:5]) + (" and more" * (len(different) > 5))
         raise NotReproducible(
-            f"{what}, at the same state, and the results differ in: "
-            f"{_listed(different)}.{why} "
+            f"{what}, at the same state, and the results differ in: {shown}. {why} "
             "Picard iterations would silently go astray, so the run is refused."
         )
-
-
-def _listed(names: list[str], most: int = 5) -> str:
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return (", ".join(names[:most]) or "none") + more
 
 
 def _same(one: Any, two: Any) -> bool:
     if not isinstance(one, Tensor):
         return one == two
-    if one.shape != two.shape or one.dtype != two.dtype:
+    if not isinstance(two, Tensor):
         return False
-    return not bool(differs(one, two).any())
+    return same(one, two, 0.0 if one.shape != two.shape else _noise(one, two))
+
+
+def _noise(one: Tensor, two: Tensor) -> float:
+    """A GPU's kernels may add in another order."""
+    return 1e-6 * distance(one, torch.zeros_like(two))

@@ -72,7 +72,7 @@ def accelerate(
         random: Keying of the random streams, instead of the seed.
     """
     trajectory = ThreestudioTrajectory(
-        system, datamodule, config, num_steps=num_steps, verify=verify, random=random
+        system, datamodule, config, num_steps=num_steps, random=random
     )
     solver = PicardSolver(
         SlidingWindow(window),
@@ -81,7 +81,12 @@ def accelerate(
         acceleration=acceleration,
     )
     solution = solve(
-        trajectory, solver, dispatcher(), state=state, on_iteration=on_iteration
+        trajectory,
+        solver,
+        dispatcher(),
+        state=state,
+        on_iteration=on_iteration,
+        check=verify,
     )
     trajectory.settle(solution.state.step, solution.value)
     return solution

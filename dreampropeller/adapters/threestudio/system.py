@@ -20,8 +20,8 @@ from typing import Any
 from torch.utils.data import IterableDataset
 
 from dreampropeller.adapters.lightning import trainer
-from dreampropeller.adapters.lightning.attributes import Attributes
 from dreampropeller.adapters.lightning.host import Host, Keyed, Settings
+from dreampropeller.attributes import Attributes
 from dreampropeller.tree import State
 
 _HISTORY = ("edit_frames", "per_editing_step")

@@ -46,8 +46,8 @@ class ThreestudioTrajectory(LightningTrajectory):
         num_steps: The number of steps; default: `trainer.max_steps`.
         seed: The seed; default: `seed` of the config.
         batches: Function that returns the batch of a step, instead of the data module.
-        verify: Evaluate steps in different orders before the run, and refuse a system
-            whose drift depends on it; see `adapters.lightning.verification`.
+        verify: Verify that no step depends on more than its index and state: now
+            (True), never (False), or when a solve begins.
         **options: Further arguments of `LightningTrajectory`.
 
     Raises:
@@ -64,7 +64,7 @@ class ThreestudioTrajectory(LightningTrajectory):
         num_steps: int | None = None,
         seed: int | None = None,
         batches: Callable[[int], Any] | None = None,
-        verify: bool = False,
+        verify: bool | None = None,
         **options: Any,
     ) -> None:
         _refuse_import()
@@ -90,8 +90,9 @@ class ThreestudioTrajectory(LightningTrajectory):
         host = GrowingHost(batches) if grows(system) else SystemHost(batches)
         options["about"] = {**about(system, datamodule), **(options.get("about") or {})}
         super().__init__(system, datamodule, num_steps, seed=seed, host=host, **options)
+        self.verifies = verify is not False
         if verify:
-            verify_trajectory(self)
+            self.verified = verify_trajectory(self)
 
 
 def _refuse_import() -> None:

@@ -34,7 +34,8 @@ class FieldConfig:
         density_activation: Activation of the density, after the bias.
         density_blob_scale: Height s of the blob.
         density_blob_std: Width d of the blob.
-        normal_type: Normals: "finite_difference", or "analytic" (by differentiation).
+        normal_type: Normals: "finite_difference", "analytic" (by differentiation), or
+            null for none, where neither light nor loss needs them.
         finite_difference_normal_eps: Step of the finite differences.
         isosurface_threshold: Density at the surface of the exported mesh; "auto"
             chooses it from the object's silhouettes.
@@ -47,7 +48,7 @@ class FieldConfig:
     density_activation: str = "softplus"
     density_blob_scale: float = 10.0
     density_blob_std: float = 0.5
-    normal_type: str = "finite_difference"
+    normal_type: str | None = "finite_difference"
     finite_difference_normal_eps: float = 0.01
     isosurface_threshold: float | str = "auto"
     isosurface_resolution: int = 128
@@ -65,7 +66,8 @@ class FieldConfig:
                 "isosurface_threshold", self.isosurface_threshold, ("auto", "a number")
             )
         one_of("density_activation", self.density_activation, list(ACTIVATIONS))
-        one_of("normal_type", self.normal_type, ("finite_difference", "analytic"))
+        if self.normal_type is not None:
+            one_of("normal_type", self.normal_type, ("finite_difference", "analytic"))
         if isinstance(self.density_bias, str):
             one_of(
                 "density_bias",
@@ -110,6 +112,11 @@ class Field(nn.Module, abc.ABC):
         self, points: Float[Tensor, "points 3"], step: int | None
     ) -> Float[Tensor, "points 3"]:
         """Unit vectors along which the density falls fastest; differentiable."""
+        if self.config.normal_type is None:
+            raise ValueError(
+                "`system.geometry.normal_type` is null, and the material or "
+                "`lambda_orient` needs normals: write `finite_difference`."
+            )
         if self.config.normal_type == "analytic":
             with torch.enable_grad():
                 points = points.detach().requires_grad_(True)

@@ -1,0 +1,233 @@
+"""Variational score distillation beside score distillation, and windows for both.
+
+    python -m benchmarks.vsd [--plan sdi] [--workers 2] [--logged]
+
+The plan `vsd`: three toybox prompts with two seeds, both guidances at scale 7.5 without
+rescaling. The plan `sdi`: does noise from inversion let wider windows pass than drawn
+noise? Each gives a table and a contact sheet in `benchmarks/results/vsd/`. Every
+accelerated run is compared with its own sequential run. An interrupted benchmark
+resumes from its log.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+import dreampropeller as dp
+from benchmarks import runs
+from benchmarks.gaussians import save
+from systems import build, quality
+from systems.scene.isosurface import EmptySurface
+from systems.settings.config import load
+
+FOLDER = Path("benchmarks/results/vsd")
+PLAIN = "sequential"
+DREAMFUSION = "configs/dreamfusion-toybox.yaml"
+UNRESCALED = [
+    "system.guidance.guidance_scale=7.5",
+    "system.guidance.guidance_rescale=0.0",
+]
+KINDS = {
+    "VSD": ("configs/prolificdreamer-toybox.yaml", []),
+    "SDS": (DREAMFUSION, UNRESCALED),
+    "SDI": (DREAMFUSION, ["system.guidance_type=sdi-guidance", *UNRESCALED]),
+}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A table: its guidances, windows, objects, seeds, number of steps and of views.
+
+    There are fewer views per step than in the configs, and fewer steps: the whole plans
+    take an hour and a few minutes of one idle core.
+    """
+
+    kinds: tuple[str, ...]
+    windows: tuple[int, ...]
+    objects: tuple[str, ...]
+    seeds: tuple[int, ...]
+    steps: int
+    views: int
+
+    @property
+    def solvers(self) -> dict[str, list[str]]:
+        """Settings of the solver for each row."""
+        windows = {f"window {w}": [f"solver.window.size={w}"] for w in self.windows}
+        return {PLAIN: ["solver.name=sequential"], **windows}
+
+
+PLANS = {
+    "vsd": Plan(("VSD", "SDS"), (8, 16), ("mushroom", "tree", "rocket"), (0, 1), 60, 2),
+    "sdi": Plan(("SDI", "SDS"), (8, 32), ("mushroom", "rocket"), (0,), 40, 1),
+}
+
+
+def jobs(plan: Plan) -> list[dict[str, Any]]:
+    """All runs, complete problems first."""
+    return [
+        runs.job(
+            config,
+            runs.prompt_of(name),
+            *settings,
+            f"data.batch_size={plan.views}",
+            f"trainer.max_steps={plan.steps}",
+            *solver,
+            f"seed={seed}",
+            kind=kind,
+            row=row,
+            seed=seed,
+        )
+        for seed in plan.seeds
+        for name in plan.objects
+        for kind in plan.kinds
+        for config, settings in [KINDS[kind]]
+        for row, solver in plan.solvers.items()
+    ]
+
+
+def solve(wanted: runs.Job) -> dict[str, Any]:
+    """Solve a job, measure images and mesh, and save a strip of images."""
+    system = build(load(wanted["config"], wanted["settings"]))
+    truth = quality.truth_of(system)
+    assert truth is not None
+    trajectory = system.trajectory()
+    start, cpu = time.perf_counter(), time.process_time()
+    solution = dp.solve(trajectory, system.solver())
+    entry = {
+        **wanted,
+        "seconds": round(time.perf_counter() - start, 2),
+        "cpu_seconds": round(time.process_time() - cpu, 2),
+        "iterations": solution.stats.num_iterations,
+        "evaluations": solution.stats.num_evaluations,
+        "strides": solution.stats.strides,
+    }
+    found = quality.against_truth(system, solution.value, truth)
+    folder = FOLDER / "images"
+    save(torch.cat(list(found.pictures[::4]), -1), folder / f"{name_of(wanted)}.png")
+    wide = torch.cat(list(found.wanted[::4]), -1)
+    save(wide, folder / f"{wanted['prompt'].replace(' ', '-')}.png")
+    try:
+        mesh = quality.measure_mesh(system.mesh(solution.value), truth)
+        chamfer = mesh.figures()["chamfer"]
+    except EmptySurface:
+        chamfer = None
+    excess = excess_saturation(found.pictures, found.wanted)
+    more = {"chamfer": chamfer, "saturation": round(excess, 4)}
+    return {**entry, **found.figures(), **more}
+
+
+def excess_saturation(images: Tensor, truth: Tensor) -> float:
+    """Mean of (max − min) / max over the channels, less that of the ground truth.
+
+    Over the pixels in which the ground truth shows the object, and not the background.
+    """
+    shown = (truth - quality.GREY).abs().amax(1) > 0.02
+    found, wanted = (
+        ((x.amax(1) - x.amin(1)) / x.amax(1).clamp(min=1e-3))[shown].mean()
+        for x in (images, truth)
+    )
+    return float(found - wanted)
+
+
+def name_of(wanted: runs.Job) -> str:
+    """File name of a run."""
+    words = f"{wanted['prompt']} {wanted['kind']} {wanted['row']} {wanted['seed']}"
+    return words.replace(" ", "-")
+
+
+def problem(entry: runs.Job) -> tuple[Any, ...]:
+    """The labels that a run shares with its sequential run."""
+    return entry["kind"], entry["prompt"], entry["seed"]
+
+
+def table(plan: Plan, entries: list[dict[str, Any]]) -> str:
+    """Means over the runs that have a sequential run, as Markdown."""
+    lines = [
+        "| | runs | iterations | fewer | gradients | PSNR | saturation | colour | "
+        "object | IoU | chamfer | core seconds |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    plain = {problem(e): e for e in entries if e["row"] == PLAIN}
+    for kind in plan.kinds:
+        for row in plan.solvers:
+            found = [
+                entry
+                for entry in entries
+                if (entry["kind"], entry["row"]) == (kind, row)
+                and problem(entry) in plain
+            ]
+            if found:
+                lines.append(_line(kind, row, found, plain))
+    return "\n".join(lines) + "\n"
+
+
+def _line(
+    kind: str,
+    row: str,
+    found: list[dict[str, Any]],
+    plain: dict[tuple[Any, ...], dict[str, Any]],
+) -> str:
+    steps = sum(found[0]["strides"])
+    own = [plain[problem(entry)] for entry in found]
+    few, many = runs.mean(found, "iterations"), runs.mean(found, "evaluations")
+    change = runs.mean(found, "psnr") - runs.mean(own, "psnr")
+    shapes = [entry for entry in found if entry["chamfer"] is not None]
+    chamfer = f"{runs.mean(shapes, 'chamfer'):.4f}" if shapes else "none"
+    return (
+        f"| {kind}, {row} | {len(found)} | {few:.1f} | {steps / few:.2f} | "
+        f"{many / steps:.2f} | {runs.mean(found, 'psnr'):.2f} ({change:+.2f}) | "
+        f"{runs.mean(found, 'saturation'):+.3f} | "
+        f"{runs.mean(found, 'right_colour'):.2f} | "
+        f"{runs.mean(found, 'right_object'):.2f} | {runs.mean(found, 'iou'):.3f} | "
+        f"{chamfer} | {runs.mean(found, 'cpu_seconds'):.0f} |"
+    )
+
+
+def sheet(plan: Plan, entries: list[dict[str, Any]]) -> Image.Image:
+    """Ground truth, then the rows, for each prompt and seed that is complete."""
+    count = len(plan.kinds) * len(plan.solvers)
+    strips = []
+    for seed in plan.seeds:
+        for name in plan.objects:
+            prompt = runs.prompt_of(name)
+            found = [e for e in entries if (e["prompt"], e["seed"]) == (prompt, seed)]
+            if len(found) == count:
+                files = [prompt.replace(" ", "-"), *map(name_of, found)]
+                paths = [FOLDER / "images" / f"{file}.png" for file in files]
+                strips.append([Image.open(path) for path in paths])
+    width, height = strips[0][0].size if strips else (1, 1)
+    whole = Image.new("RGB", (width * max(1, len(strips)), height * (count + 1)))
+    for column, images in enumerate(strips):
+        for row, image in enumerate(images):
+            whole.paste(image, (column * width, row * height))
+    return whole
+
+
+def main() -> None:
+    """Run the missing jobs, and write table and sheet."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--plan", choices=PLANS, default="vsd")
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--logged", action="store_true", help="only what was run")
+    arguments = parser.parse_args()
+    log, name, plan = FOLDER / "runs.jsonl", arguments.plan, PLANS[arguments.plan]
+    if arguments.logged:
+        entries = runs.logged(jobs(plan), log, problem, PLAIN)
+    else:
+        entries = runs.run_all(jobs(plan), log, arguments.workers, solve)
+    text = table(plan, entries)
+    (FOLDER / f"{name}.md").write_text(f"{text}\n{runs.cost(entries)}\n")
+    print(text)
+    sheet(plan, entries).save(FOLDER / f"{name}.png")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,165 @@
+"""A module's trajectory against the loop that it stands for, on the module itself.
+
+Two steps of the loop are made in the module's own memory: the loss, `backward()`, the
+optimizer of a second call of the factory, fed with the drift's gradients, and its
+scheduler. Gradients, parameters and buffers are compared by name, and afterwards the
+module is as before. What an evaluation adds to (an iterator, a line of a log) cannot
+always be taken back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dreampropeller.host import ModuleHost
+from dreampropeller.optimizers import Optimizers
+from dreampropeller.precision import Precision
+from dreampropeller.reachable import Reachable
+from dreampropeller.tree import State, copy_nest
+from dreampropeller.verification import (
+    NotReproducible,
+    Probe,
+    names,
+    require_equal,
+)
+
+Backward = Callable[[int, State], State]
+"""The loop's step up to its gradients, on what the module holds: gradients by name."""
+
+
+class ModuleLoop:
+    """The loop on the module itself.
+
+    Args:
+        host: The module's host.
+        loss: The body of the loop, as the user gave it.
+        backward: Evaluates it, and goes backward.
+        clip: Clips the gradients of parameters, in place.
+        optimizers: Makes the optimizers and schedulers anew.
+    """
+
+    def __init__(
+        self,
+        host: ModuleHost,
+        loss: Callable[..., Any],
+        backward: Backward,
+        clip: Callable[[list[Tensor]], None],
+        optimizers: Callable[[], Optimizers],
+    ) -> None:
+        self._host, self._backward, self._clip = host, backward, clip
+        self._make = optimizers
+        self.captured = Reachable(loss, host.module)
+
+    def cause(self) -> str:
+        """What evaluations have changed, as a sentence."""
+        changed = self.captured.changed()
+        if changed:
+            return (
+                f"An evaluation changed {names(changed)}, which the loss refers to: a "
+                "step must not depend on the evaluations before it. Draw from torch's "
+                "global generators, which are seeded for each step, take counts from "
+                "`step`, and register what evolves as a buffer of the module."
+            )
+        suspects = self.captured.suspects()
+        if suspects:
+            return (
+                f"The loss refers to an iterator, {names(suspects)}, whose next item "
+                "depends on the evaluations before. Take batches by the step's index, "
+                "such as `batches[step % len(batches)]`."
+            )
+        return ""
+
+    def compare(self, found: Probe, carry: Any, draws: Callable[[int], Any]) -> None:
+        """Make the steps of a probe on the module itself, and compare.
+
+        Args:
+            found: The drifts and updates to compare with.
+            carry: The carry at the first step; None at the start of a run.
+            draws: Scope of a step's random streams.
+
+        Raises:
+            NotReproducible: Names what differs, and why.
+        """
+        host = self._host
+        self.captured.restore()
+        with host.untouched():
+            host.write(found.states[0])
+            optimizers = self._make()
+            if carry is not None:
+                optimizers.load(copy_nest(carry))
+            for index, step in enumerate(found.steps):
+                if index and host.on_gpu:
+                    host.write(found.states[index])
+                host.clear_gradients()
+                with draws(step):
+                    self._compare_step(index, step, found, optimizers)
+            self._refuse_counters(found, draws)
+        self.captured.restore()
+
+    def _compare_step(
+        self, index: int, step: int, found: Probe, optimizers: Optimizers
+    ) -> None:
+        host, drift = self._host, found.drifts[index]
+        gradients = self._backward(step, found.states[index])
+        expected = {name: drift[name] for name in host.parameters if name in drift}
+        require_equal(
+            expected,
+            gradients,
+            f"The gradients of step {step} were compared with `backward()` on the "
+            "module itself",
+            found.noise,
+            self.cause_in_module,
+        )
+        if index >= len(found.after):
+            return
+        for name, parameter in host.parameters.items():
+            parameter.grad = expected[name].clone() if name in expected else None
+        self._clip([p for p in host.parameters.values() if p.grad is not None])
+        with torch.no_grad():
+            optimizers.step_in_place(skip=Precision.overflowed(drift))
+        now = {**host.parameters, **host.buffers()}
+        after = found.after[index][0]
+        on_gpu = dict.fromkeys(host.buffers(), 0.0)
+        require_equal(
+            {name: after[name] for name in now},
+            {name: tensor.detach() for name, tensor in now.items()},
+            f"The update of step {step} was compared with the optimizer's own step "
+            "from the same gradients",
+            on_gpu,
+            lambda: (
+                "The optimizer or scheduler remembers something outside of its "
+                "attributes (a function's closure, a global name): keep it in `self`."
+            ),
+        )
+
+    def cause_in_module(self) -> str:
+        """What the module's loop has changed, as a sentence."""
+        changed = self._host.attributes.changed()
+        if changed:
+            return (
+                f"The module's {names(changed)} changed in the steps before, and the "
+                "next step depends on it: register it as a buffer, or compute it "
+                "from `step`."
+            )
+        return self.cause()
+
+    def _refuse_counters(self, found: Probe, draws: Callable[[int], Any]) -> None:
+        """Refuse numbers that grow with each evaluation, though not used yet."""
+        host, step, state = self._host, found.steps[-1], found.states[-1]
+        host.write(state)
+        counted = self.captured.again(), host.attributes.again()
+        with draws(step), torch.enable_grad():
+            self._backward(step, state)
+        growing = [*counted[0].changed(numbers=True), *counted[1].changed(numbers=True)]
+        if growing:
+            raise NotReproducible(
+                f"{names(growing)} changed although the same step was evaluated again: "
+                "a count or an average of evaluations, of which a solve makes others "
+                "than the loop. Compute it from `step`, register it as a buffer of the "
+                "module, or return it as a scalar to log; `check=False` leaves this "
+                "check out."
+            )

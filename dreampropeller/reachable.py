@@ -1,0 +1,202 @@
+"""What a function refers to besides its arguments: closure, globals, bound object.
+
+A loss that advances an iterator, draws from a generator of its own or keeps an average
+is no function of step and state. What it refers to is recorded before a check, so that
+the culprit can be named, and put back afterwards where that is possible.
+"""
+
+from __future__ import annotations
+
+import functools
+import types
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from torch import Tensor, nn
+
+from dreampropeller.attributes import Attributes, Note
+
+_DEPTH = 4
+_LARGE = 1000
+"""Entries from which a container is data, and not memory."""
+
+
+class Reachable:
+    """A record of what a function refers to.
+
+    Args:
+        function: The function.
+        module: A module whose values and attributes are recorded elsewhere.
+    """
+
+    def __init__(self, function: Callable[..., Any], module: nn.Module) -> None:
+        self._again = function, module
+        self._seen: set[int] = {id(one) for one in module.modules()}
+        self._seen |= {id(one) for one in [*module.parameters(), *module.buffers()]}
+        self._places: list[tuple[str, _Place, Note]] = []
+        self._tensors: list[tuple[str, Tensor, int]] = []
+        self._iterators: list[str] = []
+        self._objects: dict[str, object] = {}
+        self._walk(function, 0)
+        # Tensors are not copied: a captured data set may be large.
+        apart = [tensor for _, tensor, _ in self._tensors]
+        self._attributes = Attributes(
+            self._objects, state=[*module.parameters(), *module.buffers(), *apart]
+        )
+
+    def again(self) -> Reachable:
+        """A new record of the same function, as it is now."""
+        return Reachable(*self._again)
+
+    def changed(self, numbers: bool = False) -> list[str]:
+        """Names of what differs from the record.
+
+        Args:
+            numbers: Of numbers and tensors only, without containers and generators.
+        """
+        found = [
+            name
+            for name, place, note in self._places
+            if not note.holds(place.get()) and (not numbers or note.counts(place.get()))
+        ]
+        found += [
+            n for n, tensor, version in self._tensors if tensor._version != version
+        ]
+        return found if numbers else [*found, *self._attributes.changed()]
+
+    def suspects(self) -> list[str]:
+        """Names of iterators, whose place cannot be read."""
+        return list(self._iterators)
+
+    def restore(self) -> None:
+        """Put back what can be put back: generators, numbers, containers."""
+        for _, place, note in self._places:
+            if not note.holds(place.get()):
+                place.set(note.restored())
+        self._attributes.restore()
+
+    def _walk(self, function: Any, depth: int) -> None:
+        if depth > _DEPTH or id(function) in self._seen:
+            return
+        self._seen.add(id(function))
+        if isinstance(function, functools.partial):
+            for number, value in enumerate(
+                [*function.args, *function.keywords.values()]
+            ):
+                self._visit(f"argument {number}", _Fixed(value), depth)
+            self._walk(function.func, depth + 1)
+            return
+        bound = getattr(function, "__self__", None)
+        if bound is not None and not isinstance(bound, types.ModuleType):
+            self._visit("self", _Fixed(bound), depth)
+        function = getattr(function, "__func__", function)
+        if not isinstance(function, types.FunctionType):
+            if not isinstance(function, (type, types.BuiltinFunctionType)):
+                self._visit(type(function).__name__, _Fixed(function), depth)
+            return
+        cells = zip(
+            function.__code__.co_freevars, function.__closure__ or (), strict=True
+        )
+        for name, cell in cells:
+            self._visit(name, _Cell(cell), depth)
+        for name in _global_names(function.__code__):
+            if name in function.__globals__:
+                self._visit(name, _Key(function.__globals__, name), depth)
+        for number, value in enumerate(function.__defaults__ or ()):
+            self._visit(f"default {number}", _Fixed(value), depth)
+
+    def _visit(self, name: str, place: _Place, depth: int) -> None:
+        try:
+            value = place.get()
+        except ValueError:  # an empty cell
+            return
+        if isinstance(value, (type, types.ModuleType)) or id(value) in self._seen:
+            return
+        if isinstance(value, (types.FunctionType, types.MethodType, functools.partial)):
+            if getattr(value, "__module__", "").split(".")[0] != "torch":
+                self._walk(value, depth + 1)
+            return
+        if isinstance(value, nn.Module):
+            self._record_module(name, value)
+            return
+        if hasattr(value, "__next__"):
+            self._iterators.append(name)
+            return
+        for inner in value.values() if type(value) is dict else ():
+            if hasattr(inner, "__next__"):
+                self._iterators.append(name)
+        if isinstance(value, Tensor):
+            self._tensors.append((name, value, value._version))
+            return
+        if _size(value) <= _LARGE:
+            self._places.append((name, place, Note(value, frozenset())))
+        if hasattr(value, "__dict__"):
+            self._objects[name] = value
+            self._tensors += [
+                (f"{name}.{inner}", tensor, tensor._version)
+                for inner, tensor in vars(value).items()
+                if isinstance(tensor, Tensor) and id(tensor) not in self._seen
+            ]
+
+    def _record_module(self, name: str, module: nn.Module) -> None:
+        self._seen.add(id(module))
+        self._objects[name] = module
+        for inner, tensor in [*module.named_parameters(), *module.named_buffers()]:
+            if id(tensor) not in self._seen and not tensor.is_inference():
+                self._tensors.append((f"{name}.{inner}", tensor, tensor._version))
+
+
+class _Place:
+    """Where a value stands."""
+
+    def get(self) -> Any:
+        raise NotImplementedError
+
+    def set(self, value: Any) -> None:
+        del value
+
+
+class _Fixed(_Place):
+    def __init__(self, value: Any) -> None:
+        self._value = value
+
+    def get(self) -> Any:
+        return self._value
+
+
+class _Cell(_Place):
+    def __init__(self, cell: types.CellType) -> None:
+        self._cell = cell
+
+    def get(self) -> Any:
+        return self._cell.cell_contents
+
+    def set(self, value: Any) -> None:
+        self._cell.cell_contents = value
+
+
+class _Key(_Place):
+    def __init__(self, table: dict[str, Any], key: str) -> None:
+        self._table, self._key = table, key
+
+    def get(self) -> Any:
+        return self._table[self._key]
+
+    def set(self, value: Any) -> None:
+        self._table[self._key] = value
+
+
+def _size(value: object) -> int:
+    """The number of entries of a container, those of inner ones included."""
+    if isinstance(value, dict):
+        value = list(value.values())
+    if not isinstance(value, (list, tuple, set)) or len(value) > _LARGE:
+        return len(value) if isinstance(value, (list, tuple, set)) else 1
+    return sum(map(_size, value))
+
+
+def _global_names(code: types.CodeType) -> Iterator[str]:
+    yield from code.co_names
+    for inner in code.co_consts:
+        if isinstance(inner, types.CodeType):
+            yield from _global_names(inner)
