@@ -55,7 +55,12 @@ _GROWTH = {
     "split_thresh": 0.05,
 }
 _WHY = {
-    "Could not find|dataroot|No such file": "needs a data set of the user's",
+    "Could not find|dataroot|No such file|Co3d": "needs a data set of the user's",
+    "placeholder read_obj": "needs an older libigl",
+    "xatlas": "needs xatlas",
+    "default_elevation_deg|z_variance": "the config lacks a setting that is read",
+    "unexpected keyword argument": "the config has a setting that nothing reads",
+    "stable-nerf-volume-renderer": "needs a renderer of another extension",
 }
 """Reasons why a config was not run, by a pattern of upstream's error."""
 _MISSING = {
@@ -63,6 +68,7 @@ _MISSING = {
     "data.image_path": "./load/images/hamburger_rgba.png",
     "system.guide_shape": "load/shapes/teddy.obj",
     "system.geometry.shape_init": "mesh:load/shapes/teddy.obj",
+    "system.guidance.geometry.shape_init": "mesh:load/shapes/teddy.obj",
 }
 """Values that a config leaves to the user."""
 _GUIDANCE, _PROMPTS = (
@@ -189,6 +195,28 @@ def look_up(table: Tensor, uv: Tensor, **_: Any) -> Tensor:
     return found.permute(0, 2, 3, 1)
 
 
+def with_depth(forward: Any) -> Any:
+    """A rasteriser of splats that returns depth and opacity, too."""
+
+    def wrapped(self: Any, **given: Any) -> tuple[Tensor, ...]:
+        image, radii = forward(self, **given)
+        settings = self.s
+        self.s = settings._replace(bg=torch.zeros(3))
+        xyz = given["means3D"]
+        z = (torch.cat([xyz, torch.ones_like(xyz[:, :1])], 1) @ settings.viewmatrix)[
+            :, 2:3
+        ]
+        colors = (z.expand(-1, 3), torch.ones_like(xyz))
+        depth, alpha = (
+            forward(self, **{**given, "shs": None, "colors_precomp": color})[0][:1]
+            for color in colors
+        )
+        self.s = settings
+        return image, radii, depth, alpha
+
+    return wrapped
+
+
 def place_on_cpu() -> None:
     """Replace what upstream takes from a GPU, if there is none."""
     if torch.cuda.is_available():
@@ -198,11 +226,17 @@ def place_on_cpu() -> None:
     shading: Any = importlib.import_module("threestudio.models.materials.pbr_material")
     shading.envlight = types.SimpleNamespace(EnvLight=Light)
     shading.dr = types.SimpleNamespace(texture=look_up)
-    for name, module in list(sys.modules.items()):
-        if name.startswith("threestudio.") and hasattr(module, "get_rank"):
-            vars(module)["get_rank"] = lambda: "cpu"
-        if hasattr(module, "PerceptualLoss"):  # downloads trained weights
-            vars(module)["PerceptualLoss"] = lambda *_: nn.Identity()
+    splats = sys.modules.get("diff_gaussian_rasterization")
+    if splats is not None:
+        vars(splats)["GaussianRasterizer"].forward = with_depth(
+            vars(splats)["GaussianRasterizer"].forward
+        )
+    for module in list(sys.modules.values()):
+        table = getattr(module, "__dict__", {})
+        if getattr(table.get("get_rank"), "__module__", "") == "threestudio.utils.misc":
+            table["get_rank"] = lambda: "cpu"
+        if "PerceptualLoss" in table:  # downloads trained weights
+            table["PerceptualLoss"] = lambda *_: nn.Identity()
 
 
 def _barycentric(corners: Tensor, points: Tensor) -> Tensor:
@@ -275,6 +309,8 @@ def shrink(read: Any, model: str) -> None:
     trained = False
     for name in [name for name in system if re.fullmatch(_GUIDANCE, name)]:
         section = name.replace("_type", "", 1)
+        if system[name] == "mesh-fitting-guidance":
+            continue
         if system[name] in _VSD:
             trained = True
             guidance = system[section]
@@ -291,8 +327,8 @@ def shrink(read: Any, model: str) -> None:
         percents = ("min_step_percent", "max_step_percent")
         old = system.get(section) or {}
         kept = {key: old[key] for key in percents if key in old}
-        if "lambda_sdi" in system.loss:
-            kept["loss"] = "loss_sdi"
+        named = [one for one in ("sds", "sdi", "sd") if f"lambda_{one}" in system.loss]
+        kept["loss"] = f"loss_{(named or ['sds'])[0]}"
         system[name], system[section] = "toy-guidance", kept
     for name in [name for name in system if re.fullmatch(_PROMPTS, name)]:
         section = name.replace("_type", "", 1)
