@@ -35,8 +35,7 @@ from dreampropeller.tree import Nest, State, all_finite, copy_nest, mean_square
 from dreampropeller.tree import share_differing as exact_error
 from dreampropeller.window import Window
 
-_TELLING = 8
-"""Iterations from which strides of one say something."""
+_TELLING = 8  # iterations from which strides of one say something
 
 
 @dataclass(frozen=True)
@@ -140,15 +139,13 @@ class PicardSolver(Solver):
     def note(self, strides: Sequence[int]) -> str:
         """Whether an exact threshold never accepted more than one step."""
         wide = self.window.length(self.window.init(), 0, 2) > 1
-        if not (wide and self.threshold.exact) or len(strides) < _TELLING:
-            return ""
-        if max(strides) > 1:
-            return ""
-        return (
+        exact = wide and self.threshold.exact and len(strides) >= _TELLING
+        said = (
             f"Each of {len(strides)} iterations accepted one step: at threshold 0 "
             "guesses must agree bitwise, and none did. Write "
             "`threshold=DriftThreshold(0.2)` to accept steps that agree closely."
         )
+        return said if exact and max(strides) == 1 else ""
 
     def iterate(
         self,
