@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from dreampropeller.acceleration.base import Acceleration
+from dreampropeller.carries import Carries
 from dreampropeller.component import Component
 from dreampropeller.dispatch.base import Dispatcher
 from dreampropeller.drift_threshold import DriftThreshold
@@ -195,10 +196,11 @@ class PicardSolver(Solver):
         self, trajectory: Trajectory[Any], state: SolverState[Any]
     ) -> SolverState[Any]:
         """Guesses where there are none: after a jump, from what the predictor kept."""
-        if state.guesses:
+        predictor = as_predictor(self.predictor)
+        if state.guesses or not predictor.knows(state.predictor):
             return state
         remaining = next_jump(trajectory, state.step) - state.step
-        guesses, memory = as_predictor(self.predictor).extend(
+        guesses, memory = predictor.extend(
             trajectory,
             state.step,
             state.y,
@@ -254,7 +256,7 @@ class PicardSolver(Solver):
         state: SolverState[Any],
         seen: Evaluation,
         bound: float,
-    ) -> tuple[Rollout, _Carries]:
+    ) -> tuple[Rollout, Carries]:
         """Act 2: roll out from the anchor, and compare with the guesses."""
         most = self.threshold.most(state.threshold, len(seen.steps), seen.remaining)
         with timer.phase("rollout"):
@@ -262,7 +264,7 @@ class PicardSolver(Solver):
         states, used = [y], []
         distances: list[float] = []
         errors: list[float] = []
-        carries = _Carries(start=state.carry)
+        carries = Carries(start=state.carry)
         for slot, (step, drift) in enumerate(zip(seen.steps, seen.drifts, strict=True)):
             if self.acceleration is not None:
                 with timer.phase("acceleration"):
@@ -356,42 +358,6 @@ class PicardSolver(Solver):
         scale = trajectory.error_scale(step)
         distance = float(self.norm(new, old))
         return distance / scale if scale else float("inf")
-
-
-@dataclass
-class _Carries:
-    """The carry where the solve may continue: at the start, a likely stride, the end.
-
-    If the acceleration needs it, also the carry before each update.
-    """
-
-    start: Nest
-    likely: tuple[int, Nest] | None = None
-    last: Nest = None
-    all: list[Nest] = field(default_factory=list)
-
-    def keep(self, stride: int, carry: Nest) -> None:
-        """Keep the carry at the first failure, which the rollout past it consumes."""
-        if self.likely is None:
-            self.likely = stride, copy_nest(carry)
-
-    def at(self, trajectory: Trajectory[Any], rollout: Rollout) -> Nest:
-        """The carry at the stride."""
-        if rollout.stride == 0:
-            return self.start
-        if rollout.stride == len(rollout.steps):
-            return self.last
-        if self.likely is not None and self.likely[0] == rollout.stride:
-            return self.likely[1]
-        # A stride other than the first failure's (decided by rank 0, or by another kind
-        # of window): repeat the rollout, which is deterministic, as far as the stride.
-        carry = copy_nest(self.start)
-        with torch.no_grad():
-            for slot in range(rollout.stride):
-                if rollout.updates(slot):
-                    step, y = rollout.steps[slot], rollout.states[slot]
-                    _, carry = trajectory.update(step, y, carry, rollout.used[slot])
-        return carry
 
 
 def _fill(guesses: Sequence[State], count: int) -> list[State]:

@@ -40,6 +40,11 @@ class Predictor(Component[M], abc.ABC):
         del choice
         return memory
 
+    def knows(self, memory: M) -> bool:
+        """Whether a memory is enough to guess from after a jump; default: no."""
+        del memory
+        return False
+
     @abc.abstractmethod
     def extend(
         self,
@@ -114,6 +119,10 @@ class Momentum(Predictor[MomentumMemory]):
     def init(self) -> MomentumMemory:
         """The memory before any drift."""
         return MomentumMemory()
+
+    def knows(self, memory: MomentumMemory) -> bool:
+        """Once there is a mean."""
+        return bool(memory.mean)
 
     def after(self, memory: MomentumMemory, rollout: Rollout) -> MomentumMemory:
         """Add the drifts of the accepted steps to the mean."""
@@ -249,6 +258,10 @@ class FittedMomentum(Predictor[FittedMemory]):
     def init(self) -> FittedMemory:
         """The memory before any residual."""
         return FittedMemory()
+
+    def knows(self, memory: FittedMemory) -> bool:
+        """Once there is a mean."""
+        return bool(memory.momentum.mean)
 
     def after(self, memory: FittedMemory, rollout: Rollout) -> FittedMemory:
         """Fit the fraction if a probed step was rolled out; average the drifts."""

@@ -23,8 +23,8 @@ LAYERS = {
     ".py",
     "problem": "dreampropeller/{trajectory,optim*,precision,host,attributes,lending,"
     "verification,module_check,reachable,generators,belongings,differential}.py",
-    "control": "dreampropeller/{component,rollout,window,predictor,*threshold}.py "
-    "dreampropeller/acceleration/*",
+    "control": "dreampropeller/{component,rollout,carries,window,predictor,"
+    "*threshold}.py dreampropeller/acceleration/*",
     "dispatch": "dreampropeller/dispatch/*",
     "solver": "dreampropeller/*.py",
     "adapters": "dreampropeller/{adapters,mixtures}/*",
