@@ -165,6 +165,7 @@ def _seconds(
         max_iterations=iterations + 1,
         throw=False,
         on_iteration=mark,
+        check=False,
     )
     first = marks[0] if len(marks) > 1 else (start, 0)  # too short to leave one out
     return (marks[-1][0] - first[0]) / (marks[-1][1] - first[1])
