@@ -39,7 +39,8 @@ def test_copies_of_large_tensors_cost_no_fresh_pages_inside() -> None:
         inside = min(page_faults() for _ in range(8))
     assert plain > 5 * 4 * SIZE / 4096 * 0.9
     assert inside < plain / 50
-    assert page_faults() > 0.9 * plain
+    # Larger than any block that earlier tests may have left in the heap.
+    assert page_faults(3 * SIZE) > 0.9 * 3 * plain
     assert resident() < held + 1000, "it was given back"
 
 
@@ -53,4 +54,4 @@ def test_smaller_tensors_are_as_quick_afterwards_as_before() -> None:
 
 def test_small_states_change_nothing() -> None:
     with allocator.reused({"x": torch.ones(10), "n": torch.tensor(3)}):
-        assert page_faults() > 5 * 4 * SIZE / 4096 * 0.9
+        assert page_faults(3 * SIZE) > 5 * 4 * 3 * SIZE / 4096 * 0.9

@@ -161,6 +161,11 @@ def read_settings(words: list[str]) -> None:
     from systems.settings.config import load
 
     arguments, overrides = launch.make_parser().parse_known_args(words)
+    if arguments.parts is not None:  # run folders alone
+        assert all(w.removeprefix("resume=").count("=") == 0 for w in arguments.parts)
+        assert arguments.parts
+        assert not overrides
+        return
     overrides = [*(arguments.compare or []), *overrides]  # `nargs="*"` takes them
     assert all("=" in setting for setting in overrides), overrides
     if "<" in str(arguments.config) or any("<" in word for word in overrides):
