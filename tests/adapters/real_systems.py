@@ -61,6 +61,7 @@ _WHY = {
     "default_elevation_deg|z_variance": "the config lacks a setting that is read",
     "unexpected keyword argument": "the config has a setting that nothing reads",
     "stable-nerf-volume-renderer": "needs a renderer of another extension",
+    "mvdream-random": "needs threestudio-mvdream beside it",
 }
 """Reasons why a config was not run, by a pattern of upstream's error."""
 _MISSING = {
