@@ -92,7 +92,13 @@ class Problem(abc.ABC):
             dispatcher,
             state=state,
             on_iteration=on_iteration,
+            check=self.is_reproducible,
         )
+
+    @property
+    def is_reproducible(self) -> bool:
+        """Whether a step is a function of its index and state; verified if so."""
+        return True
 
     def check_state(self, y: dp.State, where: str | Path) -> None:
         """Refuse a state of another problem, read from `where`.

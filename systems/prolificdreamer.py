@@ -97,6 +97,11 @@ class ProlificDreamer(DreamFusion):
             check(adapted, [])
         self._module: nn.Module = self.scene
 
+    @property
+    def is_reproducible(self) -> bool:
+        """Not with `lora: local`: a worker's LoRA depends on what it evaluated."""
+        return self.settings.guidance.lora != "local"
+
     def parts(self) -> nn.Module:
         """See `DreamFusion.parts`: those of the scene, and `guidance`."""
         return _SceneAndLora(self.scene, nn.Linear(1, 1))

@@ -299,7 +299,7 @@ def shrink(read: Any, model: str) -> None:
     if convert in missing:  # the result of another config
         system.geometry_convert_from = None
         geometry.update(shape_init="sphere", shape_init_params=0.5)
-    renderer = system.get("renderer") or {}
+    renderer: Any = system.get("renderer") or {}
     for name in ("num_samples_per_ray", "num_samples_per_ray_importance"):
         if name in renderer:
             renderer[name] = 16

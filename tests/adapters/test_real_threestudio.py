@@ -90,7 +90,7 @@ def python(*command: str, cwd: Path = ROOT, **variables: str) -> str:
 
 def compare(case: str) -> dict[str, Any]:
     cuda = {"TS_FAKE_CUDA": "1"} if case == "3dgs" else {}
-    out = python("-m", "tests.adapters.real_threestudio", case, **cuda)
+    out = python("-m", "tests.adapters.real_threestudio", case, cwd=ROOT, **cuda)
     return json.loads(out.strip().splitlines()[-1])
 
 
@@ -125,7 +125,7 @@ BEGIN, END = "<!-- table of configs -->\n", "<!-- end of table -->\n"
 
 
 def examine(names: list[str], **variables: str) -> list[dict[str, Any]]:
-    out = python("-m", "tests.adapters.real_systems", *names, **variables)
+    out = python("-m", "tests.adapters.real_systems", *names, cwd=ROOT, **variables)
     return [
         json.loads(line) for line in out.splitlines() if line.startswith('{"config')
     ]

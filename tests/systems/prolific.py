@@ -71,8 +71,9 @@ def solve_on(
     dispatcher: Callable[[dp.Trajectory[Any]], dp.Dispatcher] = dp.InlineDispatcher,
 ) -> dp.State:
     lora, solver = RUNS[name]
-    trajectory = tiny(folder, f"system.guidance.lora={lora}").trajectory()
-    return dp.solve(trajectory, solver, dispatcher).value
+    system = tiny(folder, f"system.guidance.lora={lora}")
+    checks = system.is_reproducible
+    return dp.solve(system.trajectory(), solver, dispatcher, check=checks).value
 
 
 def solve_on_ranks(folder: Path, cache: str) -> dict[str, dp.State]:
