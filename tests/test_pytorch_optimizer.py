@@ -18,6 +18,10 @@ import dreampropeller as dp
 from tests.helpers import tree_equal
 
 STEPS = 12
+ARGUMENTS = {"bsam": {"num_data": 8}, "ranger21": {"num_iterations": STEPS}}
+"""What some cannot do without."""
+SPLIT = ("adago", "adamuon", "distributedmuon", "muon", "muonclip", "normuon")
+"""Those that want to be told which parameters are matrices."""
 EXACT = dp.PicardSolver(dp.SlidingWindow(4), dp.FixedThreshold(0), "momentum")
 
 
@@ -77,10 +81,18 @@ def test_every_optimizer_passes_or_is_refused() -> None:
         ):
             continue  # needs a closure
 
-        def factory(params: Any, kind: Any = kind) -> Any:
+        def factory(params: Any, name: str = name, kind: Any = kind) -> Any:
+            given: list[Any] = list(params.values())
+            if name in SPLIT:
+                given = [
+                    {"params": [p for p in given if p.ndim == 2], "use_muon": True},
+                    {"params": [p for p in given if p.ndim < 2], "use_muon": False},
+                ]
+            if name == "spectralsphere":
+                given = [p for p in given if p.ndim == 2]
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                return kind(list(params.values()))
+                return kind(given, **ARGUMENTS.get(name, {}))
 
         found[name] = outcome(factory)
         print(f"{name}: {found[name][:200]}", flush=True)
