@@ -46,6 +46,7 @@ def sample(
     solver: Solver | None = None,
     on_iteration: Listener | None = None,
     on_solution: Callable[[Solution[Any]], None] | None = None,
+    check: bool = True,
     **arguments: Any,
 ) -> Any:
     """Sample with a pipeline, many steps at a time.
@@ -76,6 +77,7 @@ def sample(
             `predictor`; its threshold is the squared tolerance.
         on_iteration: As for `solve`; it cannot stop the solve.
         on_solution: Called with the solution: iterations, evaluations, strides.
+        check: As for `solve`; it costs four evaluations of the model.
         **arguments: Further arguments of the pipeline.
 
     Returns:
@@ -108,7 +110,7 @@ def sample(
         if calibration is not None and isinstance(wanted, PicardSolver):
             choice = choose_solver(wanted, calibration, trajectory.latents.device)
             how, where = choice.solver, choice.dispatcher
-        solution = solve(trajectory, how, where, on_iteration=watch)
+        solution = solve(trajectory, how, where, on_iteration=watch, check=check)
         if on_solution is not None:
             on_solution(solution)
         return solution.value["x"]
