@@ -176,12 +176,15 @@ def test_parts_built_on_first_use_are_constants(geometry: Any) -> None:
     assert not any("helper" in name or "grid" in name for name in sequential.value)
 
 
-def test_a_part_is_built_twice_and_then_kept() -> None:
-    """The second time, at another step or state, shows that it is a constant."""
+def test_a_part_is_built_at_two_states_and_then_kept() -> None:
+    """The second state shows that it is a constant."""
     trajectory = ThreestudioTrajectory(*parts(Lazy), num_steps=NUM_STEPS)
     Lazy.built = 0
     solve(trajectory, Sequential())
-    assert Lazy.built == 2
+    built = Lazy.built
+    assert built >= 2
+    solve(trajectory, Sequential())
+    assert Lazy.built == built
 
 
 @pytest.mark.parametrize("geometry", [OfState, Changing])
