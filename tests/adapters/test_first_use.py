@@ -196,8 +196,9 @@ def test_what_is_born_in_a_step_and_no_constant_is_refused(geometry: Any) -> Non
 
 
 def test_a_part_that_is_drawn_at_random_is_refused() -> None:
+    trajectory = ThreestudioTrajectory(*parts(Drawn), num_steps=NUM_STEPS)
     with pytest.raises(ValueError, match=r"not a constant|random stream"):
-        ThreestudioTrajectory(*parts(Drawn), num_steps=NUM_STEPS, verify=True)
+        solve(trajectory, Sequential())
 
 
 # --- data sets that draw at milestones ----------------------------------------------
