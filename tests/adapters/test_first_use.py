@@ -176,12 +176,15 @@ def test_parts_built_on_first_use_are_constants(geometry: Any) -> None:
     assert not any("helper" in name or "grid" in name for name in sequential.value)
 
 
-def test_a_part_is_built_twice_and_then_kept() -> None:
-    """The second time, at another step or state, shows that it is a constant."""
+def test_a_part_is_built_at_two_states_and_then_kept() -> None:
+    """The second state shows that it is a constant."""
     trajectory = ThreestudioTrajectory(*parts(Lazy), num_steps=NUM_STEPS)
     Lazy.built = 0
     solve(trajectory, Sequential())
-    assert Lazy.built == 2
+    built = Lazy.built
+    assert built >= 2
+    solve(trajectory, Sequential())
+    assert Lazy.built == built
 
 
 @pytest.mark.parametrize("geometry", [OfState, Changing])
@@ -193,8 +196,9 @@ def test_what_is_born_in_a_step_and_no_constant_is_refused(geometry: Any) -> Non
 
 
 def test_a_part_that_is_drawn_at_random_is_refused() -> None:
+    trajectory = ThreestudioTrajectory(*parts(Drawn), num_steps=NUM_STEPS)
     with pytest.raises(ValueError, match=r"not a constant|random stream"):
-        ThreestudioTrajectory(*parts(Drawn), num_steps=NUM_STEPS, verify=True)
+        solve(trajectory, Sequential())
 
 
 # --- data sets that draw at milestones ----------------------------------------------

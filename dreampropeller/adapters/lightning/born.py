@@ -1,18 +1,18 @@
 r"""Buffers that a module registers during a step, such as helpers built on first use.
 
 They are not part of the state, so they must be constants. A helper is dropped after the
-first evaluation that built it, and later evaluations build it again: if that of another
-step agrees bitwise, it is kept and its buffers may never change.
+first evaluation that built it, and built again until one at another state has built it:
+if the two agree bitwise, it is kept and its buffers may never change.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from dreampropeller.tree import State
 from dreampropeller.verification import NotReproducible
 
 
@@ -31,39 +31,32 @@ class Born:
         ]
         self._values: dict[str, Tensor] = {}
         self._seen: dict[str, tuple[Tensor, int]] = {}
-        self._agree = self._again = False
-        self._step = self._born_at = -1
+        self._agree = False
+        self._first: State = {}
 
     def __contains__(self, name: object) -> bool:
         """Whether a buffer's name is that of a constant born in a step."""
         return name in self._values
 
-    def forget(self, step: int) -> None:
-        """Remove what was built at one step only, so that it is built again.
-
-        Args:
-            step: The step that is evaluated next.
-        """
-        self._step = step
+    def forget(self) -> None:
+        """Remove what was built once, so that the next evaluation builds it again."""
         if not self._values or self._agree:
             return
         for owner, children, buffers in self._structure:
             for table, kept in ((owner._modules, children), (owner._buffers, buffers)):
                 for name in [name for name in table if name not in kept]:
                     del table[name]
-        self._again = True
 
-    def check(self, known: Iterable[str]) -> None:
+    def check(self, y: State) -> None:
         """Take note of new buffers after an evaluation, and compare known ones.
 
         Args:
-            known: Names of the buffers that are part of the state.
+            y: The state of the evaluation; its buffers are not born in a step.
 
         Raises:
             NotReproducible: A buffer born in a step is not a constant.
         """
-        known = set(known)
-        now = {n: b for n, b in self._module.named_buffers() if n not in known}
+        now = {n: b for n, b in self._module.named_buffers() if n not in y}
         if not now and not self._seen:
             return
         for name, value in now.items():
@@ -72,8 +65,7 @@ class Born:
                 continue
             if name not in self._values:
                 self._values[name] = value.detach().clone()
-                self._agree = self._again = False
-                self._born_at = self._step
+                self._agree, self._first = False, y
             elif not _equal(self._values[name], value):
                 raise NotReproducible(
                     f"Buffer `{name}` was registered during a step and is not a "
@@ -81,8 +73,9 @@ class Born:
                     "module is built, so that it is part of the state."
                 )
             self._seen[name] = value, value._version
-        elsewhere = self._again and self._step != self._born_at
-        self._agree |= elsewhere and self._values.keys() <= now.keys()
+        if not self._agree and self._values.keys() <= now.keys():
+            self._agree = any(not _equal(y[n], t) for n, t in self._first.items())
+            self._first = {} if self._agree else self._first
 
 
 def _equal(one: Tensor, two: Any) -> bool:

@@ -312,7 +312,7 @@ class Host:
     def enter(self, step: int, y: State, restore: bool = True) -> None:
         """Put the module into its state at the start of a step."""
         if restore:
-            self.born.forget(step)
+            self.born.forget()
             self.attributes.restore()
         self.load(y)
         if self.steps_itself:
