@@ -8,7 +8,7 @@ from tests import typechecker as typechecker  # named in pyproject.toml
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "gpu: needs a CUDA device (`pytest -m gpu`)")
-    config.addinivalue_line("markers", "sweep: long, only `pytest -m sweep`")
+    config.addinivalue_line("markers", "long: takes minutes (`pytest -m long`)")
     config.addinivalue_line("markers", "browser: needs chromium and playwright")
     if config.option.markexpr != "gpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # bitwise claims are made for the CPU
@@ -17,10 +17,10 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_collection_modifyitems(
     config: pytest.Config, items: list[pytest.Item]
 ) -> None:
-    if "sweep" not in config.option.markexpr:
-        long = pytest.mark.skip(reason="long: `pytest -m sweep`")
+    if "long" not in config.option.markexpr:
+        long = pytest.mark.skip(reason="takes minutes: `pytest -m long`")
         for item in items:
-            if item.get_closest_marker("sweep"):
+            if item.get_closest_marker("long"):
                 item.add_marker(long)
     if torch.cuda.is_available():
         return

@@ -1,7 +1,7 @@
 """All optimizers of PyPI's `pytorch-optimizer` (4.1.0): their loop, or refused.
 
-Marked `sweep`, not in the default run: ``pytest -s -m sweep`` prints which pass and
-which are refused, and why.
+Marked `long`, not in the default run: ``pytest -s -m long`` prints which pass and which
+are refused, and why.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def outcome(factory: Any) -> str:
     return "passes"
 
 
-@pytest.mark.sweep
+@pytest.mark.long
 @pytest.mark.filterwarnings("ignore")
 def test_every_optimizer_passes_or_is_refused() -> None:
     library: Any = pytest.importorskip("pytorch_optimizer")
