@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
+import io
 import json
 import os
 import shlex
@@ -33,8 +35,20 @@ from tests.systems.scenes import SMALL, TOYBOX
 
 
 def command(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    line = [sys.executable, "-m", f"benchmarks.{name}", *arguments]
-    return subprocess.run(line, capture_output=True, text=True)
+    """`python -m benchmarks.NAME` in this process, which has loaded everything."""
+    module = importlib.import_module(f"benchmarks.{name}")
+    out, errors, code = io.StringIO(), io.StringIO(), 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [str(module.__file__), *arguments])
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(errors):
+            try:
+                code = module.main() or 0
+            except SystemExit as end:
+                code = end.code if isinstance(end.code, int) else int(bool(end.code))
+                errors.write(end.code if isinstance(end.code, str) else "")
+    return subprocess.CompletedProcess(
+        [name, *arguments], code, out.getvalue(), errors.getvalue()
+    )
 
 
 def test_gpu_figures_are_refused_without_a_gpu(tmp_path: Path) -> None:
