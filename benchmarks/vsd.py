@@ -111,7 +111,7 @@ def solve(wanted: runs.Job) -> dict[str, Any]:
     }
     found = quality.against_truth(system, solution.value, truth)
     folder = FOLDER / "images"
-    save(torch.cat(list(found.pictures[::4]), -1), folder / f"{name_of(wanted)}.png")
+    save(torch.cat(list(found.images[::4]), -1), folder / f"{name_of(wanted)}.png")
     wide = torch.cat(list(found.wanted[::4]), -1)
     save(wide, folder / f"{wanted['prompt'].replace(' ', '-')}.png")
     try:
@@ -119,7 +119,7 @@ def solve(wanted: runs.Job) -> dict[str, Any]:
         chamfer = mesh.figures()["chamfer"]
     except EmptySurface:
         chamfer = None
-    excess = excess_saturation(found.pictures, found.wanted)
+    excess = excess_saturation(found.images, found.wanted)
     more = {"chamfer": chamfer, "saturation": round(excess, 4)}
     return {**entry, **found.figures(), **more}
 
