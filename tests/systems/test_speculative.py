@@ -15,6 +15,7 @@ from torch import Tensor
 
 from dreampropeller import (
     FixedThreshold,
+    NotConverged,
     PicardSolver,
     Sequential,
     SlidingWindow,
@@ -170,6 +171,16 @@ def test_a_run_can_be_resumed(tmp_path: Path) -> None:
     again = solve(trajectory(made, 1, 1), Speculative(6), state=state)
     assert torch.equal(again.value["x"], whole.value["x"])
     assert whole.stats.num_iterations < STEPS
+
+
+def test_an_output_that_is_not_finite_ends_the_run_before_it() -> None:
+    made = scheduler()
+    broken = trajectory(made, 1, 1)
+    exact, last = broken.denoiser, broken.timesteps[-1]
+    broken.denoiser = lambda x, t: exact(x, t) * (math.nan if t == last else 1.0)
+    with pytest.raises(NotConverged, match=f"Step {STEPS - 1}: not finite") as error:
+        solve(broken, Speculative(6))
+    assert error.value.solution.value["x"].isfinite().all()
 
 
 def test_the_toybox_takes_it() -> None:

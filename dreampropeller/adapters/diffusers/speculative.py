@@ -25,6 +25,7 @@ References:
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -85,31 +86,24 @@ class Speculative(Solver):
             )
         transitions = Transitions(trajectory)
         most = min(self.window, trajectory.num_steps - state.step)
-        drafts = self._draft(trajectory, transitions, state, most)
+        drafts = self._draft(transitions, state, most)
         length = len(drafts)
         steps = range(state.step, state.step + length)
         found = dispatcher.evaluate(steps, [{"x": x} for x in drafts])
-        outputs = [drift["x"] for drift, _ in found]
         if not all_finite([found[0][0]])[0]:
             raise NonFiniteDrift(f"Step {state.step}: not finite in x.")
-        x = clean = drafts[0]
-        distances: list[float] = []
+        outputs = [drift["x"] for drift, _ in found]
         with dispatcher.timer.phase("verify"):
-            slots = zip(steps, outputs, [*drafts[1:], None], strict=True)
-            for step, output, draft in slots:
-                clean = transitions.clean(step, x, output)
-                exact, _ = trajectory.advance(step, x, {}, output)
-                x, distance = _verified(transitions, step, exact, draft)
-                distances.append(distance)
-                if x is not draft:
-                    break
+            x, clean, distances = self._verify(transitions, steps, drafts, outputs)
+        # Devices of different models may decide differently, so rank 0 decides.
         (stride,) = dispatcher.agree([len(distances)])
+        y, memory = dispatcher.share({"x": x}, {"clean": clean})
         cost = state.stats.num_evaluations + length
         after = replace(
             state,
             step=state.step + stride,
-            y={"x": x},
-            predictor=Estimate(clean),
+            y=y,
+            predictor=Estimate(memory["clean"]),
             stats=Stats(cost, [*state.stats.strides, stride]),
         )
         aux = tuple(aux for _, aux in found[:stride])
@@ -118,9 +112,30 @@ class Speculative(Solver):
             state.step, length, stride, tuple(distances), None, aux, seconds
         )
 
+    def _verify(
+        self,
+        transitions: Transitions,
+        steps: Sequence[int],
+        drafts: Sequence[Tensor],
+        outputs: Sequence[Tensor],
+    ) -> tuple[Tensor, Tensor, list[float]]:
+        """The last state of the true law, its clean estimate, and ‖Δ‖ / σ by step."""
+        x = clean = drafts[0]
+        distances: list[float] = []
+        slots = zip(steps, outputs, [*drafts[1:], None], strict=True)
+        for step, output, draft in slots:
+            if not bool(output.isfinite().all()):
+                break  # met again at the anchor, because x is exact
+            clean = transitions.clean(step, x, output)
+            exact = transitions.advance(step, x, output)
+            x, distance = _verified(transitions, step, exact, draft)
+            distances.append(distance)
+            if x is not draft:
+                break
+        return x, clean, distances
+
     def _draft(
         self,
-        trajectory: SamplingTrajectory,
         transitions: Transitions,
         state: SolverState[Any],
         length: int,
@@ -133,7 +148,7 @@ class Speculative(Solver):
             return drafts  # there is no estimate yet: one exact step
         for step in range(state.step, state.step + length - 1):
             output = transitions.output_of(step, x, memory.clean)
-            x, _ = trajectory.advance(step, x, {}, output)
+            x = transitions.advance(step, x, output)
             drafts.append(x)
         return drafts
 

@@ -84,6 +84,10 @@ class Transitions(Estimates):
                 '`DDPMScheduler.from_config(config, variance_type="fixed_small")`.'
             )
 
+    def advance(self, step: int, x: Tensor, model_output: Tensor) -> Tensor:
+        """The next state, with the noise of the step."""
+        return self._trajectory.advance(step, x, {}, model_output)[0]
+
     def noise(self, step: int) -> tuple[float, Tensor]:
         r"""The standard deviation σ of a step's noise, and its standard normal ξ."""
         like = self._trajectory.latents
