@@ -7,6 +7,7 @@ the culprit can be named, and put back afterwards where that is possible.
 
 from __future__ import annotations
 
+import abc
 import functools
 import types
 from collections.abc import Callable, Iterator
@@ -146,11 +147,11 @@ class Reachable:
                 self._tensors.append((f"{name}.{inner}", tensor, tensor._version))
 
 
-class _Place:
+class _Place(abc.ABC):
     """Where a value stands."""
 
-    def get(self) -> Any:
-        raise NotImplementedError
+    @abc.abstractmethod
+    def get(self) -> Any: ...
 
     def set(self, value: Any) -> None:
         del value
