@@ -33,9 +33,9 @@ PROMPTS = ("mushroom", "tree", "rocket")
 SEEDS = (0, 1)
 SETTINGS = ["trainer.max_steps=100", "system.densify.interval=25"]
 """Three growths in a run; they cut the windows more often than the config's."""
-PLAIN = "sequential"
+SEQUENTIAL = "sequential"
 ROWS = {
-    PLAIN: ["solver.name=sequential"],
+    SEQUENTIAL: ["solver.name=sequential"],
     "window 8": ["solver.window.size=8"],
     "window 16": ["solver.window.size=16"],
 }
@@ -112,15 +112,17 @@ def table(entries: list[dict[str, Any]]) -> str:
         "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     rows = {row: [e for e in entries if e["row"] == row] for row in ROWS}
-    plain = {(e["prompt"], e["seed"]): e for e in rows[PLAIN]}
+    sequential = {(e["prompt"], e["seed"]): e for e in rows[SEQUENTIAL]}
     for row, found in rows.items():
-        found = [e for e in found if (e["prompt"], e["seed"]) in plain]
+        found = [e for e in found if (e["prompt"], e["seed"]) in sequential]
         if not found:
             continue
-        size = int(row.split()[-1]) if row != PLAIN else 1
+        size = int(row.split()[-1]) if row != SEQUENTIAL else 1
         pieces = [every] * (steps // every) + [steps % every] * (steps % every > 0)
         least = sum(math.ceil(piece / size) for piece in pieces)
-        change = sum(e["psnr"] - plain[e["prompt"], e["seed"]]["psnr"] for e in found)
+        change = sum(
+            e["psnr"] - sequential[e["prompt"], e["seed"]]["psnr"] for e in found
+        )
         few = runs.mean(found, "iterations")
         shapes = [e for e in found if e["chamfer"] is not None]
         lines.append(
@@ -161,7 +163,9 @@ def main() -> None:
     arguments = parser.parse_args()
     log = FOLDER / "runs.jsonl"
     if arguments.logged:
-        entries = runs.logged(jobs(), log, lambda e: (e["prompt"], e["seed"]), PLAIN)
+        entries = runs.logged(
+            jobs(), log, lambda e: (e["prompt"], e["seed"]), SEQUENTIAL
+        )
     else:
         entries = runs.run_all(jobs(), log, arguments.workers, solve)
     text = table(entries)

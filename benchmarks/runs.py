@@ -25,8 +25,6 @@ from systems.settings.config import load
 from systems.toybox.captions import SCORED, caption
 
 Job = Mapping[str, Any]
-OLD_NAME = ("solver.threshold.name=paper", "solver.threshold.name=ema")
-"""Names of settings in older logs, and their current names."""
 ROOT = Path(__file__).parent.parent
 TRACKED = (ROOT / "benchmarks", ROOT / "docs")
 """Folders of published files, overwritten only if they are named explicitly."""
@@ -168,7 +166,7 @@ def run_all(
 
 
 def logged(
-    jobs: Sequence[Job], log: Path, problem: Callable[[Job], Any], plain: str
+    jobs: Sequence[Job], log: Path, problem: Callable[[Job], Any], sequential: str
 ) -> list[dict[str, Any]]:
     """The log's entries of the jobs, in their order; runs nothing.
 
@@ -176,13 +174,13 @@ def logged(
         jobs: The jobs.
         log: The log.
         problem: The labels that a run shares with its sequential run.
-        plain: The row of sequential runs; entries whose problem has none are left out.
+        sequential: Row of the sequential runs; entries without one are left out.
     """
     known = _read(log)
     entries = [{**known[_key(e)], **e} for e in jobs if _key(e) in known]
-    solved = {problem(entry) for entry in entries if entry["row"] == plain}
+    solved = {problem(entry) for entry in entries if entry["row"] == sequential}
     if not solved:
-        raise SystemExit(f"`{log}` has no plain loop: leave out `--logged`.")
+        raise SystemExit(f"`{log}` has no sequential run: leave out `--logged`.")
     return [entry for entry in entries if problem(entry) in solved]
 
 
@@ -208,7 +206,7 @@ def _read(log: Path) -> dict[str, dict[str, Any]]:
     if not log.exists():
         return {}
     known = {}
-    text = log.read_text().replace(*OLD_NAME)
+    text = log.read_text()
     for line in text.splitlines():
         try:
             entry = json.loads(line)

@@ -29,7 +29,7 @@ from systems.scene.isosurface import EmptySurface
 from systems.settings.config import load
 
 FOLDER = Path("benchmarks/results/vsd")
-PLAIN = "sequential"
+SEQUENTIAL = "sequential"
 DREAMFUSION = "configs/dreamfusion-toybox.yaml"
 UNRESCALED = [
     "system.guidance.guidance_scale=7.5",
@@ -61,7 +61,7 @@ class Plan:
     def solvers(self) -> dict[str, list[str]]:
         """Settings of the solver for each row."""
         windows = {f"window {w}": [f"solver.window.size={w}"] for w in self.windows}
-        return {PLAIN: ["solver.name=sequential"], **windows}
+        return {SEQUENTIAL: ["solver.name=sequential"], **windows}
 
 
 PLANS = {
@@ -155,17 +155,17 @@ def table(plan: Plan, entries: list[dict[str, Any]]) -> str:
         "object | IoU | chamfer | core seconds |",
         "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
-    plain = {problem(e): e for e in entries if e["row"] == PLAIN}
+    sequential = {problem(e): e for e in entries if e["row"] == SEQUENTIAL}
     for kind in plan.kinds:
         for row in plan.solvers:
             found = [
                 entry
                 for entry in entries
                 if (entry["kind"], entry["row"]) == (kind, row)
-                and problem(entry) in plain
+                and problem(entry) in sequential
             ]
             if found:
-                lines.append(_line(kind, row, found, plain))
+                lines.append(_line(kind, row, found, sequential))
     return "\n".join(lines) + "\n"
 
 
@@ -173,10 +173,10 @@ def _line(
     kind: str,
     row: str,
     found: list[dict[str, Any]],
-    plain: dict[tuple[Any, ...], dict[str, Any]],
+    sequential: dict[tuple[Any, ...], dict[str, Any]],
 ) -> str:
     steps = sum(found[0]["strides"])
-    own = [plain[problem(entry)] for entry in found]
+    own = [sequential[problem(entry)] for entry in found]
     few, many = runs.mean(found, "iterations"), runs.mean(found, "evaluations")
     change = runs.mean(found, "psnr") - runs.mean(own, "psnr")
     shapes = [entry for entry in found if entry["chamfer"] is not None]
@@ -220,7 +220,7 @@ def main() -> None:
     arguments = parser.parse_args()
     log, name, plan = FOLDER / "runs.jsonl", arguments.plan, PLANS[arguments.plan]
     if arguments.logged:
-        entries = runs.logged(jobs(plan), log, problem, PLAIN)
+        entries = runs.logged(jobs(plan), log, problem, SEQUENTIAL)
     else:
         entries = runs.run_all(jobs(plan), log, arguments.workers, solve)
     text = table(plan, entries)
