@@ -11,7 +11,8 @@ import json
 import multiprocessing
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -150,13 +151,12 @@ def run_all(
     log.parent.mkdir(parents=True, exist_ok=True)
     os.environ["OMP_NUM_THREADS"] = "1"
     where = machine()
-    context = multiprocessing.get_context("spawn")
     with (
-        context.Pool(workers, torch.set_num_threads, (1,)) as pool,
+        _solved_by(workers, how, todo) as entries,
         open(log, "a", encoding="utf-8") as file,
         tqdm(total=sum(map(_steps, todo)), unit="step", desc=log.parent.name) as bar,
     ):
-        for entry in pool.imap_unordered(how, todo):
+        for entry in entries:
             entry = {**entry, "machine": where}
             file.write("\n" + json.dumps(entry))  # keeps apart from an incomplete line
             file.flush()
@@ -196,6 +196,20 @@ def mean(entries: Sequence[Mapping[str, Any]], name: str) -> float:
 
 def _steps(wanted: Job) -> int:
     return load(wanted["config"], wanted["settings"]).trainer.max_steps
+
+
+@contextmanager
+def _solved_by(
+    workers: int, how: Callable[[Job], dict[str, Any]], todo: Sequence[Job]
+) -> Iterator[Iterator[dict[str, Any]]]:
+    """Entries as they are made, by processes of one thread; one is this process."""
+    if workers == 1:
+        torch.set_num_threads(1)
+        yield map(how, todo)
+        return
+    context = multiprocessing.get_context("spawn")
+    with context.Pool(workers, torch.set_num_threads, (1,)) as pool:
+        yield pool.imap_unordered(how, todo)
 
 
 def _key(wanted: Job) -> str:

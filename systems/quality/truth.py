@@ -140,7 +140,8 @@ def by_clip(system: System, y: dp.State) -> dict[str, float] | str:
     if wanted.clip is None:
         return (
             "not measured: the toybox has no ground truth for this prompt, and "
-            "`quality.clip` names no CLIP model (such as `openai/clip-vit-base-patch32`)"
+            "`quality.clip` names no CLIP model (such as "
+            "`openai/clip-vit-base-patch32`)"
         )
     try:
         others = read_prompts(wanted.prompts)

@@ -28,6 +28,7 @@ from systems import artefacts, build
 from systems.runs.folders import folder_of
 from systems.runs.report.runs import open_run
 from tests.helpers import tree_equal
+from tests.rank_pool import RankPool
 from tests.systems.scenes import SMALL, TOYBOX
 
 ROOT = Path(__file__).parent.parent.parent
@@ -255,16 +256,10 @@ def test_two_workers_write_one_run_and_equal_one(tmp_path: Path) -> None:
     assert json.loads((folders[1] / "report.json").read_text())["workers"] == 2
 
 
-def test_torchrun_works_too(tmp_path: Path) -> None:
-    command = ["-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
-    arguments = ["launch.py", "--config", TOYBOX, "--train", *FEW]
-    subprocess.run(
-        [sys.executable, *command, *arguments, f"exp_root_dir={tmp_path}"],
-        cwd=ROOT,
-        check=True,
-        capture_output=True,
-        timeout=120,
-    )
+def test_ranks_of_torchrun_write_one_run(tmp_path: Path, two_ranks: RankPool) -> None:
+    """They are there, with torchrun's environment, when the front door opens."""
+    arguments = ["--config", TOYBOX, "--train", *FEW, f"exp_root_dir={tmp_path}"]
+    assert two_ranks(launch.main, arguments) == [0, 0]
     report = json.loads((run_folder(tmp_path) / "report.json").read_text())
     assert report["workers"] == 2
 
