@@ -12,19 +12,13 @@ from __future__ import annotations
 
 import argparse
 import math
-import time
 from pathlib import Path
 from typing import Any
 
-import torch
 from PIL import Image
-from torch import Tensor
 
-import dreampropeller as dp
 from benchmarks import runs
-from systems import build, quality
-from systems.images import to_bytes
-from systems.scene.isosurface import EmptySurface
+from benchmarks.measured import measured
 from systems.settings.config import load
 
 CONFIG = "configs/dreamgaussian-toybox.yaml"
@@ -61,45 +55,14 @@ def jobs() -> list[dict[str, Any]]:
 
 def solve(wanted: runs.Job) -> dict[str, Any]:
     """Solve a job, measure images and mesh, and save a strip of images."""
-    system = build(load(wanted["config"], wanted["settings"]))
-    truth = quality.truth_of(system)
-    assert truth is not None
-    trajectory = system.trajectory()
-    start, cpu = time.perf_counter(), time.process_time()
-    solution = dp.solve(trajectory, system.solver())
-    entry = {
-        **wanted,
-        "seconds": round(time.perf_counter() - start, 2),
-        "cpu_seconds": round(time.process_time() - cpu, 2),
-        "iterations": solution.stats.num_iterations,
-        "evaluations": solution.stats.num_evaluations,
-        "strides": solution.stats.strides,
-        "splats": len(solution.value["geometry.means"]),
-    }
-    found = quality.against_truth(system, solution.value, truth)
-    strip = torch.cat(list(found.images[::4]), -1)
-    save(strip, FOLDER / "images" / f"{name_of(wanted)}.png")
-    wide = torch.cat(list(found.wanted[::4]), -1)
-    save(wide, FOLDER / "images" / f"{wanted['prompt'].replace(' ', '-')}.png")
-    try:
-        mesh = quality.measure_mesh(system.mesh(solution.value), truth)
-        chamfer = mesh.figures()["chamfer"]
-    except EmptySurface:
-        chamfer = None
-    return {**entry, **found.figures(), "chamfer": chamfer}
+    entry, _, state = measured(wanted, FOLDER / "images", name_of(wanted))
+    return {**entry, "splats": len(state["geometry.means"])}
 
 
 def name_of(wanted: runs.Job) -> str:
     """File name of a run."""
     words = f"{wanted['prompt']} {wanted['row']} {wanted['seed']}"
     return words.replace(" ", "-")
-
-
-def save(image: Tensor, path: Path) -> None:
-    """Write an image, magnified four times."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    large = image.repeat_interleave(4, -1).repeat_interleave(4, -2)
-    Image.fromarray(to_bytes(large)).save(path)
 
 
 def table(entries: list[dict[str, Any]]) -> str:

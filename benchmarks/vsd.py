@@ -12,21 +12,16 @@ resumes from its log.
 from __future__ import annotations
 
 import argparse
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from PIL import Image
 from torch import Tensor
 
-import dreampropeller as dp
 from benchmarks import runs
-from benchmarks.gaussians import save
-from systems import build, quality
-from systems.scene.isosurface import EmptySurface
-from systems.settings.config import load
+from benchmarks.measured import measured
+from systems import quality
 
 FOLDER = Path("benchmarks/results/vsd")
 SEQUENTIAL = "sequential"
@@ -95,33 +90,9 @@ def jobs(plan: Plan) -> list[dict[str, Any]]:
 
 def solve(wanted: runs.Job) -> dict[str, Any]:
     """Solve a job, measure images and mesh, and save a strip of images."""
-    system = build(load(wanted["config"], wanted["settings"]))
-    truth = quality.truth_of(system)
-    assert truth is not None
-    trajectory = system.trajectory()
-    start, cpu = time.perf_counter(), time.process_time()
-    solution = dp.solve(trajectory, system.solver())
-    entry = {
-        **wanted,
-        "seconds": round(time.perf_counter() - start, 2),
-        "cpu_seconds": round(time.process_time() - cpu, 2),
-        "iterations": solution.stats.num_iterations,
-        "evaluations": solution.stats.num_evaluations,
-        "strides": solution.stats.strides,
-    }
-    found = quality.against_truth(system, solution.value, truth)
-    folder = FOLDER / "images"
-    save(torch.cat(list(found.images[::4]), -1), folder / f"{name_of(wanted)}.png")
-    wide = torch.cat(list(found.wanted[::4]), -1)
-    save(wide, folder / f"{wanted['prompt'].replace(' ', '-')}.png")
-    try:
-        mesh = quality.measure_mesh(system.mesh(solution.value), truth)
-        chamfer = mesh.figures()["chamfer"]
-    except EmptySurface:
-        chamfer = None
+    entry, found, _ = measured(wanted, FOLDER / "images", name_of(wanted))
     excess = excess_saturation(found.images, found.wanted)
-    more = {"chamfer": chamfer, "saturation": round(excess, 4)}
-    return {**entry, **found.figures(), **more}
+    return {**entry, "saturation": round(excess, 4)}
 
 
 def excess_saturation(images: Tensor, truth: Tensor) -> float:
