@@ -20,6 +20,7 @@ OTHERWISE = (
 PROBLEMS = {
     "dreamfusion-system": "systems.dreamfusion.DreamFusion",
     "dreamgaussian-system": "systems.dreamgaussian.DreamGaussian",
+    "textmesh-system": "systems.textmesh.TextMesh",
     "prolificdreamer-system": "systems.prolificdreamer.ProlificDreamer",
     "diffusion-sampling": "systems.sampling.Sampling",
 }

@@ -151,17 +151,18 @@ class DreamFusion(Distillation):
 
         def density(points: Tensor) -> Tensor:
             inside = points.norm(dim=-1) < geometry.config.radius
-            return values(points)[0].cpu() * inside
+            found = values(points)[0].cpu()
+            return torch.where(inside, found, geometry.outside)
 
         def colour(points: Tensor) -> Tensor:
             return material.albedo(values(points)[1]).cpu()
 
-        threshold = geometry.config.isosurface_threshold
+        level = geometry.level
         return extract_mesh(
             density,
             colour,
             geometry.config.radius,
             geometry.config.isosurface_resolution,
-            self.silhouettes(y) if threshold == "auto" else threshold,
-            self.scene.renderer.config.step_size,
+            self.silhouettes(y) if level is None else level,
+            self.scene.renderer.config.step_size if geometry.translucent else 0.0,
         )

@@ -78,9 +78,52 @@ class Opaqueness(Regulariser):
         return entropy.flatten(1).sum(1)
 
 
+class Eikonal(Regulariser):
+    r"""Deviation of a signed distance from one: the mean of $(\|\nabla f\| - 1)^2$.
+
+    Over all samples of all rays.
+
+    References:
+        A. Gropp et al., 2020, arXiv 2002.10099, Eq. 2.
+    """
+
+    def amounts(self, seen: Rendering) -> Float[Tensor, " views"]:
+        """The squared deviation, summed per view."""
+        assert seen.eikonal is not None, "needs a signed distance"
+        return seen.eikonal.flatten(1).sum(1)
+
+    def counts(self, seen: Rendering) -> Float[Tensor, " views"]:
+        """The number of samples."""
+        assert seen.samples is not None, "needs a signed distance"
+        return seen.samples.detach().flatten(1).sum(1)
+
+
+class Curvature(Eikonal):
+    r"""Roughness of a surface: the mean of $|\Delta f|$ over all samples.
+
+    Zero where central differences do not give the Laplacian.
+
+    References:
+        Z. Li et al., 2023, arXiv 2306.03092, Eq. 6.
+    """
+
+    def amounts(self, seen: Rendering) -> Float[Tensor, " views"]:
+        """The Laplacian's magnitude, summed per view."""
+        if seen.curvature is None:
+            return seen.opacity.new_zeros(len(seen.opacity))
+        return seen.curvature.flatten(1).sum(1)
+
+
 REGULARISERS: Mapping[str, Regulariser] = {
     "orient": Orientation(),
     "sparsity": Sparsity(),
     "opaque": Opaqueness(),
 }
 """By the names of their weights, `lambda_<name>`."""
+
+SURFACE_REGULARISERS: Mapping[str, Regulariser] = {
+    **REGULARISERS,
+    "eikonal": Eikonal(),
+    "curvature": Curvature(),
+}
+"""Those of a surface besides."""

@@ -63,6 +63,7 @@ class Scene(nn.Module):
         self.material = parts["material"]
         self.background = parts["background"]
         self.renderer = parts["renderer"]
+        self.renderer.check(self.geometry)
         inside, seen = self.geometry.config.radius, self.renderer.config.radius
         if inside != seen:
             raise ValueError(

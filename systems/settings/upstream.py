@@ -117,6 +117,11 @@ SETTINGS: Mapping[str, Mapping[str, tuple[Any, ...]]] = {
         "isosurface_outlier_n_faces_threshold": ANY,
         "isosurface_remove_outliers": ANY,
         "n_input_dims": (3,),
+        "force_shape_init": _NO,
+        "shape_init": (None,),
+        "shape_init_mesh_front": ANY,  # of `shape_init`, like the next
+        "shape_init_mesh_up": ANY,
+        "shape_init_params": ANY,
     },
     "system.geometry.pos_encoding_config": {
         "include_xyz": _NO,
@@ -209,13 +214,12 @@ SETTINGS: Mapping[str, Mapping[str, tuple[Any, ...]]] = {
 """Settings of threestudio that we lack, by section: the values that are accepted."""
 
 VALUES: Mapping[str, Callable[[Any], bool]] = {
-    "system.geometry.normal_type": lambda value: (
-        value in ("pred", "finite_difference_laplacian")
-    ),
+    "system.geometry.normal_type": lambda value: value == "pred",
 }
 """Settings that exist here, and values that only threestudio supports."""
 
 OWN: Mapping[str, frozenset[str]] = {
+    "textmesh-system": frozenset({"system.loss.lambda_eikonal"}),
     "prolificdreamer-system": frozenset(
         {"system.loss.lambda_vsd", "system.loss.lambda_lora"}
     ),

@@ -14,7 +14,7 @@ from dreampropeller import StepRandom
 from systems.scene.backgrounds import Random, RandomConfig, Solid, SolidConfig
 from systems.scene.cameras import Cameras, RandomCameras, Views
 from systems.scene.fields import VoxelGrid
-from systems.scene.fields.base import Field, FieldConfig
+from systems.scene.fields.density import DensityConfig, DensityField
 from systems.scene.fields.voxel_grid import VoxelGridConfig
 from systems.scene.materials import Albedo, AlbedoConfig, PointLight, PointLightConfig
 from systems.scene.renderers import volume
@@ -25,11 +25,11 @@ DICE = StepRandom(0)
 WHITE = Solid(SolidConfig())
 
 
-class Ball(Field):
+class Ball(DensityField):
     """Density `inside` within radius 0.5, red."""
 
     def __init__(self, inside: float) -> None:
-        super().__init__(FieldConfig(density_bias=0.0, density_activation="none"))
+        super().__init__(DensityConfig(density_bias=0.0, density_activation="none"))
         self.inside = inside
 
     def raw(self, points: Tensor, step: int | None) -> tuple[Tensor, Tensor]:

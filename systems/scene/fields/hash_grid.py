@@ -19,7 +19,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from systems.extras import probe
-from systems.scene.fields.base import Field, FieldConfig
+from systems.scene.fields.density import DensityConfig, DensityField
 from systems.scene.networks import MLP
 from systems.settings.checks import at_least, one_of
 
@@ -92,7 +92,7 @@ class NetworkConfig:
 
 
 @dataclass(frozen=True)
-class ImplicitVolumeConfig(FieldConfig):
+class ImplicitVolumeConfig(DensityConfig):
     """A hash grid with networks (``implicit-volume``).
 
     Args:
@@ -180,16 +180,16 @@ def _of_corners(join: Callable[[Tensor, Tensor], Tensor], ends: Tensor) -> Tenso
     return corners.flatten(0, 2).t().contiguous()
 
 
-class ImplicitVolume(Field):
+class ImplicitVolume(DensityField):
     """A hash grid read by one network for the density and one for the features."""
 
     Config = ImplicitVolumeConfig
+    config: ImplicitVolumeConfig
 
     def __init__(self, config: ImplicitVolumeConfig) -> None:
         super().__init__(config)
-        self._encoding_config = encoding = config.pos_encoding_config
-        network = config.mlp_network_config
-        self.encoding = _make_encoding(encoding)
+        encoding, network = config.pos_encoding_config, config.mlp_network_config
+        self.encoding = make_encoding(encoding)
         channels = encoding.n_levels * encoding.n_features_per_level
         shape = (network.n_neurons, network.n_hidden_layers)
         self.density_network = MLP(channels, 1, *shape)
@@ -200,16 +200,27 @@ class ImplicitVolume(Field):
     ) -> tuple[Float[Tensor, " points"], Float[Tensor, "points channels"]]:
         """Encode, mask inactive levels, and decode."""
         unit = (points / self.config.radius + 1) / 2
-        code = self.encoding(unit).to(points.dtype)
-        seen = self._encoding_config.active_levels(step)
-        if seen < self._encoding_config.n_levels:
-            mask = torch.zeros(code.shape[-1], device=code.device, dtype=code.dtype)
-            mask[: seen * self._encoding_config.n_features_per_level] = 1
-            code = code * mask
+        code = encoded(self.encoding, self.config.pos_encoding_config, unit, step)
         return self.density_network(code)[:, 0], self.feature_network(code)
 
 
-def _make_encoding(config: HashGridConfig) -> nn.Module:
+def encoded(
+    encoding: nn.Module,
+    config: HashGridConfig,
+    points: Float[Tensor, "points 3"],
+    step: int | None,
+) -> Float[Tensor, "points channels"]:
+    """Features at points of the unit cube, zero in levels that are not active yet."""
+    code = encoding(points).to(points.dtype)
+    seen = config.active_levels(step)
+    if seen == config.n_levels:
+        return code
+    mask = torch.zeros(code.shape[-1], device=code.device, dtype=code.dtype)
+    mask[: seen * config.n_features_per_level] = 1
+    return code * mask
+
+
+def make_encoding(config: HashGridConfig) -> nn.Module:
     """tiny-cuda-nn's encoding on a GPU that has it, ours otherwise."""
     tinycudann, _ = probe("tinycudann", needs_cuda=True)
     if tinycudann is None:

@@ -8,12 +8,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from systems.scene.fields.base import Field, FieldConfig
+from systems.scene.fields.density import DensityConfig, DensityField
 from systems.settings.checks import at_least
 
 
 @dataclass(frozen=True)
-class VoxelGridConfig(FieldConfig):
+class VoxelGridConfig(DensityConfig):
     """A voxel grid (``voxel-grid``).
 
     Args:
@@ -30,14 +30,10 @@ class VoxelGridConfig(FieldConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         at_least("resolution", self.resolution, 2)
-        if self.normal_type == "analytic":
-            raise ValueError(
-                "`normal_type` is `analytic`, which needs second derivatives that a "
-                "`voxel-grid` does not have: write `finite_difference`."
-            )
+        refuse_analytic(self.normal_type)
 
 
-class VoxelGrid(Field):
+class VoxelGrid(DensityField):
     """Trilinear interpolation of a cube of side 2 · radius."""
 
     Config = VoxelGridConfig
@@ -56,9 +52,28 @@ class VoxelGrid(Field):
     ) -> tuple[Float[Tensor, " points"], Float[Tensor, "points channels"]]:
         """The interpolated values."""
         del step
-        where = (points / self.config.radius)[None, None, None]
-        values = torch.nn.functional.grid_sample(
-            self.grid, where, align_corners=True, padding_mode="border"
-        )[0, :, 0, 0]
-        values = values.T * values.new_tensor(self._scale)
+        values = interpolate(self.grid, points / self.config.radius)
+        values = values * values.new_tensor(self._scale)
         return values[:, 0], values[:, 1:]
+
+
+def interpolate(
+    grid: Float[Tensor, "1 channels side side side"], points: Float[Tensor, "points 3"]
+) -> Float[Tensor, "points channels"]:
+    """Values of a grid over the cube [−1, 1]³, beyond which they are constant."""
+    return torch.nn.functional.grid_sample(
+        grid, points[None, None, None], align_corners=True, padding_mode="border"
+    )[0, :, 0, 0].T
+
+
+def refuse_analytic(normal_type: str | None) -> None:
+    """Refuse normals by differentiation, which trilinear interpolation has no use for.
+
+    Raises:
+        ValueError: Says what to write instead.
+    """
+    if normal_type == "analytic":
+        raise ValueError(
+            "`normal_type` is `analytic`, which needs second derivatives that voxels "
+            "do not have: write `finite_difference`."
+        )

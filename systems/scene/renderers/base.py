@@ -30,6 +30,12 @@ class Rendering:
             cosine between normal and ray where the normal faces away from the camera
             (the orientation loss of D. Verbin et al., 2021, arXiv 2112.03907), shape
             as `opacity`; zeros without normals.
+        eikonal: Per ray, the sum over its samples of the squared deviation of the
+            gradient's norm from 1, shape as `opacity`; None without signed distances.
+        curvature: Per ray, the sum of the Laplacian's magnitude, shape as `opacity`;
+            None where the Laplacian is not known.
+        samples: The number of samples of each ray, shape as `opacity`; None without
+            signed distances.
     """
 
     rgb: Float[Tensor, "views height width 3"]
@@ -37,6 +43,9 @@ class Rendering:
     opacity: Float[Tensor, "views height width 1"]
     normal: Float[Tensor, "views height width 3"]
     backfacing: Float[Tensor, "views height width 1"]
+    eikonal: Float[Tensor, "views height width 1"] | None = None
+    curvature: Float[Tensor, "views height width 1"] | None = None
+    samples: Float[Tensor, "views height width 1"] | None = None
 
 
 class Renderer(nn.Module, abc.ABC):
@@ -48,6 +57,14 @@ class Renderer(nn.Module, abc.ABC):
 
     Config: type[Any]
     config: Any
+
+    def check(self, geometry: Field) -> None:
+        """Refuse a field that cannot be rendered; default: any can.
+
+        Raises:
+            ValueError: Says what to write instead.
+        """
+        del geometry
 
     @abc.abstractmethod
     def forward(

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import functools
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -81,7 +82,7 @@ class _Rays:
 
 
 @dataclass(frozen=True)
-class _Samples:
+class Samples:
     """Samples to evaluate: interval ends, and indices of their rays."""
 
     begin: Tensor
@@ -89,6 +90,29 @@ class _Samples:
     rays: Tensor
     slots: Tensor | None  # indices of samples in the dense (rays, samples) arrays
     dense: tuple[int, int]
+
+    def laid_out(self, values: Tensor) -> Tensor:
+        """Values of samples in a dense array over rays and slots."""
+        flat = values.new_zeros(self.dense[0] * self.dense[1])
+        return flat.index_put((self.slots,), values).view(self.dense)
+
+
+@dataclass(frozen=True)
+class Met:
+    """A field at the samples of rays.
+
+    Attributes:
+        weights: The weight of each sample in the colour of its ray, ``(samples,)``.
+        features: Features for the material.
+        normals: Normals, or None where they are not needed.
+        sums: Amounts to sum over each ray without weights, by their names in
+            `Rendering`.
+    """
+
+    weights: Tensor
+    features: Tensor
+    normals: Tensor | None
+    sums: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 class VolumeRenderer(Renderer):
@@ -105,6 +129,14 @@ class VolumeRenderer(Renderer):
         self.config = config
         self.occupancy = Occupancy(config.occupancy, config.radius)
 
+    def check(self, geometry: Field) -> None:
+        """See `Renderer.check`."""
+        if not geometry.translucent:
+            raise ValueError(
+                f"`{type(self).__name__}` renders a density, and the geometry is a "
+                "signed distance: write `system.renderer_type: neus-volume-renderer`."
+            )
+
     def forward(
         self,
         geometry: Field,
@@ -120,7 +152,7 @@ class VolumeRenderer(Renderer):
         if step is not None and self.config.grid_prune:
             self.occupancy.refresh(
                 step,
-                lambda points: geometry.density(points, step),
+                lambda points: self.density(geometry, points, step),
                 self.config.step_size,
                 random,
             )
@@ -143,11 +175,40 @@ class VolumeRenderer(Renderer):
             self._rays(geometry, material, _Rays(*piece), shading, step, with_normals)
             for piece in pieces
         ]
-        foreground, opacity, normal, backfacing = (
-            torch.cat(part).reshape(*shape, -1) for part in zip(*parts, strict=True)
-        )
-        rgb = foreground + (1 - opacity) * behind
-        return Rendering(rgb, foreground, opacity, normal, backfacing)
+        seen = {
+            name: torch.cat([part[name] for part in parts]).reshape(*shape, -1)
+            for name in parts[0]
+        }
+        rgb = seen["foreground"] + (1 - seen["opacity"]) * behind
+        return Rendering(rgb, **seen)
+
+    def density(self, geometry: Field, points: Tensor, step: int | None) -> Tensor:
+        """The density that the occupancy grid remembers."""
+        return geometry(points, step)[0]
+
+    def met(
+        self,
+        geometry: Field,
+        points: Tensor,
+        directions: Tensor,
+        samples: Samples,
+        step: int | None,
+        with_normals: bool,
+    ) -> Met:
+        """Evaluate a field at the samples of rays.
+
+        Args:
+            geometry: The field.
+            points: The middles of the samples.
+            directions: The directions of their rays.
+            samples: The samples.
+            step: The step on the trajectory; None: evaluation.
+            with_normals: Whether normals are needed.
+        """
+        del directions
+        density, features = geometry(points, step)
+        normals = geometry.normals(points, step) if with_normals else None
+        return Met(_weights(samples, density), features, normals)
 
     def _rays(
         self,
@@ -157,7 +218,8 @@ class VolumeRenderer(Renderer):
         shading: str,
         step: int | None,
         with_normals: bool,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    ) -> dict[str, Tensor]:
+        """What `Rendering` holds, over rays."""
         count = len(rays.origins)
         if rays.origins.is_cuda and self.config.grid_prune and _can_march():
             samples = self._march(rays, step is not None and self.config.randomized)
@@ -166,27 +228,35 @@ class VolumeRenderer(Renderer):
         directions = rays.directions[samples.rays]
         middle = ((samples.begin + samples.end) / 2)[:, None]
         points = rays.origins[samples.rays] + directions * middle
-        density, features = geometry(points, step)
-        weights = _weights(samples, density, count)
-        colours = material.albedo(features)
-        backfacing = weights.new_zeros(count, 1)
-        normal = weights.new_zeros(count, 3)
-        if with_normals or shading != "albedo":
-            normals = geometry.normals(points, step)
-            normal = accumulate_along_rays(weights, normals, samples.rays, count)
-            away = (normals * directions).sum(-1).clamp(min=0)
-            backfacing = accumulate_along_rays(
-                weights.detach(), away.square()[:, None], samples.rays, count
-            )
+        with_normals = with_normals or shading != "albedo"
+        met = self.met(geometry, points, directions, samples, step, with_normals)
+
+        def total(weights: Tensor, values: Tensor | None) -> Tensor:
+            return accumulate_along_rays(weights, values, samples.rays, count)
+
+        colours = material.albedo(met.features)
+        seen = {
+            "opacity": total(met.weights, None),
+            "normal": met.weights.new_zeros(count, 3),
+            "backfacing": met.weights.new_zeros(count, 1),
+        }
+        if met.normals is not None:
+            seen["normal"] = total(met.weights, met.normals)
+            away = (met.normals * directions).sum(-1).clamp(min=0)
+            seen["backfacing"] = total(met.weights.detach(), away.square()[:, None])
             if shading != "albedo":
-                lit = material.light(points, normals, rays.light[samples.rays])
+                lit = material.light(points, met.normals, rays.light[samples.rays])
                 colours = lit if shading == "textureless" else colours * lit
-        rgb = accumulate_along_rays(weights, colours, samples.rays, count)
-        opacity = accumulate_along_rays(weights, None, samples.rays, count)
-        return rgb, opacity, normal, backfacing
+        seen["foreground"] = total(met.weights, colours)
+        ones = torch.ones_like(met.weights)
+        if met.sums:
+            seen["samples"] = total(ones, None)
+        for name, values in met.sums.items():
+            seen[name] = total(ones, values[:, None])
+        return seen
 
     @torch.no_grad()
-    def _cut(self, rays: _Rays) -> _Samples:
+    def _cut(self, rays: _Rays) -> Samples:
         """Equal samples inside the ball, without those in unoccupied cells."""
         size, radius = self.config.step_size, self.config.radius
         origins, directions = rays.origins, rays.directions
@@ -207,10 +277,10 @@ class VolumeRenderer(Renderer):
         chosen = inside.flatten().nonzero()[:, 0]
         begin = begin[inside]
         dense = (inside.shape[0], inside.shape[1])
-        return _Samples(begin, begin + size, number, chosen, dense)
+        return Samples(begin, begin + size, number, chosen, dense)
 
     @torch.no_grad()
-    def _march(self, rays: _Rays, randomized: bool) -> _Samples:
+    def _march(self, rays: _Rays, randomized: bool) -> Samples:
         """Nerfacc's marching through our grid; CUDA only."""
         side, radius = self.config.occupancy.resolution, self.config.radius
         box = torch.tensor([-radius] * 3 + [radius] * 3)
@@ -223,7 +293,7 @@ class VolumeRenderer(Renderer):
             render_step_size=self.config.step_size,
             stratified=randomized,
         )
-        return _Samples(begin, end, number.long(), None, (len(rays.origins), 0))
+        return Samples(begin, end, number.long(), None, (len(rays.origins), 0))
 
 
 @functools.cache
@@ -237,7 +307,7 @@ def _can_march() -> bool:
     return False
 
 
-def _weights(samples: _Samples, density: Tensor, count: int) -> Tensor:
+def _weights(samples: Samples, density: Tensor) -> Tensor:
     """The weight of each sample in the colour of its ray."""
     if samples.slots is None:
         return render_weight_from_density(
@@ -245,13 +315,8 @@ def _weights(samples: _Samples, density: Tensor, count: int) -> Tensor:
             samples.end,
             density,
             ray_indices=samples.rays,
-            n_rays=count,
+            n_rays=samples.dense[0],
         )[0]
     # nerfacc's flattened form needs CUDA; its dense form does not.
-    begin, end, sigma = (
-        values.new_zeros(samples.dense[0] * samples.dense[1])
-        .index_put((samples.slots,), values)
-        .view(samples.dense)
-        for values in (samples.begin, samples.end, density)
-    )
-    return render_weight_from_density(begin, end, sigma)[0].flatten()[samples.slots]
+    parts = map(samples.laid_out, (samples.begin, samples.end, density))
+    return render_weight_from_density(*parts)[0].flatten()[samples.slots]
