@@ -21,6 +21,7 @@ PROBLEMS = {
     "dreamfusion-system": "systems.dreamfusion.DreamFusion",
     "dreamgaussian-system": "systems.dreamgaussian.DreamGaussian",
     "prolificdreamer-system": "systems.prolificdreamer.ProlificDreamer",
+    "texture-system": "systems.texture.Texture",
     "diffusion-sampling": "systems.sampling.Sampling",
 }
 """Problems by their names in configs; imported on use, because they are heavy."""

@@ -12,7 +12,7 @@ from systems.scene.meshes.reading import MeshError, Raw
 from systems.scene.renderers.raster import choose_backend
 
 CREASE = 40.0
-"""Angle between faces, in degrees, above which an edge without given normals is sharp."""
+"""Angle between faces in degrees above which an edge without given normals is sharp."""
 _THIN = 1e-12
 """Area, relative to the squared size of the mesh, under which a face is degenerate."""
 _LOOKS, _SIZE = 14, 96
@@ -140,7 +140,8 @@ def with_normals(raw: Raw) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Normals of the vertices: the file's, or smooth ones with sharp creases.
 
     Given normals count if they are complete and agree with the faces. Otherwise
-    vertices are split where faces meet at more than `CREASE`. Equal vertices are merged.
+    vertices are split where faces meet at more than `CREASE`. Equal vertices become
+    one.
 
     Returns:
         For each new vertex its index in the mesh, faces of new vertices, and normals.

@@ -113,8 +113,8 @@ def _check_gltf(path: Path) -> dict[str, Any]:
         ) from error
     for name in sorted(required & COMPRESSED.keys()):
         raise MeshError(
-            f"`{path}` is {COMPRESSED[name]} (`{name}`), which is not read here: export "
-            "it without compression."
+            f"`{path}` is {COMPRESSED[name]} (`{name}`), which is not read here: "
+            "export it without compression."
         )
     notes = ["Skinned: taken in its rest pose."] if tree.skins else []
     if any(m.alphaMode not in (None, "OPAQUE") for m in tree.materials or []):

@@ -5,7 +5,7 @@ The colour of a surface point is, in linear light,
 $$c = f \cdot T(u) \cdot v,$$
 
 with the base colour factor f, texture T and vertex colour v of its material (glTF 2.0,
-section 3.9.2); what a file lacks is one. Colours are returned as display colours (sRGB).
+section 3.9.2); what a file lacks is one. It is returned as a display colour (sRGB).
 """
 
 from __future__ import annotations
