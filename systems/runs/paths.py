@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,7 +37,6 @@ from systems import build
 from systems.images import check_ffmpeg, save_video
 from systems.runs import folders
 from systems.scene.cameras import Cameras, RandomCameras, Views
-from systems.settings.config import Config
 from systems.settings.reader import ConfigError
 
 OPTION = "cameras="
@@ -60,16 +59,18 @@ class CameraPath:
     fps: float
 
 
-def run(config: Config, path: Path) -> int:
+def run(file: Path | None, words: Sequence[str]) -> int:
     """Render a run along a path; returns the exit code.
 
     Args:
-        config: Config of the run, with `resume`.
-        path: The camera path.
+        file: A config, or None: that of the run.
+        words: `resume=RUN`, `cameras=PATH` and settings.
 
     Raises:
         ConfigError: There is no such run, or the path cannot be used.
     """
+    path, overrides = split(words)
+    config = folders.load_config(file, overrides)
     system = build(config)
     wanted = read_path(path, system.cameras)
     check_ffmpeg()
@@ -86,7 +87,7 @@ def run(config: Config, path: Path) -> int:
     return 0
 
 
-def split(words: list[str]) -> tuple[Path, list[str]]:
+def split(words: Sequence[str]) -> tuple[Path, list[str]]:
     """The path that `cameras=…` names, and the other words.
 
     Raises:
@@ -147,9 +148,7 @@ def read_path(path: Path, default: RandomCameras) -> CameraPath:
     return CameraPath(views, _number(content, "fps", 30, 1, 240))
 
 
-def _refuse_unknown(
-    section: dict[str, Any], known: tuple[str, ...], where: str
-) -> None:
+def _refuse_unknown(section: dict[str, Any], known: Sequence[str], where: str) -> None:
     for name in section:
         if name not in known:
             raise ConfigError(
