@@ -20,6 +20,7 @@ frame; a `closed` path returns to its first key.
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from collections.abc import Iterator, Sequence
@@ -130,7 +131,7 @@ def read_path(path: Path, default: RandomCameras) -> CameraPath:
         )
     keys = [_key(camera, i, default) for i, camera in enumerate(given)]
     times = [key[-1] for key in keys]
-    if any(b <= a for a, b in zip(times, times[1:], strict=False)):
+    if any(b <= a for a, b in itertools.pairwise(times)):
         raise ConfigError(f"`time` in `{path}` is {times}: write rising numbers.")
     frames = _number(content, "frames", 120 if len(keys) > 1 else 1, 1)
     closed = content.get("closed", False)

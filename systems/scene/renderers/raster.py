@@ -13,9 +13,9 @@ $\sum_i \beta_i a_i$: all of it in torch, differentiable in vertices, attributes
 textures. What the discrete part hides, the motion of silhouettes, comes back by
 antialiasing: where a silhouette crosses the segment between two pixel centres at a
 distance $s \in [0, 1]$ from the centre on the nearer surface, that surface covers the
-share $s - 1/2$ of the other pixel, or lacks $1/2 - s$ of its own (S. Laine et al., 2020,
-arXiv 2011.03277, section 3.4; only edges of faces that a pixel centre sees are known,
-so faces much smaller than a pixel are better antialiased by supersampling).
+share $s - 1/2$ of the other pixel, or lacks $1/2 - s$ of its own (S. Laine et al.,
+2020, arXiv 2011.03277, section 3.4; only edges of faces that a pixel centre sees are
+known, so faces much smaller than a pixel are better antialiased by supersampling).
 
 Visibility comes from nvdiffrast on CUDA, from embreex on the CPU, or from testing every
 ray against every face.
@@ -227,7 +227,7 @@ def meet(
     directions: Float[Tensor, "*#rays 3"],
     corners: Float[Tensor, "*#rays corners=3 3"],
 ) -> tuple[Float[Tensor, "*rays 3"], Float[Tensor, "*rays"]]:
-    """Barycentric coordinates and distance at which rays meet the planes of faces.
+    r"""Barycentric coordinates and distance at which rays meet the planes of faces.
 
     Args:
         origins: Origins of the rays.
@@ -235,7 +235,7 @@ def meet(
         corners: Corners a, b, c of the faces.
 
     Returns:
-        Coordinates $\\beta$, and t in lengths of the direction; −1 and 0 for a ray in
+        Coordinates $\beta$, and t in lengths of the direction; −1 and 0 for a ray in
         the plane of its face.
     """
     a, b, c = corners.unbind(-2)
