@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import logging
+import math
 from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -145,10 +146,14 @@ class Maps(nn.Module):
             if getattr(config, f"learn_{name}"):
                 self.register_parameter(name, nn.Parameter(_unsquashed(level)))
 
+    def map(self, name: str) -> Float[Tensor, "side side channels"]:
+        """A learned map before its sigmoid, smoothed."""
+        return smoothed(getattr(self, name), self.config.smoothing)
+
     def level(self, name: str, uv: Tensor) -> Float[Tensor, "points 1"]:
         """Roughness or metalness at texture coordinates."""
         if name in self._parameters:
-            return sample(getattr(self, name), uv).sigmoid()
+            return sample(self.map(name), uv).sigmoid()
         return torch.full_like(uv[:, :1], getattr(self.config, name))
 
     @property
@@ -158,6 +163,28 @@ class Maps(nn.Module):
         parts = (surface.vertices, surface.faces, surface.uv)
         hashes = [hashlib.sha256(np.ascontiguousarray(part)).digest() for part in parts]
         return hashlib.sha256(b"".join(hashes)).hexdigest()[:16]
+
+
+def smoothed(
+    image: Float[Tensor, "rows columns channels"], sigma: float
+) -> Float[Tensor, "rows columns channels"]:
+    """An image convolved with a Gaussian, continued at its edges.
+
+    Args:
+        image: The image.
+        sigma: Standard deviation in texels; 0: the image itself.
+    """
+    if not sigma:
+        return image
+    reach = max(1, math.ceil(2.5 * sigma))
+    offsets = torch.arange(-reach, reach + 1, dtype=image.dtype, device=image.device)
+    kernel = torch.exp(-(offsets**2) / (2 * sigma**2))
+    kernel = kernel / kernel.sum()
+    planes = image.permute(2, 0, 1)[:, None]
+    planes = nn.functional.pad(planes, (reach,) * 4, mode="replicate")
+    planes = nn.functional.conv2d(planes, kernel[None, None, :, None])
+    planes = nn.functional.conv2d(planes, kernel[None, None, None, :])
+    return planes[:, 0].permute(1, 2, 0)
 
 
 def _unsquashed(values: Tensor) -> Tensor:
@@ -242,7 +269,7 @@ class TexturedScene(nn.Module):
         random: dp.StepRandom,
     ) -> Float[Tensor, "hits 3"]:
         """Shaded colours of the samples."""
-        albedo = self.material.albedo(sample(self.geometry.albedo, uv))
+        albedo = self.material.albedo(sample(self.geometry.map("albedo"), uv))
         shading = self.material.shading(step, random)
         if shading == "albedo":
             return albedo
@@ -285,7 +312,7 @@ class TexturedScene(nn.Module):
         surface, config = self.geometry.surface, self.geometry.config
 
         def shown(name: str) -> np.ndarray:
-            raw = getattr(self.geometry, name).detach().cpu()
+            raw = self.geometry.map(name).detach().cpu()
             albedo = self.material.albedo(raw.reshape(-1, raw.shape[-1]))
             return surface.texels.spread(albedo.reshape(raw.shape).double().numpy())
 

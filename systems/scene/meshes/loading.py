@@ -18,7 +18,7 @@ import numpy as np
 from systems.scene.meshes import atlas, cleaning
 from systems.scene.meshes.reading import MeshError, Raw, read_file
 from systems.scene.meshes.source import Source
-from systems.settings.checks import at_least, one_of
+from systems.settings.checks import at_least, between, one_of
 
 AXES: Mapping[str, tuple[int, ...]] = {
     f"{sign}{name}": tuple((1 if sign == "+" else -1) * (i == j) for j in range(3))
@@ -50,6 +50,9 @@ class MeshConfig:
         uv: "keep" the texture coordinates of the file, "make" new ones, or "auto":
             keep them where they can hold one map.
         texture_resolution: Side of the maps in texels.
+        smoothing: Standard deviation, in texels, of the Gaussian through which the maps
+            are seen: images say nothing about details finer than their pixels, which
+            an optimizer would fill with noise; 0: no smoothing.
         initial: Initial albedo: "file", the colours of the file, or a grey level from 0
             to 1.
         roughness: Roughness of the surface, from 0 to 1; the initial one if it is
@@ -67,6 +70,7 @@ class MeshConfig:
     max_faces: int = 0
     uv: str = "auto"
     texture_resolution: int = 256
+    smoothing: float = 1.0
     initial: float | str = "file"
     roughness: float = 1.0
     metallic: float = 0.0
@@ -87,6 +91,7 @@ class MeshConfig:
         if not 0 < self.radius < math.inf:
             raise ValueError(f"`radius` is {self.radius}: write a number above 0.")
         at_least("max_faces", self.max_faces, 0)
+        between("smoothing", self.smoothing, 0, 16)
         at_least("texture_resolution", self.texture_resolution, 4)
         if self.texture_resolution > MAX_SIDE:
             raise ValueError(

@@ -14,7 +14,8 @@ textures. What the discrete part hides, the motion of silhouettes, comes back by
 antialiasing: where a silhouette crosses the segment between two pixel centres at a
 distance $s \in [0, 1]$ from the centre on the nearer surface, that surface covers the
 share $s - 1/2$ of the other pixel, or lacks $1/2 - s$ of its own (S. Laine et al.,
-2020, arXiv 2011.03277, section 3.4; only edges of faces that a pixel centre sees are
+2020, arXiv 2011.03277, section 3.4: neighbours in a row meet steep edges, those in a
+column flat ones, so that every edge moves the area that it sweeps; only edges of faces that a pixel centre sees are
 known, so faces much smaller than a pixel are better antialiased by supersampling).
 
 Visibility comes from nvdiffrast on CUDA, from embreex on the CPU, or from testing every
@@ -435,7 +436,10 @@ def _crossing(
     centre = near[:, [2, 1]] + 0.5  # column and row
     level = centre[:, over, None]
     before, after = corners[..., over] - level, following[..., over] - level
-    crosses = edges & (before * after <= 0) & (before != after)
+    across, steep = (part.abs() for part in (following - corners).unbind(-1))
+    # An edge counts once: in rows if it is steep, in columns if it is flat.
+    own = steep >= across if axis == 2 else steep < across
+    crosses = edges & own & (before * after <= 0) & (before != after)
     share = before / torch.where(crosses, before - after, 1.0)
     at = corners[..., along] + share * (following[..., along] - corners[..., along])
     distance = (at - centre[:, along, None]) * (far - near)[:, axis, None]
