@@ -78,7 +78,7 @@ def solve(wanted: runs.Job) -> dict[str, Any]:
     }
     found = quality.against_truth(system, solution.value, truth)
     strip = torch.cat(list(found.images[::4]), -1)
-    save(strip, FOLDER / "images" / f"{name_of(wanted)}.png")
+    save(strip, FOLDER / "images" / f"{runs.name_of(wanted)}.png")
     wide = torch.cat(list(found.wanted[::4]), -1)
     save(wide, FOLDER / "images" / f"{wanted['prompt'].replace(' ', '-')}.png")
     try:
@@ -87,12 +87,6 @@ def solve(wanted: runs.Job) -> dict[str, Any]:
     except EmptySurface:
         chamfer = None
     return {**entry, **found.figures(), "chamfer": chamfer}
-
-
-def name_of(wanted: runs.Job) -> str:
-    """File name of a run."""
-    words = f"{wanted['prompt']} {wanted['row']} {wanted['seed']}"
-    return words.replace(" ", "-")
 
 
 def save(image: Tensor, path: Path) -> None:
@@ -134,19 +128,30 @@ def table(entries: list[dict[str, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def sheet(entries: list[dict[str, Any]]) -> Image.Image:
-    """The ground truth, then the rows, for each complete prompt and seed."""
+def sheet_of(
+    entries: list[dict[str, Any]],
+    problems: list[tuple[str, int]],
+    rows: list[str],
+    folder: Path,
+) -> Image.Image:
+    """The ground truth, then the rows, for each complete problem.
+
+    Args:
+        entries: Entries of the log.
+        problems: Prompt and seed of the columns.
+        rows: Rows of a complete problem.
+        folder: Folder of the strips.
+    """
     strips = []
-    for seed in SEEDS:
-        for name in PROMPTS:
-            prompt = runs.prompt_of(name)
-            found = [e for e in entries if (e["prompt"], e["seed"]) == (prompt, seed)]
-            if len(found) < len(ROWS):
-                continue
-            files = [prompt.replace(" ", "-"), *map(name_of, found)]
-            strips.append([Image.open(FOLDER / "images" / f"{f}.png") for f in files])
+    for problem in problems:
+        found = [e for e in entries if (e["prompt"], e["seed"]) == problem]
+        if {e["row"] for e in found} < set(rows):
+            continue
+        found.sort(key=lambda e: rows.index(e["row"]))
+        files = [problem[0].replace(" ", "-"), *map(runs.name_of, found)]
+        strips.append([Image.open(folder / f"{file}.png") for file in files])
     width, height = strips[0][0].size
-    whole = Image.new("RGB", (width * len(strips), height * (len(ROWS) + 1)))
+    whole = Image.new("RGB", (width * len(strips), height * (len(rows) + 1)))
     for column, files in enumerate(strips):
         for row, file in enumerate(files):
             whole.paste(file, (column * width, row * height))
@@ -167,7 +172,10 @@ def main() -> None:
     text = table(entries)
     (FOLDER / "table.md").write_text(text)
     print(text)
-    sheet(entries).save(FOLDER / "sheet.png")
+    problems = [(runs.prompt_of(name), seed) for seed in SEEDS for name in PROMPTS]
+    sheet_of(entries, problems, list(ROWS), FOLDER / "images").save(
+        FOLDER / "sheet.png"
+    )
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 import dreampropeller as dp
 from systems import build, quality
+from systems.base import System
 from systems.runs.folders import environment
 from systems.settings.config import load
 from systems.toybox.captions import SCORED, caption
@@ -117,6 +118,13 @@ def solve(wanted: Job) -> dict[str, Any]:
 
 def solved(wanted: Job) -> tuple[dict[str, Any], quality.Quality]:
     """The same, with the images."""
+    return solved_state(wanted)[:2]
+
+
+def solved_state(
+    wanted: Job,
+) -> tuple[dict[str, Any], quality.Quality, System, dp.State]:
+    """The same, with the images, the system and its final state."""
     system = build(load(wanted["config"], wanted["settings"]))
     truth = quality.truth_of(system)
     assert truth is not None, "benchmarks need prompts of the toybox"
@@ -131,7 +139,13 @@ def solved(wanted: Job) -> tuple[dict[str, Any], quality.Quality]:
         "evaluations": solution.stats.num_evaluations,
         "seconds": seconds,
     }
-    return {**wanted, **found.figures(), **cost}, found
+    return {**wanted, **found.figures(), **cost}, found, system, solution.value
+
+
+def name_of(wanted: Job) -> str:
+    """File name of a run."""
+    words = f"{wanted['prompt']} {wanted['row']} {wanted['seed']}"
+    return words.replace(" ", "-")
 
 
 def run_all(

@@ -33,7 +33,7 @@ from systems.scene.renderers.raster import (
 if TYPE_CHECKING:
     from systems.base import System
 
-VIEWS, SIZE = 26, 384
+VIEWS, SIZE = 24, 256
 """Views from which colours are baked, and their sides in pixels."""
 _NEAR_ENOUGH = 0.02
 """Difference in distance up to which a point is the one that a pixel sees."""
