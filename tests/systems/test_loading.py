@@ -126,8 +126,8 @@ def spoilt(folder: Path) -> Path:
     vertices = np.concatenate([mesh.vertices, [[np.nan, 0, 0]], mesh.vertices[:1]])
     extra = [[0, 0, 1], [0, 1, 162], [0, 163, 5], *mesh.faces[:4], mesh.faces[5][::-1]]
     lines = [f"v {x} {y} {z}" for x, y, z in vertices]
-    for face in [*mesh.faces, *extra]:
-        lines.append("f " + " ".join(str(int(i) + 1) for i in face))
+    rows = [[int(i) + 1 for i in face] for face in [*mesh.faces, *extra]]
+    lines += [f"f {a} {b} {c}" for a, b, c in rows]
     (folder / "a.obj").write_text("\n".join(lines))
     return folder / "a.obj"
 

@@ -205,7 +205,7 @@ def software(clip: Tensor, faces: Tensor, size: list[int]) -> Tensor:
 def test_nvdiffrast_is_asked_for_the_same_image(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """By a stand-in with its documented conventions; the sides are no multiples of 8."""
+    """By a stand-in with its conventions; the sides are no multiples of 8."""
 
     def rasterize_(_: Any, clip: Tensor, faces: Tensor, resolution: list[int]) -> Any:
         assert [side % 8 for side in resolution] == [0, 0]

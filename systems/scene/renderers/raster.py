@@ -14,9 +14,10 @@ textures. What the discrete part hides, the motion of silhouettes, comes back by
 antialiasing: where a silhouette crosses the segment between two pixel centres at a
 distance $s \in [0, 1]$ from the centre on the nearer surface, that surface covers the
 share $s - 1/2$ of the other pixel, or lacks $1/2 - s$ of its own (S. Laine et al.,
-2020, arXiv 2011.03277, section 3.4: neighbours in a row meet steep edges, those in a
-column flat ones, so that every edge moves the area that it sweeps; only edges of faces that a pixel centre sees are
-known, so faces much smaller than a pixel are better antialiased by supersampling).
+2020, arXiv 2011.03277, section 3.4). Neighbours in a row meet steep edges, those in a
+column flat ones, so that each edge moves the area that it sweeps. Only edges of faces
+that a pixel centre sees are known: faces much smaller than a pixel are better
+antialiased by supersampling.
 
 Visibility comes from nvdiffrast on CUDA, from embreex on the CPU, or from testing every
 ray against every face.
