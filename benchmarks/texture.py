@@ -1,18 +1,22 @@
 """Texture of a given mesh, sequentially and with windows: cost and quality.
 
     python -m benchmarks.texture [--workers 2] [--logged]
+    python -m benchmarks.texture --raster
 
 The true mesh of a white toybox object takes the prompt of another colour and finish
 (`configs/texture-toybox.yaml`): three prompts with two seeds give a table and a contact
 sheet in `benchmarks/results/texture/`. An interrupted benchmark resumes from its log.
 Images of 32 pixels hide what a texel does, so PSNR is measured on images of 128 pixels
-as well.
+as well. `--raster` times the rasteriser alone: 102,400 faces at 256², four views.
 """
 
 from __future__ import annotations
 
 import argparse
 import math
+import resource
+import statistics
+import time
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +31,9 @@ from benchmarks.gaussians import save, sheet_of
 from systems import quality
 from systems.base import System
 from systems.quality.truth import GREY, fixed_views
+from systems.scene.cameras import Cameras, Views
 from systems.scene.mesh_files import save_mesh
+from systems.scene.renderers import raster
 from systems.settings.config import load
 from systems.toybox.truth import Truth, truth
 
@@ -146,12 +152,64 @@ def table(entries: list[dict[str, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def time_rasteriser(repeats: int = 5) -> str:
+    """Median seconds of each part of an image and its gradient, on one thread."""
+    torch.set_num_threads(1)
+    large, little = trimesh.creation.icosphere(6), trimesh.creation.icosphere(5)
+    whole: Any = trimesh.util.concatenate(
+        [large, little.apply_scale(0.3).apply_translation([0.9, 0.4, 0.3])]
+    )
+    bumps = whole.vertices + 0.02 * np.sin(20 * whole.vertices)
+    vertices = torch.from_numpy(bumps).float().requires_grad_()
+    faces, uv = torch.from_numpy(np.array(whole.faces)), torch.rand(len(vertices), 2)
+    texture = torch.rand(1024, 1024, 3, requires_grad=True)
+    around = torch.arange(4)
+    cameras = Cameras(
+        90.0 * around, 20 + 0.0 * around, 2.6 + 0.0 * around, 50.0 + 0 * around
+    )
+    views = Views(cameras, cameras.axes()[0], 256, 256)
+    adjacency = raster.Adjacency.of(faces)
+    spent: dict[str, list[float]] = {}
+    for _ in range(repeats):
+        clock = [time.process_time()]
+        seen = raster.Embree(vertices, faces)
+        clock.append(time.process_time())
+        found = raster.rasterize(vertices, faces, views, seen)
+        clock.append(time.process_time())
+        colours = raster.sample(texture, found.interpolate(uv, faces))
+        image = found.image(torch.cat([colours, torch.ones_like(colours[:, :1])], -1))
+        clock.append(time.process_time())
+        image = raster.antialias(image, found, vertices, faces, views, adjacency)
+        clock.append(time.process_time())
+        torch.autograd.grad(image.square().mean(), [vertices, texture])
+        clock.append(time.process_time())
+        parts = ("hierarchy", "visibility", "texture", "antialiasing", "backward")
+        for part, begin, end in zip(parts, clock, clock[1:], strict=False):
+            spent.setdefault(part, []).append(end - begin)
+    medians = {part: statistics.median(values) for part, values in spent.items()}
+    again = sum(medians.values()) - medians["hierarchy"]
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    lines = [f"{part}: {value:.2f} s" for part, value in medians.items()]
+    return "\n".join(
+        [
+            f"{len(faces)} faces, 4 views of 256², one thread of {runs.machine()}",
+            *lines,
+            f"together {again:.2f} s, and {medians['hierarchy']:.2f} s once per shape",
+            f"peak memory of the process: {peak:.2f} GiB",
+        ]
+    )
+
+
 def main() -> None:
     """Run the missing jobs, and write table and sheet."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--logged", action="store_true", help="only what was run")
+    parser.add_argument("--raster", action="store_true", help="the rasteriser alone")
     arguments = parser.parse_args()
+    if arguments.raster:
+        print(time_rasteriser())
+        return
     log = FOLDER / "runs.jsonl"
     if arguments.logged:
         entries = runs.logged(jobs(), log, lambda e: (e["prompt"], e["seed"]), PLAIN)

@@ -31,6 +31,7 @@ from systems.texture import Texture
 from systems.toybox.truth import truth
 from systems.variational import LORA
 from tests.helpers import tree_equal
+from tests.systems.gaussians.test_dreamgaussian import SMALL
 from tests.systems.scenes import small
 from tests.systems.test_priors import stable_diffusion as stable_diffusion
 
@@ -352,3 +353,28 @@ def test_colours_are_baked_from_the_views_that_see_them(
     error = (baked - wave).abs().max(-1).values
     assert float(error.median()) < 0.02
     assert float(error.quantile(0.95)) < 0.15  # inside the mug few views see much
+
+
+def test_baked_splats_are_refined_in_their_own_texture_coordinates(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """DreamGaussian's second stage: mesh and map of the first one are its start."""
+    monkeypatch.setattr(exports, "SIZE", 64)
+    words = [*SMALL, "system.geometry.num_splats=300", "system.geometry.opacity=0.9"]
+    words += ["system.geometry.max_faces=200", "export.texture=64"]
+    splats = build(load("configs/dreamgaussian-toybox.yaml", words))
+    y, _ = splats.trajectory().init()
+    y = {**y, "geometry.sh0": y["geometry.sh0"] * 0 + torch.tensor([1.0, 0.0, -1.0])}
+    mesh = exports.finished(splats, y)
+    glb = save_mesh(mesh, tmp_path)[0]
+    same = ["system.geometry.texture_resolution=64", "system.geometry.mesh_scale=keep"]
+    system = tiny(glb, *same, "system.guidance_type=refine-guidance")
+    surface = system.scene.geometry.surface
+    assert surface.notes == ()
+    assert len(surface.faces) == len(mesh.faces) <= 200
+    wanted = np.asarray(mesh.visual.material.baseColorTexture) / 255
+    inside = surface.texels.inside
+    # Texel centres are where they were, so the map is the same one.
+    assert np.abs(surface.colours - wanted)[inside].max() < 0.02
+    orange = 0.5 + 0.28209 * np.array([1.0, 0.0, -1.0])
+    assert np.median(surface.colours[inside], 0) == pytest.approx(orange, abs=0.03)
