@@ -161,7 +161,7 @@ class Maps(nn.Module):
         """A digest of shape and texture coordinates: what a state belongs to."""
         surface = self.surface
         parts = (surface.vertices, surface.faces, surface.uv)
-        hashes = [hashlib.sha256(np.ascontiguousarray(part)).digest() for part in parts]
+        hashes = [hashlib.sha256(part.tobytes()).digest() for part in parts]
         return hashlib.sha256(b"".join(hashes)).hexdigest()[:16]
 
 
@@ -285,8 +285,12 @@ class TexturedScene(nn.Module):
         if shading == "textureless":
             albedo = torch.ones_like(albedo)
         if isinstance(self.material, Reflectance):
-            levels = [self.geometry.level(n, uv) for n in ("roughness", "metallic")]
-            return self.material.reflect(albedo, *levels, points, normals, light, eye)
+            roughness, metallic = (
+                self.geometry.level(name, uv) for name in ("roughness", "metallic")
+            )
+            return self.material.reflect(
+                albedo, roughness, metallic, points, normals, light, eye
+            )
         return albedo * self.material.light(points, normals, light)
 
     def _fragments(self, views: Views, step: int | None) -> Fragments:

@@ -311,11 +311,12 @@ def test_what_is_written_here_comes_back_as_it_was(kind: str, tmp_path: Path) ->
 
 def test_up_and_front_are_the_files_or_those_asked_for(tmp_path: Path) -> None:
     tall = box(0.4, 0.6, 1.6)  # x, y, z
-    for name, settings, wanted in (
+    cases: list[tuple[str, dict[str, Any], list[float]]] = [
         ("a.glb", {}, [1.6, 0.4, 0.6]),  # y is up, z the front
         ("a.ply", {}, [0.4, 0.6, 1.6]),
         ("a.ply", {"mesh_up": "-x", "mesh_front": "+y"}, [0.6, 1.6, 0.4]),
-    ):
+    ]
+    for name, settings, wanted in cases:
         source = load_source(
             MeshConfig(str(written(tall, tmp_path / name)), **settings)
         )

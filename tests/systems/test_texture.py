@@ -14,6 +14,8 @@ import pytest
 import torch
 import trimesh
 from PIL import Image
+from trimesh.visual import TextureVisuals
+from trimesh.visual.material import PBRMaterial
 
 import dreampropeller as dp
 import launch
@@ -133,8 +135,8 @@ def test_roughness_and_metalness_are_learned_where_the_material_shows_them(
             total[name] += float(gradient.abs().sum())
     assert min(total.values()) > 0
     mesh = system.mesh({**y, "geometry.metallic": y["geometry.metallic"] * 0 + 20.0})
-    glb = pygltflib.GLTF2().load(str(save_mesh(mesh, tmp_path)[0]))
-    surface: Any = glb.materials[0].pbrMetallicRoughness
+    glb: Any = pygltflib.GLTF2().load(str(save_mesh(mesh, tmp_path)[0]))
+    surface = glb.materials[0].pbrMetallicRoughness
     assert surface.metallicRoughnessTexture is not None
     levels = np.asarray(mesh.visual.material.metallicRoughnessTexture)
     assert levels[..., 1] == pytest.approx(128, abs=1)  # green: roughness
@@ -212,7 +214,7 @@ def test_base_colours_read_as_the_format_says_are_those_of_the_turntable(
     elif reader == "trimesh glb":
         mesh = load_glb(run / "mesh.glb")
     else:
-        mesh = trimesh.load(run / "mesh.obj", force="mesh", process=False)
+        mesh: Any = trimesh.load(run / "mesh.obj", force="mesh", process=False)
         mesh.visual.material = mesh.visual.material.to_pbr()
     images, inside = seen(run)
     monkeypatch.setattr("systems.scene.zbuffer.AMBIENT", 1.0)  # without light
@@ -251,11 +253,9 @@ def _by_the_letter(path: Path) -> Any:
     encoded = (to_srgb(to_linear(texels)) * 255).round().astype(np.uint8)
     upright = np.stack([position[:, 0], -position[:, 2], position[:, 1]], -1)
     mesh = trimesh.Trimesh(upright, faces, process=False)
-    mesh.visual = trimesh.visual.TextureVisuals(
+    mesh.visual = TextureVisuals(
         uv=np.stack([uv[:, 0], 1 - uv[:, 1]], -1),  # v goes down in glTF
-        material=trimesh.visual.material.PBRMaterial(
-            baseColorTexture=Image.fromarray(encoded)
-        ),
+        material=PBRMaterial(baseColorTexture=Image.fromarray(encoded)),
     )
     return mesh
 

@@ -10,6 +10,7 @@ and smaller mip levels do not mix in anything else.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -68,9 +69,8 @@ class Texels:
 
         if self.inside.all() or not self.inside.any():
             return image
-        _, (rows, columns) = ndimage.distance_transform_edt(
-            ~self.inside, return_indices=True
-        )
+        found: Any = ndimage.distance_transform_edt(~self.inside, return_indices=True)
+        rows, columns = found[1]
         return image[rows, columns]
 
 
@@ -101,13 +101,14 @@ def unwrap(
     """
     import xatlas
 
-    atlas = xatlas.Atlas()
+    atlas: Any = xatlas.Atlas()
     atlas.add_mesh(vertices.astype(np.float32), faces.astype(np.uint32))
     pack = xatlas.PackOptions()
     pack.resolution, pack.padding, pack.bilinear = side, MARGIN, True
     pack.create_image = False
     atlas.generate(xatlas.ChartOptions(), pack)
-    origin, new, uv = atlas[0]
+    mesh: Any = atlas[0]
+    origin, new, uv = mesh
     scale = np.array([atlas.width, atlas.height]) / max(atlas.width, atlas.height)
     return origin.astype(np.int64), new.astype(np.int64), uv.astype(float) * scale
 

@@ -33,7 +33,7 @@ def drop_useless(raw: Raw) -> Raw:
         MeshError: No face is left.
     """
     counts = {}
-    finite = np.isfinite(raw.vertices).all(1)
+    finite = np.asarray(np.isfinite(raw.vertices).all(1))
     keep = finite[raw.faces].all(1)
     counts["not finite"] = int((~keep).sum())
     where = weld(np.where(finite[:, None], raw.vertices, 0.0))

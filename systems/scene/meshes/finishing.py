@@ -21,7 +21,7 @@ def sound(mesh: Any) -> Any:
     import trimesh
 
     vertices, faces = np.asarray(mesh.vertices, float), np.asarray(mesh.faces)
-    finite = np.isfinite(vertices).all(1)
+    finite = np.asarray(np.isfinite(vertices).all(1))
     keep = finite[faces].all(1)
     if not keep.any():
         raise ValueError(

@@ -294,7 +294,7 @@ def decimate(
     used, merged = np.unique(merged, return_inverse=True)
     found: Any = fast_simplification.simplify(
         vertices[used].astype(np.float64),
-        merged.reshape(-1, 3).astype(np.int64),
+        merged.reshape(-1, 3).astype(np.int32),
         target_count=max_faces,
     )
     return np.asarray(found[0], float), np.asarray(found[1], np.int64)

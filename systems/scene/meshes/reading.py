@@ -209,13 +209,14 @@ def _instance(mesh: Any, transform: np.ndarray, path: Path) -> Raw:
 
 def _material(mesh: Any) -> tuple[np.ndarray | None, np.ndarray]:
     """Texture (sRGB bytes) and factor (linear) of the base colour."""
-    material = getattr(mesh.visual, "material", None)
+    material: Any = getattr(mesh.visual, "material", None)
     factor, image = getattr(material, "baseColorFactor", None), None
     if material is not None:
         image = getattr(material, "baseColorTexture", getattr(material, "image", None))
     texture = None if image is None else np.asarray(image.convert("RGB"))
-    if factor is None and hasattr(material, "diffuse"):  # of an mtl file: sRGB
-        given = np.asarray(material.diffuse, float)[:3] / 255
+    diffuse = getattr(material, "diffuse", None)
+    if factor is None and diffuse is not None:  # of an mtl file: sRGB
+        given = np.asarray(diffuse, float)[:3] / 255
         white = np.ones(3) if texture is not None else given
         return texture, to_linear(white)
     if factor is None:
