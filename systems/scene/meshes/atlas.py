@@ -107,8 +107,8 @@ def unwrap(
     pack.resolution, pack.padding, pack.bilinear = side, MARGIN, True
     pack.create_image = False
     atlas.generate(xatlas.ChartOptions(), pack)
-    mesh: Any = atlas[0]
-    origin, new, uv = mesh
+    made: tuple[Any, ...] = tuple(atlas[0])
+    origin, new, uv = made
     scale = np.array([atlas.width, atlas.height]) / max(atlas.width, atlas.height)
     return origin.astype(np.int64), new.astype(np.int64), uv.astype(float) * scale
 
