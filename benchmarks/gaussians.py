@@ -12,19 +12,14 @@ from __future__ import annotations
 
 import argparse
 import math
-import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from PIL import Image
-from torch import Tensor
 
-import dreampropeller as dp
 from benchmarks import runs
-from systems import build, quality
-from systems.images import to_bytes
-from systems.scene.isosurface import EmptySurface
+from benchmarks.measured import measured
 from systems.settings.config import load
 
 CONFIG = "configs/dreamgaussian-toybox.yaml"
@@ -33,9 +28,9 @@ PROMPTS = ("mushroom", "tree", "rocket")
 SEEDS = (0, 1)
 SETTINGS = ["trainer.max_steps=100", "system.densify.interval=25"]
 """Three growths in a run; they cut the windows more often than the config's."""
-PLAIN = "sequential"
+SEQUENTIAL = "sequential"
 ROWS = {
-    PLAIN: ["solver.name=sequential"],
+    SEQUENTIAL: ["solver.name=sequential"],
     "window 8": ["solver.window.size=8"],
     "window 16": ["solver.window.size=16"],
 }
@@ -61,39 +56,14 @@ def jobs() -> list[dict[str, Any]]:
 
 def solve(wanted: runs.Job) -> dict[str, Any]:
     """Solve a job, measure images and mesh, and save a strip of images."""
-    system = build(load(wanted["config"], wanted["settings"]))
-    truth = quality.truth_of(system)
-    assert truth is not None
-    trajectory = system.trajectory()
-    start, cpu = time.perf_counter(), time.process_time()
-    solution = dp.solve(trajectory, system.solver())
-    entry = {
-        **wanted,
-        "seconds": round(time.perf_counter() - start, 2),
-        "cpu_seconds": round(time.process_time() - cpu, 2),
-        "iterations": solution.stats.num_iterations,
-        "evaluations": solution.stats.num_evaluations,
-        "strides": solution.stats.strides,
-        "splats": len(solution.value["geometry.means"]),
-    }
-    found = quality.against_truth(system, solution.value, truth)
-    strip = torch.cat(list(found.images[::4]), -1)
-    save(strip, FOLDER / "images" / f"{runs.name_of(wanted)}.png")
-    wide = torch.cat(list(found.wanted[::4]), -1)
-    save(wide, FOLDER / "images" / f"{wanted['prompt'].replace(' ', '-')}.png")
-    try:
-        mesh = quality.measure_mesh(system.mesh(solution.value), truth)
-        chamfer = mesh.figures()["chamfer"]
-    except EmptySurface:
-        chamfer = None
-    return {**entry, **found.figures(), "chamfer": chamfer}
+    entry, _, state = measured(wanted, FOLDER / "images", name_of(wanted))
+    return {**entry, "splats": len(state["geometry.means"])}
 
 
-def save(image: Tensor, path: Path) -> None:
-    """Write an image, magnified four times."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    large = image.repeat_interleave(4, -1).repeat_interleave(4, -2)
-    Image.fromarray(to_bytes(large)).save(path)
+def name_of(wanted: runs.Job) -> str:
+    """File name of a run."""
+    words = f"{wanted['prompt']} {wanted['row']} {wanted['seed']}"
+    return words.replace(" ", "-")
 
 
 def table(entries: list[dict[str, Any]]) -> str:
@@ -106,15 +76,17 @@ def table(entries: list[dict[str, Any]]) -> str:
         "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     rows = {row: [e for e in entries if e["row"] == row] for row in ROWS}
-    plain = {(e["prompt"], e["seed"]): e for e in rows[PLAIN]}
+    sequential = {(e["prompt"], e["seed"]): e for e in rows[SEQUENTIAL]}
     for row, found in rows.items():
-        found = [e for e in found if (e["prompt"], e["seed"]) in plain]
+        found = [e for e in found if (e["prompt"], e["seed"]) in sequential]
         if not found:
             continue
-        size = int(row.split()[-1]) if row != PLAIN else 1
+        size = int(row.split()[-1]) if row != SEQUENTIAL else 1
         pieces = [every] * (steps // every) + [steps % every] * (steps % every > 0)
         least = sum(math.ceil(piece / size) for piece in pieces)
-        change = sum(e["psnr"] - plain[e["prompt"], e["seed"]]["psnr"] for e in found)
+        change = sum(
+            e["psnr"] - sequential[e["prompt"], e["seed"]]["psnr"] for e in found
+        )
         few = runs.mean(found, "iterations")
         shapes = [e for e in found if e["chamfer"] is not None]
         lines.append(
@@ -128,30 +100,23 @@ def table(entries: list[dict[str, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def sheet_of(
+def sheet(
     entries: list[dict[str, Any]],
-    problems: list[tuple[str, int]],
-    rows: list[str],
-    folder: Path,
+    prompts: Sequence[str],
+    num_rows: int = len(ROWS),
+    folder: Path = FOLDER,
 ) -> Image.Image:
-    """The ground truth, then the rows, for each complete problem.
-
-    Args:
-        entries: Entries of the log.
-        problems: Prompt and seed of the columns.
-        rows: Rows of a complete problem.
-        folder: Folder of the strips.
-    """
+    """The ground truth, then the rows, for each complete prompt and seed."""
     strips = []
-    for problem in problems:
-        found = [e for e in entries if (e["prompt"], e["seed"]) == problem]
-        if {e["row"] for e in found} < set(rows):
-            continue
-        found.sort(key=lambda e: rows.index(e["row"]))
-        files = [problem[0].replace(" ", "-"), *map(runs.name_of, found)]
-        strips.append([Image.open(folder / f"{file}.png") for file in files])
+    for seed in SEEDS:
+        for prompt in prompts:
+            found = [e for e in entries if (e["prompt"], e["seed"]) == (prompt, seed)]
+            if len(found) < num_rows:
+                continue
+            files = [prompt.replace(" ", "-"), *map(name_of, found)]
+            strips.append([Image.open(folder / "images" / f"{f}.png") for f in files])
     width, height = strips[0][0].size
-    whole = Image.new("RGB", (width * len(strips), height * (len(rows) + 1)))
+    whole = Image.new("RGB", (width * len(strips), height * (num_rows + 1)))
     for column, files in enumerate(strips):
         for row, file in enumerate(files):
             whole.paste(file, (column * width, row * height))
@@ -166,16 +131,16 @@ def main() -> None:
     arguments = parser.parse_args()
     log = FOLDER / "runs.jsonl"
     if arguments.logged:
-        entries = runs.logged(jobs(), log, lambda e: (e["prompt"], e["seed"]), PLAIN)
+        entries = runs.logged(
+            jobs(), log, lambda e: (e["prompt"], e["seed"]), SEQUENTIAL
+        )
     else:
         entries = runs.run_all(jobs(), log, arguments.workers, solve)
     text = table(entries)
     (FOLDER / "table.md").write_text(text)
     print(text)
-    problems = [(runs.prompt_of(name), seed) for seed in SEEDS for name in PROMPTS]
-    sheet_of(entries, problems, list(ROWS), FOLDER / "images").save(
-        FOLDER / "sheet.png"
-    )
+    prompts = [runs.prompt_of(name) for name in PROMPTS]
+    sheet(entries, prompts).save(FOLDER / "sheet.png")
 
 
 if __name__ == "__main__":

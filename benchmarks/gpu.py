@@ -96,15 +96,10 @@ def main() -> int:
     for config in arguments.configs:
         prompt = CONFIGS.get(config, "a red mushroom")
         settings = [f"trainer.max_steps={arguments.steps}", *arguments.set]
-        entries += [
-            run(config, prompt, [*settings, "solver.name=sequential"], arguments.runs),
-            run(
-                config,
-                prompt,
-                [*settings, f"dispatch.num_workers={workers}"],
-                arguments.runs,
-            ),
-        ]
+        for chosen in ("solver.name=sequential", f"dispatch.num_workers={workers}"):
+            entries.append(run(config, prompt, [*settings, chosen], arguments.runs))
+            if "not_run" in entries[-1]:
+                break  # nor would the other
     arguments.to.mkdir(parents=True, exist_ok=True)
     name = re.sub(r"\W+", "-", device).strip("-").lower()
     file = arguments.to / f"gpu-{name}.json"

@@ -35,7 +35,7 @@ THRESHOLDS = (
     "drift:0.2+secant",
 )
 RATES = (0.5, 1.0, 2.0, 4.0, 8.0)
-PLAIN = "plain loop"
+SEQUENTIAL = "sequential"
 EXACT = "exact"
 STYLES = {"repeat_last": "o:", "momentum": "s--", "auto": "^-"}
 Entry = dict[str, Any]
@@ -75,7 +75,7 @@ def jobs(arguments: argparse.Namespace) -> list[Entry]:
     for regime in arguments.regimes:
         name, steps, rate = regime.split(":")
         steps, rate = int(steps), float(rate)
-        rows.append((name, PLAIN, "", 1, steps, rate, ["solver.name=sequential"]))
+        rows.append((name, SEQUENTIAL, "", 1, steps, rate, ["solver.name=sequential"]))
         for window in arguments.windows:
             size = f"solver.window.size={window}"
             for spec in arguments.thresholds:
@@ -89,9 +89,11 @@ def jobs(arguments: argparse.Namespace) -> list[Entry]:
             few = math.ceil(steps / k)
             views = k * load_views(arguments)
             for factor in RATES:
-                plain = ["solver.name=sequential"]
-                rows.append((name, f"T/{k} steps", "", k, few, rate * factor, plain))
-                many = [*plain, f"data.batch_size={views}"]
+                sequential = ["solver.name=sequential"]
+                rows.append(
+                    (name, f"T/{k} steps", "", k, few, rate * factor, sequential)
+                )
+                many = [*sequential, f"data.batch_size={views}"]
                 label = f"T/{k} steps, {k}x views"
                 rows.append((name, label, "", k, few, rate * factor, many))
     return [
@@ -130,7 +132,7 @@ def points(entries: Sequence[Entry]) -> list[Entry]:
     `factor` is the number of steps of the sequential runs of the same regime, prompts
     and seeds over the number of iterations; `gain` is the difference of the PSNR.
     """
-    plain = {_problem(e): e for e in entries if e["row"] == PLAIN}
+    sequential = {_problem(e): e for e in entries if e["row"] == SEQUENTIAL}
     cells: dict[tuple[Any, ...], list[Entry]] = defaultdict(list)
     for entry in entries:
         key = ("regime", "row", "predictor", "window", "rate")
@@ -138,7 +140,7 @@ def points(entries: Sequence[Entry]) -> list[Entry]:
     best: dict[tuple[Any, ...], Entry] = {}
     rates: dict[tuple[Any, ...], list[float]] = defaultdict(list)
     for (regime, row, predictor, window, rate), cell in cells.items():
-        beside = [plain[_problem(entry)] for entry in cell]
+        beside = [sequential[_problem(entry)] for entry in cell]
         iterations, psnr = (runs.mean(beside, name) for name in ("iterations", "psnr"))
         point = {
             "regime": regime,
@@ -171,7 +173,8 @@ def table(found: Sequence[Entry]) -> str:
     """A Markdown table."""
     lines = [
         "| regime | threshold or rival | predictor | window or k | lr | runs | "
-        "iterations (factor) | evaluations | PSNR, dB | against the plain loop | IoU |",
+        "iterations (factor) | evaluations | PSNR, dB | against the sequential run | "
+        "IoU |",
         "|" + "---|" * 11,
     ]
     lines += [
@@ -195,7 +198,7 @@ def plot(found: Sequence[Entry], path: Path) -> None:
     from matplotlib.ticker import ScalarFormatter
 
     regimes = list(dict.fromkeys(point["regime"] for point in found))
-    shown = [point for point in found if point["row"] != PLAIN]
+    shown = [point for point in found if point["row"] != SEQUENTIAL]
     rows = list(dict.fromkeys(point["row"] for point in shown))
     colours = {row: f"C{number}" for number, row in enumerate(rows)}
     figure = Figure(figsize=(7 * len(regimes), 4.8), layout="constrained")
@@ -232,8 +235,8 @@ def plot(found: Sequence[Entry], path: Path) -> None:
         axes.set_yticks([-10, -3, -1, -0.3, -0.2, -0.1, 0, 0.1, 0.2, 0.3])
         axes.yaxis.set_major_formatter(ScalarFormatter())
         axes.set(
-            xlabel="times fewer iterations than the plain loop",
-            ylabel="PSNR against the plain loop, dB",
+            xlabel="times fewer iterations than the sequential run",
+            ylabel="PSNR against the sequential run, dB",
             title=regime,
         )
         axes.grid(alpha=0.3)
@@ -276,7 +279,7 @@ def main() -> None:
         return
     log = arguments.to / "runs.jsonl"
     if arguments.logged:
-        entries = runs.logged(wanted, log, _problem, PLAIN)
+        entries = runs.logged(wanted, log, _problem, SEQUENTIAL)
     else:
         entries = runs.run_all(wanted, log, arguments.workers)
     found = points(entries)

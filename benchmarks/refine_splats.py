@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 import dreampropeller as dp
-from benchmarks.gaussians import CONFIG, FOLDER, save
+from benchmarks.gaussians import CONFIG, FOLDER
+from benchmarks.measured import save
 from systems import build, quality
 from systems.dreamgaussian import DreamGaussian
 from systems.quality.truth import fixed_views

@@ -11,7 +11,8 @@ import json
 import multiprocessing
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +21,11 @@ from tqdm import tqdm
 
 import dreampropeller as dp
 from systems import build, quality
-from systems.base import System
 from systems.runs.folders import environment
 from systems.settings.config import load
 from systems.toybox.captions import SCORED, caption
 
 Job = Mapping[str, Any]
-OLD_NAME = ("solver.threshold.name=paper", "solver.threshold.name=ema")
-"""Names of settings in older logs, and their current names."""
 ROOT = Path(__file__).parent.parent
 TRACKED = (ROOT / "benchmarks", ROOT / "docs")
 """Folders of published files, overwritten only if they are named explicitly."""
@@ -118,13 +116,6 @@ def solve(wanted: Job) -> dict[str, Any]:
 
 def solved(wanted: Job) -> tuple[dict[str, Any], quality.Quality]:
     """The same, with the images."""
-    return solved_state(wanted)[:2]
-
-
-def solved_state(
-    wanted: Job,
-) -> tuple[dict[str, Any], quality.Quality, System, dp.State]:
-    """The same, with the images, the system and its final state."""
     system = build(load(wanted["config"], wanted["settings"]))
     truth = quality.truth_of(system)
     assert truth is not None, "benchmarks need prompts of the toybox"
@@ -139,13 +130,7 @@ def solved_state(
         "evaluations": solution.stats.num_evaluations,
         "seconds": seconds,
     }
-    return {**wanted, **found.figures(), **cost}, found, system, solution.value
-
-
-def name_of(wanted: Job) -> str:
-    """File name of a run."""
-    words = f"{wanted['prompt']} {wanted['row']} {wanted['seed']}"
-    return words.replace(" ", "-")
+    return {**wanted, **found.figures(), **cost}, found
 
 
 def run_all(
@@ -166,13 +151,12 @@ def run_all(
     log.parent.mkdir(parents=True, exist_ok=True)
     os.environ["OMP_NUM_THREADS"] = "1"
     where = machine()
-    context = multiprocessing.get_context("spawn")
     with (
-        context.Pool(workers, torch.set_num_threads, (1,)) as pool,
+        _solved_by(workers, how, todo) as entries,
         open(log, "a", encoding="utf-8") as file,
         tqdm(total=sum(map(_steps, todo)), unit="step", desc=log.parent.name) as bar,
     ):
-        for entry in pool.imap_unordered(how, todo):
+        for entry in entries:
             entry = {**entry, "machine": where}
             file.write("\n" + json.dumps(entry))  # keeps apart from an incomplete line
             file.flush()
@@ -182,7 +166,7 @@ def run_all(
 
 
 def logged(
-    jobs: Sequence[Job], log: Path, problem: Callable[[Job], Any], plain: str
+    jobs: Sequence[Job], log: Path, problem: Callable[[Job], Any], sequential: str
 ) -> list[dict[str, Any]]:
     """The log's entries of the jobs, in their order; runs nothing.
 
@@ -190,13 +174,13 @@ def logged(
         jobs: The jobs.
         log: The log.
         problem: The labels that a run shares with its sequential run.
-        plain: The row of sequential runs; entries whose problem has none are left out.
+        sequential: Row of the sequential runs; entries without one are left out.
     """
     known = _read(log)
     entries = [{**known[_key(e)], **e} for e in jobs if _key(e) in known]
-    solved = {problem(entry) for entry in entries if entry["row"] == plain}
+    solved = {problem(entry) for entry in entries if entry["row"] == sequential}
     if not solved:
-        raise SystemExit(f"`{log}` has no plain loop: leave out `--logged`.")
+        raise SystemExit(f"`{log}` has no sequential run: leave out `--logged`.")
     return [entry for entry in entries if problem(entry) in solved]
 
 
@@ -214,6 +198,20 @@ def _steps(wanted: Job) -> int:
     return load(wanted["config"], wanted["settings"]).trainer.max_steps
 
 
+@contextmanager
+def _solved_by(
+    workers: int, how: Callable[[Job], dict[str, Any]], todo: Sequence[Job]
+) -> Iterator[Iterator[dict[str, Any]]]:
+    """Entries as they are made, by processes of one thread; one is this process."""
+    if workers == 1:
+        torch.set_num_threads(1)
+        yield map(how, todo)
+        return
+    context = multiprocessing.get_context("spawn")
+    with context.Pool(workers, torch.set_num_threads, (1,)) as pool:
+        yield pool.imap_unordered(how, todo)
+
+
 def _key(wanted: Job) -> str:
     return json.dumps([wanted["config"], wanted["settings"]])
 
@@ -222,7 +220,7 @@ def _read(log: Path) -> dict[str, dict[str, Any]]:
     if not log.exists():
         return {}
     known = {}
-    text = log.read_text().replace(*OLD_NAME)
+    text = log.read_text()
     for line in text.splitlines():
         try:
             entry = json.loads(line)

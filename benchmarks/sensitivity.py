@@ -26,7 +26,7 @@ SGD = (
     "system.optimizer.args.eps=null",
     "system.optimizer.args.momentum=0.9",
 )
-PLAIN = "plain loop"
+SEQUENTIAL = "sequential"
 Entry = dict[str, Any]
 
 
@@ -52,7 +52,9 @@ CASES = {
 
 def jobs(arguments: argparse.Namespace) -> list[Entry]:
     """Every run: the sequential run of a case, then its thresholds."""
-    plain: list[tuple[float | None, list[str]]] = [(None, ["solver.name=sequential"])]
+    sequential: list[tuple[float | None, list[str]]] = [
+        (None, ["solver.name=sequential"])
+    ]
     ours = [
         (
             delta,
@@ -72,12 +74,12 @@ def jobs(arguments: argparse.Namespace) -> list[Entry]:
             *chosen,
             *arguments.set,
             case=name,
-            row=PLAIN if delta is None else "drift",
+            row=SEQUENTIAL if delta is None else "drift",
             delta=delta,
             shape=shape,
         )
         for name in arguments.cases
-        for delta, chosen in (*plain, *ours)
+        for delta, chosen in (*sequential, *ours)
         for shape in arguments.objects
     ]
 
@@ -89,16 +91,16 @@ def points(entries: Sequence[Entry]) -> list[Entry]:
         cells[entry["case"], entry["delta"]].append(entry)
     found = []
     for (case, delta), cell in cells.items():
-        plain = cells[case, None]
+        sequential = cells[case, None]
         found.append(
             {
                 "case": case,
                 "delta": delta,
                 "iterations": runs.mean(cell, "iterations"),
-                "factor": runs.mean(plain, "iterations")
+                "factor": runs.mean(sequential, "iterations")
                 / runs.mean(cell, "iterations"),
                 "psnr": runs.mean(cell, "psnr"),
-                "gain": runs.mean(cell, "psnr") - runs.mean(plain, "psnr"),
+                "gain": runs.mean(cell, "psnr") - runs.mean(sequential, "psnr"),
             }
         )
     return found
@@ -108,7 +110,7 @@ def table(found: Sequence[Entry]) -> str:
     """Markdown: a row for each case, a column for each threshold."""
     deltas = sorted({p["delta"] for p in found if p["delta"] is not None})
     heads = "".join(f" δ = {delta:g} |" for delta in deltas)
-    lines = [f"| | plain loop |{heads}", "|" + "---|" * (len(deltas) + 2)]
+    lines = [f"| | sequential |{heads}", "|" + "---|" * (len(deltas) + 2)]
     for case in dict.fromkeys(point["case"] for point in found):
         own = {p["delta"]: p for p in found if p["case"] == case}
         cells = [f"{own[None]['psnr']:.2f} dB, {own[None]['iterations']:.0f} steps"]
@@ -138,7 +140,7 @@ def plot(found: Sequence[Entry], path: Path) -> None:
         axes.set_xticks(deltas, [f"{delta:g}" for delta in deltas])
         axes.minorticks_off()
         axes.grid(alpha=0.3)
-    quality.set(ylabel="PSNR against the plain loop, dB")
+    quality.set(ylabel="PSNR against the sequential run, dB")
     quality.axhline(0, color="black", linewidth=0.5)
     quality.set_yscale("symlog", linthresh=0.3)
     speed.set(ylabel="times fewer iterations")
@@ -168,7 +170,7 @@ def main() -> None:
     wanted, log = jobs(arguments), arguments.to / "runs.jsonl"
     if arguments.logged:
         entries = runs.logged(
-            wanted, log, lambda entry: (entry["case"], entry["shape"]), PLAIN
+            wanted, log, lambda entry: (entry["case"], entry["shape"]), SEQUENTIAL
         )
     else:
         entries = runs.run_all(wanted, log, arguments.workers)

@@ -50,7 +50,7 @@ THRESHOLDS = {
         f"solver.threshold.value={FIXED}",
     ),
 }
-PLAIN = "sequential"
+SEQUENTIAL = "sequential"
 Entry = dict[str, Any]
 
 
@@ -62,7 +62,7 @@ def jobs(arguments: argparse.Namespace) -> list[Entry]:
             arguments.config, arguments.objects, arguments.seeds, arguments.set
         )
         if job["window"] in (None, *arguments.windows)
-        and (not arguments.rows or job["row"] in (PLAIN, *arguments.rows))
+        and (not arguments.rows or job["row"] in (SEQUENTIAL, *arguments.rows))
     ]
 
 
@@ -75,7 +75,7 @@ def _all_jobs(
     rate = wanted.system["optimizer"]["args"]["lr"]
     few = math.ceil(steps / RIVAL)
     rows: list[tuple[str, int | None, float, tuple[str, ...]]] = [
-        (PLAIN, None, rate, ("solver.name=sequential",))
+        (SEQUENTIAL, None, rate, ("solver.name=sequential",))
     ]
     rows += [
         (name, window, rate, (*chosen, f"solver.window.size={window}"))
@@ -133,12 +133,12 @@ def images_of(entry: runs.Job) -> Path:
     return Path(entry["pictures"]) / f"{name}.pt"
 
 
-def deviation(entry: Entry, plain: dict[tuple[str, int], Entry]) -> float:
+def deviation(entry: Entry, sequential: dict[tuple[str, int], Entry]) -> float:
     """PSNR of a run's images against its sequential run's; infinite if equal.
 
     NaN if the images are missing, because a log can be kept without them.
     """
-    files = [images_of(e) for e in (entry, plain[entry["prompt"], entry["seed"]])]
+    files = [images_of(e) for e in (entry, sequential[entry["prompt"], entry["seed"]])]
     if not all(file.exists() for file in files):
         return math.nan
     a, b = (torch.load(file, weights_only=True) for file in files)
@@ -156,15 +156,17 @@ def best_rates(entries: list[Entry]) -> list[Entry]:
 
 def summarise(entries: list[Entry]) -> list[Entry]:
     """A line per row of the table; losses refer to the same sequential runs."""
-    plain = {(e["prompt"], e["seed"]): e for e in entries if e["row"] == PLAIN}
+    sequential = {
+        (e["prompt"], e["seed"]): e for e in entries if e["row"] == SEQUENTIAL
+    }
     groups: dict[tuple[str, int | None], list[Entry]] = defaultdict(list)
     for entry in entries:
         groups[entry["row"], entry["window"]].append(entry)
     lines = []
     for (row, window), found in groups.items():
         chosen = best_rates(found)
-        apart = [deviation(e, plain) for e in chosen]
-        beside = [plain[e["prompt"], e["seed"]] for e in chosen]
+        apart = [deviation(e, sequential) for e in chosen]
+        beside = [sequential[e["prompt"], e["seed"]] for e in chosen]
         lines.append(
             {
                 "row": row,
@@ -177,7 +179,7 @@ def summarise(entries: list[Entry]) -> list[Entry]:
                     for name in ("iterations", "evaluations", "psnr", "iou")
                 },
                 "loss": runs.mean(beside, "psnr") - runs.mean(chosen, "psnr"),
-                "apart": math.inf if row == PLAIN else sum(apart) / len(apart),
+                "apart": math.inf if row == SEQUENTIAL else sum(apart) / len(apart),
             }
         )
     return lines
@@ -185,23 +187,25 @@ def summarise(entries: list[Entry]) -> list[Entry]:
 
 def other_seed(entries: list[Entry]) -> str:
     """Deviation between the sequential runs of the first two seeds."""
-    plain = {(e["prompt"], e["seed"]): e for e in entries if e["row"] == PLAIN}
-    first, *others = sorted({seed for _, seed in plain})
+    sequential = {
+        (e["prompt"], e["seed"]): e for e in entries if e["row"] == SEQUENTIAL
+    }
+    first, *others = sorted({seed for _, seed in sequential})
     if not others:
         return "Plain loops of another seed: not run."
     apart = [
-        deviation({**entry, "seed": others[0]}, plain)
-        for (_, seed), entry in plain.items()
+        deviation({**entry, "seed": others[0]}, sequential)
+        for (_, seed), entry in sequential.items()
         if seed == first
     ]
     if any(map(math.isnan, apart)):
-        return "How far plain loops of two seeds are apart: pictures not kept."
+        return "How far sequential runs of two seeds are apart: pictures not kept."
     return f"Plain loops of two seeds: {sum(apart) / len(apart):.1f} dB apart."
 
 
 def table(lines: list[Entry]) -> str:
     """The lines as Markdown."""
-    steps = next(line["iterations"] for line in lines if line["row"] == PLAIN)
+    steps = next(line["iterations"] for line in lines if line["row"] == SEQUENTIAL)
     text = [
         "| | window | runs | iterations | fewer | gradients | PSNR, dB | against "
         "sequential, dB | IoU | pictures against sequential, dB |",
@@ -277,7 +281,7 @@ def main() -> None:
     log = arguments.to / "runs.jsonl"
     if arguments.logged:
         entries = runs.logged(
-            wanted, log, lambda entry: (entry["prompt"], entry["seed"]), PLAIN
+            wanted, log, lambda entry: (entry["prompt"], entry["seed"]), SEQUENTIAL
         )
     else:
         entries = runs.run_all(wanted, log, arguments.workers, solve)

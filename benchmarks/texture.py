@@ -27,7 +27,8 @@ from torch.nn.functional import avg_pool2d
 
 import dreampropeller as dp
 from benchmarks import runs
-from benchmarks.gaussians import save, sheet_of
+from benchmarks.gaussians import SEEDS, name_of, sheet
+from benchmarks.measured import measured
 from systems import quality
 from systems.base import System
 from systems.quality.truth import GREY, fixed_views
@@ -46,10 +47,9 @@ PROMPTS = {
     "rocket": "an orange rocket",
 }
 """Colours alone: the first embedded prior knows no finishes."""
-SEEDS = (0, 1)
-PLAIN = "sequential"
+SEQUENTIAL = "sequential"
 ROWS = {
-    PLAIN: ["solver.name=sequential"],
+    SEQUENTIAL: ["solver.name=sequential"],
     **{f"window {size}": [f"solver.window.size={size}"] for size in (8, 16, 32)},
 }
 AIMS = {"window 8": 7, "window 16": 13, "window 32": 20}
@@ -107,13 +107,10 @@ def large_psnr(system: System, y: dp.State, wanted: Truth) -> float:
 
 def solve(wanted: runs.Job) -> dict[str, Any]:
     """Solve a job, measure it, and save a strip of images."""
-    entry, found, system, y = runs.solved_state(wanted)
+    entry, _, y = measured(wanted, FOLDER / "images", name_of(wanted))
+    system = build(load(wanted["config"], wanted["settings"]))
     goal = quality.truth_of(system)
     assert goal is not None
-    strip = torch.cat(list(found.images[::4]), -1)
-    save(strip, FOLDER / "images" / f"{runs.name_of(wanted)}.png")
-    wide = torch.cat(list(found.wanted[::4]), -1)
-    save(wide, FOLDER / "images" / f"{wanted['prompt'].replace(' ', '-')}.png")
     start = system.trajectory().init()[0]
     blank = quality.against_truth(system, start, goal)
     return {
@@ -132,14 +129,16 @@ def table(entries: list[dict[str, Any]]) -> str:
         "right colour | white mesh |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
-    plain = {(e["prompt"], e["seed"]): e for e in entries if e["row"] == PLAIN}
+    sequential = {
+        (e["prompt"], e["seed"]): e for e in entries if e["row"] == SEQUENTIAL
+    }
     for row in ROWS:
         found = [e for e in entries if e["row"] == row]
-        found = [e for e in found if (e["prompt"], e["seed"]) in plain]
+        found = [e for e in found if (e["prompt"], e["seed"]) in sequential]
         if not found:
             continue
         few = runs.mean(found, "iterations")
-        change = [e["psnr"] - plain[e["prompt"], e["seed"]]["psnr"] for e in found]
+        change = [e["psnr"] - sequential[e["prompt"], e["seed"]]["psnr"] for e in found]
         lines.append(
             f"| {row} | {len(found)} | {few:.1f} | {steps / few:.2f} | "
             f"{AIMS.get(row, '')} | {runs.mean(found, 'evaluations'):.0f} | "
@@ -213,16 +212,16 @@ def main() -> None:
         return
     log = FOLDER / "runs.jsonl"
     if arguments.logged:
-        entries = runs.logged(jobs(), log, lambda e: (e["prompt"], e["seed"]), PLAIN)
+        entries = runs.logged(
+            jobs(), log, lambda e: (e["prompt"], e["seed"]), SEQUENTIAL
+        )
     else:
         entries = runs.run_all(jobs(), log, arguments.workers, solve)
     text = table(entries)
     (FOLDER / "table.md").write_text(text)
     print(text)
-    problems = [(prompt, seed) for seed in SEEDS for prompt in PROMPTS.values()]
-    sheet_of(entries, problems, list(ROWS), FOLDER / "images").save(
-        FOLDER / "sheet.png"
-    )
+    prompts = list(PROMPTS.values())
+    sheet(entries, prompts, len(ROWS), FOLDER).save(FOLDER / "sheet.png")
 
 
 if __name__ == "__main__":

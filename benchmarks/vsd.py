@@ -12,24 +12,19 @@ resumes from its log.
 from __future__ import annotations
 
 import argparse
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from PIL import Image
 from torch import Tensor
 
-import dreampropeller as dp
 from benchmarks import runs
-from benchmarks.gaussians import save
-from systems import build, quality
-from systems.scene.isosurface import EmptySurface
-from systems.settings.config import load
+from benchmarks.measured import measured
+from systems import quality
 
 FOLDER = Path("benchmarks/results/vsd")
-PLAIN = "sequential"
+SEQUENTIAL = "sequential"
 DREAMFUSION = "configs/dreamfusion-toybox.yaml"
 UNRESCALED = [
     "system.guidance.guidance_scale=7.5",
@@ -61,7 +56,7 @@ class Plan:
     def solvers(self) -> dict[str, list[str]]:
         """Settings of the solver for each row."""
         windows = {f"window {w}": [f"solver.window.size={w}"] for w in self.windows}
-        return {PLAIN: ["solver.name=sequential"], **windows}
+        return {SEQUENTIAL: ["solver.name=sequential"], **windows}
 
 
 PLANS = {
@@ -95,33 +90,9 @@ def jobs(plan: Plan) -> list[dict[str, Any]]:
 
 def solve(wanted: runs.Job) -> dict[str, Any]:
     """Solve a job, measure images and mesh, and save a strip of images."""
-    system = build(load(wanted["config"], wanted["settings"]))
-    truth = quality.truth_of(system)
-    assert truth is not None
-    trajectory = system.trajectory()
-    start, cpu = time.perf_counter(), time.process_time()
-    solution = dp.solve(trajectory, system.solver())
-    entry = {
-        **wanted,
-        "seconds": round(time.perf_counter() - start, 2),
-        "cpu_seconds": round(time.process_time() - cpu, 2),
-        "iterations": solution.stats.num_iterations,
-        "evaluations": solution.stats.num_evaluations,
-        "strides": solution.stats.strides,
-    }
-    found = quality.against_truth(system, solution.value, truth)
-    folder = FOLDER / "images"
-    save(torch.cat(list(found.images[::4]), -1), folder / f"{name_of(wanted)}.png")
-    wide = torch.cat(list(found.wanted[::4]), -1)
-    save(wide, folder / f"{wanted['prompt'].replace(' ', '-')}.png")
-    try:
-        mesh = quality.measure_mesh(system.mesh(solution.value), truth)
-        chamfer = mesh.figures()["chamfer"]
-    except EmptySurface:
-        chamfer = None
+    entry, found, _ = measured(wanted, FOLDER / "images", name_of(wanted))
     excess = excess_saturation(found.images, found.wanted)
-    more = {"chamfer": chamfer, "saturation": round(excess, 4)}
-    return {**entry, **found.figures(), **more}
+    return {**entry, "saturation": round(excess, 4)}
 
 
 def excess_saturation(images: Tensor, truth: Tensor) -> float:
@@ -155,17 +126,17 @@ def table(plan: Plan, entries: list[dict[str, Any]]) -> str:
         "object | IoU | chamfer | core seconds |",
         "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
-    plain = {problem(e): e for e in entries if e["row"] == PLAIN}
+    sequential = {problem(e): e for e in entries if e["row"] == SEQUENTIAL}
     for kind in plan.kinds:
         for row in plan.solvers:
             found = [
                 entry
                 for entry in entries
                 if (entry["kind"], entry["row"]) == (kind, row)
-                and problem(entry) in plain
+                and problem(entry) in sequential
             ]
             if found:
-                lines.append(_line(kind, row, found, plain))
+                lines.append(_line(kind, row, found, sequential))
     return "\n".join(lines) + "\n"
 
 
@@ -173,10 +144,10 @@ def _line(
     kind: str,
     row: str,
     found: list[dict[str, Any]],
-    plain: dict[tuple[Any, ...], dict[str, Any]],
+    sequential: dict[tuple[Any, ...], dict[str, Any]],
 ) -> str:
     steps = sum(found[0]["strides"])
-    own = [plain[problem(entry)] for entry in found]
+    own = [sequential[problem(entry)] for entry in found]
     few, many = runs.mean(found, "iterations"), runs.mean(found, "evaluations")
     change = runs.mean(found, "psnr") - runs.mean(own, "psnr")
     shapes = [entry for entry in found if entry["chamfer"] is not None]
@@ -220,7 +191,7 @@ def main() -> None:
     arguments = parser.parse_args()
     log, name, plan = FOLDER / "runs.jsonl", arguments.plan, PLANS[arguments.plan]
     if arguments.logged:
-        entries = runs.logged(jobs(plan), log, problem, PLAIN)
+        entries = runs.logged(jobs(plan), log, problem, SEQUENTIAL)
     else:
         entries = runs.run_all(jobs(plan), log, arguments.workers, solve)
     text = table(plan, entries)

@@ -142,7 +142,7 @@ def measure(criterion: str, window: int, name: str, steps: int) -> dict[str, Any
     assert truth is not None
     found = quality.against_truth(system, solution.value, truth)
     torch.save(solution.value, _state_file(criterion, window, name))
-    plain = torch.load(_state_file("sequential", 1, name))
+    sequential = torch.load(_state_file("sequential", 1, name))
     start, _ = recorded.init()
     entry: dict[str, Any] = {
         **{"criterion": criterion, "window": window, "object": name},
@@ -152,8 +152,8 @@ def measure(criterion: str, window: int, name: str, steps: int) -> dict[str, Any
     }
     for group, belongs in GROUPS.items():
         names = [n for n in start if belongs(n) and start[n].is_floating_point()]
-        off = norms({n: solution.value[n] - plain[n] for n in names})
-        way = norms({n: plain[n] - start[n] for n in names})
+        off = norms({n: solution.value[n] - sequential[n] for n in names})
+        way = norms({n: sequential[n] - start[n] for n in names})
         entry[f"{group}_off"] = math.hypot(*off.values()) / math.hypot(*way.values())
     if criterion != "sequential":
         entry |= errors_of(recorded)

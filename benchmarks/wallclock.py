@@ -29,7 +29,7 @@ WINDOWS = (2, 4, 8)
 WORKERS = (1, 2)
 THREADS = (1, 2)
 Round = dict[str, dict[str, Any]]
-PLAIN = "plain loop, 1 thread"
+SEQUENTIAL = "sequential, 1 thread"
 
 
 def ways(
@@ -39,7 +39,7 @@ def ways(
 ) -> dict[str, list[str]]:
     """The variants and their settings; no worker without a step of the window."""
     found = {
-        f"plain loop, {_count(count, 'thread')}": [
+        f"sequential, {_count(count, 'thread')}": [
             "solver.name=sequential",
             "dispatch.num_workers=1",
             f"dispatch.threads={count}",
@@ -82,7 +82,7 @@ def run(config: str, settings: list[str], threads: int, to: Path) -> dict[str, A
 def table(rounds: list[Round]) -> str:
     """Medians as Markdown."""
     lines = [
-        "| | seconds | against the plain loop on 1 thread | against 1 worker | "
+        "| | seconds | against the sequential run on 1 thread | against 1 worker | "
         "iterations | gradients | PSNR, dB |",
         "|---" * 7 + "|",
     ]
@@ -102,7 +102,8 @@ def table(rounds: list[Round]) -> str:
         quality = report["quality"]
         psnr = f"{quality['psnr']:.2f}" if isinstance(quality, dict) else "–"
         lines.append(
-            f"| {name} | {seconds:.1f} | {ratio(name, PLAIN)} | {ratio(name, alone)} | "
+            f"| {name} | {seconds:.1f} | {ratio(name, SEQUENTIAL)} | "
+            f"{ratio(name, alone)} | "
             f"{report['iterations']} | {report['evaluations']} | {psnr} |"
         )
     return "\n".join(lines)
@@ -116,7 +117,11 @@ def main() -> None:
     parser.add_argument("--windows", type=int, nargs="+", default=list(WINDOWS))
     parser.add_argument("--workers", type=int, nargs="+", default=list(WORKERS))
     parser.add_argument(
-        "--threads", type=int, nargs="+", default=list(THREADS), help="of plain loops"
+        "--threads",
+        type=int,
+        nargs="+",
+        default=list(THREADS),
+        help="of sequential runs",
     )
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--set", nargs="*", default=[], help="further settings")

@@ -210,4 +210,15 @@ class Flags:
                 parameter.requires_grad_(flag)
 
 
+@contextlib.contextmanager
+def steady(module: nn.Module) -> Iterator[None]:
+    """Refuse that a step changes a module's switches, and put them back."""
+    flags = Flags(module)
+    try:
+        yield
+        flags.check("The step")
+    finally:
+        flags.restore()
+
+
 _MODES: Mapping[bool, str] = {True: "train", False: "eval"}

@@ -206,10 +206,9 @@ class OptimizationTrajectory(Trajectory[Nest]):
     """Repeats an evaluation now and then, once a check has passed."""
 
     def _drift(self, step: int, y: State) -> tuple[State, Aux]:
-        drift, aux = self._drift_once(step, y)
-        if self._repeats is not None and self._repeats.due():
-            self._repeats.compare(step, drift, self._drift_once(step, y)[0])
-        return drift, aux
+        if self._repeats is None:
+            return self._drift_once(step, y)
+        return self._repeats.evaluate(self._drift_once, step, y)
 
     def _drift_once(self, step: int, y: State) -> tuple[State, Aux]:
         evaluate = self._evaluate if self._host is None else self._evaluate_host

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from dreampropeller.rng import StepRandom
 from dreampropeller.tree import (
+    Aux,
     Nest,
     State,
     all_finite,
@@ -204,15 +205,20 @@ class Repeats:
     def __init__(self, noise: Mapping[str, float], cause: Cause) -> None:
         self._noise, self._cause, self._count = noise, cause, 0
 
-    def due(self) -> bool:
-        """Whether this evaluation is repeated."""
-        self._count += 1
-        return self._count % _EVERY == 0
+    def evaluate(self, drift: Drift, step: int, y: State) -> tuple[State, Aux]:
+        """Evaluate a drift, and now and then once more.
 
-    def compare(self, step: int, one: State, two: State) -> None:
-        """Compare an evaluation with its repetition."""
-        what = f"Step {step} was evaluated twice in a row at the same state"
-        require_equal(one, two, what, self._noise, self._cause)
+        Raises:
+            NotReproducible: The two differ; names the entries.
+        """
+        found, aux = drift(step, y)
+        self._count += 1
+        if self._count % _EVERY == 0:
+            found = copy_nest(found)
+            what = f"Step {step} was evaluated twice in a row at the same state"
+            again, _ = drift(step, y)
+            require_equal(found, again, what, self._noise, self._cause)
+        return found, aux
 
 
 def same(one: Tensor, two: Tensor, noise: float | None = None) -> bool:

@@ -102,7 +102,7 @@ def summary(report: dict[str, Any]) -> list[str]:
         )
     elif isinstance(found, dict):
         lines.append(
-            f"Against the truth: PSNR {found['psnr']:.1f} dB, "
+            f"Against the ground truth: PSNR {found['psnr']:.1f} dB, "
             f"SSIM {found['ssim']:.2f}, IoU {found['iou']:.2f}; "
             f"right colour in {found['right_colour']:.0%} and "
             f"right object in {found['right_object']:.0%} of the views."

@@ -1,9 +1,12 @@
 import os
+from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
 
 from tests import typechecker as typechecker  # named in pyproject.toml
+from tests.rank_pool import RankPool
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -30,6 +33,21 @@ def pytest_collection_modifyitems(
             item.add_marker(skip)
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """A file's tests stay in one process, which makes their fixtures once."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    return LoadScopeScheduling(config, log)
+
+
 @pytest.fixture(autouse=True, scope="session")
 def _one_thread() -> None:
     torch.set_num_threads(1)  # results depend on the number of threads
+
+
+@pytest.fixture(scope="session")
+def two_ranks() -> Iterator[RankPool]:
+    pool = RankPool()
+    yield pool
+    pool.close()

@@ -1,7 +1,7 @@
 """The core on a CUDA device: `pytest -m gpu`. Skipped where there is none.
 
 A network without atomic additions gives the same bits at every call, on a GPU too, so
-that threshold 0 can be held against the plain loop bit for bit.
+that threshold 0 can be held against the sequential run bit for bit.
 """
 
 from __future__ import annotations

@@ -118,10 +118,6 @@ class PartitionPrior(abc.ABC):
     def merge_ratio(self, a: int, b: int, left: np.ndarray, right: np.ndarray) -> float:
         """The log ratio of the split that would undo the merge of clusters a and b."""
 
-    def log_cells(self, clusters: Sequence[int], counts: Sequence[int]) -> float:
-        """The labels' log probability inside one group that has `counts` there."""
-        raise NotImplementedError(f"A {type(self).__name__} has a single group.")
-
     @abc.abstractmethod
     def split(self, k: int, share: float) -> None:
         """Append a cluster that takes what `share` leaves of k's weight."""
@@ -323,7 +319,7 @@ class HierarchicalDirichletProcess(PartitionPrior):
         return float(math.log(self.gamma) - log_u - log_v - density + groups.sum())
 
     def log_cells(self, clusters: Sequence[int], counts: Sequence[int]) -> float:
-        r"""$\sum_k \ln \Gamma(\alpha \beta_k + n_{jk})$."""
+        r"""$\sum_k \ln \Gamma(\alpha \beta_k + n_{jk})$, for the counts in group j."""
         weights = self.alpha * np.exp(self.log_beta[list(clusters)])
         return float(gammaln(np.maximum(weights, 1e-300) + counts).sum())
 

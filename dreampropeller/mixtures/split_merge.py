@@ -35,6 +35,7 @@ from dreampropeller.mixtures.family import (
     total,
 )
 from dreampropeller.mixtures.passes import side_pass
+from dreampropeller.mixtures.priors import HierarchicalDirichletProcess
 from dreampropeller.mixtures.random import log_dirichlet
 
 _FAIR = torch.full((1, 2), math.log(0.5), dtype=torch.float64)
@@ -230,5 +231,6 @@ def propose_in_group(chain: Chain, number: int) -> bool:
 
 def _log_group(chain: Chain, clusters: Sequence[int], sides: Sides) -> float:
     r"""$\sum \ln \Gamma(\alpha \beta_k + n_{jk})$ of the two clusters."""
+    assert isinstance(chain.prior, HierarchicalDirichletProcess), "several groups"
     counts = torch.bincount(sides.side, minlength=2).tolist()
     return chain.prior.log_cells(clusters, counts)

@@ -139,8 +139,9 @@ def by_clip(system: System, y: dp.State) -> dict[str, float] | str:
     wanted = system.config.quality
     if wanted.clip is None:
         return (
-            "not measured: the toybox has no truth of this prompt, and `quality.clip` "
-            "names no CLIP model (such as `openai/clip-vit-base-patch32`)"
+            "not measured: the toybox has no ground truth for this prompt, and "
+            "`quality.clip` names no CLIP model (such as "
+            "`openai/clip-vit-base-patch32`)"
         )
     try:
         others = read_prompts(wanted.prompts)

@@ -76,7 +76,7 @@ def compare(path: Path, overrides: Sequence[str], rivals: bool = False) -> int:
     if rivals and quality.truth_of(system) is None and config.quality.clip is None:
         raise ConfigError(
             "Rivals are ranked by quality, which cannot be measured: the toybox has no "
-            "truth of this prompt. Name a CLIP model, `quality.clip="
+            "ground truth for this prompt. Name a CLIP model, `quality.clip="
             "openai/clip-vit-base-patch32`, or leave `rivals` out."
         )
     del system

@@ -15,12 +15,12 @@ from dreampropeller import (
     PicardSolver,
     Sequential,
     SlidingWindow,
-    launch_workers,
     solve,
 )
 from dreampropeller.adapters.lightning import LightningTrajectory
 from tests.adapters.regression import Regression, Seeds, data
 from tests.helpers import tree_equal
+from tests.rank_pool import RankPool
 
 NUM_STEPS = 30
 
@@ -138,10 +138,10 @@ def on_a_rank() -> Any:
     return solve(make(), solver, DistributedDispatcher).value
 
 
-def test_two_ranks_are_one() -> None:
+def test_two_ranks_are_one(two_ranks: RankPool) -> None:
     solver = PicardSolver(SlidingWindow(5), FixedThreshold(1e-4), "momentum")
     inline = solve(make(), solver).value
-    for value in launch_workers(on_a_rank, num_workers=2):
+    for value in two_ranks(on_a_rank):
         assert tree_equal(value, inline)
 
 

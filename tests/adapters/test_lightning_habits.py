@@ -13,6 +13,7 @@ from torch.optim.lr_scheduler import ExponentialLR
 from torch.utils.data import DataLoader, DistributedSampler, Sampler, TensorDataset
 
 import dreampropeller as dp
+from dreampropeller import verification
 from dreampropeller.adapters.lightning import LightningTrajectory
 from dreampropeller.adapters.lightning.trainer import KeyedLoader
 from dreampropeller.verification import NotReproducible
@@ -179,9 +180,24 @@ class ReadsMoments(Plain):
         return super().training_step(batch, batch_idx) * (1 + len(memory))
 
 
+class FreezesItself(Plain):
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        if batch_idx == 2:
+            self.net.bias.requires_grad_(False)
+        return super().training_step(batch, batch_idx)
+
+
+class GoesToSleep(Plain):
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        if batch_idx == 2:
+            self.net.eval()
+
+
 @pytest.mark.parametrize(
     ("kind", "message"),
     [
+        (FreezesItself, r"switched `net.bias.requires_grad` to False"),
+        (GoesToSleep, r"switched `net` to `eval\(\)`"),
         (Multiplies, "reads `lr` of the optimizer, which an earlier step has set"),
         (SetsLate, "`on_train_batch_end` changed a setting of the optimizer"),
         (AveragesLate, "`on_train_batch_end` changed the buffer `average`"),
@@ -193,6 +209,27 @@ def test_what_depends_on_earlier_steps_is_refused(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         dp.solve(LightningTrajectory(kind(), ordered(), STEPS), EXACT)
+
+
+class Tires(Plain):
+    """Forgets to learn after a number of evaluations, whatever their steps."""
+
+    evaluations = 0
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        type(self).evaluations += 1
+        weight = 1.0 if self.evaluations < 24 else 1.0 / self.evaluations
+        return super().training_step(batch, batch_idx) * weight
+
+
+def test_an_evaluation_is_repeated_now_and_then(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What begins to differ after the check at the start is noticed during the run."""
+    monkeypatch.setattr(verification, "_EVERY", 3)
+    Tires.evaluations = 0
+    with pytest.raises(NotReproducible, match="evaluated twice in a row"):
+        dp.solve(LightningTrajectory(Tires(), ordered(), STEPS), EXACT)
 
 
 class AveragesEarly(AveragesLate):

@@ -77,13 +77,10 @@ def solve_on(
 
 
 def solve_on_ranks(folder: Path, cache: str) -> dict[str, dp.State]:
-    """All runs in one launch, because processes start slowly."""
+    """All runs."""
     os.environ["XDG_CACHE_HOME"] = cache
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo")
     dispatcher = functools.partial(dp.DistributedDispatcher, timeout=120.0)
     found = {name: solve_on(name, folder, dispatcher) for name in RUNS}
-    torch.distributed.destroy_process_group()
     return found
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import os
 from typing import Any
 
 import torch
@@ -41,8 +40,6 @@ def small(*overrides: str, config: str = TOYBOX) -> DreamFusion:
 
 def solve_exactly(window: int) -> dict[str, Any]:
     """Threshold 0 on this rank; also two drifts, in the reverse order of steps."""
-    os.chdir(os.path.dirname(os.path.dirname(os.path.dirname(__file__))))
-    torch.set_num_threads(1)
     trajectory = small().trajectory()
     y, _ = trajectory.init()
     drift = trajectory.make_drift(torch.device("cpu"))

@@ -18,6 +18,7 @@ from systems.images import save_video
 from systems.settings.reader import ConfigError
 from systems.toybox.truth import truth
 from tests.helpers import tree_equal
+from tests.rank_pool import RankPool
 from tests.systems.scenes import SMALL, TOYBOX, small, solve_exactly
 
 
@@ -55,11 +56,13 @@ def test_threshold_zero_is_sequential(
     assert tree_equal(solution.carry, sequential.carry)
 
 
-def test_two_ranks_equal_the_sequential_run(sequential: dp.Solution[Any]) -> None:
+def test_two_ranks_equal_the_sequential_run(
+    sequential: dp.Solution[Any], two_ranks: RankPool
+) -> None:
     trajectory = small().trajectory()
     y, _ = trajectory.init()
     drift = trajectory.make_drift(torch.device("cpu"))
-    for answer in dp.launch_workers(solve_exactly, 5, num_workers=2):
+    for answer in two_ranks(solve_exactly, 5):
         assert tree_equal(answer["value"], sequential.value)
         for step, (gradient, aux) in answer["drifts"].items():
             own, own_aux = drift(step, y)

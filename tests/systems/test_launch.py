@@ -10,7 +10,10 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +28,7 @@ from systems import artefacts, build
 from systems.runs.folders import folder_of
 from systems.runs.report.runs import open_run
 from tests.helpers import tree_equal
+from tests.rank_pool import RankPool
 from tests.systems.scenes import SMALL, TOYBOX
 
 ROOT = Path(__file__).parent.parent.parent
@@ -72,26 +76,32 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run_folder(out)
 
 
-def start(out: Path, *overrides: str) -> subprocess.Popen[str]:
-    """A run of many steps in a process of its own."""
+@contextmanager
+def started(out: Path, *overrides: str) -> Iterator[subprocess.Popen[str]]:
+    """A run of many steps in a process group of its own, which ends with the test."""
     command = [sys.executable, "launch.py", "--config", TOYBOX, "--train", *SMALL]
-    return subprocess.Popen(
+    process = subprocess.Popen(
         [*command, f"exp_root_dir={out}", "trainer.max_steps=4000", *overrides],
         cwd=ROOT,
         stderr=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
-        start_new_session=True,
+        process_group=0,
     )
+    try:
+        yield process
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
 
 
-def wait_for_steps(out: Path, process: subprocess.Popen[str]) -> Path:
-    for _ in range(600):
+def wait_for_steps(out: Path, process: subprocess.Popen[str] | None = None) -> Path:
+    for _ in range(2400):
         for metrics in out.glob("*/*@*/metrics.jsonl"):
             if len(metrics.read_text().splitlines()) > 10:
                 return metrics.parent
-        assert process.poll() is None, process.communicate()
+        assert process is None or process.poll() is None, process.communicate()
         time.sleep(0.1)
     raise AssertionError("The run did not start.")
 
@@ -246,26 +256,19 @@ def test_two_workers_write_one_run_and_equal_one(tmp_path: Path) -> None:
     assert json.loads((folders[1] / "report.json").read_text())["workers"] == 2
 
 
-def test_torchrun_works_too(tmp_path: Path) -> None:
-    command = ["-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
-    arguments = ["launch.py", "--config", TOYBOX, "--train", *FEW]
-    subprocess.run(
-        [sys.executable, *command, *arguments, f"exp_root_dir={tmp_path}"],
-        cwd=ROOT,
-        check=True,
-        capture_output=True,
-        timeout=120,
-    )
+def test_ranks_of_torchrun_write_one_run(tmp_path: Path, two_ranks: RankPool) -> None:
+    """They are there, with torchrun's environment, when the front door opens."""
+    arguments = ["--config", TOYBOX, "--train", *FEW, f"exp_root_dir={tmp_path}"]
+    assert two_ranks(launch.main, arguments) == [0, 0]
     report = json.loads((run_folder(tmp_path) / "report.json").read_text())
     assert report["workers"] == 2
 
 
-@pytest.mark.parametrize("workers", [1, 2])
-def test_ctrl_c_once_saves_and_exports(tmp_path: Path, workers: int) -> None:
-    process = start(tmp_path, f"dispatch.num_workers={workers}")
-    folder = wait_for_steps(tmp_path, process)
-    os.killpg(process.pid, signal.SIGINT)  # a terminal tells the whole group
-    output, errors = process.communicate(timeout=90)
+def test_ctrl_c_on_two_workers_saves_and_exports(tmp_path: Path) -> None:
+    with started(tmp_path, "dispatch.num_workers=2") as process:
+        folder = wait_for_steps(tmp_path, process)
+        os.killpg(process.pid, signal.SIGINT)  # a terminal tells the whole group
+        output, errors = process.communicate(timeout=240)
     assert process.returncode == 130, errors
     assert "Traceback" not in errors
     assert "iterations" in output
@@ -275,22 +278,26 @@ def test_ctrl_c_once_saves_and_exports(tmp_path: Path, workers: int) -> None:
     assert (folder / "turntable.mp4").exists()
 
 
-def test_sigterm_saves_and_leaves(tmp_path: Path) -> None:
-    process = start(tmp_path)
-    folder = wait_for_steps(tmp_path, process)
-    process.terminate()
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == 143, errors
-    assert checkpoint.load(folder / "ckpts").step > 0
-    assert not (folder / "turntable.mp4").exists()
+@pytest.mark.parametrize("how", ["SIGINT", "SIGTERM", "a file"])
+def test_a_request_to_stop_saves_and_leaves(tmp_path: Path, how: str) -> None:
+    def ask() -> None:
+        folder = wait_for_steps(tmp_path)
+        if how == "a file":
+            (folder / "stop").touch()
+        else:
+            os.kill(os.getpid(), getattr(signal, how))
 
-
-def test_a_file_named_stop_stops(tmp_path: Path) -> None:
-    process = start(tmp_path)
-    folder = wait_for_steps(tmp_path, process)
-    (folder / "stop").touch()
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == 130, errors
+    asking = threading.Thread(target=ask)
+    asking.start()
+    code = train(tmp_path, "trainer.max_steps=4000")
+    asking.join()
+    folder = run_folder(tmp_path)
+    assert code == (143 if how == "SIGTERM" else 130)
+    report = json.loads((folder / "report.json").read_text())
+    assert 0 < report["steps"] < 4000
+    assert checkpoint.load(folder / "ckpts").step == report["steps"]
+    # SIGTERM leaves little time: rendering can be done later.
+    assert (folder / "turntable.mp4").exists() == (how != "SIGTERM")
     assert not (folder / "stop").exists()
 
 
@@ -452,18 +459,15 @@ def test_a_resumed_run_knows_its_prompt(
     assert "Resume" not in said
 
 
-def test_a_wrong_key_is_said_once_by_all_ranks() -> None:
-    command = ["-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
-    arguments = ["launch.py", "--config", TOYBOX, "--train", PROMPT, "dta.width=3"]
-    done = subprocess.run(
-        [sys.executable, *command, *arguments],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
-    assert done.returncode
-    assert done.stderr.count("error: There is no setting `dta`") == 1
+def test_a_wrong_key_is_said_once_by_all_ranks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Ranks of torchrun write their errors side by side, one folder per rank."""
+    for rank in "01":
+        monkeypatch.setenv("RANK", rank)
+        monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", f"{tmp_path}/{rank}/error.json")
+        assert launch.main(["--config", TOYBOX, "--train", PROMPT, "dta.width=3"]) == 2
+    assert capsys.readouterr().err.count("error: There is no setting `dta`") == 1
 
 
 def names_of(section: Any, before: str = "") -> list[str]:

@@ -22,6 +22,7 @@ from systems.prolificdreamer import LORA
 from systems.settings.config import load
 from systems.settings.reader import ConfigError
 from tests.helpers import tree_equal
+from tests.rank_pool import RankPool
 from tests.systems.prolific import (
     CPU,
     ROOT,
@@ -67,12 +68,12 @@ def test_threshold_zero_is_sequential_for_scene_and_lora(
 
 
 def test_two_workers_give_the_same_bytes_and_a_private_lora_does_not(
-    stable_diffusion: Path,
+    stable_diffusion: Path, two_ranks: RankPool
 ) -> None:
     run = functools.partial(
         solve_on_ranks, stable_diffusion, os.environ["XDG_CACHE_HOME"]
     )
-    answers = dp.launch_workers(run, num_workers=2)
+    answers = two_ranks(run)
     alone = {name: solve_on(name, stable_diffusion) for name in ("shared", "local")}
     for answer in answers:
         assert tree_equal(answer["exact"], _sequential(stable_diffusion).value)

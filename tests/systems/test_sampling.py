@@ -15,6 +15,7 @@ import dreampropeller as dp
 import launch
 from systems.sampling import ACCEPTED, EMPTY, TRIED, Strip
 from systems.toybox import pipeline as toybox
+from tests.rank_pool import RankPool
 
 CONFIG = "configs/sample-toybox.yaml"
 
@@ -59,14 +60,12 @@ def test_a_prompt_becomes_a_picture_a_strip_and_figures(
     assert (folder / "config.yaml").exists()
 
 
-def test_two_processes_draw_the_same(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+def test_two_ranks_draw_the_same(tmp_path: Path, two_ranks: RankPool) -> None:
+    alone, shared = tmp_path / "1", tmp_path / "2"
+    assert draw(alone) == 0
+    assert two_ranks(draw, shared) == [0, 0]
     sheets = []
-    for number in (1, 2):
-        to = tmp_path / str(number)
-        assert draw(to, f"dispatch.num_workers={number}") == 0
+    for number, to in enumerate((alone, shared), start=1):
         folder, report = made(to)
         assert report["workers"] == number
         sheets.append(pixels(folder / "sample.png"))

@@ -29,11 +29,13 @@ def test_runs_are_counted_from_their_own_sequential_run() -> None:
     jobs = vsd.jobs(plan)
     assert len(jobs) == 2 * 3 * 3 * 2
     found = [
-        entry(job, 100 if job["row"] == vsd.PLAIN else 20, 20.0 + 2 * job["seed"])
+        entry(job, 100 if job["row"] == vsd.SEQUENTIAL else 20, 20.0 + 2 * job["seed"])
         for job in jobs
         # Of the second seed the sequential run alone, and a run without its own.
-        if job["seed"] == 0 or job["row"] == vsd.PLAIN or job["kind"] == "SDS"
-        if not (job["seed"] == 1 and job["kind"] == "SDS" and job["row"] == vsd.PLAIN)
+        if job["seed"] == 0 or job["row"] == vsd.SEQUENTIAL or job["kind"] == "SDS"
+        if not (
+            job["seed"] == 1 and job["kind"] == "SDS" and job["row"] == vsd.SEQUENTIAL
+        )
     ]
     lines = vsd.table(plan, found).splitlines()
     assert len(lines) == 2 + 6

@@ -27,6 +27,7 @@ from dreampropeller.attributes import Attributes
 from dreampropeller.buffers import buffer_drift, updated_buffers
 from dreampropeller.dispatch.process_group import local_device
 from dreampropeller.guard import Guard
+from dreampropeller.host import steady
 from dreampropeller.lending import lent
 from dreampropeller.optimizers import dense
 from dreampropeller.precision import Precision
@@ -283,7 +284,7 @@ class Host:
 
     def evaluate(self, step: int, y: State) -> tuple[State, Aux]:
         """The drift of a step, with the attributes recorded when opened."""
-        with self.kept(y):
+        with steady(self.module), self.kept(y):
             self.enter(step, y)
             with self.random.scope(step):  # only for the module's own draws
                 return self.run(step, y)

@@ -19,10 +19,11 @@ import torch
 
 from dreampropeller.adapters.lightning import verification
 from dreampropeller.adapters.lightning.host import Host, Keyed, Settings
+from dreampropeller.host import steady
 from dreampropeller.identity import Fingerprint, plain, shape_of
 from dreampropeller.trajectory import Drift, Parents, Trajectory
-from dreampropeller.tree import Nest, State, copy_nest
-from dreampropeller.verification import Checked
+from dreampropeller.tree import Aux, Nest, State, copy_nest
+from dreampropeller.verification import Checked, Repeats, names
 
 
 class LightningTrajectory(Trajectory[Nest]):
@@ -117,7 +118,16 @@ class LightningTrajectory(Trajectory[Nest]):
     def make_drift(self, device: torch.device) -> Drift:
         """The gradient of `training_step`, and the changes of the buffers."""
         del device  # the module and its states live on the host's device from the start
-        return self.host.evaluate
+        self._repeats = None
+        return self._drift
+
+    _repeats: Repeats | None = None
+    """Repeats an evaluation now and then, once a check has passed."""
+
+    def _drift(self, step: int, y: State) -> tuple[State, Aux]:
+        if self._repeats is None:
+            return self.host.evaluate(step, y)
+        return self._repeats.evaluate(self.host.evaluate, step, y)
 
     def update(
         self, step: int, y: State, carry: Nest, drift: State
@@ -129,7 +139,17 @@ class LightningTrajectory(Trajectory[Nest]):
         """Also compare with the module's own loop."""
         if not self.verifies or (self.verified is not None and step == 0):
             return self.verified
-        return verification.check(self, step, y, carry, drift)
+        found = verification.check(self, step, y, carry, drift)
+        if found is None:
+            return None
+        self._repeats = Repeats(found.noise, self._cause)
+        return found.checked(whole=True)
+
+    def _cause(self) -> str:
+        changed = self.host.attributes.changed()
+        if not changed:
+            return ""
+        return f"An evaluation changed {names(changed)} of the module."
 
     def next_jump(self, step: int) -> int:
         """The next step that changes the module's structure."""
@@ -165,6 +185,6 @@ class LightningTrajectory(Trajectory[Nest]):
             The drift, and the result of `look`.
         """
         self.host.enter(step, y, restore)
-        with self.host.random.scope(step):
+        with steady(self.module), self.host.random.scope(step):
             drift, _ = self.host.run(step, y)
             return drift, look()

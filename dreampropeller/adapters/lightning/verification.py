@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 def check(
     trajectory: LightningTrajectory, step: int, y: State, carry: Nest, drift: Drift
-) -> Checked | None:
+) -> Probe | None:
     """Compare steps with the module's own loop; see `Trajectory.check`.
 
     Raises:
@@ -59,7 +59,7 @@ def check(
         _compare_steps(trajectory, found)
     _compare_updates(trajectory, found, carry)
     trajectory.host.attributes.restore()
-    return found.checked(whole=True)
+    return found
 
 
 def verify(trajectory: LightningTrajectory) -> Checked | None:
@@ -70,7 +70,8 @@ def verify(trajectory: LightningTrajectory) -> Checked | None:
     """
     y, carry = trajectory.init()
     drift = trajectory.make_drift(torch.device("cpu"))
-    return check(trajectory, 0, y, carry, drift)
+    found = check(trajectory, 0, y, carry, drift)
+    return None if found is None else found.checked(whole=True)
 
 
 def _explain(trajectory: LightningTrajectory, step: int, y: State) -> None:

@@ -104,16 +104,16 @@ def _video(path: Path, name: str) -> str:
 def _truth(runs: Mapping[str, Run]) -> str:
     found = {name: run.folder / "truth.png" for name, run in runs.items()}
     shown = "\n".join(
-        f'<figure><img alt="{name}, above the truth" '
+        f'<figure><img alt="{name}, above the ground truth" '
         f'src="{_inline(path, "image/png")}">'
-        f"<figcaption>{name}: sixteen views, above the same views of the truth"
+        f"<figcaption>{name}: sixteen views, above the same views of the ground truth"
         "</figcaption></figure>"
         for name, path in found.items()
         if path.exists()
     )
     if not shown:
         return ""
-    return f'<h2>Beside the truth</h2>\n<div class="stack">{shown}</div>'
+    return f'<h2>Beside the ground truth</h2>\n<div class="stack">{shown}</div>'
 
 
 def _inline(path: Path, kind: str) -> str:

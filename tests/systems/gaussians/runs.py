@@ -93,7 +93,6 @@ def exact(window: int) -> dp.PicardSolver:
 
 
 def solve_on_ranks(window: int) -> dict[str, Any]:
-    torch.set_num_threads(1)
     dispatcher = functools.partial(dp.DistributedDispatcher, timeout=600.0)
     solution = dp.solve(make(), exact(window), dispatcher)
     return {"value": solution.value, "carry": solution.carry}

@@ -17,6 +17,7 @@ from dreampropeller.tree import State, copy_nest
 from systems.scene.gaussians import growth
 from systems.scene.gaussians.growth import GrowthConfig
 from tests.helpers import tree_equal
+from tests.rank_pool import RankPool
 from tests.systems.gaussians.runs import (
     CPU,
     GROWTH,
@@ -104,8 +105,8 @@ def test_threshold_zero_is_sequential_through_growth(window: int) -> None:
     assert tree_equal(solution.carry, sequential().carry)
 
 
-def test_two_ranks_are_one() -> None:
-    for answer in dp.launch_workers(solve_on_ranks, 4, num_workers=2):
+def test_two_ranks_are_one(two_ranks: RankPool) -> None:
+    for answer in two_ranks(solve_on_ranks, 4):
         assert tree_equal(answer["value"], sequential().value)
         assert tree_equal(answer["carry"], sequential().carry)
 
