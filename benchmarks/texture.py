@@ -29,7 +29,7 @@ import dreampropeller as dp
 from benchmarks import runs
 from benchmarks.gaussians import SEEDS, name_of, sheet
 from benchmarks.measured import measured
-from systems import quality
+from systems import build, quality
 from systems.base import System
 from systems.quality.truth import GREY, fixed_views
 from systems.scene.cameras import Cameras, Views
