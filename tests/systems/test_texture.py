@@ -241,15 +241,16 @@ def _by_the_letter(path: Path) -> Any:
     surface = tree.materials[primitive.material].pbrMetallicRoughness
     assert (surface.metallicFactor, surface.roughnessFactor) == (0.0, 1.0)
     assert surface.baseColorFactor == [1.0, 1.0, 1.0, 1.0]
-    image = tree.images[tree.textures[surface.baseColorTexture.index].source]
-    view = tree.bufferViews[image.bufferView]
+    source = tree.images[tree.textures[surface.baseColorTexture.index].source]
+    view = tree.bufferViews[source.bufferView]
     file = path.with_suffix(".map.png")
     file.write_bytes(blob[view.byteOffset : view.byteOffset + view.byteLength])
     position = array(primitive.attributes.POSITION, np.float32, 3)
     uv = array(primitive.attributes.TEXCOORD_0, np.float32, 2)
     faces = array(primitive.indices, np.uint32, 1).reshape(-1, 3)
     assert np.isfinite(array(primitive.attributes.NORMAL, np.float32, 3)).all()
-    texels = np.asarray(Image.open(file).convert("RGB")) / 255
+    with Image.open(file) as image:
+        texels = np.asarray(image.convert("RGB")) / 255
     encoded = (to_srgb(to_linear(texels)) * 255).round().astype(np.uint8)
     upright = np.stack([position[:, 0], -position[:, 2], position[:, 1]], -1)
     mesh = trimesh.Trimesh(upright, faces, process=False)
@@ -378,3 +379,12 @@ def test_baked_splats_are_refined_in_their_own_texture_coordinates(
     assert np.abs(surface.colours - wanted)[inside].max() < 0.02
     orange = 0.5 + 0.28209 * np.array([1.0, 0.0, -1.0])
     assert np.median(surface.colours[inside], 0) == pytest.approx(orange, abs=0.03)
+
+
+def test_larger_maps_are_written_whole(mug: Path, tmp_path: Path) -> None:
+    system = tiny(mug, "system.geometry.texture_resolution=1024")
+    y, _ = system.trajectory().init()
+    glb, _, _, png = save_mesh(system.mesh(y), tmp_path)
+    with Image.open(png) as image:
+        assert image.size == (1024, 1024)
+    assert load_glb(glb).visual.material.baseColorTexture.size == (1024, 1024)
