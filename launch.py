@@ -6,7 +6,8 @@ r"""Run a config: make, compare, test or export a 3D object, or sample images.
 `--train` makes the object. `--compare` makes it with and without acceleration and
 reports whether that pays. `--test resume=RUN` renders and measures it, and
 `--export resume=RUN` writes its mesh, `--parts resume=RUN` takes the mesh apart by
-colour. `--sample` samples images (`configs/sample-toybox.yaml`).
+colour, and `--render resume=RUN cameras=path.json` films a camera path. `--sample`
+samples images (`configs/sample-toybox.yaml`).
 
 Settings follow as `key=value`; `--settings [SECTION]` lists all settings.
 `dispatch.num_workers=2` starts two processes, and `torchrun launch.py …` works too.
@@ -23,7 +24,7 @@ from pathlib import Path
 import dreampropeller as dp
 from dreampropeller.checkpoint import CheckpointError
 from systems import list_settings
-from systems.runs import compare, folders, parts, run, workers
+from systems.runs import compare, folders, parts, paths, run, workers
 from systems.threestudio import training
 from systems.threestudio.config import is_asked
 
@@ -45,6 +46,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     task.add_argument("--test", action="store_true", help="turntable and quality")
     task.add_argument("--export", action="store_true", help="mesh")
+    task.add_argument("--render", action="store_true", help="video of a camera path")
     task.add_argument(
         "--parts",
         nargs="*",
@@ -76,6 +78,8 @@ def main(argv: list[str] | None = None) -> int:
             return parts.run([*arguments.parts, *overrides])
         if is_asked(overrides):
             return training.run(arguments.config, arguments.train, overrides)
+        if arguments.render:
+            return paths.run(arguments.config, overrides)
         config = folders.load_config(arguments.config, overrides)
         if arguments.train or arguments.sample:
             return run.execute(config, "--train" if arguments.train else "--sample")

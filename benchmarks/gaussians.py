@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -99,19 +100,23 @@ def table(entries: list[dict[str, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def sheet(entries: list[dict[str, Any]]) -> Image.Image:
+def sheet(
+    entries: list[dict[str, Any]],
+    prompts: Sequence[str],
+    num_rows: int = len(ROWS),
+    folder: Path = FOLDER,
+) -> Image.Image:
     """The ground truth, then the rows, for each complete prompt and seed."""
     strips = []
     for seed in SEEDS:
-        for name in PROMPTS:
-            prompt = runs.prompt_of(name)
+        for prompt in prompts:
             found = [e for e in entries if (e["prompt"], e["seed"]) == (prompt, seed)]
-            if len(found) < len(ROWS):
+            if len(found) < num_rows:
                 continue
             files = [prompt.replace(" ", "-"), *map(name_of, found)]
-            strips.append([Image.open(FOLDER / "images" / f"{f}.png") for f in files])
+            strips.append([Image.open(folder / "images" / f"{f}.png") for f in files])
     width, height = strips[0][0].size
-    whole = Image.new("RGB", (width * len(strips), height * (len(ROWS) + 1)))
+    whole = Image.new("RGB", (width * len(strips), height * (num_rows + 1)))
     for column, files in enumerate(strips):
         for row, file in enumerate(files):
             whole.paste(file, (column * width, row * height))
@@ -134,7 +139,8 @@ def main() -> None:
     text = table(entries)
     (FOLDER / "table.md").write_text(text)
     print(text)
-    sheet(entries).save(FOLDER / "sheet.png")
+    prompts = [runs.prompt_of(name) for name in PROMPTS]
+    sheet(entries, prompts).save(FOLDER / "sheet.png")
 
 
 if __name__ == "__main__":

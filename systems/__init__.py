@@ -22,6 +22,7 @@ PROBLEMS = {
     "dreamgaussian-system": "systems.dreamgaussian.DreamGaussian",
     "textmesh-system": "systems.textmesh.TextMesh",
     "prolificdreamer-system": "systems.prolificdreamer.ProlificDreamer",
+    "texture-system": "systems.texture.Texture",
     "diffusion-sampling": "systems.sampling.Sampling",
 }
 """Problems by their names in configs; imported on use, because they are heavy."""

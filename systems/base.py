@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import dreampropeller as dp
 from dreampropeller.precision import LOSS_SCALE
-from systems import artefacts
+from systems import artefacts, exports
 from systems.problem import Problem
 from systems.scene.cameras import RandomCameras, Views
 from systems.scene.isosurface import Silhouettes
@@ -40,7 +40,16 @@ class System(Problem):
     """
 
     sections = frozenset(
-        {"system", "data", "data_type", "resume", "trainer", "checkpoint", "quality"}
+        {
+            "system",
+            "data",
+            "data_type",
+            "resume",
+            "trainer",
+            "checkpoint",
+            "quality",
+            "export",
+        }
     )
 
     def __init__(self, config: Config, device: torch.device | None = None) -> None:
@@ -97,6 +106,23 @@ class System(Problem):
         Raises:
             EmptySurface: There is no surface.
         """
+
+    def paint(
+        self,
+        y: dp.State,
+        mesh: trimesh.Trimesh,
+        points: Float[Tensor, "points 3"],
+        normals: Float[Tensor, "points 3"],
+    ) -> Float[Tensor, "points 3"]:
+        """Display colours of points of the surface; default: from images all around.
+
+        Args:
+            y: The state.
+            mesh: The surface.
+            points: Points on it.
+            normals: Their unit normals.
+        """
+        return exports.from_views(self, y, mesh, points, normals)
 
     def turntable(
         self, y: dp.State, count: int | None = None

@@ -25,7 +25,7 @@ from systems.guidance.prompts import PROMPT_PROCESSORS, PromptConfig
 from systems.guidance.table import GUIDANCES
 from systems.optimizer import OptimizerConfig
 from systems.scene.cameras import RandomCameras, Views
-from systems.scene.isosurface import extract_mesh
+from systems.scene.isosurface import Values, colours_along, extract_mesh
 from systems.scene.renderers.volume import Rendering
 from systems.scene.scene import Scene, SceneConfig
 from systems.settings.config import Config
@@ -136,6 +136,31 @@ class DreamFusion(Distillation):
     @torch.no_grad()
     def mesh(self, y: dp.State) -> Any:
         """The surface at `isosurface_threshold`, with the albedo that rays meet."""
+        geometry = self.scene.geometry
+        return extract_mesh(
+            *self._field(y),
+            geometry.config.radius,
+            geometry.config.isosurface_resolution,
+            self.silhouettes(y) if geometry.level is None else geometry.level,
+            self._depth,
+        )
+
+    @torch.no_grad()
+    def paint(
+        self, y: dp.State, mesh: Any, points: Tensor, normals: Tensor
+    ) -> Float[Tensor, "points 3"]:
+        """The albedo that rays along the normals meet; see `System.paint`."""
+        del mesh
+        return colours_along(*self._field(y), points, normals, self._depth)
+
+    @property
+    def _depth(self) -> float:
+        """Distance between the samples of a ray below the surface; 0: none are met."""
+        scene = self.scene
+        return scene.renderer.config.step_size if scene.geometry.translucent else 0.0
+
+    def _field(self, y: dp.State) -> tuple[Values, Values]:
+        """Density and albedo of a state as functions of points, on the CPU."""
         geometry, material = self.scene.geometry, self.scene.material
         prefix = "geometry."
         own = {
@@ -157,12 +182,4 @@ class DreamFusion(Distillation):
         def colour(points: Tensor) -> Tensor:
             return material.albedo(values(points)[1]).cpu()
 
-        level = geometry.level
-        return extract_mesh(
-            density,
-            colour,
-            geometry.config.radius,
-            geometry.config.isosurface_resolution,
-            self.silhouettes(y) if level is None else level,
-            self.scene.renderer.config.step_size if geometry.translucent else 0.0,
-        )
+        return density, colour

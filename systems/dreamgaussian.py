@@ -38,6 +38,7 @@ from systems.scene.gaussians.scene import (
 from systems.scene.gaussians.splats import of_state
 from systems.scene.gaussians.trajectory import GrowingGaussians
 from systems.scene.isosurface import extract_mesh
+from systems.scene.meshes.finishing import simplified
 from systems.scene.regularisers import REGULARISERS
 from systems.settings.checks import at_least
 from systems.settings.config import Config
@@ -272,21 +273,3 @@ class _Loss(nn.Module):
 
     def forward(self, step: int) -> tuple[Tensor, Any]:
         return self._loss(step, self.scene)
-
-
-def simplified(mesh: Any, max_faces: int) -> Any:
-    """A mesh of fewer faces (quadric edge collapse), with the nearest colours."""
-    if not max_faces or len(mesh.faces) <= max_faces:
-        return mesh
-    import trimesh
-    from scipy.spatial import KDTree
-
-    fewer = mesh.simplify_quadric_decimation(face_count=max_faces)
-    _, nearest = KDTree(mesh.vertices).query(fewer.vertices)
-    return trimesh.Trimesh(
-        fewer.vertices,
-        fewer.faces,
-        vertex_colors=mesh.visual.vertex_colors[nearest],
-        metadata=dict(mesh.metadata),
-        process=False,
-    )

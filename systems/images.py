@@ -93,12 +93,17 @@ def check_ffmpeg() -> None:
         )
 
 
-def save_video(frames: Iterable[Float[Tensor, "3 height width"]], path: Path) -> None:
+def save_video(
+    frames: Iterable[Float[Tensor, "3 height width"]],
+    path: Path,
+    fps: float = FRAMES_PER_SECOND,
+) -> None:
     """Write frames as an mp4 that every browser plays.
 
     Args:
         frames: Frames from 0 to 1, with even width and height in pixels.
         path: File name ending in ``.mp4``.
+        fps: Frames per second.
 
     Raises:
         NoFFmpeg: There is no encoder.
@@ -110,7 +115,7 @@ def save_video(frames: Iterable[Float[Tensor, "3 height width"]], path: Path) ->
     with (
         written(path) as part,
         imageio.get_writer(
-            part, fps=FRAMES_PER_SECOND, codec="libx264", quality=8, macro_block_size=2
+            part, fps=fps, codec="libx264", quality=8, macro_block_size=2
         ) as video,
     ):
         for frame in frames:

@@ -6,6 +6,7 @@ from systems.guidance.base import Guidance
 from systems.guidance.csd import ClassifierScoreDistillation
 from systems.guidance.ism import IntervalScoreMatching
 from systems.guidance.perpendicular import PerpendicularNegatives
+from systems.guidance.refine import Refinement
 from systems.guidance.sdi import ScoreDistillationInversion
 from systems.guidance.sds import (
     DeepFloydGuidance,
@@ -21,6 +22,7 @@ GUIDANCES: Mapping[str, type[Guidance]] = {
     "ism-guidance": IntervalScoreMatching,
     "sdi-guidance": ScoreDistillationInversion,
     "perp-neg-guidance": PerpendicularNegatives,
+    "refine-guidance": Refinement,
 }
 """The names that begin with `stable-diffusion` and `deep-floyd`, and how they count the
 guidance scale, are threestudio's."""

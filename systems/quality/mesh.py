@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from systems.scene.meshes.cleaning import weld
 from systems.scene.zbuffer import covered
 from systems.toybox.render import RADIUS
 from systems.toybox.truth import Truth
@@ -72,6 +73,7 @@ def measure_mesh(mesh: Any, wanted: Truth | None = None) -> MeshQuality:
         wanted: The ground truth, if there is one.
     """
     level = mesh.metadata.get("level")
+    mesh = _welded(mesh)
     return MeshQuality(
         bodies=int(mesh.body_count),
         faces=len(mesh.faces),
@@ -81,6 +83,17 @@ def measure_mesh(mesh: Any, wanted: Truth | None = None) -> MeshQuality:
         iou_3d=None if wanted is None else volume_iou(mesh, wanted),
         chamfer=None if wanted is None else chamfer(mesh, wanted),
     )
+
+
+def _welded(mesh: Any) -> Any:
+    """A mesh without the seams of its texture."""
+    if mesh.visual.kind != "texture":
+        return mesh
+    import trimesh
+
+    faces = weld(np.asarray(mesh.vertices))[np.asarray(mesh.faces)]
+    used, faces = np.unique(faces, return_inverse=True)
+    return trimesh.Trimesh(mesh.vertices[used], faces.reshape(-1, 3), process=False)
 
 
 def volume_iou(mesh: Any, wanted: Truth, resolution: int = GRID) -> float:

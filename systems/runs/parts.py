@@ -106,7 +106,10 @@ def _mesh(folder: Path) -> Any:
             f"`{folder}` has no `mesh.glb`: write it with `python launch.py --export "
             f"resume={folder}`."
         )
-    return load_glb(path)
+    mesh = load_glb(path)
+    if mesh.visual.kind == "texture":  # the colours at the vertices will do
+        mesh.visual = mesh.visual.to_color()
+    return mesh
 
 
 def _separate(mesh: Any, parts: Parts, colours: np.ndarray) -> list[Any]:

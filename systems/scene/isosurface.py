@@ -95,7 +95,11 @@ def extract_mesh(
     vertices = corners.astype(np.float64) * (2 * radius / (resolution - 1)) - radius
     # Densities rise inwards, so the faces come out inside out.
     mesh: Any = trimesh.Trimesh(vertices, faces[:, ::-1], process=False)
-    colours = _colours(density, colour, mesh, step_size)
+    points, normals = (
+        torch.from_numpy(part.copy()).float()
+        for part in (mesh.vertices, mesh.vertex_normals)
+    )
+    colours = colours_along(density, colour, points, normals, step_size)
     mesh.visual.vertex_colors = (colours.clamp(0, 1) * 255).round().byte().numpy()
     mesh.metadata["level"] = level
     return mesh
@@ -195,23 +199,25 @@ def _check(volume: Tensor, level: float) -> float:
     return level
 
 
-def _colours(
-    density: Values, colour: Values, mesh: Any, step_size: float
-) -> Float[Tensor, "vertices 3"]:
-    """Colours of rays along the normals of the vertices."""
-    vertices = torch.from_numpy(mesh.vertices.copy()).float()
-    normals = torch.from_numpy(mesh.vertex_normals.copy()).float()
+def colours_along(
+    density: Values,
+    colour: Values,
+    points: Float[Tensor, "points 3"],
+    normals: Float[Tensor, "points 3"],
+    step_size: float,
+) -> Float[Tensor, "points 3"]:
+    """Colours of rays along the normals of surface points; arguments as above."""
     if not step_size:
-        return torch.cat([colour(part) for part in vertices.split(_CHUNK)])
+        return torch.cat([colour(part) for part in points.split(_CHUNK)])
     # From one step outside, where thin density already counts.
     depths = (torch.arange(_DEPTH) - 0.5) * step_size
     colours = []
-    for part in torch.arange(len(vertices)).split(_CHUNK // _DEPTH):
+    for part in torch.arange(len(points)).split(_CHUNK // _DEPTH):
         inwards = depths[:, None] * normals[part, None]
-        points = (vertices[part, None] - inwards).reshape(-1, 3)
-        reached = density(points).reshape(-1, _DEPTH) * step_size
+        inside = (points[part, None] - inwards).reshape(-1, 3)
+        reached = density(inside).reshape(-1, _DEPTH) * step_size
         passed = torch.exp(-(reached.cumsum(-1) - reached))
         weights = passed * (1 - torch.exp(-reached)) + 1e-8
-        shown = colour(points).reshape(-1, _DEPTH, 3) * weights[..., None]
+        shown = colour(inside).reshape(-1, _DEPTH, 3) * weights[..., None]
         colours.append(shown.sum(1) / weights.sum(1, keepdim=True))
     return torch.cat(colours)

@@ -1,26 +1,28 @@
 r"""A mesh as files: `mesh.glb` for viewers and engines, `mesh.obj` for everything else.
 
-The colours of glTF are linear light (glTF 2.0, section 3.9.2), those of a screen sRGB
-(IEC 61966-2-1):
-
-$$c_{lin} = \begin{cases} c / 12.92 & c \le 0.04045 \\
-  ((c + 0.055) / 1.055)^{2.4} & \text{otherwise} \end{cases}$$
-
-A glTF mesh without a material counts as metallic, so a rough, non-metallic material is
+Vertex colours of glTF are linear light, base colour textures sRGB (glTF 2.0, sections
+3.9.2 and 3.7.2.1); obj and mtl leave it open, and their readers expect sRGB. A glTF
+mesh without a material counts as metallic, so metalness and roughness are always
 written.
 """
 
 from __future__ import annotations
 
+import io
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from systems.files import written
+from systems.scene.colours import to_linear, to_srgb
+from systems.scene.meshes.reading import GENERATOR
 
 if TYPE_CHECKING:
     import trimesh
+
+__all__ = ["load_glb", "save_mesh", "to_glb", "to_linear", "to_srgb", "with_texture"]
 
 MATERIAL = {
     "name": "matte",
@@ -30,68 +32,172 @@ MATERIAL = {
         "roughnessFactor": 1.0,
     },
 }
+"""The material of a mesh that brings none."""
 _UPRIGHT = np.array([[1, 0, 0, 0], [0, 0, 1, 0], [0, -1, 0, 0], [0, 0, 0, 1]], float)
 """From z up to y up: (x, y, z) becomes (x, z, −y)."""
 
 
 def save_mesh(mesh: trimesh.Trimesh, folder: Path) -> list[Path]:
-    """Write a mesh with sRGB vertex colours as ``mesh.glb`` and ``mesh.obj``.
+    """Write a mesh as ``mesh.glb`` and ``mesh.obj``.
 
-    The glb stands upright in viewers (y up), its colours are linear; the obj keeps the
-    scene's axes (z up) and sRGB colours, as its readers expect.
+    The mesh has sRGB vertex colours or, made by `with_texture`, a texture; then there
+    are ``mesh.mtl`` and ``mesh.png`` for the obj. The glb stands upright in viewers (y
+    up); the obj keeps the scene's axes (z up).
+
+    Returns:
+        The files, glb and obj first.
 
     Raises:
         OSError: A file cannot be written; the message names it.
     """
-    paths = [folder / "mesh.glb", folder / "mesh.obj"]
-    with written(paths[0]) as part:
-        part.write_bytes(to_glb(mesh))
-    with written(paths[1]) as part:
-        part.write_text(str(mesh.export(file_type="obj")), encoding="utf-8")
-    return paths
+    files = {"mesh.glb": to_glb(mesh), **_obj(mesh)}
+    for name, content in files.items():
+        with written(folder / name) as part:
+            part.write_bytes(content)
+    for name in {"mesh.mtl", "mesh.png"} - files.keys():  # of an earlier export
+        (folder / name).unlink(missing_ok=True)
+    return [folder / name for name in files]
+
+
+def with_texture(
+    vertices: np.ndarray,
+    faces: np.ndarray,
+    normals: np.ndarray | None,
+    uv: np.ndarray,
+    albedo: np.ndarray,
+    roughness: float | np.ndarray = 1.0,
+    metallic: float | np.ndarray = 0.0,
+) -> trimesh.Trimesh:
+    """A mesh with a texture.
+
+    Args:
+        vertices: Positions, z up, shape ``(vertices, 3)``.
+        faces: Vertex indices, shape ``(faces, 3)``.
+        normals: Normals of the vertices; None: those of the faces around them.
+        uv: Texture coordinates, v upwards, shape ``(vertices, 2)``.
+        albedo: Display colours from 0 to 1, shape ``(side, side, 3)``.
+        roughness: Roughness from 0 to 1, a number or a map ``(side, side)``.
+        metallic: Metalness from 0 to 1, likewise.
+    """
+    import trimesh
+    from PIL import Image
+    from trimesh.visual import TextureVisuals
+    from trimesh.visual.material import PBRMaterial
+
+    surface: dict[str, Any] = {"metallicFactor": metallic, "roughnessFactor": roughness}
+    if isinstance(roughness, np.ndarray) or isinstance(metallic, np.ndarray):
+        maps = [np.zeros(albedo.shape[:2]), roughness, metallic]  # green and blue
+        flat = np.stack([np.broadcast_to(m, albedo.shape[:2]) for m in maps], -1)
+        surface = {"metallicFactor": 1.0, "roughnessFactor": 1.0}
+        surface["metallicRoughnessTexture"] = Image.fromarray(_to_bytes(flat))
+    material = PBRMaterial(
+        name="surface",
+        baseColorTexture=Image.fromarray(_to_bytes(albedo)),
+        baseColorFactor=[255, 255, 255, 255],
+        **surface,
+    )
+    return trimesh.Trimesh(
+        vertices,
+        faces,
+        vertex_normals=normals,
+        visual=TextureVisuals(uv=uv, material=material),
+        process=False,
+    )
+
+
+def _to_bytes(values: np.ndarray) -> np.ndarray:
+    return (np.clip(values, 0, 1) * 255).round().astype(np.uint8)
+
+
+def is_textured(mesh: Any) -> bool:
+    """Whether a mesh has a texture, not vertex colours."""
+    return mesh.visual.kind == "texture" and mesh.visual.uv is not None
 
 
 def to_glb(*meshes: trimesh.Trimesh) -> bytes:
-    """Meshes with sRGB vertex colours as binary glTF, each an object of its own."""
+    """Meshes as binary glTF, each an object of its own.
+
+    Each has sRGB vertex colours, or a texture.
+    """
     import trimesh
     from trimesh.exchange.gltf import export_glb
 
     scene = trimesh.Scene()
     for number, mesh in enumerate(meshes):
-        look: Any = mesh.visual
-        colours = np.asarray(look.vertex_colors)[:, :3] / 255
-        upright = trimesh.Trimesh(
-            mesh.vertices,
-            mesh.faces,
-            vertex_attributes={"_COLOR": to_linear(colours).astype(np.float32)},
-            process=False,
-        )
-        upright.apply_transform(_UPRIGHT)
         name = "mesh" if len(meshes) == 1 else f"part_{number + 1}"
-        scene.add_geometry(upright, geom_name=name, node_name=name)
+        scene.add_geometry(_upright(mesh), geom_name=name, node_name=name)
 
     def finish(tree: dict[str, Any]) -> None:
-        tree["materials"] = [MATERIAL]
+        tree["asset"]["generator"] = GENERATOR
+        plain = len(tree.setdefault("materials", []))
         for entry in tree["meshes"]:
             for primitive in entry["primitives"]:
                 # trimesh writes its own colours in 8 bits, too coarse for linear
                 # light; user attributes keep their precision.
                 attributes = primitive["attributes"]
-                attributes["COLOR_0"] = attributes.pop("_COLOR")
-                primitive["material"] = 0
+                if "_COLOR" in attributes:
+                    attributes["COLOR_0"] = attributes.pop("_COLOR")
+                    primitive["material"] = plain
+        if any(not is_textured(mesh) for mesh in meshes):
+            tree["materials"].append(MATERIAL)
 
     return export_glb(scene, include_normals=True, tree_postprocessor=finish)
 
 
-def to_linear(srgb: np.ndarray) -> np.ndarray:
-    """Display colours from 0 to 1 as linear light."""
-    return np.where(srgb <= 0.04045, srgb / 12.92, ((srgb + 0.055) / 1.055) ** 2.4)
+def _upright(mesh: Any) -> trimesh.Trimesh:
+    """A mesh with y up, and linear vertex colours as an attribute."""
+    import trimesh
+
+    if is_textured(mesh):
+        upright = mesh.copy()
+    else:
+        colours = to_linear(np.asarray(mesh.visual.vertex_colors)[:, :3] / 255)
+        upright = trimesh.Trimesh(
+            mesh.vertices,
+            mesh.faces,
+            vertex_attributes={"_COLOR": colours.astype(np.float32)},
+            process=False,
+        )
+    return upright.apply_transform(_UPRIGHT)
 
 
-def to_srgb(linear: np.ndarray) -> np.ndarray:
-    """Linear light from 0 to 1 as display colours; the inverse of `to_linear`."""
-    low = linear <= 0.0031308
-    return np.where(low, linear * 12.92, 1.055 * linear ** (1 / 2.4) - 0.055)
+def _obj(mesh: Any) -> dict[str, bytes]:
+    """The mesh as obj and, if it has a texture, mtl and png.
+
+    An mtl knows no vertex colours, and its readers would show a plain surface.
+    """
+    text = "\n".join(_obj_lines(mesh)).encode()
+    if not is_textured(mesh):
+        return {"mesh.obj": text}
+    look, image = mesh.visual.material, io.BytesIO()
+    look.baseColorTexture.save(image, format="png")
+    material = [
+        *("newmtl surface", "Ka 0 0 0", "Kd 1 1 1", "Ks 0 0 0", "illum 1"),
+        *(f"Pr {look.roughnessFactor:g}", f"Pm {look.metallicFactor:g}"),
+        "map_Kd mesh.png\n",
+    ]
+    mtl = "\n".join(material).encode()
+    return {"mesh.obj": text, "mesh.mtl": mtl, "mesh.png": image.getvalue()}
+
+
+def _obj_lines(mesh: Any) -> Iterator[str]:
+    yield f"# {GENERATOR}: z is up, the front is +x, colours are sRGB"
+    vertices, normals = np.asarray(mesh.vertices), np.asarray(mesh.vertex_normals)
+    corner, material = "{0}//{0}", []
+    if is_textured(mesh):
+        yield "mtllib mesh.mtl"
+        corner, material = "{0}/{0}/{0}", ["usemtl surface"]
+        yield from (f"v {x:.7g} {y:.7g} {z:.7g}" for x, y, z in vertices)
+        yield from (f"vt {u:.7g} {v:.7g}" for u, v in np.asarray(mesh.visual.uv))
+    else:
+        colours = np.asarray(mesh.visual.vertex_colors)[:, :3] / 255
+        rows = np.concatenate([vertices, colours], 1)
+        yield from ("v " + " ".join(f"{x:.7g}" for x in row) for row in rows)
+    yield from (f"vn {x:.5g} {y:.5g} {z:.5g}" for x, y, z in normals)
+    yield from material
+    for face in (np.asarray(mesh.faces) + 1).tolist():
+        yield "f " + " ".join(corner.format(index) for index in face)
+    yield ""
 
 
 def load_glb(path: Path) -> trimesh.Trimesh:
@@ -101,13 +207,15 @@ def load_glb(path: Path) -> trimesh.Trimesh:
     """
     import trimesh
 
-    scene: Any = trimesh.load(path, process=False)
+    scene: Any = trimesh.load_scene(path, process=False)
     (mesh,) = scene.geometry.values()
+    if is_textured(mesh):
+        return mesh.apply_transform(_UPRIGHT.T)
     linear = np.asarray(mesh.visual.vertex_attributes["color"])[:, :3]
     again = trimesh.Trimesh(
         mesh.vertices,
         mesh.faces,
-        vertex_colors=(to_srgb(linear) * 255).round().astype(np.uint8),
+        vertex_colors=_to_bytes(to_srgb(linear)),
         process=False,
     )
     return again.apply_transform(_UPRIGHT.T)

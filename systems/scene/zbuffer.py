@@ -8,7 +8,7 @@ nearest triangle is visible.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from systems.scene.cameras import Views
+from systems.scene.colours import to_srgb
+from systems.scene.meshes.source import Look
 
 AMBIENT = 0.35
 """Share of the light that comes from everywhere; the rest comes from the camera."""
@@ -81,7 +83,7 @@ def render_mesh(
     """Shaded images of a mesh, and its silhouettes.
 
     Args:
-        mesh: A `trimesh.Trimesh`, with sRGB vertex colours if it has any.
+        mesh: A `trimesh.Trimesh`, with a texture or sRGB vertex colours if it has any.
         views: Views to render.
         background: Grey level of the background, from 0 to 1.
         clay: Render the shape in grey, without colours.
@@ -90,10 +92,8 @@ def render_mesh(
         Images from 0 to 1, and masks of zeros and ones.
     """
     vertices, faces = np.asarray(mesh.vertices, float), np.asarray(mesh.faces)
-    colours = np.full((len(vertices), 3), CLAY)
-    if not clay and mesh.visual.kind == "vertex":
-        colours = np.asarray(mesh.visual.vertex_colors)[:, :3] / 255
-    attributes = np.concatenate([colours, np.asarray(mesh.vertex_normals)], -1)
+    colours, colour = _colouring(mesh, clay)
+    attributes = np.concatenate([np.asarray(mesh.vertex_normals), colours], -1)
     axes = [part.double().numpy() for part in views.cameras.axes()]
     half = np.tan(np.radians(views.cameras.fov.double().numpy()) / 2)
     images, masks = [], []
@@ -109,15 +109,29 @@ def render_mesh(
         kept = faces[(seen[faces, 2] > _NEAR).all(-1)]
         image = np.full((views.height * views.width, 3), background)
         pixel, values = _nearest(corners, kept, 1 / depth, attributes, views)
-        normal = values[:, 3:] / np.linalg.norm(values[:, 3:], axis=-1, keepdims=True)
+        normal = values[:, :3] / np.linalg.norm(values[:, :3], axis=-1, keepdims=True)
         light = AMBIENT + (1 - AMBIENT) * np.abs(normal @ forward)
-        image[pixel] = values[:, :3] * light[:, None]
+        image[pixel] = colour(values[:, 3:]) * light[:, None]
         mask = np.zeros(len(image))
         mask[pixel] = 1.0
         shape = (views.height, views.width)
         images.append(image.reshape(*shape, 3).transpose(2, 0, 1))
         masks.append(mask.reshape(1, *shape))
     return tuple(torch.from_numpy(np.stack(p)).float() for p in (images, masks))  # pyright: ignore[reportReturnType]
+
+
+def _colouring(
+    mesh: Any, clay: bool
+) -> tuple[np.ndarray, Callable[[np.ndarray], np.ndarray]]:
+    """Attributes of vertices, and the sRGB colours that belong to them."""
+    visual = mesh.visual
+    if clay or visual.kind not in ("vertex", "texture"):
+        return np.full((len(mesh.vertices), 3), CLAY), lambda values: values
+    if visual.kind == "vertex":
+        return np.asarray(visual.vertex_colors)[:, :3] / 255, lambda values: values
+    image = np.asarray(visual.material.baseColorTexture.convert("RGB"))
+    look = Look(np.ones(3), image)
+    return np.asarray(visual.uv), lambda uv: to_srgb(look.at(uv))
 
 
 def _nearest(

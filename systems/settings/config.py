@@ -225,6 +225,27 @@ class QualityConfig:
 
 
 @dataclass(frozen=True)
+class ExportConfig:
+    """`export`: the mesh that a run writes.
+
+    Args:
+        texture: Side of a texture in texels that takes the place of vertex colours;
+            0: vertex colours.
+        max_faces: Number of faces that the mesh is simplified to, before it is
+            unwrapped; 0: no simplification.
+    """
+
+    texture: int = 0
+    max_faces: int = 0
+
+    def __post_init__(self) -> None:
+        at_least("texture", self.texture, 0)
+        at_least("max_faces", self.max_faces, 0)
+        if self.texture > 8192:
+            raise ValueError(f"`texture` is {self.texture}: write 8192 or less.")
+
+
+@dataclass(frozen=True)
 class Config:
     """A whole run.
 
@@ -243,6 +264,7 @@ class Config:
         trainer: Number of steps, logging and precision.
         checkpoint: Saving of checkpoints.
         quality: CLIP scores of the result.
+        export: Texture and number of faces of the mesh.
         problems: Errors found while reading the file; `systems.build` raises them,
             together with those that the system finds.
     """
@@ -261,6 +283,7 @@ class Config:
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     quality: QualityConfig = field(default_factory=QualityConfig)
+    export: ExportConfig = field(default_factory=ExportConfig)
     problems: tuple[str, ...] = field(
         default=(), repr=False, metadata={"internal": True}
     )

@@ -184,8 +184,8 @@ def test_what_does_not_fit_is_refused(settings: list[str], message: str) -> None
     prompt = "system.prompt_processor.prompt=a red mug"
     with pytest.raises(ValueError, match=message):
         build(load(str(ROOT / TEXTMESH), [prompt, *settings]))
+    neus = "system.renderer_type=neus-volume-renderer"
     with pytest.raises(ValueError, match="`VoxelGrid` is not: write"):
-        neus = "system.renderer_type=neus-volume-renderer"
         build(load(str(ROOT / TOYBOX), [prompt, neus]))
 
 

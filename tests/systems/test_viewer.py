@@ -16,7 +16,7 @@ from trimesh.visual import ColorVisuals
 
 from systems.images import save_image, save_video
 from systems.runs import viewer
-from systems.scene.mesh_files import save_mesh
+from systems.scene.mesh_files import save_mesh, with_texture
 
 FIGURES = {
     "steps": 200,
@@ -119,6 +119,33 @@ def settled(view: Any) -> dict[str, str]:
         "new Promise((done) => requestAnimationFrame(() => setTimeout(done)))"
     )
     return view.evaluate("({...canvas.dataset})")
+
+
+@pytest.mark.browser
+def test_a_texture_is_drawn_as_it_is_without_light(
+    chromium: Any, tmp_path: Path
+) -> None:
+    corners = np.array([[0, -1, -1], [0, 1, -1], [0, 1, 1], [0, -1, 1]], float)
+    faces = np.array([[0, 1, 2], [0, 2, 3]])
+    uv = np.array([[0.0, 0], [1, 0], [1, 1], [0, 1]])
+    shown = np.full((8, 8, 3), [0.5, 0.25, 0.02])
+    save_mesh(with_texture(corners, faces, None, uv, shown), tmp_path)
+    viewer.add(tmp_path, {}, "a sheet")
+    view = chromium.new_page()
+    said: list[str] = []
+    view.on("console", lambda message: said.append(message.text))
+    view.on("pageerror", lambda error: said.append(str(error)))
+    view.goto((tmp_path / "viewer.html").resolve().as_uri())
+    view.wait_for_function("canvas.dataset.map === '8'")
+    settled(view)
+    lit = middle(view)
+    view.click("#unlit")
+    settled(view)
+    wanted = [128, 64, 5, 255]
+    assert all(abs(a - b) <= 1 for a, b in zip(middle(view), wanted, strict=True))
+    assert lit[0] < 128
+    assert said == []
+    view.close()
 
 
 @pytest.mark.browser

@@ -1,0 +1,1 @@
+"""Meshes from anywhere: reading, cleaning, texture coordinates and baked colours."""

@@ -1,0 +1,117 @@
+"""Score distillation whose guidance may learn a LoRA beside the scene.
+
+With variational guidance the state is {scene θ, LoRA φ}: the gradient of θ reads φ,
+that of φ reads the images of θ, and one optimizer moves both, each with its own
+learning rate. With other guidance this adds nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+import dreampropeller as dp
+from systems.distillation import Distillation
+from systems.guidance.base import Guidance
+from systems.guidance.priors import check
+from systems.guidance.vsd import VSD_GUIDANCES
+from systems.settings.schedules import value_at
+
+LORA = "guidance."
+"""Prefix of the LoRA's tensors in a state; its part in `optimizer.params`."""
+
+
+class Variational(Distillation):
+    """A system whose guidance may be variational."""
+
+    _module: nn.Module | None = None
+
+    @property
+    def is_variational(self) -> bool:
+        """Whether the guidance learns a LoRA."""
+        return self.settings.guidance_type in VSD_GUIDANCES
+
+    def check_adapted(self) -> None:
+        """Refuse a LoRA whose base model is not available."""
+        if self.is_variational:
+            adapted = self.settings.guidance.pretrained_model_name_or_path_lora
+            if adapted is not None:
+                check(adapted, [])
+
+    @property
+    def is_reproducible(self) -> bool:
+        """Not with `lora: local`: a worker's LoRA depends on what it evaluated."""
+        return not self.is_variational or self.settings.guidance.lora != "local"
+
+    def parts(self) -> nn.Module:
+        """The parts with learning rates: those of the scene, and `guidance`."""
+        if not self.is_variational:
+            return self.scene
+        return _SceneAndLora(self.scene, nn.Linear(1, 1))
+
+    @property
+    def module(self) -> nn.Module:
+        """See `System.module`: scene and LoRA, once `trajectory` has loaded the model.
+
+        With `lora: local` the scene alone.
+        """
+        return self.scene if self._module is None else self._module
+
+    def load_guidance(self) -> Guidance:
+        """See `Distillation.load_guidance`."""
+        if not self.is_variational:
+            return super().load_guidance()
+        settings = self.settings
+        kind, loss = VSD_GUIDANCES[settings.guidance_type], settings.loss
+        guidance = kind.load(settings.guidance, settings.prompt_processor, self.device)
+        guidance.lora.reset(self.random)
+        guidance.weights = lambda step: (
+            value_at(loss.lambda_vsd, step),
+            value_at(loss.lambda_lora, step),
+        )
+        if settings.guidance.lora == "local":
+            named = {LORA + n: p for n, p in guidance.parameters().items()}
+            guidance.private = self.optimizer(named)
+        else:
+            self._module = _SceneAndLora(self.scene, guidance.lora)
+        return guidance
+
+    def weights(self, step: int) -> Mapping[str, float]:
+        """See `Distillation.weights`; such a guidance weights its own two losses."""
+        weights = dict(super().weights(step))
+        return {**weights, "sds": 1.0} if self.is_variational else weights
+
+    def loss(
+        self, step: int, module: nn.Module, guidance: Guidance
+    ) -> tuple[Tensor, dict[str, Any]]:
+        """See `Distillation.loss`."""
+        total, log = super().loss(step, module, guidance)
+        if self.is_variational:
+            del log["loss_sds"]  # the sum of `loss_vsd` and `loss_lora`
+        return total, log
+
+    def check_state(self, y: dp.State, where: str | Path) -> None:
+        """See `System.check_state`; the LoRA's shapes are known once it is loaded."""
+        super().check_state(scene_of(y) if self.module is self.scene else y, where)
+
+
+def scene_of(y: dp.State) -> dp.State:
+    """The part of a state that is the scene's: all that images need."""
+    return {name: tensor for name, tensor in y.items() if not name.startswith(LORA)}
+
+
+class _SceneAndLora(nn.Module):
+    """The parts of a scene and a LoRA beside them, under the names of threestudio."""
+
+    def __init__(self, scene: nn.Module, lora: nn.Module) -> None:
+        super().__init__()
+        for name, child in scene.named_children():
+            self.add_module(name, child)
+        self.guidance = lora
+        self._scene = (scene,)  # not a child: its parts are
+
+    def forward(self, *arguments: Any, **options: Any) -> Any:
+        return self._scene[0](*arguments, **options)
