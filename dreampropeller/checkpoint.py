@@ -2,7 +2,8 @@
 
 A checkpoint is one safetensors file. It holds tensors as such and everything else as
 JSON in its header, with a checksum per tensor. It is written under another name,
-flushed to the disk and then renamed, so a reader sees all of it or nothing.
+flushed to the disk and then renamed, so a reader sees all of it or nothing. Files get
+the modes that the process's umask gives.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import fcntl
 import json
 import os
 import re
+import stat
 import warnings
 import zlib
 from pathlib import Path
@@ -34,7 +36,7 @@ _STORED = {torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.bo
 _STORED |= {torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8}
 """Types that every version of safetensors stores; others are written as bytes."""
 _LOCKS: dict[Path, int] = {}
-_NAME = re.compile(r"step-(\d+)\.safetensors")
+_NAME = re.compile(r"step-(\d+)(\.lean)?\.safetensors")
 
 
 class CheckpointError(RuntimeError):
@@ -51,16 +53,17 @@ def save(
     held drifts and past iterations. Its size is three times the parameters with Adam,
     up to six with the default predictors and accelerations. The run resumes with the
     first iteration's small stride, so its strides differ; at threshold 0 its result
-    does not.
+    does not. It does not count as one of `keep`: the newest lean checkpoint is kept
+    until a full one of the same or a later step is written.
 
     Args:
         folder: Folder of the run's checkpoints; it is made if missing.
         state: Solver state to write.
-        keep: Number of checkpoints to keep. Two or more leave one to fall back to.
+        keep: Number of full checkpoints to keep. Two or more leave one to fall back to.
         lean: Leave out the fields marked `component.FULL`.
 
     Returns:
-        The file, ``step-<step>.safetensors``.
+        The file, ``step-<step>.safetensors`` or ``step-<step>.lean.safetensors``.
 
     Raises:
         CheckpointError: The file could not be written, the folder holds checkpoints of
@@ -71,7 +74,8 @@ def save(
         raise ValueError(f"`keep` is {keep}: keep at least 1 checkpoint.")
     folder = Path(folder)
     _refuse_other_run(folder, state.run)
-    path = folder / f"step-{state.step:08d}.safetensors"
+    kind = ".lean" if lean else ""
+    path = folder / f"step-{state.step:08d}{kind}.safetensors"
     structure, leaves = encode(
         state, lambda field: not lean or field.metadata.get("lean", True)
     )
@@ -93,32 +97,55 @@ def save(
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock(folder)
-        save_file(arrays, part, metadata={"dreampropeller": json.dumps(header)})
-        with open(part, "rb") as file:
-            os.fsync(file.fileno())
+        _write(part, arrays, {"dreampropeller": json.dumps(header)})
         os.replace(part, path)
         _flush_folder(folder)
     except (OSError, SafetensorError) as error:
-        with contextlib.suppress(OSError):
-            part.unlink(missing_ok=True)
         raise CheckpointError(
             f"The checkpoint of step {state.step} could not be written to `{folder}`: "
             f"{error}. Earlier checkpoints are intact. Free some space there, or write "
             "to another folder."
         ) from error
+    finally:  # also when the process is interrupted
+        with contextlib.suppress(OSError):
+            part.unlink(missing_ok=True)
     _remove_others(folder, path, keep, bool(state.run))
     return path
 
 
+def _write(part: Path, arrays: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    """Write a file, and flush it to the disk."""
+    # Safetensors makes private files: take the mode that the umask gives.
+    with open(part, "wb") as file:
+        mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
+    save_file(arrays, part, metadata=metadata)
+    with contextlib.suppress(OSError):  # a file system without modes
+        os.chmod(part, mode)
+    with open(part, "rb") as file:
+        os.fsync(file.fileno())
+
+
 def _remove_others(folder: Path, path: Path, keep: int, known: bool) -> None:
     """Keep the newest checkpoints up to a file."""
-    others = _newest_first(folder)
+    others = [other for other in _newest_first(folder) if other != path]
     # Beyond this step: from a part of the run that was abandoned by resuming.
-    given_up = [other for other in others if other > path and known]
-    kept = [path, *(other for other in others if other not in (path, *given_up))]
-    for old in [*given_up, *kept[keep:]]:
+    given_up = [o for o in others if known and _step(o) > _step(path)]
+    full = [o for o in [path, *others] if o not in given_up and not _is_lean(o)]
+    # Of lean ones only the last is of use, and none that a full one has overtaken.
+    lean = [other for other in others if _is_lean(other)]
+    for old in [*given_up, *full[keep:], *lean]:
         with contextlib.suppress(OSError):
             old.unlink()
+
+
+def _step(path: Path) -> int:
+    found = _NAME.fullmatch(path.name)
+    assert found is not None, f"{path} is no checkpoint"
+    return int(found[1])
+
+
+def _is_lean(path: Path) -> bool:
+    return path.name.endswith(".lean.safetensors")
 
 
 def _store_as_bytes(arrays: dict[str, Tensor]) -> dict[str, Any]:
@@ -269,6 +296,7 @@ def _checksum(array: Tensor) -> int:
 def _newest_first(folder: Path) -> list[Path]:
     return sorted(
         (path for path in folder.iterdir() if _NAME.fullmatch(path.name)),
+        key=lambda path: (_step(path), not _is_lean(path)),
         reverse=True,
     )
 
