@@ -11,6 +11,7 @@ import abc
 import json
 import math
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -22,10 +23,12 @@ from tqdm import tqdm
 
 import dreampropeller as dp
 from dreampropeller import checkpoint
+from dreampropeller.checkpoint import CheckpointError
 from systems.files import named
 from systems.images import save_image
 from systems.problem import Problem
 from systems.runs import folders, history, results, viewer
+from systems.runs.last_state import LastState
 from systems.runs.stopping import Stop
 
 STOP = "stop"
@@ -43,6 +46,7 @@ class Recorder(abc.ABC):
     def __init__(self, files: Sequence[Path] | None) -> None:
         self.leads = files is not None
         self._stop = Stop(files)
+        self._last = LastState()
 
     @property
     def interrupted(self) -> signal.Signals | None:
@@ -52,7 +56,8 @@ class Recorder(abc.ABC):
     def run(self, solve: Callable[[Recorder], dp.Solution[Any]]) -> int:
         """Solve, record, and write the results; returns the exit code.
 
-        Accepted steps are saved even if the solve fails.
+        Accepted steps are saved even if the solve fails: a drift that raises, a rank
+        that is lost or a second Ctrl-C lose the iteration in progress, and no other.
 
         Args:
             solve: Solves the problem with the given `on_iteration`.
@@ -66,13 +71,29 @@ class Recorder(abc.ABC):
             except dp.NotConverged as error:
                 if self.leads:
                     self.save(error.solution.state)
-                    self.stopped(error.solution)
+                    self.stopped(error.solution.state.step)
+                raise
+            except BaseException as error:
+                self._rescue(error)
                 raise
             if self.leads:
                 self.save(solution.state)
         if self.leads:
             self.finish(solution)
         return 128 + self.interrupted if self.interrupted else 0
+
+    def _rescue(self, error: BaseException) -> None:
+        """Save the last accepted state after an exception, and say what is saved."""
+        state = self._last.intact()
+        if not self.leads or state is None or isinstance(error, CheckpointError):
+            return
+        try:
+            self.save(state)
+        except CheckpointError as unsaved:
+            print(f"note: {unsaved}", file=sys.stderr)
+            return
+        print(f"Saved up to step {state.step}, after an error.", file=sys.stderr)
+        self.stopped(state.step)
 
     @contextmanager
     def recording(self) -> Iterator[None]:
@@ -84,6 +105,7 @@ class Recorder(abc.ABC):
         """Record an iteration; True requests the solve to stop."""
         if not self.leads:
             return False
+        self._last.keep(state)
         self.record(state, iteration)
         return self._stop.asked()
 
@@ -95,9 +117,9 @@ class Recorder(abc.ABC):
     def save(self, state: dp.SolverState[Any]) -> None:
         """Write a checkpoint."""
 
-    def stopped(self, solution: dp.Solution[Any]) -> None:
-        """Print what can be done with a failed run; default: nothing."""
-        del solution
+    def stopped(self, step: int) -> None:
+        """Print what can be done with a run that failed after a step; default: none."""
+        del step
 
     @abc.abstractmethod
     def finish(self, solution: dp.Solution[Any]) -> None:
@@ -235,10 +257,10 @@ class FolderRecorder(Recorder):
         folders.write_json(self.folder / "report.json", report)
         print(results.summary(self.folder, self.problem, report))
 
-    def stopped(self, solution: dp.Solution[Any]) -> None:
+    def stopped(self, step: int) -> None:
         """Print how to resume or inspect a failed run."""
         assert self.folder is not None
-        made = {"steps": solution.state.step}
+        made = {"steps": step}
         print("\n".join(results.next_steps(self.folder, self.problem, made)))
 
     def _elapsed(self) -> float:
