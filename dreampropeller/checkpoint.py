@@ -91,13 +91,16 @@ def save(
         "structure": structure,
         "devices": [leaf.device.type for leaf in leaves],
         "checksums": {key: _checksum(array) for key, array in arrays.items()},
+        "forms": {key: _form(array) for key, array in arrays.items()},
         "types": types,
     }
+    text = json.dumps(header)
+    metadata = {"dreampropeller": text, "checksum": str(zlib.crc32(text.encode()))}
     part = path.with_suffix(".part")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock(folder)
-        _write(part, arrays, {"dreampropeller": json.dumps(header)})
+        _write(part, arrays, metadata)
         os.replace(part, path)
         _flush_folder(folder)
     except (OSError, SafetensorError) as error:
@@ -151,9 +154,7 @@ def _is_lean(path: Path) -> bool:
 def _store_as_bytes(arrays: dict[str, Tensor]) -> dict[str, Any]:
     """Replace tensors of unusual types by their bytes; type and shape of each."""
     types = {
-        key: [str(array.dtype).removeprefix("torch."), list(array.shape)]
-        for key, array in arrays.items()
-        if array.dtype not in _STORED
+        key: _form(array) for key, array in arrays.items() if array.dtype not in _STORED
     }
     for key in types:
         arrays[key] = arrays[key].reshape(-1).view(torch.uint8)
@@ -214,7 +215,25 @@ def _refuse_other_run(folder: Path, run: str) -> None:
 
 def _header(path: Path) -> dict[str, Any]:
     with safe_open(path, framework="pt") as file:
-        return json.loads((file.metadata() or {})["dreampropeller"])
+        return _parse(file.metadata() or {})
+
+
+def _parse(metadata: dict[str, str]) -> dict[str, Any]:
+    """Our part of a file's header.
+
+    Raises:
+        KeyError: The file is not one of ours.
+        ValueError: The header is damaged.
+    """
+    text = metadata["dreampropeller"]
+    if metadata.get("checksum", str(zlib.crc32(text.encode()))) != str(
+        zlib.crc32(text.encode())
+    ):
+        raise ValueError("its header is damaged")
+    found = json.loads(text)
+    if not isinstance(found, dict):
+        raise ValueError("its header is no mapping")
+    return found
 
 
 def load(
@@ -252,14 +271,16 @@ def load(
 def _read(path: Path, device: torch.device | str | None) -> SolverState[Any]:
     try:
         with safe_open(path, framework="pt") as file:
-            header = json.loads((file.metadata() or {})["dreampropeller"])
+            header = _parse(file.metadata() or {})
             # Cloned: mapped memory is aligned differently, which changes the rounding
             # of CPU kernels.
             arrays = {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118
-    except (OSError, SafetensorError, KeyError, ValueError) as error:
+            if header["format"] == FORMAT:
+                _check(header, arrays)
+    except (OSError, SafetensorError, KeyError, ValueError, TypeError) as error:
         raise CheckpointError(
-            f"The checkpoint `{path}` cannot be read: it is missing, cut short or not "
-            f"one of ours ({error})."
+            f"The checkpoint `{path}` cannot be read: it is missing, cut short, "
+            f"damaged or not one of ours ({error})."
         ) from error
     if header["format"] != FORMAT:
         raise CheckpointError(
@@ -267,10 +288,7 @@ def _read(path: Path, device: torch.device | str | None) -> SolverState[Any]:
             f"reads {FORMAT}. Resume with the version that wrote it, or start a new "
             "run."
         )
-    for key, checksum in header["checksums"].items():
-        if key not in arrays or _checksum(arrays[key]) != checksum:
-            raise CheckpointError(f"The checkpoint `{path}` is damaged.")
-    for key, (dtype, shape) in header.get("types", {}).items():
+    for key, (dtype, shape) in header["types"].items():
         arrays[key] = arrays[key].view(getattr(torch, dtype)).reshape(shape)
     leaves = [
         arrays[str(index)] if kind == "cpu" else arrays[str(index)].to(device or kind)
@@ -278,15 +296,42 @@ def _read(path: Path, device: torch.device | str | None) -> SolverState[Any]:
     ]
     kinds = (SolverState, Stats, *Memory.kinds())
     try:
-        return decode(
+        state = decode(
             header["structure"], leaves, {record_name(kind): kind for kind in kinds}
         )
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
         raise CheckpointError(
             f"The checkpoint `{path}` holds a memory that is not known here ({error}): "
             "import the module that defines it, in the version that wrote it, before "
             "loading."
         ) from error
+    if not isinstance(state, SolverState):
+        raise CheckpointError(f"The checkpoint `{path}` holds no solver state.")
+    return state
+
+
+def _check(header: dict[str, Any], arrays: dict[str, Tensor]) -> None:
+    """Compare the tensors with what the header says of them.
+
+    Raises:
+        ValueError: They differ.
+        KeyError: The header is incomplete.
+    """
+    forms = header.get("forms", {key: _form(array) for key, array in arrays.items()})
+    if forms != {key: _form(array) for key, array in arrays.items()}:
+        raise ValueError("tensors of other shapes or types than were written")
+    if header["checksums"] != {key: _checksum(array) for key, array in arrays.items()}:
+        raise ValueError("a checksum differs")
+    if {str(index) for index in range(len(header["devices"]))} != arrays.keys():
+        raise ValueError("tensors are missing")
+    for key, (dtype, shape) in header.setdefault("types", {}).items():
+        if not isinstance(getattr(torch, dtype, None), torch.dtype):
+            raise ValueError(f"unknown type `{dtype}`")
+        arrays[key].view(getattr(torch, dtype)).reshape(shape)
+
+
+def _form(array: Tensor) -> list[Any]:
+    return [str(array.dtype).removeprefix("torch."), list(array.shape)]
 
 
 def _checksum(array: Tensor) -> int:

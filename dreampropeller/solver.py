@@ -175,6 +175,7 @@ def solve(
     with contextlib.ExitStack() as stack:
         workers = stack.enter_context(dispatcher(trajectory))
         state = _begin(trajectory, solver, workers, state)
+        workers.confirm(state.step, state.y)
         state.run, state.problem = state.run or identity.new_run(), problem
         stack.enter_context(allocator.reused(state.y))
         checked = None
@@ -197,6 +198,7 @@ def solve(
             state.run, state.problem = run, problem
             if state.step == jump < trajectory.num_steps:
                 state = _jump(trajectory, solver, workers, state)
+            workers.confirm(state.step, state.y)
             answers = [listener(state, iteration) for listener in listeners]
             stop = any(answer is True for answer in answers)
             if workers.agree([stop])[0] and state.step < trajectory.num_steps:

@@ -63,6 +63,10 @@ class Dispatcher(abc.ABC):
         """The numbers of rank 0, on every rank."""
         return list(numbers)
 
+    def confirm(self, step: int, y: State) -> None:
+        """Fail if another rank has accepted another state; called before recording."""
+        del step, y
+
     def share(self, y: State, carry: Nest) -> tuple[State, Nest]:
         """The state and carry of rank 0, on every rank, after a jump."""
         return y, carry

@@ -33,6 +33,8 @@ from systems.runs.stopping import Stop
 
 STOP = "stop"
 """Name of the file in the run folder that requests a stop."""
+LEAN_SHARE = 0.018
+"""Largest share of the time that lean checkpoints take."""
 
 
 class Recorder(abc.ABC):
@@ -85,7 +87,8 @@ class Recorder(abc.ABC):
     def _rescue(self, error: BaseException) -> None:
         """Save the last accepted state after an exception, and say what is saved."""
         state = self._last.intact()
-        if not self.leads or state is None or isinstance(error, CheckpointError):
+        failed = isinstance(error, CheckpointError)
+        if not self.leads or not self.saves or state is None or failed:
             return
         try:
             self.save(state)
@@ -112,6 +115,11 @@ class Recorder(abc.ABC):
     @abc.abstractmethod
     def record(self, state: dp.SolverState[Any], iteration: dp.Iteration) -> None:
         """Record an iteration, and write what is due after it."""
+
+    @property
+    def saves(self) -> bool:
+        """Whether the problem has checkpoints; default: yes."""
+        return True
 
     @abc.abstractmethod
     def save(self, state: dp.SolverState[Any]) -> None:
@@ -156,7 +164,8 @@ class FolderRecorder(Recorder):
         self.config = problem.config
         self.started = time.perf_counter()
         self.solving = 0.0
-        self._returned = self.started
+        self._returned = self._written_at = self.started
+        self._lean_seconds = 0.0
         self._begin = self._saved_at = state.step if state else 0
         self._elapsed_before = 0.0
         if folder is not None and state is not None:
@@ -225,18 +234,47 @@ class FolderRecorder(Recorder):
         )
         if self.due(self.config.trainer.val_check_interval, iteration):
             self._preview(state)
-        if state.step - self._saved_at >= self.config.checkpoint.every_n_train_steps:
+        settings = self.config.checkpoint
+        every = settings.every_n_iterations
+        if state.step - self._saved_at >= settings.every_n_train_steps or (
+            every is not None and state.stats.num_iterations % every == 0
+        ):
             self.save(state)
+        elif self._lean_is_due():
+            self._write(state, lean=True)
+
+    def _lean_is_due(self) -> bool:
+        """Whether a lean checkpoint is due, and takes a small share of the time."""
+        every = self.config.checkpoint.lean_every_n_seconds
+        since = time.perf_counter() - self._written_at
+        return every is not None and since >= max(
+            every, self._lean_seconds / LEAN_SHARE
+        )
+
+    @property
+    def saves(self) -> bool:
+        """Whether the problem has checkpoints."""
+        return "checkpoint" in self.problem.sections
 
     def save(self, state: dp.SolverState[Any]) -> None:
         """Write a checkpoint."""
-        if "checkpoint" not in self.problem.sections:
+        self._write(state, lean=False)
+        self._saved_at = state.step
+
+    def _write(self, state: dp.SolverState[Any], lean: bool) -> None:
+        if not self.saves:
             return
         assert self.folder is not None
+        begin = time.perf_counter()
         checkpoint.save(
-            self.folder / folders.CHECKPOINTS, state, keep=self.config.checkpoint.keep
+            self.folder / folders.CHECKPOINTS,
+            state,
+            keep=self.config.checkpoint.keep,
+            lean=lean,
         )
-        self._saved_at = state.step
+        self._written_at = time.perf_counter()
+        if lean:
+            self._lean_seconds = self._written_at - begin
 
     def finish(self, solution: dp.Solution[Any]) -> None:
         """Write the results (not after SIGTERM) and the report."""
