@@ -175,7 +175,6 @@ def solve(
     with contextlib.ExitStack() as stack:
         workers = stack.enter_context(dispatcher(trajectory))
         state = _begin(trajectory, solver, workers, state)
-        workers.confirm(state.step, state.y)
         state.run, state.problem = state.run or identity.new_run(), problem
         stack.enter_context(allocator.reused(state.y))
         checked = None
@@ -237,6 +236,7 @@ def _begin(
         state = solver.adopt(replace(state, carry=copy_nest(state.carry)))
     if fresh and next_jump(trajectory, state.step - 1) == state.step:
         state = _jump(trajectory, solver, dispatcher, state)
+    dispatcher.confirm(state.step, state.y)
     return state
 
 

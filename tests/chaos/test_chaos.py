@@ -45,7 +45,7 @@ def test_every_kind_of_fault_loses_nothing(
 def test_a_run_that_torchrun_starts_again_continues_in_its_folder(
     tmp_path: Path, random: Any
 ) -> None:
-    """torchrun's store, which outlives its ranks, holds the name of the folder."""
+    """Torchrun's store, which outlives its ranks, holds the name of the folder."""
     trial = Trial(tmp_path, random)
     trial.words = command(trial)
     make: Any = vars(torch.distributed)["TCPStore"]
