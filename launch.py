@@ -8,6 +8,8 @@ reports whether that pays. `--test resume=RUN` renders and measures it, and
 `--export resume=RUN` writes its mesh, `--parts resume=RUN` takes the mesh apart by
 colour. `--sample` samples images (`configs/sample-toybox.yaml`).
 
+`--doctor` says what this machine offers: devices, packages, disk, processes.
+
 Settings follow as `key=value`; `--settings [SECTION]` lists all settings.
 `dispatch.num_workers=2` starts two processes, and `torchrun launch.py …` works too.
 With `backend=threestudio`, config and system are those of a threestudio checkout
@@ -22,7 +24,7 @@ from pathlib import Path
 
 import dreampropeller as dp
 from dreampropeller.checkpoint import CheckpointError
-from systems import list_settings
+from systems import doctor, list_settings
 from systems.runs import compare, folders, parts, run, workers
 from systems.threestudio import training
 from systems.threestudio.config import is_asked
@@ -52,6 +54,7 @@ def make_parser() -> argparse.ArgumentParser:
         help="the parts of a mesh; several RUNs share a palette",
     )
     task.add_argument("--sample", action="store_true", help="images of a prompt")
+    task.add_argument("--doctor", action="store_true", help="check this machine")
     task.add_argument(
         "--settings",
         nargs="?",
@@ -69,6 +72,8 @@ def main(argv: list[str] | None = None) -> int:
         if arguments.settings is not None:
             print(list_settings(arguments.settings))
             return 0
+        if arguments.doctor:
+            return doctor.run(overrides)
         if arguments.compare is not None:
             words = [*arguments.compare, *overrides]
             return compare.run(arguments.config, words)

@@ -62,8 +62,7 @@ def launch_workers(
             max_nodes=1,
             nproc_per_node=num_workers,
             run_id=f"dreampropeller-{os.getpid()}",
-            rdzv_backend="c10d",
-            rdzv_endpoint="localhost:0",
+            **_meeting(),
             max_restarts=max_restarts,
             monitor_interval=0.1,
             **_logs_in(folder),
@@ -85,6 +84,15 @@ def launch_workers(
                 f"Rank {rank} failed (exit code {failure.exitcode}):\n{_text(failure)}"
             ) from None
     return [results[rank] for rank in range(num_workers)]
+
+
+def _meeting() -> dict[str, Any]:
+    """Where the ranks meet: out of reach of other machines."""
+    try:
+        from dreampropeller.dispatch import loopback
+    except ImportError:  # torch < 2.4
+        return {"rdzv_backend": "c10d", "rdzv_endpoint": "localhost:0"}
+    return {"rdzv_backend": loopback.register(), "rdzv_endpoint": loopback.HOST}
 
 
 def _logs_in(folder: str) -> dict[str, Any]:
@@ -136,6 +144,8 @@ def _run(
     parent: int, folder: str, function: Callable[..., R], args: tuple[Any, ...]
 ) -> R:
     threading.Thread(target=_follow, args=(parent, folder), daemon=True).start()
+    if sys.platform == "linux":  # gloo's connections stay on this machine, too
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     try:
         return function(*args)
     except BaseException as error:
