@@ -11,7 +11,8 @@ colour. `--sample` samples images (`configs/sample-toybox.yaml`).
 `--doctor` says what this machine offers: devices, packages, disk, processes.
 
 Settings follow as `key=value`; `--settings [SECTION]` lists all settings.
-`dispatch.num_workers=2` starts two processes, and `torchrun launch.py …` works too.
+`dispatch.num_workers=2` starts two processes, and `torchrun launch.py …` and `srun
+python launch.py …` work too (`docs/faults.md`).
 With `backend=threestudio`, config and system are those of a threestudio checkout
 (`docs/threestudio.md`).
 """
@@ -24,6 +25,7 @@ from pathlib import Path
 
 import dreampropeller as dp
 from dreampropeller.checkpoint import CheckpointError
+from dreampropeller.dispatch import slurm
 from systems import doctor, list_settings
 from systems.runs import compare, folders, parts, run, workers
 from systems.threestudio import training
@@ -68,6 +70,7 @@ def make_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; user errors give a message and exit code 2."""
     arguments, overrides = make_parser().parse_known_args(argv)
+    slurm.read()
     try:
         if arguments.settings is not None:
             print(list_settings(arguments.settings))

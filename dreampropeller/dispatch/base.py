@@ -54,6 +54,9 @@ class Dispatcher(abc.ABC):
     ) -> list[tuple[State, Aux]]:
         """Evaluate the drift of each step at its state, in order.
 
+        An elastic dispatcher may return the drifts of the first steps only, at least
+        one.
+
         Args:
             steps: The steps, shape ``(window,)``.
             ys: The states, shape ``(window,)``; `ys[0]` is the anchor, which is exact.

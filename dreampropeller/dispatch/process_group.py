@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from dreampropeller.dispatch import slurm
 from dreampropeller.dispatch.base import WorkerError
 
 _CONNECTIONS: set[str] = set()
@@ -50,12 +51,13 @@ def hide_others() -> int:
 
 
 def join(timeout: datetime.timedelta) -> None:
-    """Make the process group of torchrun's ranks, on this rank's own device.
+    """Make the process group of torchrun's or srun's ranks, on this rank's device.
 
     Raises:
         RuntimeError: This process is no rank.
         WorkerError: As `open_group`.
     """
+    slurm.read()
     missing = [
         name
         for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -64,8 +66,8 @@ def join(timeout: datetime.timedelta) -> None:
     if missing:
         raise RuntimeError(
             f"`DistributedDispatcher` found no process group and no `{missing[0]}` in "
-            "the environment. Start the program with `torchrun --nproc-per-node=2 …`, "
-            "or through `dreampropeller.launch_workers`."
+            "the environment. Start the program with `torchrun --nproc-per-node=2 …` "
+            "or `srun`, or through `dreampropeller.launch_workers`."
         )
     device = local_device()
     if device.type == "cuda":

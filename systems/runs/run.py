@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from dreampropeller import checkpoint
 from dreampropeller.dispatch import process_group
+from dreampropeller.trajectory import Trajectory
 from systems import artefacts, build, build_problem, problem_type
+from systems.problem import Problem
 from systems.runs import folders, results, viewer, workers
 from systems.runs.recorder import FolderRecorder
 from systems.settings.config import Config, is_rank
@@ -39,7 +44,8 @@ def execute(config: Config, option: str = "--train", folder: Path | None = None)
         )
     if is_rank():  # started by torchrun
         return work(config, leads=os.environ["RANK"] == "0")
-    if config.dispatch.num_workers == 1 and not config.dispatch.max_restarts:
+    alone = config.dispatch.num_workers == 1 and not config.dispatch.max_restarts
+    if alone or config.dispatch.backend == "ray":
         return work(config, folder)
     folders.start_of(build_problem(config))  # refuse before anything is created
     folder = folder or folders.open_folder(config)
@@ -62,7 +68,7 @@ def work(config: Config, folder: Path | None = None, leads: bool = True) -> int:
     known = folder or workers.told_folder()
     if restarted and known is not None:
         config = folders.continued(config, known)
-    dispatcher, threads = workers.dispatcher(config.dispatch)
+    dispatcher, threads = workers.dispatcher(config.dispatch, _maker(config))
     torch.set_num_threads(threads)
     problem = build_problem(config)
     state = folders.start_of(problem)
@@ -80,6 +86,16 @@ def work(config: Config, folder: Path | None = None, leads: bool = True) -> int:
         if folder is not None:
             checkpoint.unlock(folder)
             checkpoint.unlock(folder / folders.CHECKPOINTS)
+
+
+def _maker(config: Config) -> Callable[[], Trajectory[Any]] | None:
+    """Builds the trajectory from the config, on another process."""
+    owned_elsewhere = problem_type(config).trajectory is Problem.trajectory
+    return None if owned_elsewhere else functools.partial(_trajectory, config)
+
+
+def _trajectory(config: Config) -> Trajectory[Any]:
+    return build_problem(config).trajectory()
 
 
 def look(config: Config, video: bool) -> int:

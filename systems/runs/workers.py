@@ -18,13 +18,39 @@ import dreampropeller as dp
 from dreampropeller.dispatch import process_group
 from systems.runs.recorder import STOP
 from systems.settings.config import Config, DispatchConfig, is_rank
+from systems.settings.reader import ConfigError
 
 _FOLDER = "dreampropeller/folder"
 """Key of the run's folder in torchrun's store."""
 
 
-def dispatcher(config: DispatchConfig) -> tuple[Callable[[Any], dp.Dispatcher], int]:
-    """The dispatcher of a run, and the number of CPU threads of this process."""
+def dispatcher(
+    config: DispatchConfig, make: Callable[[], dp.Trajectory[Any]] | None = None
+) -> tuple[Callable[[Any], dp.Dispatcher], int]:
+    """The dispatcher of a run, and the number of CPU threads of this process.
+
+    Args:
+        config: The `dispatch` section.
+        make: Builds a replica of the trajectory on a worker of Ray; default: the
+            trajectory is pickled.
+    """
+    if config.backend == "ray":
+        from dreampropeller.dispatch.ray import RayDispatcher
+
+        if is_rank():
+            raise ConfigError(
+                "`dispatch.backend=ray` starts its workers itself: run it without "
+                "torchrun, with `dispatch.num_workers=8`."
+            )
+        spread = functools.partial(
+            RayDispatcher,
+            num_workers=config.num_workers,
+            make=make,
+            address=config.ray_address,
+            elastic=config.elastic,
+            threads=config.threads or 1,
+        )
+        return spread, config.threads or 1
     if not is_rank():
         return dp.InlineDispatcher, config.threads or torch.get_num_threads()
     alone = config.count == 1  # under a launcher that restarts it

@@ -152,6 +152,12 @@ class DispatchConfig:
         max_restarts: Number of times that all processes are started again after one
             failed; they resume from the last checkpoint. (`torchrun` has its own
             `--max-restarts`.)
+        backend: "processes", or "ray": actors of a Ray cluster, which are replaced
+            when they die.
+        ray_address: Ray cluster to join, such as "auto"; null: one is started on this
+            machine.
+        elastic: Whether a guess that a dead actor leaves behind shortens the window
+            instead of being evaluated again; Ray only.
     """
 
     num_workers: int = 1
@@ -159,8 +165,22 @@ class DispatchConfig:
     timeout: float = 600.0
     heartbeat: float | None = 10.0
     max_restarts: int = 0
+    backend: str = "processes"
+    ray_address: str | None = None
+    elastic: bool = False
 
     def __post_init__(self) -> None:
+        one_of("backend", self.backend, ("processes", "ray"))
+        if self.backend == "processes" and (self.elastic or self.ray_address):
+            raise ValueError(
+                "`elastic` and `ray_address` have no effect on processes: write "
+                "`backend=ray`, or leave them out."
+            )
+        if self.backend == "ray" and self.max_restarts:
+            raise ValueError(
+                "`max_restarts` has no effect with `backend=ray`, which replaces its "
+                "workers by itself: leave it out."
+            )
         at_least("num_workers", self.num_workers, 1)
         at_least("timeout", self.timeout, 1)
         at_least("max_restarts", self.max_restarts, 0)

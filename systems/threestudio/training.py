@@ -52,6 +52,10 @@ def run(path: Path | None, trains: bool, overrides: Sequence[str]) -> int:
             "`--config <checkout>/configs/dreamfusion-sd.yaml`."
         )
     ours, theirs, dotted = split(path, overrides)
+    if ours.dispatch.backend != "processes":
+        raise ConfigError(
+            "`dispatch.backend=ray` cannot hold a threestudio system: leave it out."
+        )
     if ours.dispatch.max_restarts:
         raise ConfigError(
             "`dispatch.max_restarts` has no effect with `backend=threestudio`: leave "

@@ -30,18 +30,18 @@ def main() -> int:
     arguments = parser.parse_args()
     found: dict[str, list[Outcome | str]] = {}
     begin = time.monotonic()
-    for kind in trials.KINDS:
-        if arguments.only not in kind:
-            continue
-        few = kind in trials.LAUNCHED
-        for number in range(arguments.launched if few else arguments.trials):
+    kinds = [kind for kind in trials.KINDS if arguments.only in kind]
+    for number in range(arguments.trials):
+        for kind in kinds:
+            if kind in trials.LAUNCHED and number >= arguments.launched:
+                continue
             outcome = attempt(kind, arguments.seed + number)
             found.setdefault(kind, []).append(outcome)
             text = outcome if isinstance(outcome, str) else outcome.text or "passed"
             seconds = time.monotonic() - begin
             print(f"{seconds:6.0f} s  {kind} {number}: {text}", flush=True)
-    if arguments.write:
-        write(arguments.write, table(found))
+        if arguments.write:  # after each round, as all of them take an hour
+            write(arguments.write, table(found))
     return int(any(isinstance(o, str) for outcomes in found.values() for o in outcomes))
 
 
