@@ -97,7 +97,8 @@ def open_group(timeout: datetime.timedelta, num_gpus: int | None = None) -> None
         backend = "gloo" if ranks > count else "cpu:gloo,cuda:nccl"
     before = set(_sockets().values())
     try:
-        dist.init_process_group(backend, timeout=timeout)
+        options = _keys_of_this_attempt(timeout)
+        dist.init_process_group(backend, timeout=timeout, **options)
     except RuntimeError as error:
         raise WorkerError(_no_meeting(str(error), timeout)) from error
     _CONNECTIONS.update(set(_sockets().values()) - before)
@@ -111,6 +112,24 @@ def open_group(timeout: datetime.timedelta, num_gpus: int | None = None) -> None
             "their machines ranks share GPUs, or there are none. Start as many ranks "
             "as GPUs on every machine (`torchrun --nproc-per-node=gpu …`)."
         )
+
+
+def _keys_of_this_attempt(timeout: datetime.timedelta) -> dict[str, Any]:
+    """Arguments of `init_process_group` that keep the attempts of a launcher apart.
+
+    torch shares one store between all of them: without keys of its own, a rank may read
+    where a dead rank of an earlier attempt listened.
+    """
+    store = agent_store()
+    if store is None:
+        return {}
+    store.set_timeout(timeout)
+    prefix = f"dreampropeller/attempt-{attempt()}"
+    return {
+        "store": dist.distributed_c10d.PrefixStore(prefix, store),
+        "rank": int(os.environ["RANK"]),
+        "world_size": int(os.environ["WORLD_SIZE"]),
+    }
 
 
 def _no_meeting(cause: str, timeout: datetime.timedelta) -> str:
