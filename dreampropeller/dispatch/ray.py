@@ -12,6 +12,7 @@ nothing: equal to `InlineDispatcher` bit for bit on CPU (`test_ray.py`).
 from __future__ import annotations
 
 import contextlib
+import importlib
 import os
 import shutil
 import tempfile
@@ -119,13 +120,13 @@ class RayDispatcher(Dispatcher):
             if value < 1:
                 raise ValueError(f"`{name}` is {value}: write at least 1.")
         try:
-            import ray
+            ray: Any = importlib.import_module("ray")
         except ImportError as error:
             raise ImportError(
                 "`RayDispatcher` needs Ray: `pip install ray`, or use "
                 "`DistributedDispatcher`, which needs nothing more."
             ) from error
-        self._ray: Any = ray
+        self._ray = ray
         self.num_workers = num_workers
         self._make = (lambda: trajectory) if make is None else make
         self._address = address
