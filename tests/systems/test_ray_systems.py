@@ -16,6 +16,7 @@ import dreampropeller as dp
 from tests.helpers import tree_equal
 from tests.systems import prolific, scenes
 from tests.systems.gaussians import runs
+from tests.systems.test_priors import stable_diffusion as stable_diffusion
 
 pytest.importorskip("ray")
 pytestmark = [pytest.mark.chaos, pytest.mark.filterwarnings("ignore")]
@@ -40,11 +41,12 @@ def vsd(folder: Path) -> dp.Trajectory[Any]:
 
 
 def mortal(
-    make: Callable[[Path], dp.Trajectory[Any]], folder: Path, root: str
+    make: Callable[[Path], dp.Trajectory[Any]], folder: Path, models: Path
 ) -> dp.Trajectory[Any]:
     """A replica whose worker is killed once, in the drift of step 2."""
-    os.chdir(root)
-    trajectory: Any = make(folder)
+    os.chdir(prolific.ROOT)
+    os.environ["XDG_CACHE_HOME"] = str(folder / "cache")
+    trajectory: Any = make(models)
     make_drift = trajectory.make_drift
 
     def make_mortal(device: torch.device) -> Any:
@@ -68,17 +70,16 @@ def test_a_system_on_two_actors_one_of_them_killed_equals_one_process(
     make: Callable[[Path], dp.Trajectory[Any]],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
+    stable_diffusion: Path,
 ) -> None:
     from dreampropeller.dispatch.ray import RayDispatcher
 
-    root = str(Path(scenes.__file__).parents[2])
-    monkeypatch.chdir(root)
+    monkeypatch.chdir(prolific.ROOT)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    alone = dp.solve(make(tmp_path), LOOSE, check=False)
-    spread = functools.partial(
-        RayDispatcher, make=functools.partial(mortal, make, tmp_path, root)
-    )
-    found = dp.solve(make(tmp_path), LOOSE, spread, check=False)
+    alone = dp.solve(make(stable_diffusion), LOOSE, check=False)
+    replica = functools.partial(mortal, make, tmp_path, stable_diffusion)
+    spread = functools.partial(RayDispatcher, make=replica)
+    found = dp.solve(make(stable_diffusion), LOOSE, spread, check=False)
     assert (tmp_path / "killed").exists()
     assert tree_equal(found.value, alone.value)
     assert tree_equal(found.carry, alone.carry)
