@@ -9,8 +9,11 @@ reports whether that pays. `--test resume=RUN` renders and measures it, and
 colour, and `--render resume=RUN cameras=path.json` films a camera path. `--sample`
 samples images (`configs/sample-toybox.yaml`).
 
+`--doctor` says what this machine offers: devices, packages, disk, processes.
+
 Settings follow as `key=value`; `--settings [SECTION]` lists all settings.
-`dispatch.num_workers=2` starts two processes, and `torchrun launch.py …` works too.
+`dispatch.num_workers=2` starts two processes, and `torchrun launch.py …` and `srun
+python launch.py …` work too (`docs/faults.md`).
 With `backend=threestudio`, config and system are those of a threestudio checkout
 (`docs/threestudio.md`).
 """
@@ -23,7 +26,8 @@ from pathlib import Path
 
 import dreampropeller as dp
 from dreampropeller.checkpoint import CheckpointError
-from systems import list_settings
+from dreampropeller.dispatch import slurm
+from systems import doctor, list_settings
 from systems.runs import compare, folders, parts, paths, run, workers
 from systems.threestudio import training
 from systems.threestudio.config import is_asked
@@ -54,6 +58,7 @@ def make_parser() -> argparse.ArgumentParser:
         help="the parts of a mesh; several RUNs share a palette",
     )
     task.add_argument("--sample", action="store_true", help="images of a prompt")
+    task.add_argument("--doctor", action="store_true", help="check this machine")
     task.add_argument(
         "--settings",
         nargs="?",
@@ -67,10 +72,13 @@ def make_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; user errors give a message and exit code 2."""
     arguments, overrides = make_parser().parse_known_args(argv)
+    slurm.read()
     try:
         if arguments.settings is not None:
             print(list_settings(arguments.settings))
             return 0
+        if arguments.doctor:
+            return doctor.run(overrides)
         if arguments.compare is not None:
             words = [*arguments.compare, *overrides]
             return compare.run(arguments.config, words)

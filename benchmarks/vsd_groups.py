@@ -142,7 +142,7 @@ def measure(criterion: str, window: int, name: str, steps: int) -> dict[str, Any
     assert truth is not None
     found = quality.against_truth(system, solution.value, truth)
     torch.save(solution.value, _state_file(criterion, window, name))
-    sequential = torch.load(_state_file("sequential", 1, name))
+    sequential = torch.load(_state_file("sequential", 1, name), weights_only=True)
     start, _ = recorded.init()
     entry: dict[str, Any] = {
         **{"criterion": criterion, "window": window, "object": name},

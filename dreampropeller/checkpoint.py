@@ -2,7 +2,8 @@
 
 A checkpoint is one safetensors file. It holds tensors as such and everything else as
 JSON in its header, with a checksum per tensor. It is written under another name,
-flushed to the disk and then renamed, so a reader sees all of it or nothing.
+flushed to the disk and then renamed, so a reader sees all of it or nothing. Files get
+the modes that the process's umask gives.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import fcntl
 import json
 import os
 import re
+import stat
 import warnings
 import zlib
 from pathlib import Path
@@ -34,7 +36,7 @@ _STORED = {torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.bo
 _STORED |= {torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8}
 """Types that every version of safetensors stores; others are written as bytes."""
 _LOCKS: dict[Path, int] = {}
-_NAME = re.compile(r"step-(\d+)\.safetensors")
+_NAME = re.compile(r"step-(\d+)(\.lean)?\.safetensors")
 
 
 class CheckpointError(RuntimeError):
@@ -51,16 +53,17 @@ def save(
     held drifts and past iterations. Its size is three times the parameters with Adam,
     up to six with the default predictors and accelerations. The run resumes with the
     first iteration's small stride, so its strides differ; at threshold 0 its result
-    does not.
+    does not. It does not count as one of `keep`: the newest lean checkpoint is kept
+    until a full one of the same or a later step is written.
 
     Args:
         folder: Folder of the run's checkpoints; it is made if missing.
         state: Solver state to write.
-        keep: Number of checkpoints to keep. Two or more leave one to fall back to.
+        keep: Number of full checkpoints to keep. Two or more leave one to fall back to.
         lean: Leave out the fields marked `component.FULL`.
 
     Returns:
-        The file, ``step-<step>.safetensors``.
+        The file, ``step-<step>.safetensors`` or ``step-<step>.lean.safetensors``.
 
     Raises:
         CheckpointError: The file could not be written, the folder holds checkpoints of
@@ -71,7 +74,8 @@ def save(
         raise ValueError(f"`keep` is {keep}: keep at least 1 checkpoint.")
     folder = Path(folder)
     _refuse_other_run(folder, state.run)
-    path = folder / f"step-{state.step:08d}.safetensors"
+    kind = ".lean" if lean else ""
+    path = folder / f"step-{state.step:08d}{kind}.safetensors"
     structure, leaves = encode(
         state, lambda field: not lean or field.metadata.get("lean", True)
     )
@@ -87,46 +91,70 @@ def save(
         "structure": structure,
         "devices": [leaf.device.type for leaf in leaves],
         "checksums": {key: _checksum(array) for key, array in arrays.items()},
+        "forms": {key: _form(array) for key, array in arrays.items()},
         "types": types,
     }
+    text = json.dumps(header)
+    metadata = {"dreampropeller": text, "checksum": str(zlib.crc32(text.encode()))}
     part = path.with_suffix(".part")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock(folder)
-        save_file(arrays, part, metadata={"dreampropeller": json.dumps(header)})
-        with open(part, "rb") as file:
-            os.fsync(file.fileno())
+        _write(part, arrays, metadata)
         os.replace(part, path)
         _flush_folder(folder)
     except (OSError, SafetensorError) as error:
-        with contextlib.suppress(OSError):
-            part.unlink(missing_ok=True)
         raise CheckpointError(
             f"The checkpoint of step {state.step} could not be written to `{folder}`: "
             f"{error}. Earlier checkpoints are intact. Free some space there, or write "
             "to another folder."
         ) from error
+    finally:  # also when the process is interrupted
+        with contextlib.suppress(OSError):
+            part.unlink(missing_ok=True)
     _remove_others(folder, path, keep, bool(state.run))
     return path
 
 
+def _write(part: Path, arrays: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    """Write a file, and flush it to the disk."""
+    # Safetensors makes private files: take the mode that the umask gives.
+    with open(part, "wb") as file:
+        mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
+    save_file(arrays, part, metadata=metadata)
+    with contextlib.suppress(OSError):  # a file system without modes
+        os.chmod(part, mode)
+    with open(part, "rb") as file:
+        os.fsync(file.fileno())
+
+
 def _remove_others(folder: Path, path: Path, keep: int, known: bool) -> None:
     """Keep the newest checkpoints up to a file."""
-    others = _newest_first(folder)
+    others = [other for other in _newest_first(folder) if other != path]
     # Beyond this step: from a part of the run that was abandoned by resuming.
-    given_up = [other for other in others if other > path and known]
-    kept = [path, *(other for other in others if other not in (path, *given_up))]
-    for old in [*given_up, *kept[keep:]]:
+    given_up = [o for o in others if known and _step(o) > _step(path)]
+    full = [o for o in [path, *others] if o not in given_up and not _is_lean(o)]
+    # Of lean ones only the last is of use, and none that a full one has overtaken.
+    lean = [other for other in others if _is_lean(other)]
+    for old in [*given_up, *full[keep:], *lean]:
         with contextlib.suppress(OSError):
             old.unlink()
+
+
+def _step(path: Path) -> int:
+    found = _NAME.fullmatch(path.name)
+    assert found is not None, f"{path} is no checkpoint"
+    return int(found[1])
+
+
+def _is_lean(path: Path) -> bool:
+    return path.name.endswith(".lean.safetensors")
 
 
 def _store_as_bytes(arrays: dict[str, Tensor]) -> dict[str, Any]:
     """Replace tensors of unusual types by their bytes; type and shape of each."""
     types = {
-        key: [str(array.dtype).removeprefix("torch."), list(array.shape)]
-        for key, array in arrays.items()
-        if array.dtype not in _STORED
+        key: _form(array) for key, array in arrays.items() if array.dtype not in _STORED
     }
     for key in types:
         arrays[key] = arrays[key].reshape(-1).view(torch.uint8)
@@ -187,7 +215,25 @@ def _refuse_other_run(folder: Path, run: str) -> None:
 
 def _header(path: Path) -> dict[str, Any]:
     with safe_open(path, framework="pt") as file:
-        return json.loads((file.metadata() or {})["dreampropeller"])
+        return _parse(file.metadata() or {})
+
+
+def _parse(metadata: dict[str, str]) -> dict[str, Any]:
+    """Our part of a file's header.
+
+    Raises:
+        KeyError: The file is not one of ours.
+        ValueError: The header is damaged.
+    """
+    text = metadata["dreampropeller"]
+    if metadata.get("checksum", str(zlib.crc32(text.encode()))) != str(
+        zlib.crc32(text.encode())
+    ):
+        raise ValueError("its header is damaged")
+    found = json.loads(text)
+    if not isinstance(found, dict):
+        raise ValueError("its header is no mapping")
+    return found
 
 
 def load(
@@ -225,14 +271,16 @@ def load(
 def _read(path: Path, device: torch.device | str | None) -> SolverState[Any]:
     try:
         with safe_open(path, framework="pt") as file:
-            header = json.loads((file.metadata() or {})["dreampropeller"])
+            header = _parse(file.metadata() or {})
             # Cloned: mapped memory is aligned differently, which changes the rounding
             # of CPU kernels.
             arrays = {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118
-    except (OSError, SafetensorError, KeyError, ValueError) as error:
+            if header["format"] == FORMAT:
+                _check(header, arrays)
+    except (OSError, SafetensorError, KeyError, ValueError, TypeError) as error:
         raise CheckpointError(
-            f"The checkpoint `{path}` cannot be read: it is missing, cut short or not "
-            f"one of ours ({error})."
+            f"The checkpoint `{path}` cannot be read: it is missing, cut short, "
+            f"damaged or not one of ours ({error})."
         ) from error
     if header["format"] != FORMAT:
         raise CheckpointError(
@@ -240,10 +288,7 @@ def _read(path: Path, device: torch.device | str | None) -> SolverState[Any]:
             f"reads {FORMAT}. Resume with the version that wrote it, or start a new "
             "run."
         )
-    for key, checksum in header["checksums"].items():
-        if key not in arrays or _checksum(arrays[key]) != checksum:
-            raise CheckpointError(f"The checkpoint `{path}` is damaged.")
-    for key, (dtype, shape) in header.get("types", {}).items():
+    for key, (dtype, shape) in header["types"].items():
         arrays[key] = arrays[key].view(getattr(torch, dtype)).reshape(shape)
     leaves = [
         arrays[str(index)] if kind == "cpu" else arrays[str(index)].to(device or kind)
@@ -251,15 +296,42 @@ def _read(path: Path, device: torch.device | str | None) -> SolverState[Any]:
     ]
     kinds = (SolverState, Stats, *Memory.kinds())
     try:
-        return decode(
+        state = decode(
             header["structure"], leaves, {record_name(kind): kind for kind in kinds}
         )
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
         raise CheckpointError(
             f"The checkpoint `{path}` holds a memory that is not known here ({error}): "
             "import the module that defines it, in the version that wrote it, before "
             "loading."
         ) from error
+    if not isinstance(state, SolverState):
+        raise CheckpointError(f"The checkpoint `{path}` holds no solver state.")
+    return state
+
+
+def _check(header: dict[str, Any], arrays: dict[str, Tensor]) -> None:
+    """Compare the tensors with what the header says of them.
+
+    Raises:
+        ValueError: They differ.
+        KeyError: The header is incomplete.
+    """
+    forms = header.get("forms", {key: _form(array) for key, array in arrays.items()})
+    if forms != {key: _form(array) for key, array in arrays.items()}:
+        raise ValueError("tensors of other shapes or types than were written")
+    if header["checksums"] != {key: _checksum(array) for key, array in arrays.items()}:
+        raise ValueError("a checksum differs")
+    if {str(index) for index in range(len(header["devices"]))} != arrays.keys():
+        raise ValueError("tensors are missing")
+    for key, (dtype, shape) in header.setdefault("types", {}).items():
+        if not isinstance(getattr(torch, dtype, None), torch.dtype):
+            raise ValueError(f"unknown type `{dtype}`")
+        arrays[key].view(getattr(torch, dtype)).reshape(shape)
+
+
+def _form(array: Tensor) -> list[Any]:
+    return [str(array.dtype).removeprefix("torch."), list(array.shape)]
 
 
 def _checksum(array: Tensor) -> int:
@@ -269,6 +341,7 @@ def _checksum(array: Tensor) -> int:
 def _newest_first(folder: Path) -> list[Path]:
     return sorted(
         (path for path in folder.iterdir() if _NAME.fullmatch(path.name)),
+        key=lambda path: (_step(path), not _is_lean(path)),
         reverse=True,
     )
 

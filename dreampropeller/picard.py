@@ -222,6 +222,8 @@ class PicardSolver(Solver):
         guesses = _fill([state.y, *state.guesses], length + 1)
         steps = range(state.step, state.step + length)
         found = dispatcher.evaluate(steps, guesses[:-1])
+        length = len(found)  # an elastic dispatcher may leave out the tail
+        steps, guesses = steps[:length], guesses[: length + 1]
         drifts = [drift for drift, _ in found]
         with dispatcher.timer.phase("finite"):
             finite = all_finite(drifts)

@@ -197,6 +197,7 @@ def solve(
             state.run, state.problem = run, problem
             if state.step == jump < trajectory.num_steps:
                 state = _jump(trajectory, solver, workers, state)
+            workers.confirm(state.step, state.y)
             answers = [listener(state, iteration) for listener in listeners]
             stop = any(answer is True for answer in answers)
             if workers.agree([stop])[0] and state.step < trajectory.num_steps:
@@ -235,6 +236,7 @@ def _begin(
         state = solver.adopt(replace(state, carry=copy_nest(state.carry)))
     if fresh and next_jump(trajectory, state.step - 1) == state.step:
         state = _jump(trajectory, solver, dispatcher, state)
+    dispatcher.confirm(state.step, state.y)
     return state
 
 

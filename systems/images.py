@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import shutil
+import warnings
 from collections.abc import Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -12,6 +14,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from systems.files import written
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 FRAMES_PER_SECOND = 30
 
@@ -54,6 +59,41 @@ def save_sheet(
     values = values.repeat_interleave(scale, 1).repeat_interleave(scale, 2)
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(to_bytes(values)).save(path)
+
+
+LARGEST_IMAGE = 2**26
+"""Pixels of an image that is read: 8192 × 8192."""
+
+
+def open_image(path: Path) -> Image.Image:
+    """Read an image file of a stranger, whose size is checked before it is decoded.
+
+    Raises:
+        ValueError: It is no image, or has more pixels than `LARGEST_IMAGE`.
+    """
+    from PIL import Image
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            with Image.open(path, formats=("PNG", "JPEG", "WEBP")) as image:
+                width, height = image.size
+                if width * height <= LARGEST_IMAGE:
+                    return image.convert(
+                        "RGBA" if image.has_transparency_data else "RGB"
+                    )
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # whatever a damaged file raises inside Pillow
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+        raise ValueError(
+            f"`{path}` cannot be read as an image ({reason}): write it again as PNG, "
+            "JPEG or WebP."
+        ) from error
+    raise ValueError(
+        f"`{path}` has {width} × {height} pixels: at most {LARGEST_IMAGE:,} are read. "
+        "Scale it down first."
+    )
 
 
 def to_bytes(image: Float[Tensor, "3 height width"]) -> np.ndarray:

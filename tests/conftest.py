@@ -1,4 +1,5 @@
 import os
+import socket
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,6 +13,7 @@ from tests.rank_pool import RankPool
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "gpu: needs a CUDA device (`pytest -m gpu`)")
     config.addinivalue_line("markers", "long: takes minutes (`pytest -m long`)")
+    config.addinivalue_line("markers", "chaos: every kind of fault (`pytest -m chaos`)")
     config.addinivalue_line("markers", "browser: needs chromium and playwright")
     if config.option.markexpr != "gpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # bitwise claims are made for the CPU
@@ -25,6 +27,11 @@ def pytest_collection_modifyitems(
         for item in items:
             if item.get_closest_marker("long"):
                 item.add_marker(long)
+    if "chaos" not in config.option.markexpr:
+        chaos = pytest.mark.skip(reason="takes minutes: `pytest -m chaos`")
+        for item in items:
+            if item.get_closest_marker("chaos"):
+                item.add_marker(chaos)
     if torch.cuda.is_available():
         return
     skip = pytest.mark.skip(reason="needs a CUDA device and `pytest -m gpu`")
@@ -51,3 +58,11 @@ def two_ranks() -> Iterator[RankPool]:
     pool = RankPool()
     yield pool
     pool.close()
+
+
+@pytest.fixture
+def free_port() -> int:
+    """A port of this machine that nothing listens on."""
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return one.getsockname()[1]

@@ -54,6 +54,9 @@ class Dispatcher(abc.ABC):
     ) -> list[tuple[State, Aux]]:
         """Evaluate the drift of each step at its state, in order.
 
+        An elastic dispatcher may return the drifts of the first steps only, at least
+        one.
+
         Args:
             steps: The steps, shape ``(window,)``.
             ys: The states, shape ``(window,)``; `ys[0]` is the anchor, which is exact.
@@ -62,6 +65,10 @@ class Dispatcher(abc.ABC):
     def agree(self, numbers: Sequence[int]) -> list[int]:
         """The numbers of rank 0, on every rank."""
         return list(numbers)
+
+    def confirm(self, step: int, y: State) -> None:
+        """Fail if another rank has accepted another state; called before recording."""
+        del step, y
 
     def share(self, y: State, carry: Nest) -> tuple[State, Nest]:
         """The state and carry of rank 0, on every rank, after a jump."""

@@ -6,18 +6,21 @@ rank is reserved as a driver. Rank 0 decides the stride and when to stop.
 
 Ranks meet before anything is exchanged. At a meeting each rank announces its next
 action and whether it failed, so a failure anywhere is raised everywhere, with its step,
-rank and traceback, and no rank is left waiting. A rank that dies silently closes its
-connection (CPU) or runs into the time-out (GPU).
+rank and traceback, and no rank is left waiting. A rank that dies closes its
+connections; one that is stopped or unreachable is noticed by its heartbeat
+(`dispatch.heartbeat`), however long a drift takes. Either way the others raise an error
+that names it. (GPUs: a rank that is lost in the middle of an NCCL transfer is noticed
+after `timeout`.)
 """
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import enum
 import json
-import os
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from types import TracebackType
 from typing import Any, NoReturn
 
@@ -27,6 +30,7 @@ from torch import Tensor
 
 from dreampropeller.dispatch import process_group, wire
 from dreampropeller.dispatch.base import Dispatcher, WorkerError
+from dreampropeller.dispatch.heartbeat import Heartbeat, Interrupted
 from dreampropeller.trajectory import Trajectory
 from dreampropeller.tree import Aux, Nest, State, decode, device_of, encode
 
@@ -59,12 +63,16 @@ class DistributedDispatcher(Dispatcher):
     Args:
         trajectory: Trajectory whose drifts are evaluated. Its initial state must be the
             same on every rank, on the rank's own device.
-        timeout: Seconds after which a rank that does not answer counts as lost; more
-            than the slowest drift takes.
+        timeout: Seconds that ranks wait for one that is alive; more than the slowest
+            drift takes.
         threads: CPU threads per rank, the same number everywhere, as results depend on
             it. One by default, so that ranks do not compete for cores.
-        fingerprint_every: Number of evaluations between two comparisons of the anchors
-            of all ranks; None: no comparison (devices of different models).
+        fingerprint_every: Number of iterations between two comparisons of the accepted
+            states of all ranks; with 1, no state of a rank that has come apart is ever
+            recorded. None: no comparison (devices of different models).
+        heartbeat: Seconds without a sign of life after which a rank counts as lost;
+            None: no heartbeat. More than any call of a drift that holds Python's
+            interpreter lock takes.
     """
 
     def __init__(
@@ -73,14 +81,21 @@ class DistributedDispatcher(Dispatcher):
         *,
         timeout: float = 600.0,
         threads: int = 1,
-        fingerprint_every: int | None = 50,
+        fingerprint_every: int | None = 1,
+        heartbeat: float | None = 10.0,
     ) -> None:
         super().__init__(trajectory)
         if timeout <= 0:
             raise ValueError(f"`timeout` is {timeout}: write a number of seconds > 0.")
         if threads < 1:
             raise ValueError(f"`threads` is {threads}: write at least 1.")
+        if heartbeat is not None and heartbeat <= 0:
+            raise ValueError(
+                f"`heartbeat` is {heartbeat}: write a number of seconds > 0, or None."
+            )
         self._timeout = datetime.timedelta(seconds=timeout)
+        self._silence = heartbeat
+        self._heartbeat: Heartbeat | None = None
         self._threads = threads
         self._fingerprint_every = fingerprint_every
         self._num_calls = 0
@@ -91,31 +106,19 @@ class DistributedDispatcher(Dispatcher):
 
     def __enter__(self) -> DistributedDispatcher:
         if not dist.is_initialized():
-            self._open_group()
+            process_group.join(self._timeout)
+            self._owns_group = True
         self.rank = dist.get_rank()
         self.num_workers = dist.get_world_size()
         self._previous_threads = torch.get_num_threads()
         torch.set_num_threads(self._threads)
-        return self
-
-    def _open_group(self) -> None:
-        missing = [
-            name
-            for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-            if name not in os.environ
-        ]
-        if missing:
-            raise RuntimeError(
-                f"`DistributedDispatcher` found no process group and no "
-                f"`{missing[0]}` in the environment. Start the program with `torchrun "
-                "--nproc-per-node=2 …`, or through "
-                "`dreampropeller.launch_workers`."
+        if self._silence is not None and self.num_workers > 1:
+            store = process_group.own_store()
+            self._heartbeat = Heartbeat(
+                store, self.rank, self.num_workers, self._silence
             )
-        device = process_group.local_device()
-        if device.type == "cuda":
-            torch.cuda.set_device(device)
-        process_group.open_group(self._timeout)
-        self._owns_group = True
+            self._heartbeat.start()
+        return self
 
     def __exit__(
         self,
@@ -135,8 +138,13 @@ class DistributedDispatcher(Dispatcher):
                 raise
         finally:
             torch.set_num_threads(self._previous_threads)
+            if self._heartbeat is not None:
+                if self._heartbeat.lost:
+                    process_group.hang_up()  # closing the group would wait for it
+                self._heartbeat.stop()
+                self._heartbeat = None
             if self._owns_group:
-                dist.destroy_process_group()
+                process_group.close_group()
                 self._owns_group = False
 
     def evaluate(
@@ -148,10 +156,9 @@ class DistributedDispatcher(Dispatcher):
             WorkerError: A rank failed or was lost, or the ranks' anchors differ.
         """
         mine = range(self.rank, len(steps), self.num_workers)
-        with self.timer.phase("drift"):
+        with self.timer.phase("drift"), self._interruptible():
             results = [self._evaluate_one(steps[slot], ys[slot]) for slot in mine]
         with self.timer.phase("communication"):
-            self._compare_anchors(steps[0], ys[0])
             device = device_of(ys[0])
             return self._gather(results, steps, device)
 
@@ -181,6 +188,18 @@ class DistributedDispatcher(Dispatcher):
             self._collective(dist.broadcast, wire.as_bytes(leaf), 0)
             received.append(leaf)
         return decode(structure, received)
+
+    @contextlib.contextmanager
+    def _interruptible(self) -> Iterator[None]:
+        """A block that ends with an error when another rank is lost."""
+        if self._heartbeat is None:
+            yield
+            return
+        try:
+            with self._heartbeat.interruptible():
+                yield
+        except Interrupted:
+            self._raise_lost(self._heartbeat.lost)
 
     def _evaluate_one(self, step: int, y: State) -> tuple[State, Aux]:
         try:
@@ -230,12 +249,12 @@ class DistributedDispatcher(Dispatcher):
         # A broadcast from each rank directly into its slot: on gloo an all-gather
         # copies everything twice more (measured: 2.8 times the seconds at 2 × 200 MB).
         pending = [
-            self._collective(dist.broadcast, part, rank, async_op=True)
+            self._start(dist.broadcast, part, rank)
             for rank, part in enumerate(parts)
             if part.numel()
         ]
         for work in pending:
-            self._collective(work.wait)
+            self._finish(work)
         found = [wire.unpack(*pair) for pair in zip(present, parts, strict=True)]
         n = self.num_workers
         return [found[slot % n][slot // n] for slot in range(len(steps))]
@@ -249,12 +268,17 @@ class DistributedDispatcher(Dispatcher):
                 if entry not in self._entries:
                     self._entries.append(entry)
 
-    def _compare_anchors(self, step: int, y: State) -> None:
-        """Fail if the anchors of the ranks differ."""
+    def confirm(self, step: int, y: State) -> None:
+        """Fail if the accepted states of the ranks differ, before one is recorded.
+
+        Raises:
+            WorkerError: They differ, or a rank failed.
+        """
         self._num_calls += 1
         every = self._fingerprint_every
         if every is not None and (self._num_calls - 1) % every == 0:
-            heard = self._meet(_Meeting.COMPARE, step, wire.fingerprint(y))
+            with self.timer.phase("communication"):
+                heard = self._meet(_Meeting.COMPARE, step, wire.fingerprint(y))
             advice = (
                 "Seed every process before it makes the model: "
                 "`torch.manual_seed(0)`, the first line of the function that they run."
@@ -312,17 +336,47 @@ class DistributedDispatcher(Dispatcher):
         self._collective(dist.all_gather, received, padded)
         return [bytes(block.tolist()).decode().strip() for block in received]
 
-    def _collective(
-        self, operation: Callable[..., Any], *arguments: Any, **options: Any
-    ) -> Any:
-        """Run a collective; a lost rank raises an error that says so."""
+    def _collective(self, operation: Callable[..., Any], *arguments: Any) -> None:
+        """Run a collective; a lost rank raises an error that names it."""
+        self._finish(self._start(operation, *arguments))
+
+    def _start(self, operation: Callable[..., Any], *arguments: Any) -> Any:
+        """Start a collective."""
         try:
-            return operation(*arguments, **options)
+            return operation(*arguments, async_op=True)
         except (RuntimeError, ValueError) as error:
-            self._error_was_raised = True
-            seconds = self._timeout.total_seconds()
-            raise WorkerError(
-                f"Rank {self.rank} lost contact with another rank: it died, or did not "
-                f"answer within `timeout` = {seconds:g} s (raise it if a drift takes "
-                f"longer). The last checkpoint is intact. Cause: {error}"
-            ) from error
+            self._raise_lost(self._diagnose(), error)
+
+    def _finish(self, work: Any) -> None:
+        """Wait for a collective, as long as every rank is alive."""
+        try:
+            while self._heartbeat is not None and not self._heartbeat.lost:
+                try:
+                    work.wait(datetime.timedelta(seconds=self._heartbeat.interval))
+                    return
+                except RuntimeError:  # noqa: PERF203, once per interval
+                    if work.is_completed():
+                        raise
+            if self._heartbeat is None:
+                work.wait()
+                return
+        except (RuntimeError, ValueError) as error:
+            self._raise_lost(self._diagnose(), error)
+        self._raise_lost(self._heartbeat.lost)
+
+    def _diagnose(self) -> str:
+        return "" if self._heartbeat is None else self._heartbeat.diagnose()
+
+    def _raise_lost(self, who: str, cause: Exception | None = None) -> NoReturn:
+        """Raise the loss of a rank on this one."""
+        self._error_was_raised = True
+        seconds = self._timeout.total_seconds()
+        who = who or (
+            "it died, or did not answer within "
+            f"`timeout` = {seconds:g} s (raise it if a drift takes longer)"
+        )
+        reason = f" Cause: {str(cause).splitlines()[0]}" if str(cause or "") else ""
+        raise WorkerError(
+            f"Rank {self.rank} lost contact with another rank: {who}. The last "
+            f"checkpoint is intact.{reason}"
+        ) from cause

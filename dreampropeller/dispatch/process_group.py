@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
+import itertools
 import os
+import socket
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from dreampropeller.dispatch import slurm
 from dreampropeller.dispatch.base import WorkerError
+
+_CONNECTIONS: set[str] = set()
+"""The sockets that `open_group` opened."""
+_GENERATIONS = itertools.count()
 
 
 def local_device() -> torch.device:
@@ -41,6 +50,31 @@ def hide_others() -> int:
     return count
 
 
+def join(timeout: datetime.timedelta) -> None:
+    """Make the process group of torchrun's or srun's ranks, on this rank's device.
+
+    Raises:
+        RuntimeError: This process is no rank.
+        WorkerError: As `open_group`.
+    """
+    slurm.read()
+    missing = [
+        name
+        for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+        if name not in os.environ
+    ]
+    if missing:
+        raise RuntimeError(
+            f"`DistributedDispatcher` found no process group and no `{missing[0]}` in "
+            "the environment. Start the program with `torchrun --nproc-per-node=2 …` "
+            "or `srun`, or through `dreampropeller.launch_workers`."
+        )
+    device = local_device()
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    open_group(timeout)
+
+
 def open_group(timeout: datetime.timedelta, num_gpus: int | None = None) -> None:
     """Make the process group of `torchrun`'s ranks.
 
@@ -53,14 +87,21 @@ def open_group(timeout: datetime.timedelta, num_gpus: int | None = None) -> None
             process sees.
 
     Raises:
-        WorkerError: Ranks share GPUs on some machines and not on others.
+        WorkerError: The ranks did not meet, or share GPUs on some machines and not on
+            others.
     """
     backend = "gloo"
     if torch.cuda.is_available():
         ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         count = torch.cuda.device_count() if num_gpus is None else num_gpus
         backend = "gloo" if ranks > count else "cpu:gloo,cuda:nccl"
-    dist.init_process_group(backend, timeout=timeout)
+    before = set(_sockets().values())
+    try:
+        options = _keys_of_this_attempt(timeout)
+        dist.init_process_group(backend, timeout=timeout, **options)
+    except RuntimeError as error:
+        raise WorkerError(_no_meeting(str(error), timeout)) from error
+    _CONNECTIONS.update(set(_sockets().values()) - before)
     mine = torch.tensor([int(backend == "gloo")])
     heard = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
     dist.all_gather(heard, mine)
@@ -71,3 +112,100 @@ def open_group(timeout: datetime.timedelta, num_gpus: int | None = None) -> None
             "their machines ranks share GPUs, or there are none. Start as many ranks "
             "as GPUs on every machine (`torchrun --nproc-per-node=gpu …`)."
         )
+
+
+def _keys_of_this_attempt(timeout: datetime.timedelta) -> dict[str, Any]:
+    """Arguments of `init_process_group` that keep the attempts of a launcher apart.
+
+    torch shares one store between all of them: without keys of its own, a rank may read
+    where a dead rank of an earlier attempt listened.
+    """
+    store = agent_store()
+    if store is None:
+        return {}
+    store.set_timeout(timeout)
+    prefix = f"dreampropeller/attempt-{attempt()}"
+    return {
+        "store": dist.distributed_c10d.PrefixStore(prefix, store),
+        "rank": int(os.environ["RANK"]),
+        "world_size": int(os.environ["WORLD_SIZE"]),
+    }
+
+
+def _no_meeting(cause: str, timeout: datetime.timedelta) -> str:
+    """Why the ranks did not meet."""
+    host, port = (os.environ.get(name, "?") for name in ("MASTER_ADDR", "MASTER_PORT"))
+    if "EADDRINUSE" in cause or "already in use" in cause:
+        return (
+            f"Port {port} is taken by another program: choose another one, "
+            "`torchrun --master-port=29501 …`, or let torchrun choose, `torchrun "
+            "--standalone …`."
+        )
+    return (
+        f"The ranks did not meet at {host}:{port} within {timeout.total_seconds():g} s "
+        "(`dispatch.timeout`): see that rank 0 runs, and that its machine accepts "
+        f"connections. Cause: {cause.splitlines()[0]}"
+    )
+
+
+def attempt() -> int:
+    """How often `torchrun` or `launch_workers` has restarted the ranks."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+
+
+def agent_store() -> Any:
+    """A connection to the store of `torchrun`, which outlives restarts.
+
+    None if this process was not started by `torchrun` or `launch_workers`.
+    """
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != str(True):
+        return None
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    make: Any = vars(dist)["TCPStore"]  # missing from torch's type stubs
+    return make(host, port, is_master=False)
+
+
+def close_group() -> None:
+    """Close the group that `open_group` made."""
+    dist.destroy_process_group()
+    _CONNECTIONS.clear()
+
+
+def own_store() -> Any:
+    """A further connection to the group's store, with keys of its own.
+
+    Every rank has to ask for as many as the others.
+    """
+    store: Any = dist.distributed_c10d._get_default_store()
+    clone = getattr(store, "clone", None)  # torch < 2.6 shares the connection
+    prefix = f"dreampropeller/{next(_GENERATIONS)}"
+    return dist.distributed_c10d.PrefixStore(prefix, clone() if clone else store)
+
+
+def hang_up() -> None:
+    """End the connections that `open_group` made, once a rank is lost.
+
+    A collective that waits for a stopped rank keeps a gloo group from being closed
+    until its time-out; without connections it fails at once. (gloo has no `abort`.)
+    """
+    mine = [n for n, name in _sockets().items() if name in _CONNECTIONS]
+    for number in mine:
+        with contextlib.suppress(OSError):
+            one = socket.socket(fileno=os.dup(number))
+            try:
+                one.getpeername()  # not one that listens: gloo would abort
+                one.shutdown(socket.SHUT_RDWR)
+            finally:
+                one.close()
+
+
+def _sockets() -> dict[int, str]:
+    """The sockets of this process by file descriptor, on Linux; elsewhere none."""
+    found: dict[int, str] = {}
+    with contextlib.suppress(OSError):
+        for number in os.listdir("/proc/self/fd"):
+            with contextlib.suppress(OSError):
+                name = os.readlink(f"/proc/self/fd/{number}")
+                if name.startswith("socket:"):
+                    found[int(number)] = name
+    return found

@@ -331,7 +331,12 @@ def open_pipeline(
             else DiffusionPipeline
         )
         with quiet:
-            return kind.from_pretrained(source, **dtype_argument(dtype), **options)
+            return kind.from_pretrained(
+                source,
+                use_safetensors=True,  # no pickle of a stranger
+                **dtype_argument(dtype),
+                **options,
+            )
     except (OSError, RuntimeError, ValueError, KeyError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         moved = (

@@ -15,6 +15,7 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from datetime import datetime
 from importlib import metadata
 from pathlib import Path
@@ -34,18 +35,29 @@ CHECKPOINTS = "ckpts"
 CONFIG = "config.yaml"
 
 
-def open_folder(config: Config) -> Path:
+def open_folder(config: Config, folder: Path | None = None) -> Path:
     """Make a run's folder and record its setup; a resumed run keeps its folder.
+
+    Args:
+        config: Config of the run.
+        folder: A folder that has been made; default: a new one, or the resumed run's.
 
     Raises:
         CheckpointError: Another process runs in the folder.
         ConfigError: The folder cannot be written.
     """
-    folder = _make(config) if config.resume is None else folder_of(config.resume)
+    if folder is None:
+        folder = _make(config) if config.resume is None else folder_of(config.resume)
     checkpoint.lock(folder)
     write_setup(folder, config)
     print(f"Writing to {folder}")
     return folder
+
+
+def continued(config: Config, folder: Path) -> Config:
+    """The config of a run that is started again, from the last checkpoint if any."""
+    saved = (folder / CHECKPOINTS).glob("step-*.safetensors")
+    return replace(config, resume=str(folder)) if any(saved) else config
 
 
 def _make(config: Config) -> Path:

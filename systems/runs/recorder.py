@@ -11,6 +11,7 @@ import abc
 import json
 import math
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -22,14 +23,18 @@ from tqdm import tqdm
 
 import dreampropeller as dp
 from dreampropeller import checkpoint
+from dreampropeller.checkpoint import CheckpointError
 from systems.files import named
 from systems.images import save_image
 from systems.problem import Problem
 from systems.runs import folders, history, results, viewer
+from systems.runs.last_state import LastState
 from systems.runs.stopping import Stop
 
 STOP = "stop"
 """Name of the file in the run folder that requests a stop."""
+LEAN_SHARE = 0.018
+"""Largest share of the time that lean checkpoints take."""
 
 
 class Recorder(abc.ABC):
@@ -43,6 +48,7 @@ class Recorder(abc.ABC):
     def __init__(self, files: Sequence[Path] | None) -> None:
         self.leads = files is not None
         self._stop = Stop(files)
+        self._last = LastState()
 
     @property
     def interrupted(self) -> signal.Signals | None:
@@ -52,7 +58,8 @@ class Recorder(abc.ABC):
     def run(self, solve: Callable[[Recorder], dp.Solution[Any]]) -> int:
         """Solve, record, and write the results; returns the exit code.
 
-        Accepted steps are saved even if the solve fails.
+        Accepted steps are saved even if the solve fails: a drift that raises, a rank
+        that is lost or a second Ctrl-C lose the iteration in progress, and no other.
 
         Args:
             solve: Solves the problem with the given `on_iteration`.
@@ -66,13 +73,30 @@ class Recorder(abc.ABC):
             except dp.NotConverged as error:
                 if self.leads:
                     self.save(error.solution.state)
-                    self.stopped(error.solution)
+                    self.stopped(error.solution.state.step)
+                raise
+            except BaseException as error:
+                self._rescue(error)
                 raise
             if self.leads:
                 self.save(solution.state)
         if self.leads:
             self.finish(solution)
         return 128 + self.interrupted if self.interrupted else 0
+
+    def _rescue(self, error: BaseException) -> None:
+        """Save the last accepted state after an exception, and say what is saved."""
+        state = self._last.intact()
+        failed = isinstance(error, CheckpointError)
+        if not self.leads or not self.saves or state is None or failed:
+            return
+        try:
+            self.save(state)
+        except CheckpointError as unsaved:
+            print(f"note: {unsaved}", file=sys.stderr)
+            return
+        print(f"Saved up to step {state.step}, after an error.", file=sys.stderr)
+        self.stopped(state.step)
 
     @contextmanager
     def recording(self) -> Iterator[None]:
@@ -84,6 +108,7 @@ class Recorder(abc.ABC):
         """Record an iteration; True requests the solve to stop."""
         if not self.leads:
             return False
+        self._last.keep(state)
         self.record(state, iteration)
         return self._stop.asked()
 
@@ -91,13 +116,18 @@ class Recorder(abc.ABC):
     def record(self, state: dp.SolverState[Any], iteration: dp.Iteration) -> None:
         """Record an iteration, and write what is due after it."""
 
+    @property
+    def saves(self) -> bool:
+        """Whether the problem has checkpoints; default: yes."""
+        return True
+
     @abc.abstractmethod
     def save(self, state: dp.SolverState[Any]) -> None:
         """Write a checkpoint."""
 
-    def stopped(self, solution: dp.Solution[Any]) -> None:
-        """Print what can be done with a failed run; default: nothing."""
-        del solution
+    def stopped(self, step: int) -> None:
+        """Print what can be done with a run that failed after a step; default: none."""
+        del step
 
     @abc.abstractmethod
     def finish(self, solution: dp.Solution[Any]) -> None:
@@ -134,7 +164,8 @@ class FolderRecorder(Recorder):
         self.config = problem.config
         self.started = time.perf_counter()
         self.solving = 0.0
-        self._returned = self.started
+        self._returned = self._written_at = self.started
+        self._lean_seconds = 0.0
         self._begin = self._saved_at = state.step if state else 0
         self._elapsed_before = 0.0
         if folder is not None and state is not None:
@@ -203,18 +234,47 @@ class FolderRecorder(Recorder):
         )
         if self.due(self.config.trainer.val_check_interval, iteration):
             self._preview(state)
-        if state.step - self._saved_at >= self.config.checkpoint.every_n_train_steps:
+        settings = self.config.checkpoint
+        every = settings.every_n_iterations
+        if state.step - self._saved_at >= settings.every_n_train_steps or (
+            every is not None and state.stats.num_iterations % every == 0
+        ):
             self.save(state)
+        elif self._lean_is_due():
+            self._write(state, lean=True)
+
+    def _lean_is_due(self) -> bool:
+        """Whether a lean checkpoint is due, and takes a small share of the time."""
+        every = self.config.checkpoint.lean_every_n_seconds
+        since = time.perf_counter() - self._written_at
+        return every is not None and since >= max(
+            every, self._lean_seconds / LEAN_SHARE
+        )
+
+    @property
+    def saves(self) -> bool:
+        """Whether the problem has checkpoints."""
+        return "checkpoint" in self.problem.sections
 
     def save(self, state: dp.SolverState[Any]) -> None:
         """Write a checkpoint."""
-        if "checkpoint" not in self.problem.sections:
+        self._write(state, lean=False)
+        self._saved_at = state.step
+
+    def _write(self, state: dp.SolverState[Any], lean: bool) -> None:
+        if not self.saves:
             return
         assert self.folder is not None
+        begin = time.perf_counter()
         checkpoint.save(
-            self.folder / folders.CHECKPOINTS, state, keep=self.config.checkpoint.keep
+            self.folder / folders.CHECKPOINTS,
+            state,
+            keep=self.config.checkpoint.keep,
+            lean=lean,
         )
-        self._saved_at = state.step
+        self._written_at = time.perf_counter()
+        if lean:
+            self._lean_seconds = self._written_at - begin
 
     def finish(self, solution: dp.Solution[Any]) -> None:
         """Write the results (not after SIGTERM) and the report."""
@@ -235,10 +295,10 @@ class FolderRecorder(Recorder):
         folders.write_json(self.folder / "report.json", report)
         print(results.summary(self.folder, self.problem, report))
 
-    def stopped(self, solution: dp.Solution[Any]) -> None:
+    def stopped(self, step: int) -> None:
         """Print how to resume or inspect a failed run."""
         assert self.folder is not None
-        made = {"steps": solution.state.step}
+        made = {"steps": step}
         print("\n".join(results.next_steps(self.folder, self.problem, made)))
 
     def _elapsed(self) -> float:

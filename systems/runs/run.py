@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 import os
+import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from dreampropeller import checkpoint
+from dreampropeller.dispatch import process_group
+from dreampropeller.trajectory import Trajectory
 from systems import artefacts, build, build_problem, problem_type
+from systems.problem import Problem
 from systems.runs import folders, results, viewer, workers
 from systems.runs.recorder import FolderRecorder
 from systems.settings.config import Config, is_rank
@@ -37,7 +44,8 @@ def execute(config: Config, option: str = "--train", folder: Path | None = None)
         )
     if is_rank():  # started by torchrun
         return work(config, leads=os.environ["RANK"] == "0")
-    if config.dispatch.num_workers == 1:
+    alone = config.dispatch.num_workers == 1 and not config.dispatch.max_restarts
+    if alone or config.dispatch.backend == "ray":
         return work(config, folder)
     folders.start_of(build_problem(config))  # refuse before anything is created
     folder = folder or folders.open_folder(config)
@@ -48,12 +56,29 @@ def execute(config: Config, option: str = "--train", folder: Path | None = None)
 
 
 def work(config: Config, folder: Path | None = None, leads: bool = True) -> int:
-    """The work of each rank; the leading one records the run in a folder."""
-    dispatcher, threads = workers.dispatcher(config.dispatch)
+    """The work of each rank; the leading one records the run in a folder.
+
+    Args:
+        config: Config of the run.
+        folder: The run's folder, if it has been made; otherwise the leading rank makes
+            it.
+        leads: Whether this is the leading rank.
+    """
+    restarted = process_group.attempt() > 0
+    known = folder or workers.told_folder()
+    if restarted and known is not None:
+        config = folders.continued(config, known)
+    dispatcher, threads = workers.dispatcher(config.dispatch, _maker(config))
     torch.set_num_threads(threads)
     problem = build_problem(config)
     state = folders.start_of(problem)
-    folder = folder or (folders.open_folder(config) if leads else None)
+    if leads and folder is None:
+        known = folders.open_folder(config, known)
+        workers.tell_folder(known)
+    if leads and restarted:
+        step = 0 if state is None else state.step
+        print(f"Restart {process_group.attempt()}, from step {step}.", file=sys.stderr)
+    folder = known if leads else None
     recorder = FolderRecorder(problem, folder, state)
     try:
         return recorder.run(lambda told: problem.solve(dispatcher, state, told))
@@ -61,6 +86,16 @@ def work(config: Config, folder: Path | None = None, leads: bool = True) -> int:
         if folder is not None:
             checkpoint.unlock(folder)
             checkpoint.unlock(folder / folders.CHECKPOINTS)
+
+
+def _maker(config: Config) -> Callable[[], Trajectory[Any]] | None:
+    """Builds the trajectory from the config, on another process."""
+    owned_elsewhere = problem_type(config).trajectory is Problem.trajectory
+    return None if owned_elsewhere else functools.partial(_trajectory, config)
+
+
+def _trajectory(config: Config) -> Trajectory[Any]:
+    return build_problem(config).trajectory()
 
 
 def look(config: Config, video: bool) -> int:

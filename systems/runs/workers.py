@@ -15,17 +15,51 @@ from typing import Any
 import torch
 
 import dreampropeller as dp
+from dreampropeller.dispatch import process_group
 from systems.runs.recorder import STOP
 from systems.settings.config import Config, DispatchConfig, is_rank
+from systems.settings.reader import ConfigError
+
+_FOLDER = "dreampropeller/folder"
+"""Key of the run's folder in torchrun's store."""
 
 
-def dispatcher(config: DispatchConfig) -> tuple[Callable[[Any], dp.Dispatcher], int]:
-    """The dispatcher of a run, and the number of CPU threads of this process."""
+def dispatcher(
+    config: DispatchConfig, make: Callable[[], dp.Trajectory[Any]] | None = None
+) -> tuple[Callable[[Any], dp.Dispatcher], int]:
+    """The dispatcher of a run, and the number of CPU threads of this process.
+
+    Args:
+        config: The `dispatch` section.
+        make: Builds a replica of the trajectory on a worker of Ray; default: the
+            trajectory is pickled.
+    """
+    if config.backend == "ray":
+        from dreampropeller.dispatch.ray import RayDispatcher
+
+        if is_rank():
+            raise ConfigError(
+                "`dispatch.backend=ray` starts its workers itself: run it without "
+                "torchrun, with `dispatch.num_workers=8`."
+            )
+        spread = functools.partial(
+            RayDispatcher,
+            num_workers=config.num_workers,
+            make=make,
+            address=config.ray_address,
+            elastic=config.elastic,
+            threads=config.threads or 1,
+        )
+        return spread, config.threads or 1
     if not is_rank():
         return dp.InlineDispatcher, config.threads or torch.get_num_threads()
-    threads = config.threads or 1
+    alone = config.count == 1  # under a launcher that restarts it
+    threads = config.threads or (torch.get_num_threads() if alone else 1)
     spread = functools.partial(
-        dp.DistributedDispatcher, threads=threads, timeout=config.timeout
+        dp.DistributedDispatcher,
+        threads=threads,
+        timeout=config.timeout,
+        heartbeat=config.heartbeat,
     )
     return spread, threads
 
@@ -36,20 +70,31 @@ def run(
     """Start `dispatch.num_workers` ranks of a function and wait for them.
 
     Args:
-        work: Called with the config, the folder (rank 0) or None, and whether this
-            is rank 0; returns an exit code.
+        work: Called with the config, the folder, and whether this is rank 0; returns an
+            exit code.
         config: Config of the run.
         folder: Folder that the run is recorded in.
 
     Raises:
         WorkerError: A rank failed.
     """
-    count = config.dispatch.num_workers
-    return start(_rank, work, config, folder, num_workers=count, stop=folder / STOP)
+    return start(
+        _rank,
+        work,
+        config,
+        folder,
+        num_workers=config.dispatch.num_workers,
+        max_restarts=config.dispatch.max_restarts,
+        stop=folder / STOP,
+    )
 
 
 def start(
-    function: Callable[..., int], *arguments: Any, num_workers: int, stop: Path
+    function: Callable[..., int],
+    *arguments: Any,
+    num_workers: int,
+    stop: Path,
+    max_restarts: int = 0,
 ) -> int:
     """Start ranks of a function; returns rank 0's exit code.
 
@@ -61,6 +106,7 @@ def start(
         *arguments: Arguments of the function.
         num_workers: Number of ranks.
         stop: File that requests a stop.
+        max_restarts: Number of times that failed ranks are started again.
 
     Raises:
         WorkerError: A rank failed.
@@ -71,7 +117,11 @@ def start(
         try:
             outcome.extend(
                 dp.launch_workers(
-                    _quietly, function, *arguments, num_workers=num_workers
+                    _quietly,
+                    function,
+                    *arguments,
+                    num_workers=num_workers,
+                    max_restarts=max_restarts,
                 )
             )
         except BaseException as error:  # handed to the main thread
@@ -111,8 +161,22 @@ def _quietly(function: Callable[..., int], *arguments: Any) -> int:
 def _rank(
     work: Callable[[Config, Path | None, bool], int], config: Config, folder: Path
 ) -> int:
-    leads = os.environ["RANK"] == "0"
-    return work(config, folder if leads else None, leads)
+    return work(config, folder, os.environ["RANK"] == "0")
+
+
+def tell_folder(folder: Path) -> None:
+    """Tell the run's folder to ranks that `torchrun` may start again."""
+    store = process_group.agent_store()
+    if store is not None:
+        store.set(_FOLDER, str(folder.resolve()))
+
+
+def told_folder() -> Path | None:
+    """The folder of the run that this process continues, after a restart."""
+    store = process_group.agent_store() if process_group.attempt() else None
+    if store is None or not store.check([_FOLDER]):
+        return None
+    return Path(store.get(_FOLDER).decode())
 
 
 def complain(text: str) -> None:

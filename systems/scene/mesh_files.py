@@ -9,6 +9,7 @@ written.
 from __future__ import annotations
 
 import io
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,6 +34,12 @@ MATERIAL = {
     },
 }
 """The material of a mesh that brings none."""
+LARGEST_FILE = 2**31
+"""Bytes of a mesh's file that is read."""
+LARGEST_HEADER = 2**24
+"""Bytes of the header of a glb."""
+LARGEST_COUNT = 200_000_000
+"""Vertices and corners of faces, all attributes counted."""
 _UPRIGHT = np.array([[1, 0, 0, 0], [0, 0, 1, 0], [0, -1, 0, 0], [0, 0, 0, 1]], float)
 """From z up to y up: (x, y, z) becomes (x, z, −y)."""
 
@@ -203,15 +210,30 @@ def _obj_lines(mesh: Any) -> Iterator[str]:
 def load_glb(path: Path) -> trimesh.Trimesh:
     """Read a ``mesh.glb`` back as it was passed to `save_mesh`: z up, sRGB colours.
 
-    trimesh keeps the colours of a mesh with a material apart from its visual.
+    trimesh keeps the colours of a mesh with a material apart from its visual. Other
+    files that a stranger's glb refers to are not opened.
+
+    Raises:
+        ValueError: It is no such file, or larger than a mesh of ours can be.
     """
     import trimesh
 
-    scene: Any = trimesh.load_scene(path, process=False)
-    (mesh,) = scene.geometry.values()
-    if is_textured(mesh):
-        return mesh.apply_transform(_UPRIGHT.T)
-    linear = np.asarray(mesh.visual.vertex_attributes["color"])[:, :3]
+    _check_glb(path)
+    try:
+        with open(path, "rb") as file:  # by its content alone: no path to look beside
+            scene: Any = trimesh.load_scene(file, file_type="glb", process=False)
+        (mesh,) = scene.geometry.values()
+        if not len(mesh.faces) or not np.isfinite(mesh.vertices).all():
+            raise ValueError("it has no faces, or vertices that are not finite")
+        if is_textured(mesh):
+            return mesh.apply_transform(_UPRIGHT.T)
+        linear = np.asarray(mesh.visual.vertex_attributes["color"])[:, :3]
+    except Exception as error:  # whatever a damaged file raises inside trimesh
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+        raise ValueError(
+            f"`{path}` is no mesh that was exported here ({reason}): export it again, "
+            "`launch.py --export resume=RUN`."
+        ) from error
     again = trimesh.Trimesh(
         mesh.vertices,
         mesh.faces,
@@ -219,3 +241,41 @@ def load_glb(path: Path) -> trimesh.Trimesh:
         process=False,
     )
     return again.apply_transform(_UPRIGHT.T)
+
+
+def _check_glb(path: Path) -> None:
+    """Refuse a binary glTF whose header promises more than a mesh can be.
+
+    A glb begins with its magic, version and length (12 bytes), then a chunk of JSON,
+    whose accessors count what the mesh holds (glTF 2.0, section 4.4).
+
+    Raises:
+        ValueError: Names the size, and the largest that is read.
+    """
+    with open(path, "rb") as file:
+        start = file.read(20)
+        if len(start) < 20 or start[:4] != b"glTF" or start[16:] != b"JSON":
+            raise ValueError(
+                f"`{path}` is no binary glTF: name a `mesh.glb` that was exported here."
+            )
+        length, header = (int.from_bytes(start[i : i + 4], "little") for i in (8, 12))
+        here = path.stat().st_size
+        if max(here, length) > LARGEST_FILE or header > LARGEST_HEADER:
+            raise ValueError(
+                f"`{path}` is larger than a mesh may be here ({max(here, length):,} "
+                f"bytes, {header:,} of them header): at most {LARGEST_FILE:,} bytes "
+                f"and {LARGEST_HEADER:,} are read."
+            )
+        text = file.read(header)
+    try:
+        tree = json.loads(text)
+        counts = [int(entry["count"]) for entry in tree["accessors"]]
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ValueError(
+            f"`{path}` is damaged: its header cannot be read. Export it again."
+        ) from error
+    if min(counts, default=0) < 0 or sum(counts) > LARGEST_COUNT:
+        raise ValueError(
+            f"`{path}` speaks of {sum(counts):,} vertices and corners of faces: at "
+            f"most {LARGEST_COUNT:,} are read. Decimate the mesh first."
+        )

@@ -146,16 +146,46 @@ class DispatchConfig:
             GPUs); `launch.py` starts them.
         threads: CPU threads per process; null: all cores for a single process, one
             thread for each of several.
-        timeout: Seconds without a sign of life after which a process counts as lost.
+        timeout: Seconds that processes wait for one that is alive but has not finished.
+        heartbeat: Seconds without a sign of life after which a process counts as lost;
+            null: no heartbeat.
+        max_restarts: Number of times that all processes are started again after one
+            failed; they resume from the last checkpoint. (`torchrun` has its own
+            `--max-restarts`.)
+        backend: "processes", or "ray": actors of a Ray cluster, which are replaced
+            when they die.
+        ray_address: Ray cluster to join, such as "auto"; null: one is started on this
+            machine.
+        elastic: Whether a guess that a dead actor leaves behind shortens the window
+            instead of being evaluated again; Ray only.
     """
 
     num_workers: int = 1
     threads: int | None = None
     timeout: float = 600.0
+    heartbeat: float | None = 10.0
+    max_restarts: int = 0
+    backend: str = "processes"
+    ray_address: str | None = None
+    elastic: bool = False
 
     def __post_init__(self) -> None:
+        one_of("backend", self.backend, ("processes", "ray"))
+        if self.backend == "processes" and (self.elastic or self.ray_address):
+            raise ValueError(
+                "`elastic` and `ray_address` have no effect on processes: write "
+                "`backend=ray`, or leave them out."
+            )
+        if self.backend == "ray" and self.max_restarts:
+            raise ValueError(
+                "`max_restarts` has no effect with `backend=ray`, which replaces its "
+                "workers by itself: leave it out."
+            )
         at_least("num_workers", self.num_workers, 1)
         at_least("timeout", self.timeout, 1)
+        at_least("max_restarts", self.max_restarts, 0)
+        if self.heartbeat is not None:
+            at_least("heartbeat", self.heartbeat, 1)
         if self.threads is not None:
             at_least("threads", self.threads, 1)
 
@@ -198,16 +228,31 @@ class TrainerConfig:
 class CheckpointConfig:
     """`checkpoint`: saving the state of the run.
 
+    A run that resumes from a full checkpoint equals the uninterrupted run bit for bit
+    (CPU). A lean one holds no guesses, which makes it several times smaller; the
+    strides of a run that resumes from it differ, and at threshold 0 its result does
+    not. Stopping and failing runs write a full one.
+
     Args:
-        every_n_train_steps: Number of steps between two checkpoints.
-        keep: Number of checkpoints to keep; older ones are deleted.
+        every_n_train_steps: Number of steps between two full checkpoints.
+        every_n_iterations: Number of iterations between two full checkpoints; null:
+            only steps count. 1 loses at most one iteration, and suits small problems.
+        lean_every_n_seconds: Seconds between two lean checkpoints, stretched so that
+            they take less than 2 % of the time; null: none.
+        keep: Number of full checkpoints to keep; older ones are deleted.
     """
 
     every_n_train_steps: int = 100
+    every_n_iterations: int | None = None
+    lean_every_n_seconds: float | None = 60.0
     keep: int = 2
 
     def __post_init__(self) -> None:
         at_least("every_n_train_steps", self.every_n_train_steps, 1)
+        if self.every_n_iterations is not None:
+            at_least("every_n_iterations", self.every_n_iterations, 1)
+        if self.lean_every_n_seconds is not None:
+            at_least("lean_every_n_seconds", self.lean_every_n_seconds, 1)
         at_least("keep", self.keep, 1)
 
 

@@ -13,6 +13,10 @@ from omegaconf.errors import OmegaConfBaseException
 
 from systems.settings.reader import ConfigError, missing_sentence
 
+LARGEST = 2**20
+"""Bytes, and values once aliases are expanded, of a file that is read."""
+_NESTS = (yaml.SequenceNode, yaml.MappingNode)
+
 
 def open_yaml(path: str | Path) -> DictConfig:
     """A YAML file, interpolations not yet resolved.
@@ -36,6 +40,7 @@ def open_yaml(path: str | Path) -> DictConfig:
             )
         )
     try:
+        _check_size(path)
         base = OmegaConf.load(path)
     except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
         raise ConfigError(f"`{path}` is no YAML that can be read: {error}") from error
@@ -44,6 +49,39 @@ def open_yaml(path: str | Path) -> DictConfig:
             f"`{path}` must hold `key: value` lines, as configs/*.yaml do."
         )
     return base
+
+
+def _check_size(path: Path) -> None:
+    """Refuse a file that a few aliases expand to millions of values.
+
+    Raises:
+        ConfigError: Names the size.
+    """
+    if path.stat().st_size > LARGEST:
+        raise ConfigError(
+            f"`{path}` has {path.stat().st_size:,} bytes: a config has at most "
+            f"{LARGEST:,}."
+        )
+    sizes: dict[int, int] = {}
+
+    def size(node: yaml.Node | None) -> int:
+        if id(node) not in sizes:
+            sizes[id(node)] = 1  # an alias of a value inside itself
+            children: list[Any] = node.value if isinstance(node, _NESTS) else []
+            pairs = [c if isinstance(c, tuple) else (c,) for c in children]
+            sizes[id(node)] = 1 + sum(size(c) for pair in pairs for c in pair)
+        return sizes[id(node)]
+
+    with open(path, encoding="utf-8") as file:
+        try:
+            count = size(yaml.compose(file, yaml.SafeLoader))
+        except RecursionError:
+            raise ConfigError(f"`{path}` nests its values too deeply.") from None
+    if count > LARGEST:
+        raise ConfigError(
+            f"`{path}` expands to {count:,} values through its aliases: a config has "
+            f"at most {LARGEST:,}."
+        )
 
 
 def apply(base: DictConfig, overrides: Sequence[str]) -> None:

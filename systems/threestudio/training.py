@@ -52,6 +52,15 @@ def run(path: Path | None, trains: bool, overrides: Sequence[str]) -> int:
             "`--config <checkout>/configs/dreamfusion-sd.yaml`."
         )
     ours, theirs, dotted = split(path, overrides)
+    if ours.dispatch.backend != "processes":
+        raise ConfigError(
+            "`dispatch.backend=ray` cannot hold a threestudio system: leave it out."
+        )
+    if ours.dispatch.max_restarts:
+        raise ConfigError(
+            "`dispatch.max_restarts` has no effect with `backend=threestudio`: leave "
+            "it out, and resume a failed run with `resume=RUN`."
+        )
     count = ours.dispatch.num_workers
     asked: Any = OmegaConf.merge(theirs, OmegaConf.from_dotlist(dotted))
     if asked.get("timestamp") is None and asked.get("use_timestamp", True):
@@ -149,5 +158,8 @@ def join(ours: BackendConfig) -> int | None:
 def spread(config: DispatchConfig) -> Callable[[Any], dp.Dispatcher]:
     """The dispatcher of several ranks."""
     return functools.partial(
-        dp.DistributedDispatcher, threads=config.threads or 1, timeout=config.timeout
+        dp.DistributedDispatcher,
+        threads=config.threads or 1,
+        timeout=config.timeout,
+        heartbeat=config.heartbeat,
     )

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from systems.images import save_sheet
+from systems.images import open_image, save_sheet
 from systems.scene.cameras import Cameras
 from systems.toybox import FOLDER, SECOND_WEIGHTS, WEIGHTS
 from systems.toybox.captions import FIRST_COLOURS, FIRST_OBJECTS, HELD_OUT, VIEWS
@@ -188,8 +188,6 @@ def _reference(arguments: argparse.Namespace) -> dict[str, Any]:
     """The reference image of `sample`, seen from azimuth 0 at the same elevation."""
     if arguments.image is None:
         return {}
-    from PIL import Image
-
     if arguments.azimuth is None:
         raise ValueError(
             "`--image` shows the object from azimuth 0: write `--azimuth` too, the "
@@ -197,7 +195,7 @@ def _reference(arguments: argparse.Namespace) -> dict[str, Any]:
         )
     camera = _camera(arguments)
     front = Cameras(0 * camera.azimuth, camera.elevation, camera.distance, camera.fov)
-    return {"image": Image.open(arguments.image), "image_camera": front}
+    return {"image": open_image(arguments.image), "image_camera": front}
 
 
 def _at_least(option: str, value: int, least: int) -> None:

@@ -334,7 +334,7 @@ def test_full_disk_while_measuring(
     before = checkpoint.load(copy / "ckpts").step
     arguments = ["--config", str(copy / "config.yaml"), "--train", f"resume={copy}"]
     assert launch.main([*arguments, "trainer.max_steps=24"]) == 2
-    assert checkpoint.load(copy / "ckpts").step == before
+    assert checkpoint.load(copy / "ckpts").step > before  # what was accepted is saved
     said = capsys.readouterr().err
     assert f"`{copy / 'metrics.jsonl'}` cannot be written" in said
     assert "Free some space" in said

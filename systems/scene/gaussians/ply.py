@@ -225,6 +225,11 @@ def _vertices(
             f"`{path}` has {rest} fields `f_rest_…`: harmonics of degree 0 to 3 have "
             "0, 9, 24 or 45, counted from 0."
         )
+    if len(first[2]) > 9:  # Python reads no number of thousands of digits
+        raise ValueError(
+            f"`{path}` speaks of a number of splats with {len(first[2])} digits: at "
+            "most 999,999,999 are read."
+        )
     if int(first[2]) == 0:
         raise ValueError(f"`{path}` holds no splats: its header says 0.")
     return int(first[2]), fields
@@ -234,6 +239,11 @@ def _read_text(path: Path, header: _Header) -> np.ndarray:
     with open(path, "rb") as file:
         file.seek(header.size)
         lines = file.read().decode("ascii", "replace").splitlines()[: header.count]
+    if len(lines) < header.count:
+        raise ValueError(
+            f"`{path}` is cut short: its header speaks of {header.count:,} splats, and "
+            f"{len(lines):,} lines follow. Export it again."
+        )
     try:
         rows = np.array([line.split() for line in lines], np.float64)
         return np.rec.fromarrays(rows.T, dtype=header.row)
