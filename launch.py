@@ -6,7 +6,8 @@ r"""Run a config: make, compare, test or export a 3D object, or sample images.
 `--train` makes the object. `--compare` makes it with and without acceleration and
 reports whether that pays. `--test resume=RUN` renders and measures it, and
 `--export resume=RUN` writes its mesh, `--parts resume=RUN` takes the mesh apart by
-colour. `--sample` samples images (`configs/sample-toybox.yaml`).
+colour. `--sample` samples images (`configs/sample-toybox.yaml`). `--view RUN` opens a
+live page of a run.
 
 Settings follow as `key=value`; `--settings [SECTION]` lists all settings.
 `dispatch.num_workers=2` starts two processes, and `torchrun launch.py …` works too.
@@ -52,6 +53,7 @@ def make_parser() -> argparse.ArgumentParser:
         help="the parts of a mesh; several RUNs share a palette",
     )
     task.add_argument("--sample", action="store_true", help="images of a prompt")
+    task.add_argument("--view", metavar="RUN", help="live page of a run (port=8080)")
     task.add_argument(
         "--settings",
         nargs="?",
@@ -74,6 +76,10 @@ def main(argv: list[str] | None = None) -> int:
             return compare.run(arguments.config, words)
         if arguments.parts is not None:
             return parts.run([*arguments.parts, *overrides])
+        if arguments.view is not None:
+            from systems.runs import live
+
+            return live.run(arguments.view, overrides)
         if is_asked(overrides):
             return training.run(arguments.config, arguments.train, overrides)
         config = folders.load_config(arguments.config, overrides)

@@ -55,6 +55,7 @@ def command() -> Iterator[ModuleType]:
         (["test", "one"], ["--test", "resume=one"]),
         (["export", "resume=one"], ["--export", "resume=one"]),
         (["parts", "one", "two"], ["--parts", "one", "two"]),
+        (["view", "one", "port=81"], ["--view", "one", "port=81"]),
         (["settings"], ["--settings"]),
         (["settings", "solver.window"], ["--settings", "solver.window"]),
         (
