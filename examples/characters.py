@@ -43,13 +43,12 @@ class Transformer(nn.Module):
         )
         self.blocks = nn.TransformerEncoder(block, depth, enable_nested_tensor=False)
         self.head = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, len(_alphabet)))
-        mask = nn.Transformer.generate_square_subsequent_mask(CONTEXT)
-        self.register_buffer("mask", mask, persistent=False)
 
     def forward(self, codes: torch.Tensor) -> torch.Tensor:
         """Logits of the next character, of shape ``(batch, context, alphabet)``."""
         x = self.letters(codes) + self.places
-        return self.head(self.blocks(x, mask=self.mask, is_causal=True))
+        later = torch.ones(CONTEXT, CONTEXT, dtype=torch.bool).triu(1)
+        return self.head(self.blocks(x, mask=later, is_causal=True))
 
 
 def _nats(model: nn.Module, text: torch.Tensor, starts: torch.Tensor) -> torch.Tensor:
