@@ -27,6 +27,7 @@ _NAMES = {
     r"\Bigr\rVert": r"\right\Vert ",
     r"\lVert": r"\Vert ",
     r"\rVert": r"\Vert ",
+    r"\not\le": r"\nleq",
     r"\arg\min": r"\mathrm{arg\,min}",
 }
 """What the converter does not know, and what it does."""

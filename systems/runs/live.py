@@ -199,25 +199,29 @@ class Renders:
 
     folder: Path
     _system: Any = None
-    _frames: dict[int, list[np.ndarray]] = field(default_factory=dict)
+    _frames: dict[tuple[int, int], list[np.ndarray]] = field(default_factory=dict)
 
     def frames(self, step: int) -> list[np.ndarray]:
         """Frames all around of the checkpoint of a step, of 8-bit colours.
 
         Raises:
-            CheckpointError: It cannot be read, for example because it was removed.
-            ValueError: The run makes no 3D object, or does not fit its config.
+            CheckpointError: It cannot be read.
+            ValueError: It has been removed, or the run makes no 3D object.
         """
-        if step not in self._frames:
+        path = checkpoints(self.folder).get(step)
+        if path is None:
+            raise ValueError("its checkpoint has been removed.")
+        key = (step, path.stat().st_mtime_ns)  # a resumed run may write it again
+        if key not in self._frames:
             if self._system is None:
                 self._system = build(load(self.folder / folders.CONFIG))
-            state = checkpoint.load(checkpoints(self.folder)[step])
-            self._system.check_state(state.y, step)
-            self._frames[step] = [
+            state = checkpoint.load(path)
+            self._system.check_state(state.y, path)
+            self._frames[key] = [
                 (255 * frame.clamp(0, 1)).byte().permute(1, 2, 0).cpu().numpy()
                 for frame in self._system.turntable(state.y, FRAMES)
             ]
-        return self._frames[step]
+        return self._frames[key]
 
 
 class Page:
@@ -343,7 +347,7 @@ class Page:
             step = self._steps[index]
             try:
                 frames = self.renders.frames(step)
-            except (KeyError, OSError, ValueError, RuntimeError) as error:
+            except (OSError, ValueError, RuntimeError) as error:
                 self._message.content = f"Step {step} cannot be shown: {error}"
                 return
             self._frame.image = frames[int(self._view.value)]

@@ -58,6 +58,8 @@ def test_frames_are_those_of_the_checkpoint(finished: Path) -> None:
     assert not np.array_equal(first[0], last[0])
     again = live.Renders(finished).frames(12)
     assert all(map(np.array_equal, last, again))
+    with pytest.raises(ValueError, match="has been removed"):
+        renders.frames(5)
 
 
 def test_covariances_are_those_of_the_axes(tmp_path: Path) -> None:
