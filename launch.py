@@ -7,9 +7,8 @@ r"""Run a config: make, compare, test or export a 3D object, or sample images.
 reports whether that pays. `--test resume=RUN` renders and measures it, and
 `--export resume=RUN` writes its mesh, `--parts resume=RUN` takes the mesh apart by
 colour, and `--render resume=RUN cameras=path.json` films a camera path. `--sample`
-samples images (`configs/sample-toybox.yaml`).
-
-`--doctor` says what this machine offers: devices, packages, disk, processes.
+samples images (`configs/sample-toybox.yaml`). `--view RUN` opens a live page of a run,
+and `--doctor` says what this machine offers.
 
 Settings follow as `key=value`; `--settings [SECTION]` lists all settings.
 `dispatch.num_workers=2` starts two processes, and `torchrun launch.py …` and `srun
@@ -59,6 +58,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     task.add_argument("--sample", action="store_true", help="images of a prompt")
     task.add_argument("--doctor", action="store_true", help="check this machine")
+    task.add_argument("--view", metavar="RUN", help="live page of a run (port=8080)")
     task.add_argument(
         "--settings",
         nargs="?",
@@ -84,6 +84,10 @@ def main(argv: list[str] | None = None) -> int:
             return compare.run(arguments.config, words)
         if arguments.parts is not None:
             return parts.run([*arguments.parts, *overrides])
+        if arguments.view is not None:
+            from systems.runs import live
+
+            return live.run(arguments.view, overrides)
         if is_asked(overrides):
             return training.run(arguments.config, arguments.train, overrides)
         if arguments.render:

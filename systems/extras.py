@@ -1,9 +1,10 @@
-"""Optional packages, imported at run time."""
+"""What an installation has: optional packages, and the command that started us."""
 
 from __future__ import annotations
 
 import functools
 import importlib
+import os
 from typing import Any
 
 import torch
@@ -16,6 +17,12 @@ def dtype_argument(dtype: torch.dtype) -> dict[str, torch.dtype]:
 
     renamed = Version(diffusers.__version__) >= Version("0.42")
     return {"dtype" if renamed else "torch_dtype": dtype}
+
+
+def command(task: str) -> str:
+    """How a task is started: by `launch.py`, or by the installed command."""
+    installed = os.environ.get("DREAMPROPELLER_COMMAND")
+    return f"{installed} {task}" if installed else f"python launch.py --{task}"
 
 
 @functools.cache

@@ -15,6 +15,7 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "long: takes minutes (`pytest -m long`)")
     config.addinivalue_line("markers", "chaos: every kind of fault (`pytest -m chaos`)")
     config.addinivalue_line("markers", "browser: needs chromium and playwright")
+    config.addinivalue_line("markers", "docs: builds the site (`pytest -m docs`)")
     if config.option.markexpr != "gpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # bitwise claims are made for the CPU
 
@@ -22,16 +23,13 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_collection_modifyitems(
     config: pytest.Config, items: list[pytest.Item]
 ) -> None:
-    if "long" not in config.option.markexpr:
-        long = pytest.mark.skip(reason="takes minutes: `pytest -m long`")
-        for item in items:
-            if item.get_closest_marker("long"):
-                item.add_marker(long)
-    if "chaos" not in config.option.markexpr:
-        chaos = pytest.mark.skip(reason="takes minutes: `pytest -m chaos`")
-        for item in items:
-            if item.get_closest_marker("chaos"):
-                item.add_marker(chaos)
+    waits = {"long": "takes minutes", "chaos": "takes minutes", "docs": "builds a site"}
+    for marker, why in waits.items():
+        if marker not in config.option.markexpr:
+            skip = pytest.mark.skip(reason=f"{why}: `pytest -m {marker}`")
+            for item in items:
+                if item.get_closest_marker(marker):
+                    item.add_marker(skip)
     if torch.cuda.is_available():
         return
     skip = pytest.mark.skip(reason="needs a CUDA device and `pytest -m gpu`")

@@ -149,7 +149,7 @@ def test_shell_blocks_are_understood_and_run(
     for part in line.split("&&"):
         words = shlex.split(part, comments=True)
         if not understood(words, monkeypatch):
-            known = ("git", "cd", "pip", "source", "pytest", "pre-commit")
+            known = ("git", "cd", "pip", "source", "pytest", "pre-commit", "mkdocs")
             assert words[0] in known or words[1:3] == ["-m", "venv"], part
             assert not runs or line == TEST_COMMAND, f"`{line}` says not why"
         elif runs:
@@ -161,6 +161,12 @@ def test_shell_blocks_are_understood_and_run(
 
 def understood(words: list[str], monkeypatch: pytest.MonkeyPatch) -> bool:
     """Whether it is a command of ours; its own parser has then read all of it."""
+    if words[0] == "dreampropeller":
+        monkeypatch.syspath_prepend(str(ROOT / "workspace"))
+        command = importlib.import_module("dreampropeller_workspace.command")
+        given = command.make_parser().parse_args(words[1:])
+        read_settings(command.translate(given.task, given.words, given.config))
+        return True
     if words[0] == "torchrun":
         words = ["python", *words[2:]]
     if words[0] != "python" or words[1:3] == ["-m", "venv"]:
@@ -181,9 +187,13 @@ def read_settings(words: list[str]) -> None:
     """Read options and settings as `launch.py` does, up to building the system."""
     import launch
     from systems import build_problem
+    from systems.runs import live
     from systems.settings.config import load
 
     arguments, overrides = launch.make_parser().parse_known_args(words)
+    if arguments.view is not None:
+        live.Address.read(overrides)
+        return
     if arguments.parts is not None:  # run folders alone
         assert all(w.removeprefix("resume=").count("=") == 0 for w in arguments.parts)
         assert arguments.parts

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from systems.extras import command
 from systems.files import written
 from systems.images import save_image
 from systems.quality.parts import Palette, Parts, find_parts
@@ -103,7 +104,7 @@ def _mesh(folder: Path) -> Any:
     path = folder / "mesh.glb"
     if not path.exists():
         raise ConfigError(
-            f"`{folder}` has no `mesh.glb`: write it with `python launch.py --export "
+            f"`{folder}` has no `mesh.glb`: write it with `{command('export')} "
             f"resume={folder}`."
         )
     mesh = load_glb(path)

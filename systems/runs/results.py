@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 import dreampropeller as dp
+from systems.extras import command
 from systems.problem import Problem
 from systems.runs import folders, history
 from systems.settings.config import Config
@@ -84,11 +85,11 @@ def next_steps(folder: Path, problem: Problem, report: dict[str, Any]) -> list[s
     lines = []
     if "resume" in problem.sections:
         if report["steps"] < problem.num_steps:
-            lines.append(f"Resume: python launch.py --train resume={place}")
+            lines.append(f"Resume: {command('train')} resume={place}")
         if "turntable" not in report:
-            lines.append(f"Render: python launch.py --test resume={place}")
+            lines.append(f"Render: {command('test')} resume={place}")
         if not isinstance(report.get("mesh"), list):
-            lines.append(f"Export: python launch.py --export resume={place}")
+            lines.append(f"Export: {command('export')} resume={place}")
     return [*lines, f"Look into {folder}"]
 
 

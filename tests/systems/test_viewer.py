@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -82,23 +81,6 @@ def test_without_video_and_preview_the_mesh_is_shown(
     text = (tmp_path / "viewer.html").read_text()
     assert "<video" not in text
     assert "<img" not in text
-
-
-@pytest.fixture(scope="module")
-def chromium() -> Iterator[Any]:
-    playwright = pytest.importorskip(
-        "playwright.sync_api", reason="`pip install playwright`"
-    )
-    path = shutil.which("chromium")
-    if path is None:
-        pytest.skip("no `chromium` on this machine")
-    software = ["--use-angle=swiftshader", "--enable-unsafe-swiftshader"]
-    with playwright.sync_playwright() as driver:
-        browser = driver.chromium.launch(
-            executable_path=path, args=["--no-sandbox", *software]
-        )
-        yield browser
-        browser.close()
 
 
 def middle(view: Any) -> list[int]:

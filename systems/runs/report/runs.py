@@ -11,6 +11,7 @@ import dreampropeller as dp
 from dreampropeller import checkpoint
 from systems import build, quality
 from systems.base import System
+from systems.extras import command
 from systems.runs import folders, history
 from systems.settings.config import Config, load
 from systems.settings.reader import ConfigError
@@ -66,14 +67,14 @@ def open_run(folder: str | Path) -> Run:
     except (OSError, ValueError) as error:
         raise ConfigError(
             f"`{folder}` is no finished run: it needs a readable `report.json` "
-            f"({error}). Finish it with `python launch.py --train "
+            f"({error}). Finish it with `{command('train')} "
             f"resume={folder}`."
         ) from error
     config = load(folder / folders.CONFIG)
     if report["steps"] < config.trainer.max_steps:
         raise ConfigError(
             f"`{folder}` is not finished: it has reached step {report['steps']} of "
-            f"{config.trainer.max_steps}. Finish it with `python launch.py --train "
+            f"{config.trainer.max_steps}. Finish it with `{command('train')} "
             f"resume={folder}`."
         )
     iterations = history.iterations(history.lines(folder))

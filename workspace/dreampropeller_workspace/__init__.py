@@ -1,0 +1,1 @@
+"""The workspace of DreamPropeller as a package: systems, configs and a command."""
