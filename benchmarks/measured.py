@@ -50,10 +50,10 @@ def measured(
     save(wide, images / f"{wanted['prompt'].replace(' ', '-')}.png")
     try:
         mesh = quality.measure_mesh(system.mesh(solution.value), truth)
-        chamfer = mesh.figures()["chamfer"]
+        shape = {name: mesh.figures()[name] for name in ("chamfer", "iou_3d")}
     except EmptySurface:
-        chamfer = None
-    entry = {**wanted, **cost, **found.figures(), "chamfer": chamfer}
+        shape = {"chamfer": None, "iou_3d": None}
+    entry = {**wanted, **cost, **found.figures(), **shape}
     return entry, found, solution.value
 
 
