@@ -101,7 +101,7 @@ def unwrap(
     """
     import xatlas
 
-    atlas = cast(Any, xatlas.Atlas())
+    atlas = xatlas.Atlas()
     atlas.add_mesh(vertices.astype(np.float32), faces.astype(np.uint32))
     pack = xatlas.PackOptions()
     pack.resolution, pack.padding, pack.bilinear = side, MARGIN, True
@@ -118,7 +118,8 @@ def bake(source: Source, points: np.ndarray, samples: int = 400_000) -> np.ndarr
     from scipy.spatial import KDTree
 
     mesh = trimesh.Trimesh(source.vertices, source.faces, process=False)
-    found, face = trimesh.sample.sample_surface(mesh, samples, seed=0)
+    drawn = cast(Any, trimesh.sample).sample_surface(mesh, samples, seed=0)
+    found, face = drawn
     a, b, c = source.vertices[source.faces[face]].transpose(1, 0, 2)
     weights = np.asarray(
         trimesh.triangles.points_to_barycentric(np.stack([a, b, c], 1), found)
