@@ -207,7 +207,7 @@ def seen(folder: Path) -> tuple[torch.Tensor, torch.Tensor]:
 
 @pytest.mark.parametrize("reader", ["trimesh glb", "trimesh obj", "pygltflib"])
 def test_base_colours_read_as_the_format_says_are_those_of_the_turntable(
-    reader: str, run: Path, monkeypatch: pytest.MonkeyPatch
+    reader: str, run: Path
 ) -> None:
     if reader == "pygltflib":
         mesh = _by_the_letter(run / "mesh.glb")
@@ -217,9 +217,8 @@ def test_base_colours_read_as_the_format_says_are_those_of_the_turntable(
         mesh: Any = trimesh.load(run / "mesh.obj", force="mesh", process=False)
         mesh.visual.material = mesh.visual.material.to_pbr()
     images, inside = seen(run)
-    monkeypatch.setattr("systems.scene.zbuffer.AMBIENT", 1.0)  # without light
     system = build(load(run / "config.yaml"))
-    shown, _ = render_mesh(mesh, system.cameras.turntable(4))
+    shown, _ = render_mesh(mesh, system.cameras.turntable(4), ambient=1.0)
     difference = (shown - images).abs().permute(0, 2, 3, 1)[inside]
     assert len(difference) > 500
     assert float(difference.median()) <= 2 / 255
