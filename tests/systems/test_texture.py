@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import re
 from pathlib import Path
@@ -86,13 +85,13 @@ def test_threshold_zero_is_sequential_bit_for_bit(kind: str, mug: Path) -> None:
         "vsd": [*SHORT, "system.guidance_type=vsd-guidance", *RANK],
         "refine": [*SHORT, "system.guidance_type=refine-guidance", *TWICE],
     }[kind]
-    make = functools.partial(tiny, mug, *settings)
     exact = dp.PicardSolver(dp.SlidingWindow(3), dp.FixedThreshold(0), "momentum")
-    plain = dp.solve(make().trajectory(), dp.Sequential())
-    solution = dp.solve(make().trajectory(), exact)
+    trajectory = tiny(mug, *settings).trajectory()
+    plain = dp.solve(trajectory, dp.Sequential(), check=False)
+    solution = dp.solve(trajectory, exact, check=False)
     assert tree_equal(solution.value, plain.value)
     assert tree_equal(solution.carry, plain.carry)
-    start, _ = make().trajectory().init()
+    start, _ = trajectory.init()
     moved = (plain.value["geometry.albedo"] - start["geometry.albedo"]).abs()
     assert float(moved.max()) > 0.01
     assert any(n.startswith(LORA) for n in plain.value) == (kind == "vsd")
@@ -303,6 +302,9 @@ def test_the_configs_for_stable_diffusion_build(
     ):
         words = [f"{name}={stable_diffusion}", "system.prompt_processor.prompt=a"]
         system = tiny(mug, *words, *more, config="configs/texture-sd.yaml")
+        assert system.is_variational == bool(more)
+        if more:
+            continue
         trajectory = system.trajectory()
         y, _ = trajectory.init()
         gradient = trajectory.make_drift(CPU)(0, y)[0]["geometry.albedo"]
