@@ -2,12 +2,16 @@
 
     python -m benchmarks.texture [--workers 2] [--logged]
     python -m benchmarks.texture --raster
+    python -m benchmarks.texture --picture docs/texture.png RUN RUN
 
 The true mesh of a white toybox object takes the prompt of another colour
 (`configs/texture-toybox.yaml`): three prompts with two seeds give a table and a contact
 sheet in `benchmarks/results/texture/`. An interrupted benchmark resumes from its log.
 Images of 32 pixels hide what a texel does, so PSNR is measured on images of 128 pixels
-as well. `--raster` times the rasteriser alone: 102,400 faces at 256², four views.
+as well.
+
+`--raster` times the rasteriser alone: 102,400 faces at 256², four views. `--picture`
+draws the meshes that runs were given and those that they wrote.
 """
 
 from __future__ import annotations
@@ -17,12 +21,14 @@ import math
 import resource
 import statistics
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import trimesh
+from PIL import Image
 from torch.nn.functional import avg_pool2d
 
 import dreampropeller as dp
@@ -31,10 +37,12 @@ from benchmarks.gaussians import SEEDS, name_of, sheet
 from benchmarks.measured import measured
 from systems import build, quality
 from systems.base import System
+from systems.images import to_bytes
 from systems.quality.truth import GREY, fixed_views
 from systems.scene.cameras import Cameras, Views
-from systems.scene.mesh_files import save_mesh
+from systems.scene.mesh_files import load_glb, save_mesh
 from systems.scene.renderers import raster
+from systems.scene.zbuffer import render_mesh
 from systems.settings.config import load
 from systems.toybox.truth import Truth, truth
 
@@ -56,6 +64,8 @@ AIMS = {"window 8": 7, "window 16": 13, "window 32": 20}
 """Times fewer iterations that were aimed at, within 0.2 dB."""
 LARGE = 128
 """Side of the larger images, in pixels."""
+PICTURE = 160
+"""Side of an image of `--picture`, in pixels."""
 RESOLUTION = 64
 """Grid points per side from which the true mesh is made."""
 
@@ -200,13 +210,36 @@ def time_rasteriser(repeats: int = 5) -> str:
     )
 
 
+def picture(folders: Sequence[str]) -> torch.Tensor:
+    """A row per run: its mesh as given, the written one without light, and its map."""
+    one = torch.ones(3)
+    cameras = Cameras(torch.tensor([35.0, 155, 275]), 18 * one, 2.4 * one, 42 * one)
+    views = Views(cameras, cameras.axes()[0], 2 * PICTURE, 2 * PICTURE)
+    rows = []
+    for folder in map(Path, folders):
+        given = load(folder / "config.yaml").system["geometry"]["mesh"]
+        white, _ = render_mesh(load_glb(Path(given)), views.one(0))
+        mesh: Any = load_glb(folder / "mesh.glb")
+        shown, _ = render_mesh(mesh, views, ambient=1.0)
+        images = avg_pool2d(torch.cat([white, shown]), 2)
+        texels = mesh.visual.material.baseColorTexture.convert("RGB")
+        small = np.asarray(texels.resize((PICTURE, PICTURE))) / 255
+        rows.append(torch.cat([*images, torch.from_numpy(small).movedim(-1, 0)], -1))
+    return torch.cat(rows, -2)
+
+
 def main() -> None:
     """Run the missing jobs, and write table and sheet."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--logged", action="store_true", help="only what was run")
     parser.add_argument("--raster", action="store_true", help="the rasteriser alone")
+    parser.add_argument("--picture", nargs="+", metavar="FILE RUN", help="draw runs")
     arguments = parser.parse_args()
+    if arguments.picture:
+        path, *folders = arguments.picture
+        Image.fromarray(to_bytes(picture(folders))).save(path)
+        return
     if arguments.raster:
         print(time_rasteriser())
         return

@@ -78,7 +78,11 @@ def _barycentric(triangles: np.ndarray, points: np.ndarray) -> np.ndarray:
 
 
 def render_mesh(
-    mesh: Any, views: Views, background: float = 1.0, clay: bool = False
+    mesh: Any,
+    views: Views,
+    background: float = 1.0,
+    clay: bool = False,
+    ambient: float = AMBIENT,
 ) -> tuple[Float[Tensor, "views 3 height width"], Float[Tensor, "views 1 h w"]]:
     """Shaded images of a mesh, and its silhouettes.
 
@@ -87,6 +91,7 @@ def render_mesh(
         views: Views to render.
         background: Grey level of the background, from 0 to 1.
         clay: Render the shape in grey, without colours.
+        ambient: Share of the light that comes from everywhere; 1: colours alone.
 
     Returns:
         Images from 0 to 1, and masks of zeros and ones.
@@ -110,7 +115,7 @@ def render_mesh(
         image = np.full((views.height * views.width, 3), background)
         pixel, values = _nearest(corners, kept, 1 / depth, attributes, views)
         normal = values[:, :3] / np.linalg.norm(values[:, :3], axis=-1, keepdims=True)
-        light = AMBIENT + (1 - AMBIENT) * np.abs(normal @ forward)
+        light = ambient + (1 - ambient) * np.abs(normal @ forward)
         image[pixel] = colour(values[:, 3:]) * light[:, None]
         mask = np.zeros(len(image))
         mask[pixel] = 1.0

@@ -94,7 +94,7 @@ def test_what_is_no_path_is_refused(content: Any, told: str, tmp_path: Path) -> 
 def test_the_front_door_films_a_run(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = [*SMALL, f"exp_root_dir={tmp_path / 'out'}", "trainer.max_steps=2"]
+    words = [*SMALL, f"exp_root_dir={tmp_path / 'out'}", "trainer.max_steps=1"]
     assert launch.main(["--config", TOYBOX, "--train", *words]) == 0
     (run,) = (tmp_path / "out" / "dreamfusion-toybox").iterdir()
     path = written(tmp_path, {"frames": 3, "width": 32, "cameras": KEYS[:2]})

@@ -10,7 +10,7 @@ and smaller mip levels do not mix in anything else.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -101,14 +101,13 @@ def unwrap(
     """
     import xatlas
 
-    atlas: Any = xatlas.Atlas()
+    atlas = xatlas.Atlas()
     atlas.add_mesh(vertices.astype(np.float32), faces.astype(np.uint32))
     pack = xatlas.PackOptions()
     pack.resolution, pack.padding, pack.bilinear = side, MARGIN, True
     pack.create_image = False
     atlas.generate(xatlas.ChartOptions(), pack)
-    made: tuple[Any, ...] = tuple(atlas[0])
-    origin, new, uv = made
+    origin, new, uv = atlas[0]
     scale = np.array([atlas.width, atlas.height]) / max(atlas.width, atlas.height)
     return origin.astype(np.int64), new.astype(np.int64), uv.astype(float) * scale
 
@@ -119,7 +118,8 @@ def bake(source: Source, points: np.ndarray, samples: int = 400_000) -> np.ndarr
     from scipy.spatial import KDTree
 
     mesh = trimesh.Trimesh(source.vertices, source.faces, process=False)
-    found, face = trimesh.sample.sample_surface(mesh, samples, seed=0)
+    drawn = cast(Any, trimesh.sample).sample_surface(mesh, samples, seed=0)
+    found, face = drawn
     a, b, c = source.vertices[source.faces[face]].transpose(1, 0, 2)
     weights = np.asarray(
         trimesh.triangles.points_to_barycentric(np.stack([a, b, c], 1), found)
