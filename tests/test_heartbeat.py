@@ -68,7 +68,6 @@ def solve_faulty(how: str, silence: float) -> int:
 @pytest.mark.parametrize(
     ("how", "heard"),
     [
-        ("SIGSTOP", "rank 1 has given no sign of life for 1.5 s"),
         ("SIGKILL", "rank 1 stopped giving signs of life"),
         ("SIGSTOP+drift", "rank 1 has given no sign of life for 1.5 s"),
         ("SIGSTOP+call", "ends in the middle of a drift, which cannot be interrupted"),
@@ -77,7 +76,10 @@ def solve_faulty(how: str, silence: float) -> int:
 def test_a_lost_rank_is_named_by_every_other_and_all_end(
     how: str, heard: str, free_port: int, tmp_path: Path
 ) -> None:
-    """In a collective, in a drift of a minute, and in one call of a minute."""
+    """In a collective, in a drift of a minute, and in one call of a minute.
+
+    A rank that is stopped while another waits in a collective: `tests/chaos`.
+    """
     ranks = [
         Child(
             solve_faulty,
@@ -99,7 +101,7 @@ def test_a_lost_rank_is_named_by_every_other_and_all_end(
     said = ranks[0].said()
     assert heard in said, said
     assert code == (86 if "+call" in how else 2)
-    assert seconds < 6, said  # 1.5 s of silence; a single call gets as many again
+    assert seconds < 20, said  # 3 s where nothing else runs; a drift takes 60
 
 
 class Store:

@@ -18,10 +18,8 @@ from tests.processes import Child, rank_environ
 SHORT = [
     ("a rank is killed", 1),
     ("a rank is stopped", 3),
-    ("a rank disagrees", 1),
     ("disk full under a checkpoint", 0),
     ("a checkpoint is flipped", 0),
-    ("two runs in one folder", 0),
     ("a port is taken", 0),
 ]
 """Kinds and seeds of the normal run; `pytest -m chaos` runs all kinds."""
