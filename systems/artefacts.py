@@ -145,7 +145,14 @@ def _turntable(folder: Path, system: System, y: dp.State) -> str:
     check_ffmpeg()
     total = system.cameras.n_test_views
     frames = system.turntable(y)
-    bar = tqdm(frames, total=total, desc="turntable", unit="frame", leave=False)
+    bar = tqdm(
+        frames,
+        total=total,
+        desc="turntable",
+        unit="frame",
+        leave=False,
+        disable=None,
+    )
     save_video(bar, folder / "turntable.mp4")
     return "turntable.mp4"
 

@@ -157,6 +157,8 @@ def status(folder: Path, drawn: dict[str, np.ndarray], num_steps: int) -> str:
         lines.append(f"PSNR {report['quality']['psnr']:.1f} dB")
     if report.get("steps") == num_steps:
         lines.append("Finished.")
+    elif reached == num_steps:
+        lines.append("All steps are made; the results are being written.")
     else:
         place = shlex.quote(str(folder))
         lines.append(f"Resume, once it has ended: `{command('train')} resume={place}`")

@@ -203,6 +203,7 @@ class FolderRecorder(Recorder):
             desc=self.problem.title[:40],
             unit="step",
             dynamic_ncols=True,
+            disable=None,  # quiet where nobody watches: not a terminal
         )
         self._returned = time.perf_counter()
         try:

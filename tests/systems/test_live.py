@@ -91,6 +91,9 @@ def test_a_run_in_progress_and_half_written_files(
     assert live.checkpoints(folder) == {}
     assert "No iteration" in live.status(folder, live.curves(folder), 12)
     whole = (finished / "metrics.jsonl").read_text()
+    (folder / "metrics.jsonl").write_text(whole)
+    text = live.status(folder, live.curves(folder), 12)
+    assert "the results are being written" in text
     (folder / "metrics.jsonl").write_text(whole[: len(whole) // 2])
     drawn = live.curves(folder)
     assert 0 < len(drawn["step"]) < len(live.curves(finished)["step"])

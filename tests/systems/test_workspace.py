@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import re
 import subprocess
 import sys
 import zipfile
@@ -203,6 +204,7 @@ def test_the_wheel_trains_in_an_empty_folder(site: Path, tmp_path: Path) -> None
     assert done.returncode == 0, done.stderr
     (folder,) = (tmp_path / "outputs" / "dreamfusion-toybox").glob("a_red_cube@*")
     assert open_run(folder).report["workers"] == 2
+    assert not re.search(r"\d+/\d+ \[", done.stderr)  # no bars: not a terminal
     told = (folder / "command.txt").read_text()
     assert told.startswith("python -m dreampropeller_workspace train 'a red cube'")
     done = run(site, tmp_path, "export", str(folder))
