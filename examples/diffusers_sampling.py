@@ -32,9 +32,10 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     prior = pipeline.load()
     arguments: dict[str, Any] = {"num_inference_steps": options.steps}
     found: list[Any] = []
-    own = prior(
+    done: Any = prior(
         options.prompt, generator=torch.Generator().manual_seed(0), **arguments
-    ).images[0]
+    )
+    own = done.images[0]
     ours = sample(
         prior,
         options.prompt,

@@ -8,6 +8,7 @@ The cells are kept here, as text that can be reviewed; the notebook holds their 
 from __future__ import annotations
 
 import argparse
+import importlib
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -82,9 +83,7 @@ print(len(mesh.faces), "faces:", ", ".join(path.name for path in paths))""",
 
 def build(steps: int) -> Any:
     """The notebook, not yet executed."""
-    import nbformat
-
-    new = nbformat.v4
+    new: Any = importlib.import_module("nbformat").v4
     cells = [
         new.new_markdown_cell(text, id=f"cell-{index}")
         if text.startswith("#")
@@ -97,11 +96,9 @@ def build(steps: int) -> Any:
 
 def execute(notebook: Any, folder: Path) -> Any:
     """Run every cell, in a folder; returns the notebook with its results."""
-    from nbclient import NotebookClient
-
     path = [str(ROOT), os.environ.get("PYTHONPATH", "")]
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, path))
-    client = NotebookClient(
+    client = importlib.import_module("nbclient").NotebookClient(
         notebook, timeout=1800, resources={"metadata": {"path": str(folder)}}
     )
     return client.execute()
@@ -109,8 +106,6 @@ def execute(notebook: Any, folder: Path) -> Any:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Build, execute, write."""
-    import nbformat
-
     parser = argparse.ArgumentParser()
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--to", type=Path, default=NOTEBOOK)
@@ -121,7 +116,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if cell.cell_type == "code":  # progress bars of loading
             cell.outputs = [o for o in cell.outputs if o.get("name") != "stderr"]
     done.metadata.pop("language_info", None)
-    nbformat.write(done, options.to)
+    importlib.import_module("nbformat").write(done, options.to)
 
 
 if __name__ == "__main__":

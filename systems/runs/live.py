@@ -9,6 +9,7 @@ request a stop, by the file that `systems.runs.stopping` waits for.
 from __future__ import annotations
 
 import errno
+import importlib
 import math
 import re
 import shlex
@@ -239,7 +240,8 @@ class Page:
 
     def __init__(self, folder: Path, address: Address) -> None:
         try:
-            import viser
+            viser: Any = importlib.import_module("viser")
+            uplot: Any = importlib.import_module("viser.uplot")
         except ImportError as error:
             raise ConfigError(
                 'The live viewer needs viser: `pip install -e ".[viewer]"`, or open '
@@ -252,10 +254,10 @@ class Page:
         self._shown: dict[str, tuple[int, int]] = {}
         self._steps: list[int] = []
         self._busy = threading.Lock()
-        self.server = viser.ViserServer(
+        self.server: Any = viser.ViserServer(
             address.host, address.port, label=folder.name, verbose=False
         )
-        self._add_panel(viser.uplot)
+        self._add_panel(uplot)
         self.refresh()
 
     def _add_panel(self, uplot: Any) -> None:
@@ -279,8 +281,8 @@ class Page:
                 scales={"x": uplot.Scale(time=False)},
             )
 
-        self._plots = {("window", "stride"): plot(("window", "stride"))}
-        self._plots[("threshold",)] = plot(("threshold",))
+        groups: tuple[tuple[str, ...], ...] = (("window", "stride"), ("threshold",))
+        self._plots = {names: plot(names) for names in groups}
         self._slider = gui.add_slider("Checkpoint", 0, 1, 1, 0, disabled=True)
         self._view = gui.add_slider("View", 0, FRAMES - 1, 1, 0, disabled=True)
         self._frame = gui.add_image(np.full((2, 2, 3), 255, np.uint8), visible=False)
