@@ -16,7 +16,7 @@ import torch
 from tqdm import tqdm
 
 import dreampropeller as dp
-from systems import exports, quality
+from systems import quality
 from systems.images import check_ffmpeg, save_image, save_video
 from systems.scene.isosurface import EmptySurface
 from systems.scene.mesh_files import save_mesh
@@ -38,6 +38,8 @@ def write(
     """Write turntable, mesh and quality of a state; returns their report."""
     report: dict[str, Any] = {}
     wanted = quality.truth_of(system)
+    from systems import exports  # which loads all renderers
+
     surface = attempt(report, "mesh", lambda: exports.finished(system, y))
     if not mesh:
         report.pop("mesh", None)  # it was made for the preview only

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import dreampropeller as dp
 from dreampropeller.precision import LOSS_SCALE
-from systems import artefacts, exports
+from systems import artefacts
 from systems.problem import Problem
 from systems.scene.cameras import RandomCameras, Views
 from systems.scene.isosurface import Silhouettes
@@ -122,6 +122,8 @@ class System(Problem):
             points: Points on it.
             normals: Their unit normals.
         """
+        from systems import exports  # which loads all renderers
+
         return exports.from_views(self, y, mesh, points, normals)
 
     def turntable(

@@ -167,8 +167,10 @@ def understood(words: list[str], monkeypatch: pytest.MonkeyPatch) -> bool:
         given = command.make_parser().parse_args(words[1:])
         read_settings(command.translate(given.task, given.words, given.config))
         return True
-    if words[0] == "torchrun":
-        words = ["python", *words[2:]]
+    if words[0] == "torchrun":  # its own options come first
+        words = ["python", *words[words.index("launch.py") :]]
+    if words[0] == "srun":
+        words = words[words.index("python") :]
     if words[0] != "python" or words[1:3] == ["-m", "venv"]:
         return False
     if words[1] == "launch.py":

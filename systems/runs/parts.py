@@ -107,7 +107,7 @@ def _mesh(folder: Path) -> Any:
             f"`{folder}` has no `mesh.glb`: write it with `{command('export')} "
             f"resume={folder}`."
         )
-    mesh = load_glb(path)
+    mesh: Any = load_glb(path)
     if mesh.visual.kind == "texture":  # the colours at the vertices will do
         mesh.visual = mesh.visual.to_color()
     return mesh

@@ -26,6 +26,7 @@ from systems.scene.fields.sdf import (
 from systems.scene.materials import Albedo, AlbedoConfig
 from systems.scene.regularisers import Curvature, Eikonal
 from systems.scene.renderers.neus import NeuSConfig, NeuSRenderer
+from systems.scene.renderers.volume import VolumeConfig, VolumeRenderer
 from systems.settings.config import load
 from systems.textmesh import TextMesh
 from tests.helpers import tree_equal
@@ -67,7 +68,7 @@ def test_a_step_is_a_cell_of_the_finest_active_level() -> None:
 
     field = ImplicitSDF(
         ImplicitSDFConfig(
-            pos_encoding_config=HashGridConfig(**settings),  # pyright: ignore[reportArgumentType]
+            pos_encoding_config=HashGridConfig(**settings),
             finite_difference_normal_eps="progressive",
         )
     )
@@ -169,11 +170,7 @@ def test_the_mesh_of_a_sphere_is_that_sphere() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        (
-            ["system.renderer_type=nerf-volume-renderer"],
-            "write `system.renderer_type: neus-volume-renderer`",
-        ),
-        (["system.loss.lambda_curvature=1"], f"normal_type: {CENTRAL}"),
+        (["system.geometry.normal_type=finite_difference"], "needs the Laplacian"),
         (["system.geometry.sdf_bias_params=[1,2,3]"], "write a radius for a `sphere`"),
         (["system.geometry.normal_type=null"], "rendered by its normals"),
         (["system.geometry.normal_type=analytic"], "voxels do not have"),
@@ -187,6 +184,8 @@ def test_what_does_not_fit_is_refused(settings: list[str], message: str) -> None
     neus = "system.renderer_type=neus-volume-renderer"
     with pytest.raises(ValueError, match="`VoxelGrid` is not: write"):
         build(load(str(ROOT / TOYBOX), [prompt, neus]))
+    with pytest.raises(ValueError, match="renderer_type: neus-volume-renderer"):
+        VolumeRenderer(VolumeConfig()).check(sphere())
 
 
 @pytest.mark.parametrize("theirs", [False, True], ids=["ours", "theirs"])

@@ -223,7 +223,7 @@ def test_what_changes_the_result_is_listed_all_at_once(tmp_path: Path) -> None:
     config = OmegaConf.create(theirs("sd"))
     for name, value in UNSUPPORTED.items():
         OmegaConf.update(config, name, value)
-    config.system.geometry_type = "implicit-sdf"
+    config.system.geometry_type = "volume-grid"
     path = tmp_path / "theirs.yaml"
     OmegaConf.save(config, path)
     own = ("system.geometry.radios=1", "system.loss.lambda_sds=[0,1]", "data.width=big")
@@ -234,7 +234,7 @@ def test_what_changes_the_result_is_listed_all_at_once(tmp_path: Path) -> None:
     assert lines[-1] == OTHERWISE
     for name in UNSUPPORTED:
         assert sum(line.startswith(f"- `{name}` is ") for line in lines) == 1, name
-    assert "- `system.geometry_type` is `implicit-sdf`" in str(caught.value)
+    assert "- `system.geometry_type` is `volume-grid`" in str(caught.value)
     assert "- The prompt is missing" in str(caught.value)
     # What is wrong on its own is said in the same breath.
     assert "- In `system.loss`: `lambda_sds` is [0, 1]" in str(caught.value)

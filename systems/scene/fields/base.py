@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import abc
 from dataclasses import dataclass
+from typing import Any
 
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -71,6 +72,7 @@ class Field(nn.Module, abc.ABC):
     """
 
     Config: type[FieldConfig]
+    config: Any
     outside: float = 0.0
     translucent: bool = True
 

@@ -54,8 +54,6 @@ class DensityConfig(FieldConfig):
 class DensityField(Field):
     """A density and features in space."""
 
-    config: DensityConfig
-
     def forward(
         self, points: Float[Tensor, "points 3"], step: int | None
     ) -> tuple[Float[Tensor, " points"], Float[Tensor, "points channels"]]:

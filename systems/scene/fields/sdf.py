@@ -79,7 +79,6 @@ class SDFConfig(FieldConfig):
 class SDFField(Field):
     """Signed distance, negated, and features in space."""
 
-    config: SDFConfig
     outside = -1.0
     translucent = False
 

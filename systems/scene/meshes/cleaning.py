@@ -9,7 +9,6 @@ import torch
 
 from systems.scene.cameras import Cameras, Views
 from systems.scene.meshes.reading import MeshError, Raw
-from systems.scene.renderers.raster import choose_backend
 
 CREASE = 40.0
 """Angle between faces in degrees above which an edge without given normals is sharp."""
@@ -126,6 +125,8 @@ def _votes(vertices: np.ndarray, faces: np.ndarray) -> np.ndarray:
     cameras = Cameras(number * 137.508, heights, 2.0 * one, 36.0 * one)
     views = Views(cameras, cameras.axes()[0], _SIZE, _SIZE)
     triangles = torch.from_numpy(np.ascontiguousarray(faces))
+    from systems.scene.renderers.raster import choose_backend  # renderers are heavy
+
     kind, _ = choose_backend("auto", torch.device("cpu"))
     seen = kind(points, triangles)(views)
     hit = seen >= 0

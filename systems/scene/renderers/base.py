@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import abc
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from jaxtyping import Float
@@ -43,9 +43,15 @@ class Rendering:
     opacity: Float[Tensor, "views height width 1"]
     normal: Float[Tensor, "views height width 3"]
     backfacing: Float[Tensor, "views height width 1"]
-    eikonal: Float[Tensor, "views height width 1"] | None = None
-    curvature: Float[Tensor, "views height width 1"] | None = None
-    samples: Float[Tensor, "views height width 1"] | None = None
+    eikonal: Float[Tensor, "views height width 1"] | None = field(
+        default=None, kw_only=True
+    )
+    curvature: Float[Tensor, "views height width 1"] | None = field(
+        default=None, kw_only=True
+    )
+    samples: Float[Tensor, "views height width 1"] | None = field(
+        default=None, kw_only=True
+    )
 
 
 class Renderer(nn.Module, abc.ABC):

@@ -318,5 +318,5 @@ def _weights(samples: Samples, density: Tensor) -> Tensor:
             n_rays=samples.dense[0],
         )[0]
     # nerfacc's flattened form needs CUDA; its dense form does not.
-    parts = map(samples.laid_out, (samples.begin, samples.end, density))
-    return render_weight_from_density(*parts)[0].flatten()[samples.slots]
+    begin, end, sigma = map(samples.laid_out, (samples.begin, samples.end, density))
+    return render_weight_from_density(begin, end, sigma)[0].flatten()[samples.slots]

@@ -123,7 +123,7 @@ def spoilt(path: Path, how: str) -> None:
         ("harmonics", "has 8 fields `f_rest_…`: harmonics of degree 0 to 3 have"),
         ("list", "has a field `property list nx`, which splats do not have"),
         ("empty", "holds no splats: its header says 0"),
-        ("many", "is cut short: its header speaks of 999,999,999,999 splats"),
+        ("many", "speaks of a number of splats with 12 digits: at most"),
         ("mesh", "does not begin with its vertices"),
         ("nan", "not finite: `scales` of splat 3 and 0 others. Remove"),
         ("rotation", "1 splats whose rotation is zero: write `rot_0` 1"),
