@@ -2,8 +2,7 @@ r"""A mesh of fixed shape whose maps are optimised.
 
 A pixel is the mean over its samples of the albedo that their rays meet, shaded by the
 material; samples are rays through the centres of a finer image. The image is linear in
-the albedo but for its activation, so its gradient is cheap, and what the rays meet
-depends on the step alone.
+the albedo but for its activation, so its gradient is cheap.
 """
 
 from __future__ import annotations
@@ -12,7 +11,6 @@ import functools
 import hashlib
 import logging
 import math
-from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -50,8 +48,6 @@ SURFACES: Mapping[str, type[Material]] = {
 """Materials of a mesh by their names in configs."""
 _SOFT = 0.01
 """Distance that initial colours keep from 0 and 1, where the sigmoid is flat."""
-_REMEMBERED = 32
-"""Number of steps whose fragments are remembered: those of a window."""
 
 _log = logging.getLogger(__name__)
 
@@ -221,7 +217,10 @@ class TexturedScene(nn.Module):
         if why:
             _say_once(why)
         self.visibility = kind(self.vertices, self.faces)
-        self._remembered: OrderedDict[int, tuple[Views, Fragments]] = OrderedDict()
+        self.adjacency: Adjacency | None = None
+        if self.renderer.antialias:  # seams of the texture merged
+            _, merged = self.vertices.unique(dim=0, return_inverse=True)
+            self.adjacency = Adjacency.of(merged[self.faces])
 
     def forward(
         self, views: Views, step: int | None, random: dp.StepRandom
@@ -248,11 +247,11 @@ class TexturedScene(nn.Module):
         config = self.renderer
         count = config.eval_supersample if step is None else config.supersample
         fine = replace(views, height=views.height * count, width=views.width * count)
-        seen = self._fragments(fine, step)
+        seen = rasterize(self.vertices, self.faces, fine, self.visibility)
         uv = seen.interpolate(self.uv, self.faces)
         colours = self._colours(fine, seen, uv, step, random)
         layers = seen.image(torch.cat([colours, torch.ones_like(uv[:, :1])], -1))
-        if config.antialias:
+        if self.adjacency is not None:
             layers = antialias(
                 layers, seen, self.vertices, self.faces, fine, self.adjacency
             )
@@ -293,24 +292,6 @@ class TexturedScene(nn.Module):
             )
         return albedo * self.material.light(points, normals, light)
 
-    def _fragments(self, views: Views, step: int | None) -> Fragments:
-        """What the samples meet; a step is evaluated at several states."""
-        if step is None:
-            return rasterize(self.vertices, self.faces, views, self.visibility)
-        known = self._remembered.pop(step, None)
-        if known is None or not _same(known[0], views):
-            known = views, rasterize(self.vertices, self.faces, views, self.visibility)
-        self._remembered[step] = known
-        while len(self._remembered) > _REMEMBERED:
-            self._remembered.popitem(last=False)
-        return known[1]
-
-    @functools.cached_property
-    def adjacency(self) -> Adjacency:
-        """The adjacency of the faces, seams of the texture merged."""
-        _, merged = self.vertices.unique(dim=0, return_inverse=True)
-        return Adjacency.of(merged[self.faces])
-
     def mesh(self) -> Any:
         """The mesh with its maps, as `systems.scene.mesh_files` writes it."""
         surface, config = self.geometry.surface, self.geometry.config
@@ -334,15 +315,6 @@ class TexturedScene(nn.Module):
             shown("albedo"),
             **levels,
         )
-
-
-def _same(one: Views, other: Views) -> bool:
-    """Whether views are equal, but for their light."""
-    if (one.height, one.width) != (other.height, other.width):
-        return False
-    pairs = zip(one.cameras.axes(), other.cameras.axes(), strict=True)
-    same = all(torch.equal(a, b) for a, b in pairs)
-    return same and torch.equal(one.cameras.fov, other.cameras.fov)
 
 
 @functools.cache

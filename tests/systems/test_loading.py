@@ -355,3 +355,18 @@ def test_decimation_keeps_the_shape() -> None:
     fewer = trimesh.Trimesh(vertices, faces, process=False)
     assert len(faces) <= 800
     assert fewer.volume == pytest.approx(ball.volume, rel=0.02)
+
+
+def test_charts_too_small_for_the_map_are_reported_with_what_helps(
+    tmp_path: Path,
+) -> None:
+    ball = trimesh.creation.icosphere(4)
+    ball.vertices *= 1 + 0.2 * np.sin(25 * ball.vertices).mean(1, keepdims=True)
+    file = tmp_path / "rough.ply"
+    ball.export(file)
+    found = load_surface(MeshConfig(str(file), texture_resolution=32))
+    (note,) = [note for note in found.notes if "charts share" in note]
+    (larger,) = re.findall(r"texture_resolution=(\d+)`", note)
+    settings = {"mesh": str(file), "texture_resolution": int(larger)}
+    better = load_surface(MeshConfig(**settings))
+    assert not [note for note in better.notes if "charts share" in note]

@@ -97,11 +97,8 @@ def test_threshold_zero_is_sequential_bit_for_bit(kind: str, mug: Path) -> None:
     assert any(n.startswith(LORA) for n in plain.value) == (kind == "vsd")
 
 
-def test_a_drift_depends_on_step_and_state_alone(
-    mug: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Also in other orders, with fragments remembered and forgotten."""
-    monkeypatch.setattr("systems.scene.textured._REMEMBERED", 1)
+def test_a_drift_depends_on_step_and_state_alone(mug: Path) -> None:
+    """Also in other orders, and in another process's trajectory."""
     trajectory = tiny(mug).trajectory()
     y, _ = trajectory.init()
     drift = trajectory.make_drift(CPU)

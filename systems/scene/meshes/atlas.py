@@ -9,6 +9,7 @@ and smaller mip levels do not mix in anything else.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -19,6 +20,10 @@ from systems.scene.zbuffer import covered
 
 MARGIN = 2
 """Texels between charts, on each side."""
+ENOUGH = 64
+"""Texels per chart below which colours bleed between charts (docs/texture.md)."""
+FEWEST = 1000
+"""Faces below which simplifying is not suggested: charts get no fewer."""
 OVERLAP = 0.01
 """Share of the covered texels that two faces may claim: rounding at their edges."""
 
@@ -110,6 +115,34 @@ def unwrap(
     origin, new, uv = atlas[0]
     scale = np.array([atlas.width, atlas.height]) / max(atlas.width, atlas.height)
     return origin.astype(np.int64), new.astype(np.int64), uv.astype(float) * scale
+
+
+def crowding(faces: np.ndarray, texels: Texels) -> str:
+    """What to do where charts are too small for the map; empty if they are not.
+
+    Args:
+        faces: Vertex indices; charts have no vertex in common.
+        texels: What the texels of the map show.
+    """
+    from scipy.sparse import coo_matrix
+    from scipy.sparse.csgraph import connected_components
+
+    edges = faces[:, [0, 1, 1, 2]].reshape(-1, 2).T
+    count = int(faces.max()) + 1
+    graph = coo_matrix((np.ones(edges.shape[1]), edges), (count, count))
+    _, chart = connected_components(graph, directed=False)
+    num_charts, side = len(np.unique(chart[faces[:, 0]])), len(texels.face)
+    share = texels.inside.sum() / num_charts
+    if num_charts == 1 or share >= ENOUGH:
+        return ""
+    larger = side * 2 ** math.ceil(math.log2(ENOUGH / share) / 2)
+    fewer = float(f"{len(faces) * share / ENOUGH / 2:.1g}")
+    simpler = "" if fewer < FEWEST else f" or `system.geometry.max_faces={fewer:.0f}`"
+    return (
+        f"{num_charts} charts share a map of {side}² texels, {share:.0f} each, so "
+        "colours bleed over their borders and the mesh looks speckled: write "
+        f"`system.geometry.texture_resolution={larger}`{simpler}."
+    )
 
 
 def bake(source: Source, points: np.ndarray, samples: int = 400_000) -> np.ndarray:

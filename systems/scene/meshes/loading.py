@@ -155,6 +155,8 @@ def load_surface(config: MeshConfig) -> Surface:
             f"No texel of `{config.mesh}` is covered: write a larger "
             "`system.geometry.texture_resolution`, or `system.geometry.uv=make`."
         )
+    if crowded := atlas.crowding(faces, texels):
+        notes.append(crowded)
     face = texels.face[texels.inside]
     if shape is source:
         colours = source.colour(face, texels.weights)
