@@ -254,7 +254,7 @@ class DistributedDispatcher(Dispatcher):
             if part.numel()
         ]
         for work in pending:
-            self._finish(work)
+            self._finish(work, device.type == "cuda")
         found = [wire.unpack(*pair) for pair in zip(present, parts, strict=True)]
         n = self.num_workers
         return [found[slot % n][slot // n] for slot in range(len(steps))]
@@ -338,7 +338,8 @@ class DistributedDispatcher(Dispatcher):
 
     def _collective(self, operation: Callable[..., Any], *arguments: Any) -> None:
         """Run a collective; a lost rank raises an error that names it."""
-        self._finish(self._start(operation, *arguments))
+        on_gpu = any(isinstance(one, Tensor) and one.is_cuda for one in arguments)
+        self._finish(self._start(operation, *arguments), on_gpu)
 
     def _start(self, operation: Callable[..., Any], *arguments: Any) -> Any:
         """Start a collective."""
@@ -347,22 +348,24 @@ class DistributedDispatcher(Dispatcher):
         except (RuntimeError, ValueError) as error:
             self._raise_lost(self._diagnose(), error)
 
-    def _finish(self, work: Any) -> None:
+    def _finish(self, work: Any, on_gpu: bool) -> None:
         """Wait for a collective, as long as every rank is alive."""
+        # NCCL gives a collective up when a wait with a time of its own ends.
+        heartbeat = None if on_gpu else self._heartbeat
         try:
-            while self._heartbeat is not None and not self._heartbeat.lost:
+            while heartbeat is not None and not heartbeat.lost:
                 try:
-                    work.wait(datetime.timedelta(seconds=self._heartbeat.interval))
+                    work.wait(datetime.timedelta(seconds=heartbeat.interval))
                     return
                 except RuntimeError:  # noqa: PERF203, once per interval
                     if work.is_completed():
                         raise
-            if self._heartbeat is None:
+            if heartbeat is None:
                 work.wait()
                 return
         except (RuntimeError, ValueError) as error:
             self._raise_lost(self._diagnose(), error)
-        self._raise_lost(self._heartbeat.lost)
+        self._raise_lost(heartbeat.lost)
 
     def _diagnose(self) -> str:
         return "" if self._heartbeat is None else self._heartbeat.diagnose()
