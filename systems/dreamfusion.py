@@ -127,11 +127,7 @@ class DreamFusion(Distillation):
     ) -> tuple[Float[Tensor, "views 3 height width"], Float[Tensor, "views 1 h w"]]:
         """Images and opacity of a state as in evaluation; see `System.render`."""
         seen = torch.func.functional_call(self.scene, y, (views, None, self.random))
-        rgb = seen.rgb
-        if grey is not None:
-            rgb = seen.foreground + (1 - seen.opacity) * grey
-        rgb, opacity = (part.permute(0, 3, 1, 2).cpu() for part in (rgb, seen.opacity))
-        return rgb.clamp(0, 1), opacity
+        return seen.shown(grey)
 
     @torch.no_grad()
     def mesh(self, y: dp.State) -> Any:

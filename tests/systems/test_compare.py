@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -205,20 +204,6 @@ def test_page_asks_for_nothing_from_outside(page: Path) -> None:
     assert links
     assert all(link.startswith(("data:", "#")) for link in links)
     assert not re.search(r"\$[a-z]+\b(?!{)", text)  # every placeholder is filled
-
-
-@pytest.fixture(scope="module")
-def chromium() -> Iterator[Any]:
-    playwright = pytest.importorskip(
-        "playwright.sync_api", reason="`pip install playwright`"
-    )
-    path = shutil.which("chromium")
-    if path is None:
-        pytest.skip("no `chromium` on this machine")
-    with playwright.sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=path, args=["--no-sandbox"])
-        yield browser
-        browser.close()
 
 
 def until(view: Any, condition: str) -> None:

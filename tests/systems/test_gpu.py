@@ -14,7 +14,7 @@ from dreampropeller.adapters.diffusers import sample
 from systems import quality
 from systems.dreamfusion import DreamFusion
 from systems.extras import probe
-from systems.scene.fields.hash_grid import HashGridConfig, make_encoding
+from systems.scene.fields.hash_grid import HashGridConfig, _make_encoding
 from systems.scene.renderers.volume import VolumeRenderer, _can_march
 from systems.settings.config import load
 from systems.toybox import pipeline as toybox
@@ -96,7 +96,7 @@ def test_tiny_cuda_nn_has_our_shape() -> None:
     if found is None:
         pytest.skip(reason)
     config = HashGridConfig()
-    encoding = make_encoding(config).cuda()
+    encoding = _make_encoding(config).cuda()
     points = torch.rand(64, 3, generator=StepRandom(0).generator(0, "points")).cuda()
     code = encoding(points)
     assert code.shape == (64, config.n_levels * config.n_features_per_level)

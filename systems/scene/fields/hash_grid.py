@@ -13,12 +13,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from systems.extras import probe
+from systems.scene.fields.base import Field
 from systems.scene.fields.density import DensityConfig, DensityField
 from systems.scene.networks import MLP
 from systems.settings.checks import at_least, one_of
@@ -180,47 +182,45 @@ def _of_corners(join: Callable[[Tensor, Tensor], Tensor], ends: Tensor) -> Tenso
     return corners.flatten(0, 2).t().contiguous()
 
 
-class ImplicitVolume(DensityField):
-    """A hash grid read by one network for the density and one for the features."""
+class HashGridField(Field):
+    """A hash grid read by one network for the value and one for the features."""
 
-    Config = ImplicitVolumeConfig
-    config: ImplicitVolumeConfig
+    value_network: str
+    """Name of the network for the value."""
 
-    def __init__(self, config: ImplicitVolumeConfig) -> None:
+    def __init__(self, config: Any) -> None:
         super().__init__(config)
         encoding, network = config.pos_encoding_config, config.mlp_network_config
-        self.encoding = make_encoding(encoding)
+        self.encoding = _make_encoding(encoding)
         channels = encoding.n_levels * encoding.n_features_per_level
         shape = (network.n_neurons, network.n_hidden_layers)
-        self.density_network = MLP(channels, 1, *shape)
+        self.add_module(self.value_network, MLP(channels, 1, *shape))
         self.feature_network = MLP(channels, config.n_feature_dims, *shape)
 
     def raw(
         self, points: Float[Tensor, "points 3"], step: int | None
     ) -> tuple[Float[Tensor, " points"], Float[Tensor, "points channels"]]:
         """Encode, mask inactive levels, and decode."""
+        config: HashGridConfig = self.config.pos_encoding_config
         unit = (points / self.config.radius + 1) / 2
-        code = encoded(self.encoding, self.config.pos_encoding_config, unit, step)
-        return self.density_network(code)[:, 0], self.feature_network(code)
+        code = self.encoding(unit).to(points.dtype)
+        seen = config.active_levels(step)
+        if seen < config.n_levels:
+            mask = torch.zeros(code.shape[-1], device=code.device, dtype=code.dtype)
+            mask[: seen * config.n_features_per_level] = 1
+            code = code * mask
+        value = self.get_submodule(self.value_network)(code)
+        return value[:, 0], self.feature_network(code)
 
 
-def encoded(
-    encoding: nn.Module,
-    config: HashGridConfig,
-    points: Float[Tensor, "points 3"],
-    step: int | None,
-) -> Float[Tensor, "points channels"]:
-    """Features at points of the unit cube, zero in levels that are not active yet."""
-    code = encoding(points).to(points.dtype)
-    seen = config.active_levels(step)
-    if seen == config.n_levels:
-        return code
-    mask = torch.zeros(code.shape[-1], device=code.device, dtype=code.dtype)
-    mask[: seen * config.n_features_per_level] = 1
-    return code * mask
+class ImplicitVolume(HashGridField, DensityField):
+    """A density on a hash grid."""
+
+    Config = ImplicitVolumeConfig
+    value_network = "density_network"
 
 
-def make_encoding(config: HashGridConfig) -> nn.Module:
+def _make_encoding(config: HashGridConfig) -> nn.Module:
     """tiny-cuda-nn's encoding on a GPU that has it, ours otherwise."""
     tinycudann, _ = probe("tinycudann", needs_cuda=True)
     if tinycudann is None:

@@ -25,12 +25,10 @@ from torch import Tensor, nn
 from systems.scene.fields.base import Field, FieldConfig
 from systems.scene.fields.hash_grid import (
     HashGridConfig,
+    HashGridField,
     NetworkConfig,
-    encoded,
-    make_encoding,
 )
 from systems.scene.fields.voxel_grid import interpolate, refuse_analytic
-from systems.scene.networks import MLP
 from systems.settings.checks import at_least, one_of
 
 PROGRESSIVE = "progressive"
@@ -171,28 +169,11 @@ class ImplicitSDFConfig(SDFConfig):
             super()._check_eps()
 
 
-class ImplicitSDF(SDFField):
-    """A hash grid read by one network for the distance and one for the features."""
+class ImplicitSDF(HashGridField, SDFField):
+    """A signed distance on a hash grid."""
 
     Config = ImplicitSDFConfig
-    config: ImplicitSDFConfig
-
-    def __init__(self, config: ImplicitSDFConfig) -> None:
-        super().__init__(config)
-        encoding, network = config.pos_encoding_config, config.mlp_network_config
-        self.encoding = make_encoding(encoding)
-        channels = encoding.n_levels * encoding.n_features_per_level
-        shape = (network.n_neurons, network.n_hidden_layers)
-        self.sdf_network = MLP(channels, 1, *shape)
-        self.feature_network = MLP(channels, config.n_feature_dims, *shape)
-
-    def raw(
-        self, points: Float[Tensor, "points 3"], step: int | None
-    ) -> tuple[Float[Tensor, " points"], Float[Tensor, "points channels"]]:
-        """Encode, mask inactive levels, and decode."""
-        unit = (points / self.config.radius + 1) / 2
-        code = encoded(self.encoding, self.config.pos_encoding_config, unit, step)
-        return self.sdf_network(code)[:, 0], self.feature_network(code)
+    value_network = "sdf_network"
 
     def eps(self, step: int | None) -> float:
         """See `SDFField.eps`."""

@@ -53,6 +53,20 @@ class Rendering:
         default=None, kw_only=True
     )
 
+    def shown(
+        self, grey: float | None = None
+    ) -> tuple[Float[Tensor, "views 3 height width"], Float[Tensor, "views 1 h w"]]:
+        """Images from 0 to 1 and opacity, on the CPU.
+
+        Args:
+            grey: Level of a grey background; None: the scene's own.
+        """
+        rgb = self.rgb
+        if grey is not None:
+            rgb = self.foreground + (1 - self.opacity) * grey
+        rgb, opacity = (part.permute(0, 3, 1, 2).cpu() for part in (rgb, self.opacity))
+        return rgb.clamp(0, 1), opacity
+
 
 class Renderer(nn.Module, abc.ABC):
     """Renders a field with a material over a background.
