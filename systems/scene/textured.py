@@ -30,13 +30,12 @@ from systems.scene.reflectance import Reflectance
 from systems.scene.renderers.base import Rendering
 from systems.scene.renderers.raster import (
     BACKENDS,
-    Adjacency,
     Fragments,
-    antialias,
     choose_backend,
     rasterize,
     sample,
 )
+from systems.scene.renderers.silhouettes import Adjacency, antialias
 from systems.settings.checks import between, one_of
 from systems.settings.reader import part
 

@@ -14,16 +14,15 @@ from torch import Tensor
 from systems.scene.cameras import Cameras, Views
 from systems.scene.renderers import raster
 from systems.scene.renderers.raster import (
-    Adjacency,
     BruteForce,
     Embree,
-    antialias,
     choose_backend,
     meet,
     project,
     rasterize,
     sample,
 )
+from systems.scene.renderers.silhouettes import Adjacency, antialias
 from systems.toybox.truth import truth
 
 CPU = torch.device("cpu")
