@@ -26,7 +26,8 @@ from systems.runs import folders
 from systems.runs.report import figures, page
 from systems.runs.report.runs import Run, open_run, quality_over_time, system_of
 from systems.runs.run import execute
-from systems.settings.config import Config, is_rank, load
+from systems.settings.config import Config, load
+from systems.settings.dispatch import is_rank
 from systems.settings.reader import ConfigError, to_section
 
 POINTS = 10

@@ -18,7 +18,8 @@ from systems import artefacts, build, build_problem, problem_type
 from systems.problem import Problem
 from systems.runs import folders, results, viewer, workers
 from systems.runs.recorder import FolderRecorder
-from systems.settings.config import Config, is_rank
+from systems.settings.config import Config
+from systems.settings.dispatch import is_rank
 from systems.settings.reader import ConfigError
 
 

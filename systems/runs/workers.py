@@ -17,7 +17,8 @@ import torch
 import dreampropeller as dp
 from dreampropeller.dispatch import process_group
 from systems.runs.recorder import STOP
-from systems.settings.config import Config, DispatchConfig, is_rank
+from systems.settings.config import Config
+from systems.settings.dispatch import DispatchConfig, is_rank
 from systems.settings.reader import ConfigError
 
 _FOLDER = "dreampropeller/folder"

@@ -8,7 +8,8 @@ from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
-from systems.settings.config import DispatchConfig, SolverConfig, override
+from systems.settings.config import SolverConfig, override
+from systems.settings.dispatch import DispatchConfig
 from systems.settings.reader import read
 from systems.settings.yaml_files import open_yaml
 

@@ -20,7 +20,7 @@ from dreampropeller.adapters.threestudio import ThreestudioTrajectory
 from dreampropeller.dispatch import process_group
 from systems.runs import workers
 from systems.runs.recorder import STOP
-from systems.settings.config import DispatchConfig, is_rank
+from systems.settings.dispatch import DispatchConfig, is_rank
 from systems.settings.reader import ConfigError
 from systems.threestudio.checkout import import_threestudio
 from systems.threestudio.config import BackendConfig, split

@@ -1,0 +1,71 @@
+"""Where gradients are evaluated: the `dispatch` section of a config."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+from systems.settings.checks import at_least, one_of
+
+
+@dataclass(frozen=True)
+class DispatchConfig:
+    """`dispatch`: where gradients are evaluated.
+
+    Args:
+        num_workers: Number of processes, one per device (further processes share
+            GPUs); `launch.py` starts them.
+        threads: CPU threads per process; null: all cores for a single process, one
+            thread for each of several.
+        timeout: Seconds that processes wait for one that is alive but has not finished.
+        heartbeat: Seconds without a sign of life after which a process counts as lost;
+            null: no heartbeat.
+        max_restarts: Number of times that all processes are started again after one
+            failed; they resume from the last checkpoint. (`torchrun` has its own
+            `--max-restarts`.)
+        backend: "processes", or "ray": actors of a Ray cluster, which are replaced
+            when they die.
+        ray_address: Ray cluster to join, such as "auto"; null: one is started on this
+            machine.
+        elastic: Whether a guess that a dead actor leaves behind shortens the window
+            instead of being evaluated again; Ray only.
+    """
+
+    num_workers: int = 1
+    threads: int | None = None
+    timeout: float = 600.0
+    heartbeat: float | None = 10.0
+    max_restarts: int = 0
+    backend: str = "processes"
+    ray_address: str | None = None
+    elastic: bool = False
+
+    def __post_init__(self) -> None:
+        one_of("backend", self.backend, ("processes", "ray"))
+        if self.backend == "processes" and (self.elastic or self.ray_address):
+            raise ValueError(
+                "`elastic` and `ray_address` have no effect on processes: write "
+                "`backend=ray`, or leave them out."
+            )
+        if self.backend == "ray" and self.max_restarts:
+            raise ValueError(
+                "`max_restarts` has no effect with `backend=ray`, which replaces its "
+                "workers by itself: leave it out."
+            )
+        at_least("num_workers", self.num_workers, 1)
+        at_least("timeout", self.timeout, 1)
+        at_least("max_restarts", self.max_restarts, 0)
+        if self.heartbeat is not None:
+            at_least("heartbeat", self.heartbeat, 1)
+        if self.threads is not None:
+            at_least("threads", self.threads, 1)
+
+    @property
+    def count(self) -> int:
+        """Number of processes: those of torchrun, or those that `launch.py` starts."""
+        return int(os.environ["WORLD_SIZE"]) if is_rank() else self.num_workers
+
+
+def is_rank() -> bool:
+    """Whether this process was started as one of several."""
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
