@@ -1,15 +1,16 @@
 """Refinement of splats: an object of another colour takes the prompt's colour.
 
-    python -m benchmarks.refine_splats
+    python -m benchmarks.refine_splats [--to FOLDER]
 
 2,000 splats are put on the surface of a blue mushroom and fitted to its images. Their
 ply file is the start of "a red mushroom". The result is exported, loaded and rendered
-again. Figures and a strip of images (the fit, the refined splats, the ground truth) go
-to `benchmarks/results/gaussians/`.
+again, with its figures and a strip of images (the fit, the refined splats, the ground
+truth).
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import time
 from collections.abc import Mapping
@@ -20,7 +21,7 @@ import torch
 from torch import Tensor
 
 import dreampropeller as dp
-from benchmarks.gaussians import CONFIG, FOLDER
+from benchmarks.gaussians import CONFIG
 from benchmarks.measured import save
 from systems import build, quality
 from systems.dreamgaussian import DreamGaussian
@@ -99,7 +100,10 @@ def fitted(start: DreamGaussian, wanted: Truth) -> dp.State:
 
 def main() -> None:
     """Fit, refine, export and load; write the figures."""
-    folder = FOLDER / "refine"
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--to", type=Path, default=Path("outputs/refine_splats"))
+    to = parser.parse_args().to
+    folder = to / "refine"
     old, new = truth(BEFORE), truth(AFTER)
     ply.save(folder / "surface.ply", on_surface(old, COUNT))
     y = fitted(system(folder / "surface.ply"), old)
@@ -134,10 +138,10 @@ def main() -> None:
         **{name: one.figures() for name, one in found.items()},
     }
     print(json.dumps(report, indent=2))
-    (FOLDER / "refine.json").write_text(json.dumps(report, indent=2) + "\n")
+    (to / "refine.json").write_text(json.dumps(report, indent=2) + "\n")
     rows = [found["fit"].images, found["refined"].images, found["fit"].wanted]
     strip = torch.cat([torch.cat(list(row[::2]), -1) for row in rows], -2)
-    save(strip, FOLDER / "refine.png")
+    save(strip, to / "refine.png")
     for file in folder.iterdir():
         file.unlink()
     folder.rmdir()

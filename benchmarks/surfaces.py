@@ -1,26 +1,29 @@
 """TextMesh's first stage, sequentially and with a window: cost, quality, mesh.
 
-    python -m benchmarks.surfaces [--workers 2] [--logged]
+    python -m benchmarks.surfaces [--workers 2] [--logged] [--to FOLDER]
 
 Two toybox prompts with two seeds (`configs/textmesh-toybox.yaml`) give a table and a
-contact sheet in `benchmarks/results/surfaces/`. An interrupted benchmark resumes from
-its log.
+contact sheet. An interrupted benchmark resumes from its log.
 """
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 from typing import Any
 
 from benchmarks import runs
-from benchmarks.gaussians import SEEDS, name_of, sheet
-from benchmarks.measured import measured
+from benchmarks.gaussians import SEEDS
+from benchmarks.measured import (
+    SEQUENTIAL,
+    entries_of,
+    make_parser,
+    measured,
+    problem,
+    publish,
+)
 
 CONFIG = "configs/textmesh-toybox.yaml"
-FOLDER = Path("benchmarks/results/surfaces")
 PROMPTS = ("a red mushroom", "a blue mug")
-SEQUENTIAL = "sequential"
 ROWS = {
     SEQUENTIAL: ["solver.name=sequential"],
     "window 8": ["solver.window.size=8"],
@@ -37,14 +40,9 @@ def jobs() -> list[dict[str, Any]]:
     ]
 
 
-def problem(entry: runs.Job) -> Any:
-    """The labels that a run shares with its sequential run."""
-    return entry["prompt"], entry["seed"]
-
-
-def solve(wanted: runs.Job) -> dict[str, Any]:
+def solve(to: Path, wanted: runs.Job) -> dict[str, Any]:
     """Solve a job, measure images and mesh, and save a strip of images."""
-    return measured(wanted, FOLDER / "images", name_of(wanted))[0]
+    return measured(wanted, to)[0]
 
 
 def table(entries: list[dict[str, Any]]) -> str:
@@ -73,19 +71,9 @@ def table(entries: list[dict[str, Any]]) -> str:
 
 def main() -> None:
     """Run the missing jobs, and write table and sheet."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--logged", action="store_true", help="only what was run")
-    arguments = parser.parse_args()
-    log = FOLDER / "runs.jsonl"
-    if arguments.logged:
-        entries = runs.logged(jobs(), log, problem, SEQUENTIAL)
-    else:
-        entries = runs.run_all(jobs(), log, arguments.workers, solve)
-    text = table(entries)
-    (FOLDER / "table.md").write_text(text)
-    print(text)
-    sheet(entries, PROMPTS, len(ROWS), FOLDER).save(FOLDER / "sheet.png")
+    arguments = make_parser(__doc__, "surfaces").parse_args()
+    entries = entries_of(arguments, jobs(), solve)
+    publish(arguments, table(entries), entries, len(ROWS))
 
 
 if __name__ == "__main__":

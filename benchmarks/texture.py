@@ -6,7 +6,7 @@
 
 The true mesh of a white toybox object takes the prompt of another colour
 (`configs/texture-toybox.yaml`): three prompts with two seeds give a table and a contact
-sheet in `benchmarks/results/texture/`. An interrupted benchmark resumes from its log.
+sheet. An interrupted benchmark resumes from its log.
 Images of 32 pixels hide what a texel does, so PSNR is measured on images of 128 pixels
 as well.
 
@@ -16,7 +16,6 @@ draws the meshes that runs were given and those that they wrote.
 
 from __future__ import annotations
 
-import argparse
 import math
 import resource
 import statistics
@@ -33,21 +32,27 @@ from torch.nn.functional import avg_pool2d
 
 import dreampropeller as dp
 from benchmarks import runs
-from benchmarks.gaussians import SEEDS, name_of, sheet
-from benchmarks.measured import measured
+from benchmarks.gaussians import SEEDS
+from benchmarks.measured import (
+    SEQUENTIAL,
+    entries_of,
+    make_parser,
+    measured,
+    problem,
+    publish,
+)
 from systems import build, quality
 from systems.base import System
 from systems.images import to_bytes
 from systems.quality.truth import GREY, fixed_views
 from systems.scene.cameras import Cameras, Views
 from systems.scene.mesh_files import load_glb, save_mesh
-from systems.scene.renderers import raster
+from systems.scene.renderers import raster, silhouettes
 from systems.scene.zbuffer import render_mesh
 from systems.settings.config import load
 from systems.toybox.truth import Truth, truth
 
 CONFIG = "configs/texture-toybox.yaml"
-FOLDER = Path("benchmarks/results/texture")
 MESHES = Path("outputs/texture/meshes")
 PROMPTS = {
     "chair": "a red chair",
@@ -55,7 +60,6 @@ PROMPTS = {
     "rocket": "an orange rocket",
 }
 """Colours alone: the first embedded prior knows no finishes."""
-SEQUENTIAL = "sequential"
 ROWS = {
     SEQUENTIAL: ["solver.name=sequential"],
     **{f"window {size}": [f"solver.window.size={size}"] for size in (8, 16, 32)},
@@ -115,9 +119,9 @@ def large_psnr(system: System, y: dp.State, wanted: Truth) -> float:
     return -10 * math.log10(sum(errors) / len(errors))
 
 
-def solve(wanted: runs.Job) -> dict[str, Any]:
+def solve(to: Path, wanted: runs.Job) -> dict[str, Any]:
     """Solve a job, measure it, and save a strip of images."""
-    entry, _, y = measured(wanted, FOLDER / "images", name_of(wanted))
+    entry, _, y = measured(wanted, to)
     system = build(load(wanted["config"], wanted["settings"]))
     goal = quality.truth_of(system)
     assert goal is not None
@@ -139,16 +143,14 @@ def table(entries: list[dict[str, Any]]) -> str:
         "right colour | white mesh |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
-    sequential = {
-        (e["prompt"], e["seed"]): e for e in entries if e["row"] == SEQUENTIAL
-    }
+    sequential = {problem(e): e for e in entries if e["row"] == SEQUENTIAL}
     for row in ROWS:
         found = [e for e in entries if e["row"] == row]
-        found = [e for e in found if (e["prompt"], e["seed"]) in sequential]
+        found = [e for e in found if problem(e) in sequential]
         if not found:
             continue
         few = runs.mean(found, "iterations")
-        change = [e["psnr"] - sequential[e["prompt"], e["seed"]]["psnr"] for e in found]
+        change = [e["psnr"] - sequential[problem(e)]["psnr"] for e in found]
         lines.append(
             f"| {row} | {len(found)} | {few:.1f} | {steps / few:.2f} | "
             f"{AIMS.get(row, '')} | {runs.mean(found, 'evaluations'):.0f} | "
@@ -178,7 +180,7 @@ def time_rasteriser(repeats: int = 5) -> str:
         90.0 * around, 20 + 0.0 * around, 2.6 + 0.0 * around, 50.0 + 0 * around
     )
     views = Views(cameras, cameras.axes()[0], 256, 256)
-    adjacency = raster.Adjacency.of(faces)
+    adjacency = silhouettes.Adjacency.of(faces)
     spent: dict[str, list[float]] = {}
     for _ in range(repeats):
         clock = [time.process_time()]
@@ -189,7 +191,7 @@ def time_rasteriser(repeats: int = 5) -> str:
         colours = raster.sample(texture, found.interpolate(uv, faces))
         image = found.image(torch.cat([colours, torch.ones_like(colours[:, :1])], -1))
         clock.append(time.process_time())
-        image = raster.antialias(image, found, vertices, faces, views, adjacency)
+        image = silhouettes.antialias(image, found, vertices, faces, views, adjacency)
         clock.append(time.process_time())
         torch.autograd.grad(image.square().mean(), [vertices, texture])
         clock.append(time.process_time())
@@ -230,9 +232,7 @@ def picture(folders: Sequence[str]) -> torch.Tensor:
 
 def main() -> None:
     """Run the missing jobs, and write table and sheet."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--logged", action="store_true", help="only what was run")
+    parser = make_parser(__doc__, "texture")
     parser.add_argument("--raster", action="store_true", help="the rasteriser alone")
     parser.add_argument("--picture", nargs="+", metavar="FILE RUN", help="draw runs")
     arguments = parser.parse_args()
@@ -243,18 +243,8 @@ def main() -> None:
     if arguments.raster:
         print(time_rasteriser())
         return
-    log = FOLDER / "runs.jsonl"
-    if arguments.logged:
-        entries = runs.logged(
-            jobs(), log, lambda e: (e["prompt"], e["seed"]), SEQUENTIAL
-        )
-    else:
-        entries = runs.run_all(jobs(), log, arguments.workers, solve)
-    text = table(entries)
-    (FOLDER / "table.md").write_text(text)
-    print(text)
-    prompts = list(PROMPTS.values())
-    sheet(entries, prompts, len(ROWS), FOLDER).save(FOLDER / "sheet.png")
+    entries = entries_of(arguments, jobs(), solve)
+    publish(arguments, table(entries), entries, len(ROWS))
 
 
 if __name__ == "__main__":

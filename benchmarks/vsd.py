@@ -4,27 +4,29 @@
 
 The plan `vsd`: three toybox prompts with two seeds, both guidances at scale 7.5 without
 rescaling. The plan `sdi`: does noise from inversion let wider windows pass than drawn
-noise? Each gives a table and a contact sheet in `benchmarks/results/vsd/`. Every
-accelerated run is compared with its own sequential run. An interrupted benchmark
-resumes from its log.
+noise? Each gives a table and a contact sheet. Every accelerated run is compared with
+its own sequential run. An interrupted benchmark resumes from its log.
 """
 
 from __future__ import annotations
 
-import argparse
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
 from torch import Tensor
 
 from benchmarks import runs
-from benchmarks.measured import measured
+from benchmarks.measured import (
+    SEQUENTIAL,
+    entries_of,
+    make_parser,
+    measured,
+    problem,
+    publish,
+)
 from systems import quality
 
-FOLDER = Path("benchmarks/results/vsd")
-SEQUENTIAL = "sequential"
 DREAMFUSION = "configs/dreamfusion-toybox.yaml"
 UNRESCALED = [
     "system.guidance.guidance_scale=7.5",
@@ -88,9 +90,9 @@ def jobs(plan: Plan) -> list[dict[str, Any]]:
     ]
 
 
-def solve(wanted: runs.Job) -> dict[str, Any]:
+def solve(to: Path, wanted: runs.Job) -> dict[str, Any]:
     """Solve a job, measure images and mesh, and save a strip of images."""
-    entry, found, _ = measured(wanted, FOLDER / "images", name_of(wanted))
+    entry, found, _ = measured(wanted, to)
     excess = excess_saturation(found.images, found.wanted)
     return {**entry, "saturation": round(excess, 4)}
 
@@ -106,17 +108,6 @@ def excess_saturation(images: Tensor, truth: Tensor) -> float:
         for x in (images, truth)
     )
     return float(found - wanted)
-
-
-def name_of(wanted: runs.Job) -> str:
-    """File name of a run."""
-    words = f"{wanted['prompt']} {wanted['kind']} {wanted['row']} {wanted['seed']}"
-    return words.replace(" ", "-")
-
-
-def problem(entry: runs.Job) -> tuple[Any, ...]:
-    """The labels that a run shares with its sequential run."""
-    return entry["kind"], entry["prompt"], entry["seed"]
 
 
 def table(plan: Plan, entries: list[dict[str, Any]]) -> str:
@@ -162,42 +153,16 @@ def _line(
     )
 
 
-def sheet(plan: Plan, entries: list[dict[str, Any]]) -> Image.Image:
-    """Ground truth, then the rows, for each prompt and seed that is complete."""
-    count = len(plan.kinds) * len(plan.solvers)
-    strips = []
-    for seed in plan.seeds:
-        for name in plan.objects:
-            prompt = runs.prompt_of(name)
-            found = [e for e in entries if (e["prompt"], e["seed"]) == (prompt, seed)]
-            if len(found) == count:
-                files = [prompt.replace(" ", "-"), *map(name_of, found)]
-                paths = [FOLDER / "images" / f"{file}.png" for file in files]
-                strips.append([Image.open(path) for path in paths])
-    width, height = strips[0][0].size if strips else (1, 1)
-    whole = Image.new("RGB", (width * max(1, len(strips)), height * (count + 1)))
-    for column, images in enumerate(strips):
-        for row, image in enumerate(images):
-            whole.paste(image, (column * width, row * height))
-    return whole
-
-
 def main() -> None:
     """Run the missing jobs, and write table and sheet."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = make_parser(__doc__, "vsd")
     parser.add_argument("--plan", choices=PLANS, default="vsd")
-    parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--logged", action="store_true", help="only what was run")
     arguments = parser.parse_args()
-    log, name, plan = FOLDER / "runs.jsonl", arguments.plan, PLANS[arguments.plan]
-    if arguments.logged:
-        entries = runs.logged(jobs(plan), log, problem, SEQUENTIAL)
-    else:
-        entries = runs.run_all(jobs(plan), log, arguments.workers, solve)
-    text = table(plan, entries)
-    (FOLDER / f"{name}.md").write_text(f"{text}\n{runs.cost(entries)}\n")
-    print(text)
-    sheet(plan, entries).save(FOLDER / f"{name}.png")
+    plan = PLANS[arguments.plan]
+    entries = entries_of(arguments, jobs(plan), solve)
+    text = f"{table(plan, entries)}\n{runs.cost(entries)}\n"
+    count = len(plan.kinds) * len(plan.solvers)
+    publish(arguments, text, entries, count, arguments.plan)
 
 
 if __name__ == "__main__":
