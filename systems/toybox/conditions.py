@@ -5,7 +5,10 @@ distance and field of view, centred and scaled on the training range. Two such v
 reach the U-Net as class labels: one in world coordinates, for text, and one relative to
 the camera of the reference image (differences of the angles, of the distance and of the
 field of view), for images. Flags tell whether each of the two, and an image, are given,
-because zeros are a camera too. The reference image uses additional input channels.
+because zeros are a camera too. With the labels go the products of the caption's mean
+embedding with the azimuth's and the elevation's numbers: what a camera shows depends on
+the object, and a sum of the two embeddings hardly tells (docs/toybox.md). The reference
+image uses additional input channels.
 
 Images have 64×64 pixels; the U-Net sees 2×2 blocks of them as channels, at 32×32
 (pixel-unshuffle; W. Shi et al., 2016, arXiv 1609.05158).
@@ -29,6 +32,12 @@ CHANNELS = 3 * PATCH**2
 CAMERA = 9
 LABELS = 2 * (1 + CAMERA) + 1
 """Absolute flag and camera, relative flag and camera, image flag."""
+TEXT = 96
+"""Channels of the text's embedding."""
+ANGLES = 7
+"""Numbers of the azimuth, and the elevation, in a camera vector."""
+CLASSES = LABELS + TEXT * ANGLES
+"""Labels, then their products with the text."""
 RANGE = {"elevation": (-10.0, 80.0), "distance": (2.1, 2.7), "fov": (45.0, 55.0)}
 """Training range of the cameras; the azimuth is free. Degrees, scene units, degrees."""
 
@@ -88,6 +97,20 @@ def labels(
         result[:, 2 + CAMERA : -1] = relative_vector(camera, relative_to)
     result[:, -1] = float(image)
     return result
+
+
+def with_text(
+    labels: Float[Tensor, "views labels"], words: Float[Tensor, "views words text"]
+) -> Float[Tensor, "views classes"]:
+    """The U-Net's class labels: labels, and their products with the caption.
+
+    Args:
+        labels: See `labels`.
+        words: The embedded captions.
+    """
+    angles = labels[:, 1 : 1 + ANGLES]
+    products = words.mean(1)[:, :, None] * angles[:, None, :]
+    return torch.cat([labels, products.flatten(1)], -1)
 
 
 @dataclass(frozen=True)
@@ -178,7 +201,7 @@ def takes_conditions(unet: Any) -> bool:
     config = unet.config
     return (
         config.get("class_embed_type") == "projection"
-        and config.get("projection_class_embeddings_input_dim") == LABELS
+        and config.get("projection_class_embeddings_input_dim") == CLASSES
         and config.get("in_channels") == 2 * CHANNELS
     )
 
@@ -192,6 +215,8 @@ def ask(
     if conditions.reference is not None:
         x = torch.cat([x, conditions.reference.to(x)], 1)
     given = conditions.labels.to(x)
+    if takes_conditions(unet):  # others embed labels of their own
+        given = with_text(given, words)
     return unet(x, t, encoder_hidden_states=words, class_labels=given).sample
 
 

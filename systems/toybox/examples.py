@@ -3,7 +3,8 @@ r"""Training examples: painted views over plain backgrounds, captions, condition
 Half of a batch is text with the camera, 35 % a reference image with the camera relative
 to its own, 15 % text, image and camera. Conditions are dropped at random for guidance:
 the text (10 %), the image (10 % where it is the only condition), the camera (15 %), the
-colour (6 %) and the view's word (12 %). Held-out pairs are never shown.
+colour (6 %) and the view's word (12 %; 50 % beside a camera, so that the camera must be
+read). Held-out pairs are never shown.
 """
 
 from __future__ import annotations
@@ -144,7 +145,11 @@ def draw(views: ViewSet, count: int, generator: torch.Generator) -> Examples:
     numbers = numbers * kept[:, None]
     numbers[:, -1] = has_image.float()
     captions = [
-        "" if drop else _spell(objects[i], looks, i, camera, bool(normal[i]), dice[i])
+        ""
+        if drop
+        else _spell(
+            objects[i], looks, i, camera, bool(normal[i]), dice[i], bool(kept[i])
+        )
         for i, drop in enumerate((image_only | (dice[:, 5] < 0.1)).tolist())
     ]
     assert numbers.shape[-1] == LABELS == 2 * (1 + CAMERA) + 1
@@ -152,7 +157,13 @@ def draw(views: ViewSet, count: int, generator: torch.Generator) -> Examples:
 
 
 def _spell(
-    number: Tensor, looks: Looks, i: int, camera: Cameras, normal: bool, dice: Tensor
+    number: Tensor,
+    looks: Looks,
+    i: int,
+    camera: Cameras,
+    normal: bool,
+    dice: Tensor,
+    seen_from: bool,
 ) -> str:
     """The caption of an example; `dice`, uniform in 0…1, decide what is dropped."""
     # A normal map has no colour; half of the captions name one all the same, so that a
@@ -167,6 +178,6 @@ def _spell(
         _COLOURS[int(looks.colour[i])] if named else None,
         finish,
         _COLOURS[int(looks.second[i])] if named and finish != "plain" else None,
-        view if float(dice[7]) > 0.12 else None,
+        view if float(dice[7]) > (0.5 if seen_from else 0.12) else None,
         normal,
     ).text

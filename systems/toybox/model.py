@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerFast
 
 from systems.toybox.captions import vocabulary
-from systems.toybox.conditions import CHANNELS, LABELS, PATCH
+from systems.toybox.conditions import CHANNELS, CLASSES, PATCH, TEXT, with_text
 
 SIDE = 32
 """Width and height the U-Net works at."""
@@ -29,8 +29,8 @@ def make_unet(widths: tuple[int, int, int] = WIDTHS) -> UNet2DConditionModel:
 
     It attends to the text at 8×8 only, and adds the pooled text to the embedding of the
     timestep, so that every block receives the colour (as in DeepFloyd IF). The camera
-    is added there too. Its input is the noisy image and the reference image, both in
-    blocks.
+    and its products with the text are added there too. Its input is the noisy image and
+    the reference image, both in blocks.
     """
     return UNet2DConditionModel(
         sample_size=SIDE,
@@ -40,11 +40,11 @@ def make_unet(widths: tuple[int, int, int] = WIDTHS) -> UNet2DConditionModel:
         down_block_types=("DownBlock2D", "DownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "UpBlock2D", "UpBlock2D"),
         layers_per_block=1,
-        cross_attention_dim=96,
+        cross_attention_dim=TEXT,
         addition_embed_type="text",
         addition_embed_type_num_heads=4,
         class_embed_type="projection",
-        projection_class_embeddings_input_dim=LABELS,
+        projection_class_embeddings_input_dim=CLASSES,
         attention_head_dim=4,  # diffusers reads this as the number of heads
         norm_num_groups=8,
     )
@@ -56,7 +56,7 @@ def make_text_encoder() -> CLIPTextModel:
     return CLIPTextModel(
         CLIPTextConfig(
             vocab_size=len(_SPECIAL) + len(vocabulary()),
-            hidden_size=96,
+            hidden_size=TEXT,
             intermediate_size=192,
             num_hidden_layers=2,
             num_attention_heads=4,
@@ -138,7 +138,8 @@ class Denoiser(nn.Module):
             labels: See `systems.toybox.conditions.labels`.
         """
         words = self.text_encoder(ids).last_hidden_state
-        return self.unet(x, t, words, class_labels=labels).sample
+        classes = with_text(labels, words)
+        return self.unet(x, t, words, class_labels=classes).sample
 
 
 @torch.no_grad()

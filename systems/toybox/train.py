@@ -6,7 +6,7 @@ $$v = \alpha_t\,\epsilon - \sigma_t\,x, \qquad x_t = \alpha_t\,x + \sigma_t\,\ep
 
 (T. Salimans and J. Ho, 2022, arXiv 2202.00512, section 4). The square error of a
 timestep weighs $\min(r, 5) / (r + 1)$ with the signal-to-noise ratio $r = \alpha_t^2 /
-\sigma_t^2$ (T. Hang et al., 2023, arXiv 2303.09556, for v), but at least 0.1: camera
+\sigma_t^2$ (T. Hang et al., 2023, arXiv 2303.09556, for v), but at least 0.3: camera
 and reference image decide what is visible where $r$ is near zero, and without a floor
 the channels of the reference hardly learned (docs/toybox.md). The exported weights are
 the exponential moving average.
@@ -53,7 +53,7 @@ WARM_UP = 150
 DECAY_SHARE = 0.1
 EMA_DECAY = 0.9995
 GAMMA = 5.0
-LEAST_WEIGHT = 0.1
+LEAST_WEIGHT = 0.3
 CHECKPOINT_EVERY = 180.0
 
 

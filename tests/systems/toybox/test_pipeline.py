@@ -14,7 +14,15 @@ from dreampropeller.adapters.diffusers import sample
 from systems.scene.cameras import Cameras
 from systems.toybox import WEIGHTS, classifier, pipeline
 from systems.toybox.captions import vocabulary
-from systems.toybox.conditions import CAMERA, Conditions, labels, to_blocks, to_images
+from systems.toybox.conditions import (
+    CAMERA,
+    LABELS,
+    Conditions,
+    labels,
+    to_blocks,
+    to_images,
+    with_text,
+)
 from systems.toybox.model import (
     make_scheduler,
     make_text_encoder,
@@ -133,7 +141,11 @@ def test_both_branches_of_text_guidance_keep_the_camera(
     without, given = seen[0]
     assert torch.equal(without[: 1 + CAMERA], given[: 1 + CAMERA])
     assert without[0] == given[0] == 1
-    assert (without[-1], given[-1]) == (0, 1)
+    assert (without[LABELS - 1], given[LABELS - 1]) == (0, 1)
+    # The products with each branch's own text.
+    own = with_text(without[None, :LABELS], blank)[0]
+    torch.testing.assert_close(without, own)
+    assert not torch.equal(without[LABELS:], given[LABELS:])
     assert (shown[0][0, 12:] == 0).all()
     assert conditions.reference is not None
     assert torch.equal(shown[0][1:, 12:], conditions.reference)
