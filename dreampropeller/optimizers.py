@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeAlias
@@ -22,10 +23,16 @@ SchedulerFactory: TypeAlias = Callable[[Optimizer], Any]
 
 _PARAMETERS = frozenset(("params", "param_names"))
 """Keys of a group that name its parameters."""
-_DECLARED = frozenset(
-    vars(Optimizer([nn.Parameter(torch.zeros(1))], {})).keys() - {"defaults"}
-) | {"step", "_opt_called"}
-"""Attributes of every optimizer; state and groups are kept by name, defaults too."""
+
+
+@functools.cache
+def _declared() -> frozenset[str]:
+    """Attributes of every optimizer; state and groups are kept by name, defaults too.
+
+    Not at import: torch loads its compiler with its first optimizer, in two seconds.
+    """
+    plain = vars(Optimizer([nn.Parameter(torch.zeros(1))], {})).keys()
+    return frozenset(plain - {"defaults"}) | {"step", "_opt_called"}
 
 
 class Optimizers:
@@ -133,7 +140,7 @@ class Optimizers:
             if shared:
                 memory["shared"] = read(shared, f"{title}.state")
             memory["attributes"] = self._belongings.read_attributes(
-                optimizer, title, _DECLARED
+                optimizer, title, _declared()
             )
         return memory
 
@@ -246,7 +253,7 @@ class Optimizers:
             optimizer.state.update(write(memory["shared"], shared))
         if "attributes" in memory:
             self._belongings.write_attributes(
-                optimizer, memory["attributes"], _DECLARED
+                optimizer, memory["attributes"], _declared()
             )
 
 

@@ -137,11 +137,19 @@ def test_files_and_functions_of_the_package_are_short(path: Path) -> None:
             assert length <= most, f"`{node.name}` has {length} lines"
 
 
-def test_heavy_libraries_are_not_loaded_by_the_package() -> None:
-    code = (
-        "import sys, dreampropeller, dreampropeller.adapters.diffusers; "
-        "print([n for n in ('diffusers', 'transformers', 'lightning', 'ray', 'systems')"
-        " if n in sys.modules])"
-    )
+@pytest.mark.parametrize(
+    ("modules", "heavy"),
+    [
+        (
+            "dreampropeller, dreampropeller.adapters.diffusers",
+            "diffusers transformers lightning ray systems torch._dynamo",
+        ),
+        # `launch.py --help` and every refusal wait for what it loads.
+        ("launch", "diffusers transformers matplotlib trimesh torch._dynamo"),
+    ],
+)
+def test_heavy_libraries_are_not_loaded_at_once(modules: str, heavy: str) -> None:
+    names = heavy.split()
+    code = f"import sys, {modules}; print([n for n in {names} if n in sys.modules])"
     run = [sys.executable, "-c", code]
     assert subprocess.check_output(run, text=True).strip() == "[]"

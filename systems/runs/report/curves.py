@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
 from systems.runs.report.runs import Run
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 COLOURS = {"sequential": "#8a8f98", "accelerated": "#d9480f", "other seed": "#4c6ef5"}
 
@@ -23,6 +24,7 @@ def draw(paint: Callable[[Axes], None], name: str) -> str:
         name: Prefix that keeps the drawing's identifiers unique on the page.
     """
     from matplotlib import rc_context
+    from matplotlib.figure import Figure
 
     with rc_context({"svg.fonttype": "none", "svg.hashsalt": name, "font.size": 10}):
         figure = Figure(figsize=(5.4, 3.1), layout="constrained")
