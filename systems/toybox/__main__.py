@@ -108,7 +108,6 @@ def train(arguments: argparse.Namespace) -> None:
         arguments.seed,
         arguments.device,
         tuple(arguments.widths),
-        arguments.compile,
     )
     budget = Budget(arguments.minutes, arguments.until, arguments.steps)
     render = arguments.render or run.device.type == "cuda"
@@ -262,7 +261,6 @@ def make_parser() -> argparse.ArgumentParser:
     add("--batch", type=int, default=32)
     add("--device", default="cpu", help="cuda renders the views on the device too")
     add("--render", action="store_true", help="render the views in memory first")
-    add("--compile", action="store_true", help="compile first: pays after 20 minutes")
     add("--from", dest="source", default="toybox", help="a prior, a folder, or none")
     add("--seed", type=int, default=0)
     parts["export"].add_argument("--to", type=Path, default=SECOND_WEIGHTS)

@@ -5,10 +5,13 @@ distance and field of view, centred and scaled on the training range. Two such v
 reach the U-Net as class labels: one in world coordinates, for text, and one relative to
 the camera of the reference image (differences of the angles, of the distance and of the
 field of view), for images. Flags tell whether each of the two, and an image, are given,
-because zeros are a camera too. With the labels go the products of the caption's mean
-embedding with the azimuth's and the elevation's numbers: what a camera shows depends on
-the object, and a sum of the two embeddings hardly tells (docs/toybox.md). The reference
-image uses additional input channels.
+because zeros are a camera too. The reference image uses
+additional input channels.
+
+A sum of embeddings hardly tells what a camera shows of an object (docs/toybox.md), so
+the U-Net also sees the rays of its pixels (as in CAT3D; R. Gao et al., 2024, arXiv
+2405.10314, section 3.1): for each the point nearest to the centre of the scene and the
+direction, in world coordinates, or in those of the reference image's camera.
 
 Images have 64×64 pixels; the U-Net sees 2×2 blocks of them as channels, at 32×32
 (pixel-unshuffle; W. Shi et al., 2016, arXiv 1609.05158).
@@ -32,12 +35,10 @@ CHANNELS = 3 * PATCH**2
 CAMERA = 9
 LABELS = 2 * (1 + CAMERA) + 1
 """Absolute flag and camera, relative flag and camera, image flag."""
-TEXT = 96
-"""Channels of the text's embedding."""
-ANGLES = 7
-"""Numbers of the azimuth, and the elevation, in a camera vector."""
-CLASSES = LABELS + TEXT * ANGLES
-"""Labels, then their products with the text."""
+RAYS = 6
+"""Point and direction of a ray."""
+INPUTS = 2 * CHANNELS + RAYS
+"""Noisy image, reference image, rays."""
 RANGE = {"elevation": (-10.0, 80.0), "distance": (2.1, 2.7), "fov": (45.0, 55.0)}
 """Training range of the cameras; the azimuth is free. Degrees, scene units, degrees."""
 
@@ -99,18 +100,41 @@ def labels(
     return result
 
 
-def with_text(
-    labels: Float[Tensor, "views labels"], words: Float[Tensor, "views words text"]
-) -> Float[Tensor, "views classes"]:
-    """The U-Net's class labels: labels, and their products with the caption.
+def cameras_of(labels: Float[Tensor, "views labels"]) -> Cameras:
+    """The cameras that labels hold in world coordinates."""
+    vector = labels[:, 1 : 1 + CAMERA]
+    azimuth = torch.atan2(vector[:, 0], vector[:, 1]).rad2deg()
+    rest = []
+    for column, (low, high) in zip(vector[:, 6:].T, RANGE.values(), strict=True):
+        rest.append((low + high) / 2 + (high - low) / 2 * column)
+    return Cameras(azimuth, *rest)
+
+
+def ray_maps(
+    cameras: Cameras, side: int, relative_to: Cameras | None = None
+) -> Float[Tensor, "views channels side side"]:
+    """Nearest point to the centre and direction of the rays through blocks of pixels.
 
     Args:
-        labels: See `labels`.
-        words: The embedded captions.
+        cameras: Cameras of the views.
+        side: Blocks per side.
+        relative_to: The cameras of the reference image, in whose coordinates (right,
+            up, forward) the rays are given; None: in world coordinates.
     """
-    angles = labels[:, 1 : 1 + ANGLES]
-    products = words.mean(1)[:, :, None] * angles[:, None, :]
-    return torch.cat([labels, products.flatten(1)], -1)
+    origins, directions = cameras.rays(side)
+    nearest = origins - (origins * directions).sum(-1, keepdim=True) * directions
+    parts = [nearest, directions]
+    if relative_to is not None:
+        axes = torch.stack(relative_to.axes()[1:], -1)[:, None, None]
+        parts = [(part[..., None, :] @ axes)[..., 0, :] for part in parts]
+    return torch.cat(parts, -1).permute(0, 3, 1, 2)
+
+
+def labelled_rays(
+    labels: Float[Tensor, "views labels"], side: int
+) -> Float[Tensor, "views channels side side"]:
+    """The rays of labels' cameras in world coordinates; zeros where there is none."""
+    return labels[:, :1, None, None] * ray_maps(cameras_of(labels.float()), side)
 
 
 @dataclass(frozen=True)
@@ -121,10 +145,13 @@ class Conditions:
         labels: See `labels`, shape ``(views, LABELS)``.
         reference: The reference image in blocks, shape ``(views, CHANNELS, side,
             side)``; None for none.
+        rays: See `ray_maps`, shape ``(views, RAYS, side, side)``, relative to the
+            reference image; None: those of the labels' camera in world coordinates.
     """
 
     labels: Float[Tensor, "views labels"]
     reference: Float[Tensor, "views channels side side"] | None
+    rays: Float[Tensor, "views rays side side"] | None = None
 
     @classmethod
     def of(
@@ -171,7 +198,10 @@ class Conditions:
             reference = to_blocks(images * 2 - 1).expand(count, -1, -1, -1)
         shown = max(len(c) for c in (camera, image_camera, [0]) if c is not None)
         numbers = labels(shown, camera, image_camera, image is not None)
-        return cls(numbers.expand(count, LABELS), reference)
+        rays = None
+        if camera is not None and image_camera is not None:
+            rays = ray_maps(camera, side, image_camera).expand(count, -1, -1, -1)
+        return cls(numbers.expand(count, LABELS), reference, rays)
 
     def without_image(self) -> Conditions:
         """Neither reference image nor relative camera; an absolute camera stays.
@@ -180,20 +210,45 @@ class Conditions:
         """
         kept = torch.zeros_like(self.labels)
         kept[:, : 1 + CAMERA] = self.labels[:, : 1 + CAMERA]
-        return Conditions(kept, None)
+        absolute = self.labels[:, :1, None, None]
+        return Conditions(
+            kept, None, None if self.rays is None else absolute * self.rays
+        )
 
     def beside(self, other: Conditions) -> Conditions:
         """These views, then others; a missing image among them is zeros."""
-        shown = [part.reference for part in (self, other)]
-        like = next((image for image in shown if image is not None), None)
+        both = (self, other)
+        reference = rays = None
+        like = next((c.reference for c in both if c.reference is not None), None)
         if like is not None:
-            sizes = (len(self.labels), len(other.labels))
-            shown = [
-                like.new_zeros(size, *like.shape[1:]) if image is None else image
-                for size, image in zip(sizes, shown, strict=True)
-            ]
-            like = torch.cat(shown)
-        return Conditions(torch.cat([self.labels, other.labels]), like)
+            blank = like[:1] * 0
+            reference = torch.cat(
+                [
+                    blank.expand(len(c.labels), -1, -1, -1)
+                    if c.reference is None
+                    else c.reference
+                    for c in both
+                ]
+            )
+        like = next((c.rays for c in both if c.rays is not None), None)
+        if like is not None:
+            side = like.shape[-1]
+            rays = torch.cat(
+                [
+                    labelled_rays(c.labels, side) if c.rays is None else c.rays
+                    for c in both
+                ]
+            )
+        return Conditions(torch.cat([c.labels for c in both]), reference, rays)
+
+    def beneath(self, x: Float[Tensor, "views channels side side"]) -> Tensor:
+        """The U-Net's input: noisy images, the reference image and the rays."""
+        if self.rays is None:
+            return (
+                x if self.reference is None else torch.cat([x, self.reference.to(x)], 1)
+            )
+        reference = torch.zeros_like(x) if self.reference is None else self.reference
+        return torch.cat([x, reference.to(x), self.rays.to(x)], 1)
 
 
 def takes_conditions(unet: Any) -> bool:
@@ -201,8 +256,8 @@ def takes_conditions(unet: Any) -> bool:
     config = unet.config
     return (
         config.get("class_embed_type") == "projection"
-        and config.get("projection_class_embeddings_input_dim") == CLASSES
-        and config.get("in_channels") == 2 * CHANNELS
+        and config.get("projection_class_embeddings_input_dim") == LABELS
+        and config.get("in_channels") == INPUTS
     )
 
 
@@ -212,28 +267,36 @@ def ask(
     """The U-Net's prediction for x, with conditions if it takes them."""
     if conditions is None:
         return unet(x, t, encoder_hidden_states=words).sample
-    if conditions.reference is not None:
-        x = torch.cat([x, conditions.reference.to(x)], 1)
+    x = conditions.beneath(x)
     given = conditions.labels.to(x)
-    if takes_conditions(unet):  # others embed labels of their own
-        given = with_text(given, words)
     return unet(x, t, encoder_hidden_states=words, class_labels=given).sample
 
 
-def fill_missing_reference(unet: Any) -> None:
-    """Allow calls of a U-Net without the channels of a reference image.
+def fill_missing_inputs(unet: Any) -> None:
+    """Allow calls of a U-Net without the channels of reference image or rays.
 
-    They are then zeros. Samplers that record a U-Net's input, such as the parallel
-    ones, see only the noisy image.
+    A missing reference is zeros; missing rays are those of the labels' camera in world
+    coordinates. Samplers that record a U-Net's input, such as the parallel ones, see
+    only the noisy image.
     """
+    given: dict[str, Tensor | None] = {}
+
+    def remember(module: Any, inputs: Any, named: dict[str, Any]) -> None:
+        del module, inputs
+        given["labels"] = named.get("class_labels")
 
     def fill(module: Any, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         del module
         x = inputs[0]
-        if x.shape[1] == CHANNELS:
+        if x.shape[1] < 2 * CHANNELS:
             x = torch.cat([x, torch.zeros_like(x)], 1)
+        if x.shape[1] < INPUTS:
+            labels = given["labels"]
+            labels = x.new_zeros(len(x), LABELS) if labels is None else labels
+            x = torch.cat([x, labelled_rays(labels, x.shape[-1]).to(x)], 1)
         return (x,)
 
+    unet.register_forward_pre_hook(remember, with_kwargs=True)
     unet.conv_in.register_forward_pre_hook(fill)
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from systems.scene.cameras import Cameras
 from systems.toybox.captions import HELD_OUT, Caption, view_of
-from systems.toybox.conditions import CAMERA, LABELS, labels
+from systems.toybox.conditions import CAMERA, LABELS, PATCH, labels, ray_maps
 from systems.toybox.finishes import FINISHES
 from systems.toybox.objects import COLOURS, OBJECTS
 from systems.toybox.views import ViewSet, paint
@@ -66,12 +66,14 @@ class Examples:
         references: Reference images, zeros for none, as `images`.
         captions: Captions; empty for none.
         labels: See `systems.toybox.conditions.labels`.
+        rays: See `systems.toybox.conditions.ray_maps`; zeros without a camera.
     """
 
     images: Float[Tensor, "n 3 size size"]
     references: Float[Tensor, "n 3 size size"]
     captions: list[str]
     labels: Float[Tensor, "n labels"]
+    rays: Float[Tensor, "n rays side side"]
 
 
 def random_looks(
@@ -143,6 +145,13 @@ def draw(views: ViewSet, count: int, generator: torch.Generator) -> Examples:
     )
     kept = has_camera & (has_image | ~relative)
     numbers = numbers * kept[:, None]
+    side = images.shape[-1] // PATCH
+    rays = torch.where(
+        relative[:, None, None, None],
+        ray_maps(camera, side, reference_camera),
+        ray_maps(camera, side),
+    )
+    rays = rays * kept[:, None, None, None]
     numbers[:, -1] = has_image.float()
     captions = [
         ""
@@ -153,7 +162,7 @@ def draw(views: ViewSet, count: int, generator: torch.Generator) -> Examples:
         for i, drop in enumerate((image_only | (dice[:, 5] < 0.1)).tolist())
     ]
     assert numbers.shape[-1] == LABELS == 2 * (1 + CAMERA) + 1
-    return Examples(images, references, captions, numbers.to(images.device))
+    return Examples(images, references, captions, numbers.to(images), rays.to(images))
 
 
 def _spell(

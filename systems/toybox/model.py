@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerFast
 
 from systems.toybox.captions import vocabulary
-from systems.toybox.conditions import CHANNELS, CLASSES, PATCH, TEXT, with_text
+from systems.toybox.conditions import CHANNELS, INPUTS, LABELS, PATCH
 
 SIDE = 32
 """Width and height the U-Net works at."""
@@ -29,22 +29,22 @@ def make_unet(widths: tuple[int, int, int] = WIDTHS) -> UNet2DConditionModel:
 
     It attends to the text at 8×8 only, and adds the pooled text to the embedding of the
     timestep, so that every block receives the colour (as in DeepFloyd IF). The camera
-    and its products with the text are added there too. Its input is the noisy image and
-    the reference image, both in blocks.
+    is added there too. Its input is the noisy image and the reference image, both in
+    blocks, and the rays of the blocks.
     """
     return UNet2DConditionModel(
         sample_size=SIDE,
-        in_channels=2 * CHANNELS,
+        in_channels=INPUTS,
         out_channels=CHANNELS,
         block_out_channels=widths,
         down_block_types=("DownBlock2D", "DownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "UpBlock2D", "UpBlock2D"),
         layers_per_block=1,
-        cross_attention_dim=TEXT,
+        cross_attention_dim=96,
         addition_embed_type="text",
         addition_embed_type_num_heads=4,
         class_embed_type="projection",
-        projection_class_embeddings_input_dim=CLASSES,
+        projection_class_embeddings_input_dim=LABELS,
         attention_head_dim=4,  # diffusers reads this as the number of heads
         norm_num_groups=8,
     )
@@ -56,7 +56,7 @@ def make_text_encoder() -> CLIPTextModel:
     return CLIPTextModel(
         CLIPTextConfig(
             vocab_size=len(_SPECIAL) + len(vocabulary()),
-            hidden_size=TEXT,
+            hidden_size=96,
             intermediate_size=192,
             num_hidden_layers=2,
             num_attention_heads=4,
@@ -132,14 +132,14 @@ class Denoiser(nn.Module):
         """The velocity in blocks.
 
         Args:
-            x: Noisy image and reference image in blocks, shape ``(batch, 24, 32, 32)``.
+            x: Noisy image, reference image and rays in blocks, shape ``(batch, 30, 32,
+                32)``.
             t: Timesteps, shape ``(batch,)``.
             ids: Tokens, shape ``(batch, MAX_WORDS)``.
             labels: See `systems.toybox.conditions.labels`.
         """
         words = self.text_encoder(ids).last_hidden_state
-        classes = with_text(labels, words)
-        return self.unet(x, t, words, class_labels=classes).sample
+        return self.unet(x, t, words, class_labels=labels).sample
 
 
 @torch.no_grad()
@@ -147,7 +147,7 @@ def start_from(model: Denoiser, folder: Path, generator: torch.Generator) -> Non
     """Initialise from the weights of a saved pipeline, of this or the first prior.
 
     From the first prior's, which sees single pixels, the first convolution is averaged
-    over the four pixels of a block and zero for the reference. The last one is
+    over the four pixels of a block and zero for reference and rays. The last one is
     repeated, plus random weights with zero mean over the block: without them the four
     pixels stay alike for long. Words are matched by their spelling.
 
@@ -171,7 +171,8 @@ def start_from(model: Denoiser, folder: Path, generator: torch.Generator) -> Non
     old, new = unet.state_dict(), model.unet.state_dict()
     if old["conv_in.weight"].shape != new["conv_in.weight"].shape:
         weight = old["conv_in.weight"].repeat_interleave(PATCH**2, 1) / PATCH**2
-        old["conv_in.weight"] = torch.cat([weight, torch.zeros_like(weight)], 1)
+        blank = torch.zeros_like(new["conv_in.weight"][:, weight.shape[1] :])
+        old["conv_in.weight"] = torch.cat([weight, blank], 1)
         weight = old["conv_out.weight"].repeat_interleave(PATCH**2, 0)
         noise = torch.randn(weight.shape, generator=generator) * weight.std()
         phases = noise.unflatten(0, (-1, PATCH**2))

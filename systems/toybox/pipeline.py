@@ -41,7 +41,7 @@ from systems.toybox.captions import Known
 from systems.toybox.conditions import (
     Conditions,
     ask,
-    fill_missing_reference,
+    fill_missing_inputs,
     takes_conditions,
     to_images,
 )
@@ -91,7 +91,7 @@ class ToyboxPipeline(DiffusionPipeline):
             scheduler=scheduler,
         )
         if takes_conditions(unet):
-            fill_missing_reference(unet)
+            fill_missing_inputs(unet)
 
     @property
     def known(self) -> Known:

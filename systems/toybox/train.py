@@ -6,10 +6,11 @@ $$v = \alpha_t\,\epsilon - \sigma_t\,x, \qquad x_t = \alpha_t\,x + \sigma_t\,\ep
 
 (T. Salimans and J. Ho, 2022, arXiv 2202.00512, section 4). The square error of a
 timestep weighs $\min(r, 5) / (r + 1)$ with the signal-to-noise ratio $r = \alpha_t^2 /
-\sigma_t^2$ (T. Hang et al., 2023, arXiv 2303.09556, for v), but at least 0.3: camera
-and reference image decide what is visible where $r$ is near zero, and without a floor
-the channels of the reference hardly learned (docs/toybox.md). The exported weights are
-the exponential moving average.
+\sigma_t^2$ (T. Hang et al., 2023, arXiv 2303.09556, for v), but at least
+$\min(0.3, 10 r)$ and 0.1: camera and reference image decide what is visible where $r$
+is small, and without a floor their weights hardly learned (docs/toybox.md). Below $r =
+0.03$ the unknown background makes most of the error. The exported weights are the
+exponential moving average.
 
 The learning rate is constant, so that a run can continue for any time. Before an export
 it falls to zero over the last tenth of a part's time. That tenth is not kept:
@@ -53,7 +54,10 @@ WARM_UP = 150
 DECAY_SHARE = 0.1
 EMA_DECAY = 0.9995
 GAMMA = 5.0
-LEAST_WEIGHT = 0.3
+LEAST_WEIGHT = 0.1
+SMALL_SNR = 0.03
+"""Below it the background of an image cannot be told from its noise."""
+SMALL_SNR_WEIGHT = 0.3
 CHECKPOINT_EVERY = 180.0
 
 
@@ -93,8 +97,6 @@ class Run:
         seed: Seed of initial weights and batches.
         device: Device of the training.
         widths: Numbers of channels of the U-Net's levels.
-        compiled: Compile the model: minutes of compilation, then steps that take 0.8
-            times as long on one core.
     """
 
     def __init__(
@@ -103,7 +105,6 @@ class Run:
         seed: int = 0,
         device: torch.device | str = "cpu",
         widths: tuple[int, int, int] = WIDTHS,
-        compiled: bool = False,
     ) -> None:
         self.random = StepRandom(seed)
         self.device = torch.device(device)
@@ -119,7 +120,6 @@ class Run:
         model = model.to(self.device)
         self.average = copy.deepcopy(model).requires_grad_(False)
         self.model = model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
-        self.step_model = torch.compile(self.model) if compiled else self.model
         self.optimizer = torch.optim.AdamW(
             self.model.parameters(), lr=0.0, betas=(0.9, 0.99), weight_decay=1e-4
         )
@@ -134,7 +134,7 @@ class Run:
         """Take an optimizer step at a learning rate; returns the loss."""
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        loss = self.loss(self.step_model, views, batch, self.step, stream)
+        loss = self.loss(self.model, views, batch, self.step, stream)
         self.optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
@@ -168,7 +168,7 @@ class Run:
         t = cast(torch.IntTensor, times.to(x.device))  # what diffusers says of integers
         noisy = self.scheduler.add_noise(x, noise, t)
         target = self.scheduler.get_velocity(x, noise, t)
-        shown = torch.cat([noisy, to_blocks(made.references)], 1)
+        shown = torch.cat([noisy, to_blocks(made.references), made.rays], 1)
         # bfloat16 and channels last: faster on CPUs and GPUs that have both.
         shown = shown.contiguous(memory_format=torch.channels_last)
         with torch.autocast(self.device.type, torch.bfloat16):
@@ -176,7 +176,10 @@ class Run:
         error = (velocity.float() - target).square().mean((1, 2, 3))
         kept = self.scheduler.alphas_cumprod.to(x)[t]
         snr = kept / (1 - kept)
-        weight = (snr.clamp(max=GAMMA) / (snr + 1)).clamp(min=LEAST_WEIGHT)
+        least = SMALL_SNR_WEIGHT * (snr / SMALL_SNR).clamp(max=1)
+        weight = torch.maximum(snr.clamp(max=GAMMA) / (snr + 1), least).clamp(
+            min=LEAST_WEIGHT
+        )
         return (weight * error).mean()
 
     def save(self, path: Path) -> None:

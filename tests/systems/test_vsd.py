@@ -19,7 +19,7 @@ from systems.guidance.priors import Prior, Words
 from systems.guidance.prompts import PromptConfig
 from systems.guidance.vsd import VariationalScoreDistillation, VSDConfig
 from systems.scene.cameras import Cameras
-from systems.toybox.conditions import CAMERA, LABELS, fill_missing_reference
+from systems.toybox.conditions import CAMERA, LABELS, fill_missing_inputs
 from systems.toybox.model import make_scheduler, make_unet
 from tests.golden import vsd_oracle as oracle
 from tests.systems.gaussian import SPREAD, prior
@@ -173,7 +173,7 @@ def test_the_loras_loss_by_hand_and_its_target() -> None:
 
 def test_an_untrained_lora_is_the_pretrained_model_and_shares_its_weights() -> None:
     unet = make_unet((8, 16, 16))
-    fill_missing_reference(unet)  # as its pipeline does
+    fill_missing_inputs(unet)  # as its pipeline does
     model = Prior(SimpleNamespace(unet=unet, scheduler=make_scheduler()), CPU)
     names = [name for name, _ in unet.named_parameters()]
     lora = Lora(model, 2, 2.0, ["to_q", "conv1"])

@@ -16,12 +16,11 @@ from systems.toybox import WEIGHTS, classifier, pipeline
 from systems.toybox.captions import vocabulary
 from systems.toybox.conditions import (
     CAMERA,
-    LABELS,
     Conditions,
     labels,
+    ray_maps,
     to_blocks,
     to_images,
-    with_text,
 )
 from systems.toybox.model import (
     make_scheduler,
@@ -67,7 +66,7 @@ def test_a_saved_pipeline_loads_as_a_whole_and_in_parts(
         for name, value in before.state_dict().items():
             assert torch.equal(value, after.state_dict()[name])
     unet = UNet2DConditionModel.from_pretrained(tmp_path, subfolder="unet")
-    assert unet.config["in_channels"] == 24
+    assert unet.config["in_channels"] == 30
     CLIPTextModel.from_pretrained(tmp_path, subfolder="text_encoder")
     tokenizer = PreTrainedTokenizerFast.from_pretrained(tmp_path, subfolder="tokenizer")
     scheduler = DDIMScheduler.from_pretrained(tmp_path, subfolder="scheduler")
@@ -132,23 +131,34 @@ def test_both_branches_of_text_guidance_keep_the_camera(
 
     def record(module: Any, args: Any, kwargs: Any) -> None:
         del module
-        shown.append(args[0])
         seen.append(kwargs["class_labels"])
 
-    hook = second.unet.register_forward_pre_hook(record, with_kwargs=True)
+    hooks = [
+        second.unet.register_forward_pre_hook(record, with_kwargs=True),
+        second.unet.conv_in.register_forward_pre_hook(
+            lambda module, args: shown.append(args[0])
+        ),
+    ]
     second.velocity(x, t, words, blank, 3.0, conditions=conditions)
-    hook.remove()
     without, given = seen[0]
     assert torch.equal(without[: 1 + CAMERA], given[: 1 + CAMERA])
     assert without[0] == given[0] == 1
-    assert (without[LABELS - 1], given[LABELS - 1]) == (0, 1)
-    # The products with each branch's own text.
-    own = with_text(without[None, :LABELS], blank)[0]
-    torch.testing.assert_close(without, own)
-    assert not torch.equal(without[LABELS:], given[LABELS:])
-    assert (shown[0][0, 12:] == 0).all()
+    assert (without[-1], given[-1]) == (0, 1)
+    rays = ray_maps(_cameras(70.0), 32).expand(2, -1, -1, -1)
+    torch.testing.assert_close(shown[0][:, 24:], rays)
+    assert (shown[0][0, 12:24] == 0).all()
     assert conditions.reference is not None
-    assert torch.equal(shown[0][1:, 12:], conditions.reference)
+    assert torch.equal(shown[0][1:, 12:24], conditions.reference)
+    image = torch.rand(1, 3, 64, 64)
+    second.velocity(
+        *(x, t, words, blank, 3.0),
+        conditions=second.conditions(1, _cameras(70.0), image, _cameras(10.0)),
+    )
+    for hook in hooks:
+        hook.remove()
+    rays = ray_maps(_cameras(70.0), 32, _cameras(10.0))
+    assert torch.equal(shown[1][1:, 24:], rays)
+    assert (shown[1][0, 12:] == 0).all()  # neither image nor a camera relative to it
     # A relative camera means nothing without its image.
     relative = Conditions.of(
         1, 32, _cameras(70.0), torch.rand(1, 3, 64, 64), _cameras(0.0)

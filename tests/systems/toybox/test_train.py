@@ -114,7 +114,7 @@ def test_the_first_priors_weights_predict_alike_at_twice_the_size() -> None:
         torch.testing.assert_close(ours, embedded, atol=1e-4, rtol=1e-4)
         expected = first.unet(x, t, embedded).sample
         blocks = to_blocks(x.repeat_interleave(2, 2).repeat_interleave(2, 3))
-        shown = torch.cat([blocks, torch.zeros_like(blocks)], 1)
+        shown = torch.cat([blocks, torch.zeros(1, 18, 32, 32)], 1)
         got = run.model(shown, t, ids, labels(1))
     means = got.unflatten(1, (3, 4))
     torch.testing.assert_close(means.mean(2), expected, atol=2e-3, rtol=1e-3)

@@ -7,7 +7,7 @@ import torch
 from systems.scene.cameras import Cameras
 from systems.toybox import examples
 from systems.toybox.captions import HELD_OUT
-from systems.toybox.conditions import CAMERA, labels
+from systems.toybox.conditions import CAMERA, cameras_of, labels, ray_maps
 from systems.toybox.finishes import FINISHES
 from systems.toybox.objects import COLOURS, OBJECTS
 from systems.toybox.reader import read
@@ -162,3 +162,18 @@ def test_labels_tell_a_zero_camera_from_none() -> None:
 
 def _rest(camera: Cameras) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return camera.elevation, camera.distance, camera.fov
+
+
+def test_rays_are_those_of_the_camera_in_either_frame() -> None:
+    one = torch.ones(3)
+    cameras = Cameras(torch.tensor([0.0, 50.0, 200.0]), 10 * one, 2.4 * one, 50 * one)
+    found = ray_maps(cameras, 8)
+    nearest, direction = found.split(3, 1)
+    assert torch.allclose((nearest * direction).sum(1), torch.zeros(3, 8, 8), atol=1e-5)
+    # The middle of the image looks at the centre.
+    assert nearest[:, :, 3:5, 3:5].abs().max() < 0.2
+    own = ray_maps(cameras, 8, cameras)
+    assert torch.allclose(own, own[:1].expand_as(own), atol=1e-5)
+    assert (own[:, 5] > 0.8).all()  # forward
+    again = cameras_of(labels(3, cameras))
+    assert torch.allclose(ray_maps(again, 8), found, atol=1e-5)
