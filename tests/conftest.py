@@ -15,7 +15,7 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "long: takes minutes (`pytest -m long`)")
     config.addinivalue_line("markers", "chaos: every kind of fault (`pytest -m chaos`)")
     config.addinivalue_line("markers", "browser: needs chromium and playwright")
-    config.addinivalue_line("markers", "docs: builds the site (`pytest -m docs`)")
+    config.addinivalue_line("markers", "docs: site and pages (`pytest -m docs`)")
     if config.option.markexpr != "gpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # bitwise claims are made for the CPU
 
@@ -23,7 +23,11 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_collection_modifyitems(
     config: pytest.Config, items: list[pytest.Item]
 ) -> None:
-    waits = {"long": "takes minutes", "chaos": "takes minutes", "docs": "builds a site"}
+    waits = {
+        "long": "takes minutes",
+        "chaos": "takes minutes",
+        "docs": "runs pages",
+    }
     for marker, why in waits.items():
         if marker not in config.option.markexpr:
             skip = pytest.mark.skip(reason=f"{why}: `pytest -m {marker}`")

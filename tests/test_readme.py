@@ -3,7 +3,8 @@
 A Python block runs as a script; one that begins with `if __name__` takes the place of
 those lines of the block before. Of a shell block every option and setting is read by
 the program's own parser, and what is cheap runs. What cannot run says so, in a comment
-`# not run: why`, which goes for the rest of its block.
+`# not run: why`, which goes for the rest of its block. The README's blocks always run;
+those of the other pages take minutes, and run with `pytest -m docs`.
 """
 
 from __future__ import annotations
@@ -67,8 +68,12 @@ def scripts() -> Iterator[Any]:
             text = before[: before.index(GUARD)] + text
         before = text
         why = re.findall(f"^{NOT_RUN}(.+)$", text, re.M)
-        skip = [pytest.mark.skip(reason=why[0])] if why else []
+        skip = [pytest.mark.skip(reason=why[0])] if why else marks(block.page)
         yield pytest.param(text, id=str(block), marks=skip)
+
+
+def marks(page: str) -> list[pytest.MarkDecorator]:
+    return [] if page == "README.md" else [pytest.mark.docs]
 
 
 @pytest.mark.parametrize("text", list(scripts()))
@@ -127,8 +132,8 @@ def run(command: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
     )
 
 
-def commands() -> Iterator[Any]:
-    """Shell commands, and whether they run here."""
+def commands() -> Iterator[tuple[Block, str, bool]]:
+    """Lines of shell blocks, and whether they run here."""
     seen: set[str] = set()
     for block in blocks("bash", "sh", "shell", "console"):
         runs = True
@@ -138,12 +143,22 @@ def commands() -> Iterator[Any]:
                 runs = False
             if line not in seen and shlex.split(line, comments=True):
                 seen.add(line)  # the same elsewhere need not run again
-                yield pytest.param(line, runs, id=f"{block} {line[:40]}")
+                yield block, line, runs
 
 
-@pytest.mark.parametrize(("line", "runs"), list(commands()))
-def test_shell_blocks_are_understood_and_run(
-    line: str, runs: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def ours() -> Iterator[Any]:
+    """Lines that run here."""
+    for block, line, runs in commands():
+        if runs and line != TEST_COMMAND:
+            yield pytest.param(line, id=f"{block} {line[:40]}", marks=marks(block.page))
+
+
+@pytest.mark.parametrize(
+    ("line", "runs"),
+    [pytest.param(line, runs, id=f"{b} {line[:40]}") for b, line, runs in commands()],
+)
+def test_shell_blocks_are_understood(
+    line: str, runs: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(ROOT)
     for part in line.split("&&"):
@@ -152,7 +167,16 @@ def test_shell_blocks_are_understood_and_run(
             known = ("git", "cd", "pip", "source", "pytest", "pre-commit", "mkdocs")
             assert words[0] in known or words[1:3] == ["-m", "venv"], part
             assert not runs or line == TEST_COMMAND, f"`{line}` says not why"
-        elif runs:
+
+
+@pytest.mark.parametrize("line", list(ours()))
+def test_shell_blocks_run(
+    line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
+    for part in line.split("&&"):
+        words = shlex.split(part, comments=True)
+        if understood(words, monkeypatch):
             set_up(tmp_path, monkeypatch)
             module, *rest = words[2:] if words[1] == "-m" else ["launch", *words[2:]]
             monkeypatch.setattr(sys, "argv", [module, *rest])
@@ -168,7 +192,8 @@ def understood(words: list[str], monkeypatch: pytest.MonkeyPatch) -> bool:
         read_settings(command.translate(given.task, given.words, given.config))
         return True
     if words[0] == "torchrun":  # its own options come first
-        words = ["python", *words[words.index("launch.py") :]]
+        program = "-m" if "-m" in words else "launch.py"
+        words = ["python", *words[words.index(program) :]]
     if words[0] == "srun":
         words = words[words.index("python") :]
     if words[0] != "python" or words[1:3] == ["-m", "venv"]:

@@ -87,13 +87,13 @@ def test_schedulers_move_when_the_trainer_moves_them(
     assert tree_equal(solution.value, {name: state[name] for name in solution.value})
 
 
-@pytest.mark.parametrize("window", [1, 2, 7, 40])
-def test_threshold_zero_is_sequential(window: int) -> None:
-    solver = PicardSolver(SlidingWindow(window), FixedThreshold(0), "momentum")
-    solution = solve(make(), solver)
+def test_threshold_zero_is_sequential() -> None:
     sequential = solve(make(), Sequential())
-    assert tree_equal(solution.value, sequential.value)
-    assert tree_equal(solution.carry, sequential.carry)
+    for window in (2, 7):  # wider than the run: tests/test_picard.py
+        solver = PicardSolver(SlidingWindow(window), FixedThreshold(0), "momentum")
+        solution = solve(make(), solver)
+        assert tree_equal(solution.value, sequential.value)
+        assert tree_equal(solution.carry, sequential.carry)
 
 
 def test_a_loose_threshold_needs_fewer_iterations() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import random
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from dreampropeller import (
     PicardSolver,
     Sequential,
     SlidingWindow,
+    Solution,
     solve,
 )
 from dreampropeller.adapters.lightning import NotReproducible
@@ -43,6 +45,12 @@ LOOSE = PicardSolver(SlidingWindow(5), EMAThreshold(5e-6, 0.9, "median"), "momen
 
 def exact(window: int) -> PicardSolver:
     return PicardSolver(SlidingWindow(window), FixedThreshold(0), "momentum")
+
+
+@functools.cache
+def loose(name: str) -> Solution[Any]:
+    """A run at a loose threshold; several tests compare with it."""
+    return solve(make(name), LOOSE)
 
 
 @pytest.mark.filterwarnings("ignore")  # what Lightning says about data loaders
@@ -104,8 +112,11 @@ def test_drifts_do_not_depend_on_their_order(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", SYSTEMS)
-def test_resume_from_disk_is_uninterrupted(name: str, tmp_path: Path) -> None:
-    whole = solve(make(name), LOOSE)
+def test_a_loose_run_is_short_and_its_resume_uninterrupted(
+    name: str, tmp_path: Path
+) -> None:
+    whole = loose(name)
+    assert whole.stats.num_iterations < NUM_STEPS / 2
     part = solve(make(name), LOOSE, max_iterations=5, throw=False)
     assert 8 < part.state.step < NUM_STEPS
     save(tmp_path, part.state)
@@ -121,16 +132,11 @@ def on_a_rank() -> Any:
 
 
 def test_two_ranks_are_one(two_ranks: RankPool) -> None:
-    inline = [solve(make(name), LOOSE) for name in SYSTEMS]
+    inline = [loose(name) for name in SYSTEMS]
     for found in two_ranks(on_a_rank):
         for (value, carry), expected in zip(found, inline, strict=True):
             assert tree_equal(value, expected.value)
             assert tree_equal(carry, expected.carry)
-
-
-@pytest.mark.parametrize("name", SYSTEMS)
-def test_a_loose_threshold_needs_fewer_iterations(name: str) -> None:
-    assert solve(make(name), LOOSE).stats.num_iterations < NUM_STEPS / 2
 
 
 def test_each_accepted_step_is_counted_once() -> None:

@@ -17,7 +17,6 @@ from tests.processes import Child, rank_environ
 
 SHORT = [
     ("a rank is killed", 1),
-    ("a rank is stopped", 3),
     ("disk full under a checkpoint", 0),
     ("a checkpoint is flipped", 0),
     ("a port is taken", 0),

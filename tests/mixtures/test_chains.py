@@ -68,16 +68,16 @@ def ranks() -> list[tuple[torch.Tensor, list[float]]]:
     """What every rank finds, for both methods."""
     found = []
     for method in METHODS:
-        chain = run(made(RankBlocks), method, 1, 12)
+        chain = run(made(RankBlocks), method, 1, 6)
         found.append((chain.labels, chain.history.log_joint))
     return found
 
 
 def test_labels_do_not_depend_on_the_number_of_workers(two_ranks: RankPool) -> None:
-    one = [run(made(Blocks), method, 1, 12) for method in METHODS]
+    one = [run(made(Blocks), method, 1, 6) for method in METHODS]
     for method, alone in zip(METHODS, one, strict=True):
         blocks = made(JobBlocks, 3)
-        chain = run(blocks, method, 1, 12)
+        chain = run(blocks, method, 1, 6)
         blocks.close()
         assert torch.equal(chain.labels, alone.labels)
         assert chain.history.log_joint == alone.history.log_joint  # bit for bit

@@ -12,14 +12,18 @@ import shlex
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 import dreampropeller as dp
+import launch
 from benchmarks import (
+    gpu,
     pareto,
     runs,
     sampling,
@@ -85,7 +89,22 @@ def test_meshes_are_measured_from_their_files(tmp_path: Path) -> None:
     assert (tmp_path / "sheet.png").exists()
 
 
-def test_the_gpu_command_fills_its_file(tmp_path: Path) -> None:
+def in_this_process(
+    words: Sequence[str], **options: Any
+) -> subprocess.CompletedProcess[str]:
+    """`python launch.py …`, which has loaded everything here."""
+    del options
+    errors = io.StringIO()
+    with contextlib.redirect_stderr(errors):
+        code = launch.main(list(words[2:]))
+    return subprocess.CompletedProcess(words, code, "", errors.getvalue())
+
+
+def test_the_gpu_command_fills_its_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    processes = SimpleNamespace(run=in_this_process, PIPE=None)
+    monkeypatch.setattr(gpu, "subprocess", processes)
     missing = tmp_path / "missing.yaml"
     done = command(
         "gpu",
@@ -302,6 +321,7 @@ def test_wallclock_compares_within_a_round() -> None:
     assert "window 2, 8 workers of 1 thread" not in named
 
 
+@pytest.mark.long
 def test_the_frontier_is_computed_drawn_and_resumed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -111,7 +111,13 @@ def test_two_ranks_are_one(two_ranks: RankPool) -> None:
         assert tree_equal(answer["carry"], sequential().carry)
 
 
-@pytest.mark.parametrize("step", [23, 24], ids=["before a jump", "after a jump"])
+@pytest.mark.parametrize(
+    "step",
+    [
+        pytest.param(23, id="before a jump"),
+        pytest.param(24, id="after a jump", marks=pytest.mark.long),
+    ],
+)
 def test_a_killed_run_resumes_to_the_same_bits(step: int, tmp_path: Path) -> None:
     context = multiprocessing.get_context("spawn")
     process = context.Process(target=solve_until_killed, args=(tmp_path, step))
