@@ -147,7 +147,8 @@ def start_from(model: Denoiser, folder: Path, generator: torch.Generator) -> Non
     """Initialise from the weights of a saved pipeline, of this or the first prior.
 
     From the first prior's, which sees single pixels, the first convolution is averaged
-    over the four pixels of a block and zero for reference and rays. The last one is
+    over the four pixels of a block and random for reference and rays: from zero, these
+    weights hardly moved in 5,000 steps. The last one is
     repeated, plus random weights with zero mean over the block: without them the four
     pixels stay alike for long. Words are matched by their spelling.
 
@@ -171,8 +172,9 @@ def start_from(model: Denoiser, folder: Path, generator: torch.Generator) -> Non
     old, new = unet.state_dict(), model.unet.state_dict()
     if old["conv_in.weight"].shape != new["conv_in.weight"].shape:
         weight = old["conv_in.weight"].repeat_interleave(PATCH**2, 1) / PATCH**2
-        blank = torch.zeros_like(new["conv_in.weight"][:, weight.shape[1] :])
-        old["conv_in.weight"] = torch.cat([weight, blank], 1)
+        shape = new["conv_in.weight"][:, weight.shape[1] :].shape
+        fresh = torch.randn(shape, generator=generator) * weight.std()
+        old["conv_in.weight"] = torch.cat([weight, fresh], 1)
         weight = old["conv_out.weight"].repeat_interleave(PATCH**2, 0)
         noise = torch.randn(weight.shape, generator=generator) * weight.std()
         phases = noise.unflatten(0, (-1, PATCH**2))

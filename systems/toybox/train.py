@@ -49,7 +49,7 @@ from systems.toybox.model import (
 from systems.toybox.pipeline import ToyboxPipeline
 from systems.toybox.views import ViewSet, build_shard, open_shards
 
-RATE = 6e-4
+RATE = 1.2e-3
 WARM_UP = 150
 DECAY_SHARE = 0.1
 EMA_DECAY = 0.9995
