@@ -114,6 +114,22 @@ class Curvature(Eikonal):
         return seen.curvature.flatten(1).sum(1)
 
 
+class NormalConsistency(Regulariser):
+    """Roughness of a mesh: 1 − cos between the normals at the ends of an edge.
+
+    In the mean over edges (threestudio's form).
+    """
+
+    def amounts(self, seen: Rendering) -> Float[Tensor, " views"]:
+        """The mean over edges, once per view."""
+        assert seen.bend is not None, "needs a mesh"
+        return seen.bend
+
+    def counts(self, seen: Rendering) -> Float[Tensor, " views"]:
+        """One per view."""
+        return torch.ones_like(self.amounts(seen)).detach()
+
+
 REGULARISERS: Mapping[str, Regulariser] = {
     "orient": Orientation(),
     "sparsity": Sparsity(),
@@ -127,3 +143,8 @@ SURFACE_REGULARISERS: Mapping[str, Regulariser] = {
     "curvature": Curvature(),
 }
 """Those of a surface besides."""
+
+MESH_REGULARISERS: Mapping[str, Regulariser] = {
+    "normal_consistency": NormalConsistency(),
+}
+"""Those of a mesh that is optimised."""

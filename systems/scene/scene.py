@@ -65,7 +65,7 @@ class Scene(nn.Module):
         self.renderer = parts["renderer"]
         self.renderer.check(self.geometry)
         inside, seen = self.geometry.config.radius, self.renderer.config.radius
-        if inside != seen:
+        if seen not in (inside, None):
             raise ValueError(
                 f"`system.geometry.radius` is {inside} and `system.renderer.radius` "
                 f"{seen}: write `radius: ${{system.geometry.radius}}` in the renderer."

@@ -182,11 +182,14 @@ def _of_corners(join: Callable[[Tensor, Tensor], Tensor], ends: Tensor) -> Tenso
     return corners.flatten(0, 2).t().contiguous()
 
 
-class HashGridField(Field):
-    """A hash grid read by one network for the value and one for the features."""
+class HashGridFeatures(Field):
+    """Features of a hash grid, read by a network.
 
-    value_network: str
-    """Name of the network for the value."""
+    `value_network` names a network for values, made before that of the features; empty
+    for none.
+    """
+
+    value_network: str = ""
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)
@@ -194,13 +197,14 @@ class HashGridField(Field):
         self.encoding = _make_encoding(encoding)
         channels = encoding.n_levels * encoding.n_features_per_level
         shape = (network.n_neurons, network.n_hidden_layers)
-        self.add_module(self.value_network, MLP(channels, 1, *shape))
+        if self.value_network:
+            self.add_module(self.value_network, MLP(channels, 1, *shape))
         self.feature_network = MLP(channels, config.n_feature_dims, *shape)
 
-    def raw(
+    def encode(
         self, points: Float[Tensor, "points 3"], step: int | None
-    ) -> tuple[Float[Tensor, " points"], Float[Tensor, "points channels"]]:
-        """Encode, mask inactive levels, and decode."""
+    ) -> Float[Tensor, "points channels"]:
+        """The encoding of points, without inactive levels."""
         config: HashGridConfig = self.config.pos_encoding_config
         unit = (points / self.config.radius + 1) / 2
         code = self.encoding(unit).to(points.dtype)
@@ -209,6 +213,17 @@ class HashGridField(Field):
             mask = torch.zeros(code.shape[-1], device=code.device, dtype=code.dtype)
             mask[: seen * config.n_features_per_level] = 1
             code = code * mask
+        return code
+
+
+class HashGridField(HashGridFeatures):
+    """A hash grid read by one network for the value and one for the features."""
+
+    def raw(
+        self, points: Float[Tensor, "points 3"], step: int | None
+    ) -> tuple[Float[Tensor, " points"], Float[Tensor, "points channels"]]:
+        """Encode, and decode by both networks."""
+        code = self.encode(points, step)
         value = self.get_submodule(self.value_network)(code)
         return value[:, 0], self.feature_network(code)
 

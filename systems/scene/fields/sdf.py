@@ -95,7 +95,9 @@ class SDFField(Field):
     ) -> tuple[Float[Tensor, " points"], Float[Tensor, "points channels"]]:
         """Signed distances, negated, and features."""
         raw, features = self.raw(points, step)
-        return -(raw + self._bias(points)), features
+        config = self.config
+        shape = initial_shape(points, config.sdf_bias, config.sdf_bias_params)
+        return -(raw + shape), features
 
     def distance(
         self, points: Float[Tensor, "points 3"], step: int | None
@@ -140,13 +142,24 @@ class SDFField(Field):
         slope, _ = self.gradient(points, step, self.distance(points, step))
         return nn.functional.normalize(slope, dim=-1)
 
-    def _bias(self, points: Tensor) -> Tensor | float:
-        kind, size = self.config.sdf_bias, self.config.sdf_bias_params
-        if not isinstance(kind, str):
-            return kind
-        axes = points / points.new_tensor(size) if kind == "ellipsoid" else points
-        norm = (axes.square().sum(-1) + 1e-12).sqrt()
-        return norm - (size if isinstance(size, float | int) else 1.0)
+
+def initial_shape(
+    points: Float[Tensor, "points 3"],
+    kind: str | float,
+    size: float | tuple[float, float, float],
+) -> Tensor | float:
+    """The initial shape b at points, a number if it is the same everywhere.
+
+    Args:
+        points: Points.
+        kind: `SDFConfig.sdf_bias`.
+        size: `SDFConfig.sdf_bias_params`.
+    """
+    if not isinstance(kind, str):
+        return kind
+    axes = points / points.new_tensor(size) if kind == "ellipsoid" else points
+    norm = (axes.square().sum(-1) + 1e-12).sqrt()
+    return norm - (size if isinstance(size, float | int) else 1.0)
 
 
 @dataclass(frozen=True)

@@ -36,6 +36,9 @@ class Rendering:
             None where the Laplacian is not known.
         samples: The number of samples of each ray, shape as `opacity`; None without
             signed distances.
+        bend: Mean over the mesh's edges of 1 − cos of the angle between the normals of
+            their two ends, the same for each view, shape ``(views,)``; None without a
+            mesh.
     """
 
     rgb: Float[Tensor, "views height width 3"]
@@ -52,6 +55,7 @@ class Rendering:
     samples: Float[Tensor, "views height width 1"] | None = field(
         default=None, kw_only=True
     )
+    bend: Float[Tensor, " views"] | None = field(default=None, kw_only=True)
 
     def shown(
         self, grey: float | None = None

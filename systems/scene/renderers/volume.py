@@ -168,6 +168,7 @@ class VolumeRenderer(Renderer):
         if step is not None and self.config.randomized:
             generator = random.generator(step, "samples")
             jitter = torch.rand(jitter.shape, generator=generator).to(device)
+        material = material.at(step, random)
         shading = material.shading(step, random)
         chunk = len(jitter) if step is not None else self.config.eval_chunk_size
         pieces = zip(*(part.split(chunk) for part in (*flat, jitter)), strict=True)

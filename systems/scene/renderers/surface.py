@@ -1,0 +1,160 @@
+r"""Rasterisation of a surface that is optimised.
+
+The mesh is made from the field anew in every step. A pixel is the mean over its samples
+of the shaded colours that their rays meet; gradients reach the vertices through colours
+and normals, and at silhouettes through antialiasing
+(`systems.scene.renderers.silhouettes`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from dreampropeller import StepRandom
+from systems.scene.backgrounds import Background
+from systems.scene.cameras import Views
+from systems.scene.fields import Field, TetrahedralField
+from systems.scene.materials import Material
+from systems.scene.renderers.base import Renderer, Rendering
+from systems.scene.renderers.raster import BACKENDS, choose_backend, rasterize
+from systems.scene.renderers.silhouettes import Adjacency, antialias
+from systems.settings.checks import at_least, between, one_of
+
+
+@dataclass(frozen=True)
+class SurfaceConfig:
+    """Rasterisation of a surface that is optimised (``nvdiff-rasterizer``).
+
+    Args:
+        radius: Radius of the ball outside of which there is no surface; null: the
+            geometry's.
+        rasterizer: "nvdiffrast", "embree", "brute-force", or "auto": the first of them
+            that is available.
+        supersample: Samples per pixel and direction in training.
+        eval_supersample: The same in turntables and measurements.
+    """
+
+    radius: float | None = None
+    rasterizer: str = "auto"
+    supersample: int = 2
+    eval_supersample: int = 2
+
+    def __post_init__(self) -> None:
+        if self.radius is not None:
+            at_least("radius", self.radius, 1e-3)
+        one_of("rasterizer", self.rasterizer, ("auto", *BACKENDS))
+        between("supersample", self.supersample, 1, 16)
+        between("eval_supersample", self.eval_supersample, 1, 16)
+
+
+class SurfaceRenderer(Renderer):
+    """Renders the surface of a tetrahedral grid with a material over a background.
+
+    Args:
+        config: Settings of the renderer.
+    """
+
+    Config = SurfaceConfig
+    config: SurfaceConfig
+
+    def __init__(self, config: SurfaceConfig) -> None:
+        super().__init__()
+        self.config = config
+
+    def check(self, geometry: Field) -> None:
+        """See `Renderer.check`."""
+        if not isinstance(geometry, TetrahedralField):
+            raise ValueError(
+                "`nvdiff-rasterizer` renders the surface of tetrahedra, which "
+                f"`{type(geometry).__name__}` does not have: write "
+                "`system.geometry_type: tetrahedra-sdf-grid` or `voxel-tetrahedra`, or "
+                "a volume renderer."
+            )
+
+    def forward(
+        self,
+        geometry: Field,
+        material: Material,
+        background: Background,
+        views: Views,
+        step: int | None,
+        random: StepRandom,
+        with_normals: bool = False,
+    ) -> Rendering:
+        """See `Renderer.forward`; normals come with the mesh."""
+        del with_normals
+        assert isinstance(geometry, TetrahedralField)
+        vertices, faces = geometry.surface()
+        with torch.autocast(vertices.device.type, enabled=False):
+            normals = vertex_normals(vertices, faces)
+            mesh = (vertices, normals, faces)
+            layers = self._layers(geometry, material, views, step, random, mesh)
+        opacity = layers[..., 6:]
+        directions = views.cameras.rays(views.height, views.width)[1]
+        behind = background(directions.to(layers), step, random)
+        foreground = layers[..., :3]
+        return Rendering(
+            foreground + (1 - opacity) * behind,
+            foreground,
+            opacity,
+            layers[..., 3:6],
+            torch.zeros_like(opacity),
+            bend=bend(normals, faces).expand(len(opacity)),
+        )
+
+    def _layers(
+        self,
+        geometry: TetrahedralField,
+        material: Material,
+        views: Views,
+        step: int | None,
+        random: StepRandom,
+        mesh: tuple[Tensor, Tensor, Tensor],
+    ) -> Float[Tensor, "views height width 7"]:
+        """Colour, normal and coverage of the pixels."""
+        vertices, normals, faces = mesh
+        config = self.config
+        count = config.eval_supersample if step is None else config.supersample
+        fine = replace(views, height=views.height * count, width=views.width * count)
+        kind, _ = choose_backend(config.rasterizer, vertices.device)
+        seen = rasterize(vertices, faces, fine, kind(vertices, faces))
+        points = seen.interpolate(vertices, faces)
+        normal = torch.nn.functional.normalize(seen.interpolate(normals, faces), dim=-1)
+        material = material.at(step, random)
+        shading = material.shading(step, random)
+        colours = material.albedo(geometry.features(points, step))
+        if shading != "albedo":
+            light = views.light.to(points)[seen.hit.nonzero()[:, 0]]
+            lit = material.light(points, normal, light)
+            colours = lit if shading == "textureless" else colours * lit
+        cover = torch.ones_like(points[:, :1])
+        layers = seen.image(torch.cat([colours, normal, cover], -1))
+        adjacency = Adjacency.of(faces)
+        layers = antialias(layers, seen, vertices, faces, fine, adjacency)
+        pooled = torch.nn.functional.avg_pool2d(layers.permute(0, 3, 1, 2), count)
+        return pooled.permute(0, 2, 3, 1)
+
+
+def vertex_normals(
+    vertices: Float[Tensor, "vertices 3"], faces: Int[Tensor, "faces 3"]
+) -> Float[Tensor, "vertices 3"]:
+    """Unit normals at vertices: the mean of those of the faces, weighted by area."""
+    a, b, c = vertices[faces].unbind(1)
+    cross = torch.linalg.cross(b - a, c - a, dim=-1)
+    total = torch.zeros_like(vertices).index_add(
+        0, faces.flatten(), cross.repeat_interleave(3, 0)
+    )
+    return torch.nn.functional.normalize(total, dim=-1)
+
+
+def bend(
+    normals: Float[Tensor, "vertices 3"], faces: Int[Tensor, "faces 3"]
+) -> Float[Tensor, ""]:
+    """Mean of 1 − cos between the normals at the ends of the edges."""
+    edges = torch.cat([faces[:, [0, 1]], faces[:, [1, 2]], faces[:, [2, 0]]])
+    ends = normals[edges.sort(-1).values.unique(dim=0)]
+    return (1 - (ends[:, 0] * ends[:, 1]).sum(-1)).mean()
