@@ -12,8 +12,9 @@ the shaded albedo, or the shading of a white body, so that colour cannot mimic s
 from __future__ import annotations
 
 import abc
+import copy
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -52,6 +53,8 @@ class PointLightConfig:
         diffuse_prob: Probability of shading after `ambient_only_steps`.
         textureless_prob: Probability of a white body, given shading.
         albedo_activation: Activation from features to albedo.
+        soft_shading: Draw the brightness u of the point light for each step; the
+            ambient light is 1 − u.
         ambient_only_on_test: Render only the albedo in turntables.
     """
 
@@ -61,6 +64,7 @@ class PointLightConfig:
     diffuse_prob: float = 0.75
     textureless_prob: float = 0.5
     albedo_activation: str = "sigmoid"
+    soft_shading: bool = False
     ambient_only_on_test: bool = False
 
     def __post_init__(self) -> None:
@@ -87,6 +91,11 @@ class Material(nn.Module, abc.ABC):
     @abc.abstractmethod
     def albedo(self, features: Float[Tensor, "points 3"]) -> Float[Tensor, "points 3"]:
         """Colours in [0, 1], without light."""
+
+    def at(self, step: int | None, random: StepRandom) -> Material:
+        """The material as it is in a training step; default: as ever."""
+        del step, random
+        return self
 
     def light(
         self,
@@ -148,6 +157,20 @@ class PointLight(Material):
     def albedo(self, features: Float[Tensor, "points 3"]) -> Float[Tensor, "points 3"]:
         """Colours from 0 to 1."""
         return ACTIVATIONS[self.config.albedo_activation](features).clamp(0, 1)
+
+    def at(self, step: int | None, random: StepRandom) -> Material:
+        """With the lights of the step, if they vary."""
+        if step is None or not self.config.soft_shading:
+            return self
+        drawn = torch.rand(1, generator=random.generator(step, "soft shading"))
+        share = float(drawn)
+        varied = copy.copy(self)
+        varied.config = replace(
+            self.config,
+            diffuse_light_color=(share,) * 3,
+            ambient_light_color=(1 - share,) * 3,
+        )
+        return varied
 
     def light(
         self, points: Tensor, normals: Tensor, light: Tensor

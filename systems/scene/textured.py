@@ -267,8 +267,9 @@ class TexturedScene(nn.Module):
         random: dp.StepRandom,
     ) -> Float[Tensor, "hits 3"]:
         """Shaded colours of the samples."""
-        albedo = self.material.albedo(sample(self.geometry.map("albedo"), uv))
-        shading = self.material.shading(step, random)
+        material = self.material.at(step, random)
+        albedo = material.albedo(sample(self.geometry.map("albedo"), uv))
+        shading = material.shading(step, random)
         if shading == "albedo":
             return albedo
         points = seen.interpolate(self.vertices, self.faces)
@@ -282,14 +283,14 @@ class TexturedScene(nn.Module):
         normals = torch.nn.functional.normalize(normals, dim=-1)
         if shading == "textureless":
             albedo = torch.ones_like(albedo)
-        if isinstance(self.material, Reflectance):
+        if isinstance(material, Reflectance):
             roughness, metallic = (
                 self.geometry.level(name, uv) for name in ("roughness", "metallic")
             )
-            return self.material.reflect(
+            return material.reflect(
                 albedo, roughness, metallic, points, normals, light, eye
             )
-        return albedo * self.material.light(points, normals, light)
+        return albedo * material.light(points, normals, light)
 
     def mesh(self) -> Any:
         """The mesh with its maps, as `systems.scene.mesh_files` writes it."""

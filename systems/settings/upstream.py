@@ -137,7 +137,6 @@ SETTINGS: Mapping[str, Mapping[str, tuple[Any, ...]]] = {
         "mlp_network_config": (None,),
         "n_output_dims": (3,),
         "requires_normal": ANY,
-        "soft_shading": _NO,
     },
     "system.background": {
         "dir_encoding_config": ({"otype": "SphericalHarmonics", "degree": 3},),
@@ -149,6 +148,7 @@ SETTINGS: Mapping[str, Mapping[str, tuple[Any, ...]]] = {
         "output_activation": (None, "none"),
     },
     "system.renderer": {
+        "context_type": ANY,
         "estimator": ("occgrid",),
         "far_plane": (1e10,),
         "near_plane": (0.0,),
@@ -220,6 +220,13 @@ VALUES: Mapping[str, Callable[[Any], bool]] = {
 
 OWN: Mapping[str, frozenset[str]] = {
     "textmesh-system": frozenset({"system.loss.lambda_eikonal"}),
+    "magic3d-system": frozenset(
+        {
+            "system.geometry_convert_from",
+            "system.geometry.isosurface_deformable_grid",
+            "system.loss.lambda_normal_consistency",
+        }
+    ),
     "prolificdreamer-system": frozenset(
         {"system.loss.lambda_vsd", "system.loss.lambda_lora"}
     ),
