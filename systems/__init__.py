@@ -21,6 +21,7 @@ PROBLEMS = {
     "dreamfusion-system": "systems.dreamfusion.DreamFusion",
     "dreamgaussian-system": "systems.dreamgaussian.DreamGaussian",
     "textmesh-system": "systems.textmesh.TextMesh",
+    "magic3d-system": "systems.magic3d.Magic3D",
     "prolificdreamer-system": "systems.prolificdreamer.ProlificDreamer",
     "texture-system": "systems.texture.Texture",
     "diffusion-sampling": "systems.sampling.Sampling",
@@ -80,6 +81,18 @@ def problem_type(config: Config) -> type[Problem]:
     return _class_at(path)
 
 
+def check_sections(config: Config) -> None:
+    """Refuse a config with settings that cannot be used, without building anything.
+
+    Raises:
+        ConfigError: Names all of them.
+    """
+    kind = problem_type(config)
+    problems = [*config.problems, *_problems(kind.section_types, config)]
+    if problems:
+        raise _refusal(problems)
+
+
 def build_problem(config: Config) -> Problem:
     """The problem of a loaded config.
 
@@ -88,12 +101,9 @@ def build_problem(config: Config) -> Problem:
     """
     from systems.settings.reader import ConfigError
 
-    kind = problem_type(config)
-    problems = [*config.problems, *_problems(kind.section_types, config)]
-    if problems:
-        raise _refusal(problems)
+    check_sections(config)
     try:
-        return kind(config)
+        return problem_type(config)(config)
     except ConfigError:
         raise
     except ValueError as error:

@@ -155,9 +155,21 @@ class DreamFusion(Distillation):
         scene = self.scene
         return scene.renderer.config.step_size if scene.geometry.translucent else 0.0
 
+    def values(self, y: dp.State) -> Values:
+        """The field's values of a state as a function of points, on the CPU."""
+        return self._functions(y)[0]
+
+    def features(self, y: dp.State) -> Values:
+        """The field's features of a state as a function of points, on the CPU."""
+        return self._functions(y)[1]
+
     def _field(self, y: dp.State) -> tuple[Values, Values]:
-        """Density and albedo of a state as functions of points, on the CPU."""
-        geometry, material = self.scene.geometry, self.scene.material
+        """Values and albedo of a state as functions of points, on the CPU."""
+        values, features = self._functions(y)
+        return values, lambda points: self.scene.material.albedo(features(points))
+
+    def _functions(self, y: dp.State) -> tuple[Values, Values]:
+        geometry = self.scene.geometry
         prefix = "geometry."
         own = {
             name.removeprefix(prefix): tensor
@@ -165,17 +177,17 @@ class DreamFusion(Distillation):
             if name.startswith(prefix)
         }
 
-        def values(points: Tensor) -> tuple[Tensor, Tensor]:
+        def both(points: Tensor) -> tuple[Tensor, Tensor]:
             return torch.func.functional_call(
                 geometry, own, (points.to(self.device), None)
             )
 
         def density(points: Tensor) -> Tensor:
             inside = points.norm(dim=-1) < geometry.config.radius
-            found = values(points)[0].cpu()
+            found = both(points)[0].cpu()
             return torch.where(inside, found, geometry.outside)
 
-        def colour(points: Tensor) -> Tensor:
-            return material.albedo(values(points)[1]).cpu()
+        def features(points: Tensor) -> Tensor:
+            return both(points)[1].cpu()
 
-        return density, colour
+        return density, features

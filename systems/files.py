@@ -1,4 +1,4 @@
-"""Atomic writing of files: under a temporary name, then moved into place."""
+"""Names in a run's folder, and atomic writing: a temporary name, then a move."""
 
 from __future__ import annotations
 
@@ -9,6 +9,10 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+CONFIG = "config.yaml"
+"""The resolved config in a run's folder."""
+CHECKPOINTS = "ckpts"
+"""The folder of checkpoints in a run's folder."""
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 

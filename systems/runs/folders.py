@@ -26,13 +26,10 @@ import yaml
 
 import dreampropeller as dp
 from dreampropeller import checkpoint, identity
-from systems.files import named, written
+from systems.files import CHECKPOINTS, CONFIG, named, written
 from systems.problem import Problem
 from systems.settings.config import Config, load
 from systems.settings.reader import ConfigError, to_section
-
-CHECKPOINTS = "ckpts"
-CONFIG = "config.yaml"
 
 
 def open_folder(config: Config, folder: Path | None = None) -> Path:
@@ -47,7 +44,7 @@ def open_folder(config: Config, folder: Path | None = None) -> Path:
         ConfigError: The folder cannot be written.
     """
     if folder is None:
-        folder = _make(config) if config.resume is None else folder_of(config.resume)
+        folder = make(config) if config.resume is None else folder_of(config.resume)
     checkpoint.lock(folder)
     write_setup(folder, config)
     print(f"Writing to {folder}")
@@ -60,7 +57,12 @@ def continued(config: Config, folder: Path) -> Config:
     return replace(config, resume=str(folder)) if any(saved) else config
 
 
-def _make(config: Config) -> Path:
+def make(config: Config) -> Path:
+    """Make a new folder of a run.
+
+    Raises:
+        ConfigError: The folder cannot be written.
+    """
     stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
     tag = re.sub(r"[^\w.,()+-]+", "_", config.tag)[:100] or "run"
     parent = Path(config.exp_root_dir) / config.name

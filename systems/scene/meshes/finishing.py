@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from systems.scene.isosurface import CRUMB_SHARE
 from systems.scene.meshes import cleaning
 
 
@@ -39,6 +40,29 @@ def sound(mesh: Any) -> Any:
         metadata=dict(mesh.metadata),
         process=False,
     )
+
+
+def without_crumbs(mesh: Any, share: float = CRUMB_SHARE) -> Any:
+    """A mesh without its components of a small share of the volume.
+
+    Args:
+        mesh: A `trimesh.Trimesh` with vertex colours.
+        share: Share of the volume below which a component is dropped.
+    """
+    import trimesh
+
+    groups = trimesh.graph.connected_component_labels(
+        mesh.face_adjacency, node_count=len(mesh.faces)
+    )
+    if groups.max() == 0:
+        return mesh
+    corners = mesh.vertices[mesh.faces]
+    parts = np.einsum("ni,ni->n", corners[:, 0], np.cross(corners[:, 1], corners[:, 2]))
+    volumes = np.abs(np.bincount(groups, parts))
+    keep = volumes >= share * volumes.sum()
+    mesh.update_faces(keep[groups])
+    mesh.remove_unreferenced_vertices()
+    return mesh
 
 
 def simplified(mesh: Any, max_faces: int) -> Any:

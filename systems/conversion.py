@@ -1,0 +1,128 @@
+r"""A surface on tetrahedra that starts from the result of another run.
+
+Values v of a field become signed distances at the vertices of the grid,
+
+$$f(x_i) = \frac{\tau - v(x_i)}{\operatorname{median} \|\nabla v\|}$$
+
+with the level τ of the surface and the median over the vertices next to it, limited to
+two cells: the sign is that of the field, and the size near the surface that of a
+distance.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from dreampropeller import checkpoint
+from systems.files import CHECKPOINTS, CONFIG
+from systems.scene.fields import TetrahedralField, TetrahedraSDFGrid, VoxelTetrahedra
+from systems.settings.reader import ConfigError
+
+_CELLS = 2.0
+"""Cells to which distances are limited."""
+
+
+@torch.no_grad()
+def start_from(geometry: TetrahedralField, run: str) -> None:
+    """Take surface and colours of a finished run of a field.
+
+    Args:
+        geometry: Receives them.
+        run: A run folder; its last checkpoint is read.
+
+    Raises:
+        ConfigError: There is no finished run, or its geometry cannot be converted.
+    """
+    source, y = _open(run)
+    density, features = _functions(source, y, run)
+    level = float(source.mesh(y).metadata["level"])
+    config = geometry.config
+    points = geometry.grid_points().cpu()
+    values = torch.cat([density(part) for part in points.split(2**16)])
+    cell = 2 * config.radius / config.isosurface_resolution
+    distances = _distances(values, level, config.isosurface_resolution + 1, cell)
+    geometry.sdf.copy_(distances / config.sdf_scale)
+    if isinstance(geometry, VoxelTetrahedra):
+        ticks = torch.linspace(-config.radius, config.radius, config.resolution)
+        # The grid's last axis is x.
+        z, y_, x = torch.meshgrid(ticks, ticks, ticks, indexing="ij")
+        places = torch.stack([x, y_, z], -1).reshape(-1, 3)
+        found = torch.cat([features(part) for part in places.split(2**16)])
+        found = found.T.reshape(geometry.grid.shape) / config.feature_scale
+        geometry.grid.copy_(found)
+    elif isinstance(geometry, TetrahedraSDFGrid):
+        _copy_networks(geometry, y, run)
+
+
+def _open(run: str) -> tuple[Any, Any]:
+    from systems import build
+    from systems.settings.config import load
+
+    folder = Path(run)
+    if not (folder / CONFIG).exists():
+        raise ConfigError(
+            f"`system.geometry_convert_from` is `{run}`, which holds no "
+            f"`{CONFIG}`: name the folder of a finished run."
+        )
+    source = build(load(folder / CONFIG))
+    state = checkpoint.load(folder / CHECKPOINTS)
+    if state.step < source.num_steps:
+        raise ConfigError(
+            f"`system.geometry_convert_from` is `{run}`, which ended at step "
+            f"{state.step} of {source.num_steps}: finish it first, `python launch.py "
+            f"--train resume={folder}`."
+        )
+    return source, state.y
+
+
+def _functions(
+    source: Any, y: Any, run: str
+) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
+    """Values and features of a run's field."""
+    from systems.dreamfusion import DreamFusion
+
+    if not isinstance(source, DreamFusion):
+        raise ConfigError(
+            f"`system.geometry_convert_from` is `{run}`, a run of "
+            f"`{source.config.system_type}`, whose geometry is no field: name a run of "
+            "a density or of signed distances, such as one of `configs/dreamfusion-"
+            "toybox.yaml`."
+        )
+    return source.values(y), source.features(y)
+
+
+def _distances(
+    values: Float[Tensor, " vertices"], level: float, side: int, cell: float
+) -> Float[Tensor, " vertices"]:
+    volume = (level - values).view(side, side, side)
+    slopes = torch.stack(torch.gradient(volume, spacing=cell)).norm(dim=0)
+    near = torch.zeros_like(volume, dtype=torch.bool)
+    for axis in range(3):
+        one, two = (volume.narrow(axis, k, side - 1) for k in (0, 1))
+        crossed = (one < 0) != (two < 0)
+        near.narrow(axis, 0, side - 1).logical_or_(crossed)
+        near.narrow(axis, 1, side - 1).logical_or_(crossed)
+    slope = float(slopes[near].median().clamp(min=1e-9))
+    return (volume / slope).clamp(-_CELLS * cell, _CELLS * cell).flatten()
+
+
+def _copy_networks(geometry: TetrahedraSDFGrid, y: Any, run: str) -> None:
+    """Encoding and network of the colours, which must be alike."""
+    for name, parameter in geometry.named_parameters():
+        if not name.startswith(("encoding.", "feature_network.")):
+            continue
+        found = y.get(f"geometry.{name}")
+        if found is None or found.shape != parameter.shape:
+            raise ConfigError(
+                f"`system.geometry_convert_from` is `{run}`, whose colours do not fit "
+                f"`tetrahedra-sdf-grid` (`{name}`): write the same "
+                "`pos_encoding_config` and `mlp_network_config` as there, or "
+                "`geometry_type: voxel-tetrahedra`."
+            )
+        parameter.copy_(found)
