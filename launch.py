@@ -27,7 +27,7 @@ import dreampropeller as dp
 from dreampropeller.checkpoint import CheckpointError
 from dreampropeller.dispatch import slurm
 from systems import doctor, list_settings
-from systems.runs import compare, folders, parts, paths, run, workers
+from systems.runs import compare, folders, parts, paths, run, stages, workers
 from systems.threestudio import training
 from systems.threestudio.config import is_asked
 
@@ -90,6 +90,8 @@ def main(argv: list[str] | None = None) -> int:
             return live.run(arguments.view, overrides)
         if is_asked(overrides):
             return training.run(arguments.config, arguments.train, overrides)
+        if stages.is_asked(arguments.config, overrides):
+            return stages.run(arguments.config, arguments.train, overrides)
         if arguments.render:
             return paths.run(arguments.config, overrides)
         config = folders.load_config(arguments.config, overrides)

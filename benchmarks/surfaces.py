@@ -1,9 +1,11 @@
-"""TextMesh's first stage, sequentially and with a window: cost, quality, mesh.
+"""Surfaces, sequentially and with a window: cost, quality, mesh.
 
-    python -m benchmarks.surfaces [--workers 2] [--logged] [--to FOLDER]
+    python -m benchmarks.surfaces [--plan magic3d] [--workers 2] [--logged]
 
-Two toybox prompts with two seeds (`configs/textmesh-toybox.yaml`) give a table and a
-contact sheet. An interrupted benchmark resumes from its log.
+Two toybox prompts with two seeds give a table and a contact sheet: TextMesh's first
+stage (`configs/textmesh-toybox.yaml`), or the second stage of Magic3D
+(`configs/magic3d-refine-toybox.yaml`) beside the first, which both of its runs start
+from. An interrupted benchmark resumes from its log.
 """
 
 from __future__ import annotations
@@ -18,11 +20,19 @@ from benchmarks.measured import (
     entries_of,
     make_parser,
     measured,
+    name_of,
     problem,
     publish,
 )
+from systems.runs import folders
+from systems.runs.run import execute
+from systems.settings.config import load
 
-CONFIG = "configs/textmesh-toybox.yaml"
+COARSE = "configs/dreamfusion-toybox.yaml"
+CONFIGS = {
+    "textmesh": "configs/textmesh-toybox.yaml",
+    "magic3d": "configs/magic3d-refine-toybox.yaml",
+}
 PROMPTS = ("a red mushroom", "a blue mug")
 ROWS = {
     SEQUENTIAL: ["solver.name=sequential"],
@@ -30,10 +40,10 @@ ROWS = {
 }
 
 
-def jobs() -> list[dict[str, Any]]:
-    """All runs, the first seed's first."""
+def jobs(plan: str = "textmesh") -> list[dict[str, Any]]:
+    """All runs of a plan, the first seed's first."""
     return [
-        runs.job(CONFIG, prompt, *settings, f"seed={seed}", row=row, seed=seed)
+        runs.job(CONFIGS[plan], prompt, *settings, f"seed={seed}", row=row, seed=seed)
         for seed in SEEDS
         for prompt in PROMPTS
         for row, settings in ROWS.items()
@@ -42,7 +52,26 @@ def jobs() -> list[dict[str, Any]]:
 
 def solve(to: Path, wanted: runs.Job) -> dict[str, Any]:
     """Solve a job, measure images and mesh, and save a strip of images."""
-    return measured(wanted, to)[0]
+    if wanted["config"] != CONFIGS["magic3d"]:
+        return measured(wanted, to)[0]
+    first = to / "coarse" / name_of({k: wanted[k] for k in ("prompt", "seed")})
+    found = coarse(first, wanted)
+    source = f"system.geometry_convert_from={first}"
+    settings = [*wanted["settings"], source]
+    entry = measured({**wanted, "settings": settings}, to)[0]
+    return {**entry, **wanted, "coarse": found}
+
+
+def coarse(folder: Path, wanted: runs.Job) -> dict[str, Any]:
+    """Images and mesh of the first stage, which is run once."""
+    if not folders.report(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        prompt = f"system.prompt_processor.prompt={wanted['prompt']}"
+        config = load(COARSE, [prompt, f"seed={wanted['seed']}"])
+        folders.write_setup(folder, config)
+        execute(config, folder=folder)
+    report = folders.report(folder)
+    return {**report["quality"], **report["mesh_quality"]}
 
 
 def table(entries: list[dict[str, Any]]) -> str:
@@ -66,14 +95,26 @@ def table(entries: list[dict[str, Any]]) -> str:
             f"{runs.mean(found, 'iou'):.3f} | {runs.mean(shapes, 'iou_3d'):.3f} | "
             f"{runs.mean(shapes, 'chamfer'):.4f} |"
         )
+    before = [e["coarse"] for e in sequential.values() if "coarse" in e]
+    if before:
+        lines.insert(
+            2,
+            f"| the first stage | {len(before)} | | | | "
+            f"{runs.mean(before, 'psnr'):.2f} | {runs.mean(before, 'iou'):.3f} | "
+            f"{runs.mean(before, 'iou_3d'):.3f} | "
+            f"{runs.mean(before, 'chamfer'):.4f} |",
+        )
     return "\n".join([*lines, "", runs.cost(entries)]) + "\n"
 
 
 def main() -> None:
     """Run the missing jobs, and write table and sheet."""
-    arguments = make_parser(__doc__, "surfaces").parse_args()
-    entries = entries_of(arguments, jobs(), solve)
-    publish(arguments, table(entries), entries, len(ROWS))
+    parser = make_parser(__doc__, "surfaces")
+    parser.add_argument("--plan", choices=list(CONFIGS), default="textmesh")
+    arguments = parser.parse_args()
+    entries = entries_of(arguments, jobs(arguments.plan), solve)
+    name = "" if arguments.plan == "textmesh" else arguments.plan
+    publish(arguments, table(entries), entries, len(ROWS), name)
 
 
 if __name__ == "__main__":

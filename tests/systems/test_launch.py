@@ -476,7 +476,8 @@ def test_settings_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
     assert "trainer.max_steps: a whole number [10000]" in text
     for path in (ROOT / "configs").glob("*.yaml"):
         config = yaml.safe_load(path.read_text())
-        named = set(names_of(config))
+        own = config.pop("stages", {}).values()
+        named = set(names_of(config)).union(*map(names_of, own)) - {"config"}
         free = ("system.optimizer.args.", "system.optimizer.params.", "data")
         assert {n for n in named if not n.startswith(free)} <= known, path
     # Every setting says what it is.

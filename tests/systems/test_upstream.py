@@ -210,7 +210,6 @@ UNSUPPORTED = {
     "system.geometry.normal_type": "pred",
     "data.progressive_until": 200,
     "system.scheduler": {"name": "ExponentialLR", "args": {"gamma": 0.9}},
-    "system.material.soft_shading": True,
     "system.renderer.estimator": "importance",
     "system.guidance.use_sjc": True,
     "system.prompt_processor.use_perp_neg": True,
