@@ -83,6 +83,7 @@ class Material(nn.Module, abc.ABC):
     """
 
     Config: type[Any]
+    config: Any
 
     @abc.abstractmethod
     def shading(self, step: int | None, random: StepRandom) -> Shading:

@@ -117,7 +117,8 @@ def test_marching_gives_closed_surfaces_that_look_outwards() -> None:
     centres = torch.rand(4, 3, generator=dice) - 0.5
     distance = (grid.vertices[:, None] - centres).norm(dim=-1) - 0.3
     found = march(distance.min(1).values, grid.vertices, grid.tetrahedra)
-    mesh = trimesh.Trimesh(*(part.numpy() for part in found), process=False)
+    points, faces = (part.numpy() for part in found)
+    mesh: Any = trimesh.Trimesh(points, faces, process=False)
     assert mesh.is_watertight
     assert mesh.is_winding_consistent
     assert mesh.volume > 0

@@ -1,4 +1,5 @@
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,7 +20,7 @@ def state(run: Run) -> dict[str, Tensor]:
     return found
 
 
-def take_unequal_steps(folder: str) -> dict[str, object]:
+def take_unequal_steps(folder: str) -> dict[str, Any]:
     """One step on rank 0, three on rank 1, then their average; then a part of a run."""
     layers, cameras = build_shard(0, per_object=1)
     views = ViewSet((layers,), cameras)
@@ -31,7 +32,7 @@ def take_unequal_steps(folder: str) -> dict[str, object]:
     own = state(run)
     due = workers.due()
     over = workers.average(run, workers.rank == 1, 2)
-    found = {"own": own, "mean": state(run), "due": due, "over": over}
+    found: dict[str, Any] = {"own": own, "mean": state(run), "due": due, "over": over}
     found |= {"step": run.step, "images": run.images}
     again = Run(None, widths=SMALL)
     train(again, Path(folder), Budget(steps=3), views, batch=1)
