@@ -29,6 +29,8 @@ from systems.scene.regularisers import MESH_REGULARISERS
 from systems.settings.config import Config
 from systems.settings.schedules import Schedule, values_of
 
+_SOURCE = "geometry_convert_from"
+
 
 @dataclass(frozen=True)
 class MeshLossConfig(LossConfig):
@@ -101,6 +103,12 @@ class Magic3D(DreamFusion):
         source = self.settings.geometry_convert_from
         if source is not None and config.resume is None:
             start_from(geometry, source)
+
+    def about(self) -> dict[str, Any]:
+        """See `System.about`; the run that it started from may have moved since."""
+        known = super().about()
+        kept = {k: v for k, v in known["system"].items() if k != _SOURCE}
+        return {**known, "system": kept}
 
     @torch.no_grad()
     def mesh(self, y: dp.State) -> Any:

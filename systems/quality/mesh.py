@@ -132,11 +132,18 @@ def enclosed(mesh: Any, points: np.ndarray) -> np.ndarray:
     return winding[..., ::-1].cumsum(-1)[..., ::-1][..., 1:] > 0.5
 
 
-def chamfer(mesh: Any, wanted: Truth, samples: int = SAMPLES) -> float:
-    """Chamfer distance of the two surfaces; deterministic."""
+def chamfer(mesh: Any, wanted: Truth, samples: int | None = None) -> float:
+    """Chamfer distance of the two surfaces; deterministic.
+
+    Args:
+        mesh: The surface.
+        wanted: The ground truth.
+        samples: Points on each surface; default: `SAMPLES`.
+    """
     import trimesh
     from scipy.spatial import KDTree
 
+    samples = samples or SAMPLES
     right = wanted.mesh()
     other = trimesh.Trimesh(right.vertices.numpy(), right.faces.numpy(), process=False)
     a, b = (
