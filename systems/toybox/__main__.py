@@ -112,7 +112,15 @@ def train(arguments: argparse.Namespace) -> None:
     budget = Budget(arguments.minutes, arguments.until, arguments.steps)
     render = arguments.render or run.device.type == "cuda"
     shards = arguments.shards if render else None
-    written = train_on(run, arguments.folder, budget, arguments.batch, shards)
+    try:
+        written = train_on(run, arguments.folder, budget, arguments.batch, shards)
+    except KeyboardInterrupt:
+        print(
+            f"Stopped at step {run.step}, {run.images} images. The same command "
+            "resumes; `python -m systems.toybox export` writes the weights.",
+            file=sys.stderr,
+        )
+        raise
     print(f"{written}: {run.step} steps, {run.images} images.")
 
 
@@ -291,6 +299,9 @@ def main() -> int:
             _at_least("--threads", arguments.threads, 1)
             torch.set_num_threads(arguments.threads)
         COMMANDS[arguments.command][0](arguments)
+    except KeyboardInterrupt:
+        print("Stopped.", file=sys.stderr)
+        return 130
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -19,10 +19,13 @@ it falls to zero over the last tenth of a part's time. That tenth is not kept:
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import math
 import os
+import signal
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -258,6 +261,10 @@ def train(
 
     Returns:
         The folder of the exported pipeline.
+
+    Raises:
+        KeyboardInterrupt: The process was asked to stop (SIGINT, SIGTERM); the state
+            after the last whole step is saved then.
     """
     folder.mkdir(parents=True, exist_ok=True)
     state = folder / "state.pt"
@@ -270,10 +277,12 @@ def train(
     stream = f"batch {workers.rank}" if workers.rank else "batch"
     kept = False
     losses = folder / "loss.jsonl" if workers.leads else Path(os.devnull)
-    with open(losses, "a", encoding="utf-8") as log:
+    with open(losses, "a", encoding="utf-8") as log, _asked_to_stop() as stopped:
         saved, smooth = time.monotonic(), None
         workers.begin(run)
         for share in _shares(run, budget):
+            if stopped:
+                break
             if share >= 1 or workers.due():
                 if workers.average(run, share >= 1, batch):
                     break
@@ -293,7 +302,10 @@ def train(
     if workers.leads:
         if not kept:
             run.save(state)
-        run.export(folder / "pipeline")
+        if not stopped:
+            run.export(folder / "pipeline")
+    if stopped:
+        raise KeyboardInterrupt
     return folder / "pipeline"
 
 
@@ -321,6 +333,22 @@ def train_on(
             "`--minutes`, or fewer `--shards`."
         )
     return train(run, folder, replace(budget, minutes=left), views, batch)
+
+
+@contextlib.contextmanager
+def _asked_to_stop() -> Iterator[list[int]]:
+    """The signals to stop that arrive meanwhile, instead of what they would do."""
+    arrived: list[int] = []
+    names = (signal.SIGINT, signal.SIGTERM)
+    if threading.current_thread() is not threading.main_thread():
+        yield arrived
+        return
+    before = [signal.signal(n, lambda n, frame: arrived.append(n)) for n in names]
+    try:
+        yield arrived
+    finally:
+        for name, handler in zip(names, before, strict=True):
+            signal.signal(name, handler)
 
 
 def _shares(run: Run, budget: Budget) -> Iterator[float]:

@@ -1,6 +1,9 @@
 import json
+import os
+import signal
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -49,6 +52,25 @@ def test_a_resumed_run_is_the_uninterrupted_one(views: ViewSet, tmp_path: Path) 
         straight.average.parameters(), second.average.parameters(), strict=True
     ):
         assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+def test_a_stopped_run_loses_nothing(name: str, views: ViewSet, tmp_path: Path) -> None:
+    run = Run(None, widths=SMALL)
+    advance, number = run.advance, getattr(signal, name)
+
+    def interrupted(*arguments: Any) -> torch.Tensor:
+        if run.step == 3:
+            os.kill(os.getpid(), number)  # in the middle of the fourth step
+        return advance(*arguments)
+
+    run.advance = interrupted
+    with pytest.raises(KeyboardInterrupt):
+        train(run, tmp_path, Budget(steps=1000), views, batch=1)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    state = torch.load(tmp_path / "state.pt", weights_only=True)
+    assert state["step"] == run.step == 4
+    assert not (tmp_path / "pipeline").exists()
 
 
 def test_a_part_keeps_the_state_before_its_learning_rate_falls(
