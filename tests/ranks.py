@@ -30,7 +30,7 @@ from dreampropeller.dispatch.process_group import local_device
 from dreampropeller.trajectory import Drift
 from tests.helpers import TOYS, OrnsteinUhlenbeck, make_growing
 
-WINDOWS = (2, 7, 64)
+WINDOWS = (2, 64)
 STEPS = 12
 ADAPTIVE = PicardSolver(AdaptiveWindow(2, 6, 2), DriftThreshold(0.2), "auto")
 ACCELERATED = {

@@ -81,7 +81,10 @@ def test_failure_is_heard_on_every_rank() -> None:
     ("how", "message"),
     [
         ("exit", r"(?s)lost contact|exit code 7"),
-        ("hang", r"(?s)did not answer within `timeout` = 2 s"),
+        pytest.param(
+            *("hang", r"(?s)did not answer within `timeout` = 2 s"),
+            marks=pytest.mark.long,  # a stopped rank: tests/test_heartbeat.py
+        ),
     ],
 )
 def test_lost_rank_is_noticed_and_nobody_is_left_behind(how: str, message: str) -> None:
@@ -195,7 +198,10 @@ dp.launch_workers(main, num_workers=2)
 @pytest.mark.parametrize(
     ("seed", "guard", "message"),
     [
-        ("pass", "if __name__ == '__main__':\n    ", "torch.manual_seed(0)"),
+        pytest.param(
+            *("pass", "if __name__ == '__main__':\n    ", "torch.manual_seed(0)"),
+            marks=pytest.mark.long,
+        ),
         ("torch.manual_seed(0)", "", 'under `if __name__ == "__main__":`'),
     ],
     ids=["no seed", "no guard"],

@@ -95,7 +95,7 @@ def test_ray_equals_one_process_for_every_toy() -> None:
 
 
 @pytest.mark.parametrize(
-    "elastic", [False, pytest.param(True, marks=pytest.mark.chaos)]
+    "elastic", [pytest.param(e, marks=pytest.mark.chaos) for e in (False, True)]
 )
 def test_a_killed_and_replaced_worker_changes_nothing(
     elastic: bool, tmp_path: Path

@@ -214,8 +214,9 @@ def read_settings(words: list[str]) -> None:
     """Read options and settings as `launch.py` does, up to building the system."""
     import launch
     from systems import build_problem
-    from systems.runs import live
+    from systems.runs import live, stages
     from systems.settings.config import load
+    from systems.settings.yaml_files import open_yaml
 
     arguments, overrides = launch.make_parser().parse_known_args(words)
     if arguments.view is not None:
@@ -230,6 +231,10 @@ def read_settings(words: list[str]) -> None:
     assert all("=" in setting for setting in overrides), overrides
     if "<" in str(arguments.config) or any("<" in word for word in overrides):
         return  # a place that only the reader knows
+    if stages.is_asked(arguments.config, overrides):
+        whole = open_yaml(arguments.config)
+        stages.check(list(stages.read(whole, overrides, arguments.config.parent)))
+        return
     build_problem(load(arguments.config, overrides))
 
 

@@ -91,7 +91,7 @@ def run(path: Path | None, train: bool, overrides: Sequence[str]) -> int:
     overrides = [word for word in overrides if not word.startswith("resume=")]
     folder = folders.folder_of(resumed[0]) if resumed else None
     whole = open_yaml(path or folder / folders.CONFIG)  # pyright: ignore[reportOptionalOperand]
-    stages = list(_stages(whole, overrides, (path or Path()).parent))
+    stages = list(read(whole, overrides, (path or Path()).parent))
     if not train:
         raise ConfigError(
             "A config of several stages is trained: write `--train`, or name the run "
@@ -102,8 +102,7 @@ def run(path: Path | None, train: bool, overrides: Sequence[str]) -> int:
             "Several stages start their own workers: write `python launch.py … "
             "dispatch.num_workers=2` instead of `torchrun`."
         )
-    for stage in stages:  # refuse before anything is made
-        check_sections(stage.config(Path("stage")))
+    check(stages)
     if folder is None:
         folder = _open(whole, stages, overrides)
     print(f"Stages in {folder}: {', '.join(stage.name for stage in stages)}")
@@ -117,6 +116,16 @@ def run(path: Path | None, train: bool, overrides: Sequence[str]) -> int:
             return code
     print("\n".join(_summary(reports)))
     return 0
+
+
+def check(stages: Sequence[Stage]) -> None:
+    """Refuse stages with settings that cannot be used, before anything is made.
+
+    Raises:
+        ConfigError: Names those of the first such stage.
+    """
+    for stage in stages:
+        check_sections(stage.config(Path("stage")))
 
 
 def _advance(stage: Stage, folder: Path) -> int:
@@ -134,10 +143,13 @@ def _advance(stage: Stage, folder: Path) -> int:
     return execute(config, folder=place)
 
 
-def _stages(
-    whole: DictConfig, overrides: Sequence[str], beside: Path
-) -> Iterator[Stage]:
+def read(whole: DictConfig, overrides: Sequence[str], beside: Path) -> Iterator[Stage]:
     """The stages of a config, each with its settings.
+
+    Args:
+        whole: The config.
+        overrides: Dotted settings of all stages, or of one.
+        beside: Folder that the stages' configs are beside.
 
     Raises:
         ConfigError: A stage has no config, or names one that does not come before it.

@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parent.parent.parent
 SCRIPT = """
 import multiprocessing
@@ -37,6 +39,7 @@ def main():
 """
 
 
+@pytest.mark.long
 def test_a_script_without_a_guard_is_told_so(tmp_path: Path) -> None:
     script = tmp_path / "train.py"
     script.write_text(f"{SCRIPT}main()\n")

@@ -18,8 +18,6 @@ from tests.processes import Child, rank_environ
 SHORT = [
     ("a rank is killed", 1),
     ("disk full under a checkpoint", 0),
-    ("a checkpoint is flipped", 0),
-    ("a port is taken", 0),
 ]
 """Kinds and seeds of the normal run; `pytest -m chaos` runs all kinds."""
 

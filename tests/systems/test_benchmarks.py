@@ -122,6 +122,7 @@ def test_the_gpu_command_fills_its_file(
     assert "not run" in done.stdout
 
 
+@pytest.mark.long
 def test_the_figure_of_the_readme_is_drawn(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -426,6 +427,7 @@ def test_cases_of_sensitivity_are_configs_that_build(case: str) -> None:
     assert solver.threshold == dp.DriftThreshold(0.1)
 
 
+@pytest.mark.long
 def test_our_published_form_takes_the_iterations_of_diffusers(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

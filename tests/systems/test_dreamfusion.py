@@ -53,6 +53,7 @@ def test_threshold_zero_is_sequential(sequential: dp.Solution[Any]) -> None:
     assert tree_equal(solution.carry, sequential.carry)
 
 
+@pytest.mark.long  # at a threshold: tests/systems/test_launch.py
 def test_two_ranks_equal_the_sequential_run(
     sequential: dp.Solution[Any], two_ranks: RankPool
 ) -> None:

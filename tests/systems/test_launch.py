@@ -164,6 +164,7 @@ def test_test_and_export_look_at_a_finished_run(finished: Path, tmp_path: Path) 
     assert launch.main(["--export", f"resume={copy}", empty]) == 1
 
 
+@pytest.mark.long  # below the front door: tests/systems/test_dreamfusion.py
 def test_sequential_is_the_plain_loop_and_threshold_zero_equals_it(
     tmp_path: Path,
 ) -> None:

@@ -64,7 +64,8 @@ def test_a_stopped_run_loses_nothing(name: str, views: ViewSet, tmp_path: Path) 
             os.kill(os.getpid(), number)  # in the middle of the fourth step
         return advance(*arguments)
 
-    run.advance = interrupted
+    patched: Any = run
+    patched.advance = interrupted
     with pytest.raises(KeyboardInterrupt):
         train(run, tmp_path, Budget(steps=1000), views, batch=1)
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
