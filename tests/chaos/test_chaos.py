@@ -36,6 +36,7 @@ def test_every_kind_of_fault_loses_nothing(
     assert trials.run(kind, seed, tmp_path)
 
 
+@pytest.mark.chaos
 def test_ranks_that_torchrun_starts_again_continue_in_their_folder(
     tmp_path: Path, random: Any
 ) -> None:

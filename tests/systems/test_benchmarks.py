@@ -100,6 +100,7 @@ def in_this_process(
     return subprocess.CompletedProcess(words, code, "", errors.getvalue())
 
 
+@pytest.mark.long
 def test_the_gpu_command_fills_its_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

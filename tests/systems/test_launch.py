@@ -548,6 +548,7 @@ def _nothing() -> Any:
     return contextlib.nullcontext()
 
 
+@pytest.mark.long  # that all hear of it: tests/test_dispatch.py
 def test_a_rank_that_fails_says_why_without_a_traceback(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -84,6 +84,7 @@ def test_two_workers_give_the_same_bytes_and_a_private_lora_does_not(
     assert not any(name.startswith(LORA) for name in alone["local"])
 
 
+@pytest.mark.long  # and splats: tests/systems/gaussians/test_trajectory.py
 def test_a_killed_run_resumes_to_the_same_bits(
     stable_diffusion: Path, tmp_path: Path
 ) -> None:
