@@ -52,8 +52,14 @@ solution = dp.solve(
     on_iteration=lambda state, iteration: strides.append(iteration.stride) and False,
 )
 stats = solution.stats
-print(sum(strides), "steps in", stats.num_iterations, "iterations,",
-      stats.num_evaluations, "gradients")""",
+print(
+    sum(strides),
+    "steps in",
+    stats.num_iterations,
+    "iterations,",
+    stats.num_evaluations,
+    "gradients",
+)""",
     """import matplotlib.pyplot as plt
 
 figure, axes = plt.subplots(figsize=(6, 2.2))
@@ -64,7 +70,7 @@ plt.show()""",
     """## Look at it""",
     """frames = list(system.turntable(solution.value, 4))
 figure, rows = plt.subplots(1, 4, figsize=(8, 2.2))
-for axes, frame in zip(rows, frames):
+for axes, frame in zip(rows, frames, strict=False):
     axes.imshow(frame.clamp(0, 1).permute(1, 2, 0))
     axes.axis("off")
 plt.show()""",
