@@ -79,6 +79,9 @@ def main(argv: list[str] | None = None) -> int:
             return 0
         if arguments.doctor:
             return doctor.run(overrides)
+        named = [*(arguments.compare or ()), *(arguments.parts or ()), arguments.view]
+        if stages.is_asked(arguments.config, overrides, filter(None, named)):
+            return stages.run(arguments.config, arguments.train, overrides)
         if arguments.compare is not None:
             words = [*arguments.compare, *overrides]
             return compare.run(arguments.config, words)
@@ -90,8 +93,6 @@ def main(argv: list[str] | None = None) -> int:
             return live.run(arguments.view, overrides)
         if is_asked(overrides):
             return training.run(arguments.config, arguments.train, overrides)
-        if stages.is_asked(arguments.config, overrides):
-            return stages.run(arguments.config, arguments.train, overrides)
         if arguments.render:
             return paths.run(arguments.config, overrides)
         config = folders.load_config(arguments.config, overrides)

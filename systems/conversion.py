@@ -90,9 +90,8 @@ def _functions(
     if not isinstance(source, DreamFusion):
         raise ConfigError(
             f"`system.geometry_convert_from` is `{run}`, a run of "
-            f"`{source.config.system_type}`, whose geometry is no field: name a run of "
-            "a density or of signed distances, such as one of `configs/dreamfusion-"
-            "toybox.yaml`."
+            f"`{source.config.system_type}`, whose geometry cannot be taken over: name "
+            "a run of a `dreamfusion-system`, `textmesh-system` or `magic3d-system`."
         )
     return source.values(y), source.features(y)
 

@@ -18,7 +18,7 @@ is a run of its own, in a folder of the common one; a finished stage is not run 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,8 @@ from typing import Any
 import yaml
 from omegaconf import DictConfig, OmegaConf
 
-from systems import check_sections
+from dreampropeller import checkpoint
+from systems import build_problem, check_sections
 from systems.files import written
 from systems.runs import folders
 from systems.runs.run import execute
@@ -68,12 +69,22 @@ class Stage:
         return load(self.path, settings)
 
 
-def is_asked(path: Path | None, overrides: Sequence[str]) -> bool:
-    """Whether a command line names a config, or a run, of several stages."""
-    if path is None and not any(word.startswith("resume=") for word in overrides):
-        return False
-    file = folders.config_of(overrides) if path is None else path
-    return file.is_file() and STAGES in open_yaml(file)
+def is_asked(
+    path: Path | None, overrides: Sequence[str], runs: Iterable[str] = ()
+) -> bool:
+    """Whether a command line names a config, or a run, of several stages.
+
+    Args:
+        path: The config it names.
+        overrides: Dotted settings.
+        runs: Words that may be run folders.
+    """
+    files = [Path(run) / folders.CONFIG for run in runs]
+    if path is not None:
+        files.append(path)
+    elif any(word.startswith("resume=") for word in overrides):
+        files.append(folders.config_of(overrides))
+    return any(file.is_file() and STAGES in open_yaml(file) for file in files)
 
 
 def run(path: Path | None, train: bool, overrides: Sequence[str]) -> int:
@@ -87,16 +98,16 @@ def run(path: Path | None, train: bool, overrides: Sequence[str]) -> int:
     Raises:
         ConfigError: A setting cannot be used, or something else than training is asked.
     """
+    if not train:
+        raise ConfigError(
+            "A config of several stages is trained: write `--train`, or name the run "
+            "of one stage, the folder `RUN/STAGE`."
+        )
     resumed = [w.removeprefix("resume=") for w in overrides if w.startswith("resume=")]
     overrides = [word for word in overrides if not word.startswith("resume=")]
     folder = folders.folder_of(resumed[0]) if resumed else None
     whole = open_yaml(path or folder / folders.CONFIG)  # pyright: ignore[reportOptionalOperand]
     stages = list(read(whole, overrides, (path or Path()).parent))
-    if not train:
-        raise ConfigError(
-            "A config of several stages is trained: write `--train`, or name the run "
-            f"of one stage, `resume=FOLDER/{stages[-1].name}`."
-        )
     if is_rank():
         raise ConfigError(
             "Several stages start their own workers: write `python launch.py … "
@@ -105,6 +116,14 @@ def run(path: Path | None, train: bool, overrides: Sequence[str]) -> int:
     check(stages)
     if folder is None:
         folder = _open(whole, stages, overrides)
+    checkpoint.lock(folder)
+    try:
+        return _advance_all(stages, folder)
+    finally:
+        checkpoint.unlock(folder)
+
+
+def _advance_all(stages: Sequence[Stage], folder: Path) -> int:
     print(f"Stages in {folder}: {', '.join(stage.name for stage in stages)}")
     reports: dict[str, Any] = {}
     for stage in stages:
@@ -134,6 +153,8 @@ def _advance(stage: Stage, folder: Path) -> int:
     config = stage.config(folder)
     done = folders.report(place)
     if done.get("steps", 0) >= config.trainer.max_steps:
+        # Refused if it was made with other settings than those asked for now.
+        folders.load_own_state(build_problem(replace(config, resume=str(place))))
         print(f"--- {stage.name}: finished before")
         return 0
     print(f"--- {stage.name}")

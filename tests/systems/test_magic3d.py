@@ -238,10 +238,26 @@ def test_a_stopped_stage_is_resumed_and_a_finished_one_not_run_again(
     assert tree_equal(*values)
 
 
+def test_a_finished_stage_is_not_taken_for_another(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = "system.prompt_processor.prompt=a blue mug"
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("*.safetensors")}
+    assert launch.main(["--train", f"resume={run}", other]) == 2
+    assert "made another thing: `system.prompt_processor.prompt`" in (
+        capsys.readouterr().err
+    )
+    for task in (["--view", str(run)], ["--compare", str(run), str(run)]):
+        assert launch.main(task) == 2
+        assert "the folder `RUN/STAGE`" in capsys.readouterr().err
+    assert before == {p: p.stat().st_mtime_ns for p in run.rglob("*.safetensors")}
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--config", STAGES, "--test"], "resume=FOLDER/refine"),
+        (["--config", STAGES, "--test"], "the folder `RUN/STAGE`"),
+        (["--config", STAGES, "--compare", SMALL[0]], "the folder `RUN/STAGE`"),
         (["--config", STAGES, "--train", "stages.fine.seed=1"], "names no stage"),
         (
             ["--config", STAGES, "--train", "stages.coarse.tag=${stage:refine}"],
