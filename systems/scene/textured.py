@@ -7,12 +7,10 @@ the albedo but for its activation, so its gradient is cheap.
 
 from __future__ import annotations
 
-import functools
 import hashlib
-import logging
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -29,14 +27,13 @@ from systems.scene.meshes.loading import MeshConfig, load_surface
 from systems.scene.reflectance import Reflectance
 from systems.scene.renderers.base import Rendering
 from systems.scene.renderers.raster import (
-    BACKENDS,
     Fragments,
-    choose_backend,
+    RasterConfig,
+    pooled,
     rasterize,
     sample,
 )
 from systems.scene.renderers.silhouettes import Adjacency, antialias
-from systems.settings.checks import between, one_of
 from systems.settings.reader import part
 
 TEXTURED = {"textured-mesh": MeshConfig}
@@ -48,30 +45,16 @@ SURFACES: Mapping[str, type[Material]] = {
 _SOFT = 0.01
 """Distance that initial colours keep from 0 and 1, where the sigmoid is flat."""
 
-_log = logging.getLogger(__name__)
-
 
 @dataclass(frozen=True)
-class MeshRendererConfig:
+class MeshRendererConfig(RasterConfig):
     """Rasterisation of a mesh (``mesh-rasterizer``).
 
     Args:
-        rasterizer: "nvdiffrast", "embree", "brute-force", or "auto": the first of them
-            that is available.
-        supersample: Samples per pixel and direction in training.
-        eval_supersample: The same in turntables and measurements.
         antialias: Blend the samples over silhouettes, too.
     """
 
-    rasterizer: str = "auto"
-    supersample: int = 4
-    eval_supersample: int = 2
     antialias: bool = False
-
-    def __post_init__(self) -> None:
-        one_of("rasterizer", self.rasterizer, ("auto", *BACKENDS))
-        between("supersample", self.supersample, 1, 16)
-        between("eval_supersample", self.eval_supersample, 1, 16)
 
 
 RASTERIZERS = {"mesh-rasterizer": MeshRendererConfig}
@@ -212,10 +195,7 @@ class TexturedScene(nn.Module):
             for part in (surface.vertices, surface.normals, surface.uv)
         )
         self.faces = torch.from_numpy(surface.faces).to(device)
-        kind, why = choose_backend(self.renderer.rasterizer, device)
-        if why:
-            _say_once(why)
-        self.visibility = kind(self.vertices, self.faces)
+        self.visibility = self.renderer.visibility(self.vertices, self.faces)
         self.adjacency: Adjacency | None = None
         if self.renderer.antialias:  # seams of the texture merged
             _, merged = self.vertices.unique(dim=0, return_inverse=True)
@@ -243,9 +223,7 @@ class TexturedScene(nn.Module):
     def _foreground(
         self, views: Views, step: int | None, random: dp.StepRandom
     ) -> tuple[Tensor, Tensor]:
-        config = self.renderer
-        count = config.eval_supersample if step is None else config.supersample
-        fine = replace(views, height=views.height * count, width=views.width * count)
+        fine = self.renderer.finer(views, step)
         seen = rasterize(self.vertices, self.faces, fine, self.visibility)
         uv = seen.interpolate(self.uv, self.faces)
         colours = self._colours(fine, seen, uv, step, random)
@@ -254,9 +232,8 @@ class TexturedScene(nn.Module):
             layers = antialias(
                 layers, seen, self.vertices, self.faces, fine, self.adjacency
             )
-        pooled = torch.nn.functional.avg_pool2d(layers.permute(0, 3, 1, 2), count)
-        pooled = pooled.permute(0, 2, 3, 1)
-        return pooled[..., :3], pooled[..., 3:]
+        layers = pooled(layers, views)
+        return layers[..., :3], layers[..., 3:]
 
     def _colours(
         self,
@@ -315,8 +292,3 @@ class TexturedScene(nn.Module):
             shown("albedo"),
             **levels,
         )
-
-
-@functools.cache
-def _say_once(reason: str) -> None:
-    _log.warning("%s", reason)

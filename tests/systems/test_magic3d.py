@@ -18,6 +18,7 @@ import dreampropeller as dp
 import launch
 from dreampropeller import StepRandom, checkpoint
 from systems import build, quality
+from systems.dreamfusion import DreamFusion
 from systems.magic3d import Magic3D
 from systems.runs import folders
 from systems.scene.backgrounds import Solid, SolidConfig
@@ -302,6 +303,50 @@ def test_what_does_not_fit_is_refused(
     assert launch.main([*arguments, f"exp_root_dir={tmp_path}"]) == 2
     assert message in capsys.readouterr().err
     assert not any(tmp_path.iterdir())
+
+
+HASHED = (
+    "system.geometry.pos_encoding_config.n_levels=4",
+    "system.geometry.pos_encoding_config.log2_hashmap_size=10",
+)
+
+
+@pytest.mark.parametrize("kind", ["signed distances", "hash grid"])
+def test_any_field_can_be_taken_over(kind: str, tmp_path: Path) -> None:
+    """Its surface, and its colours exactly where the grids are the same."""
+    hashed = kind == "hash grid"
+    name = "dreamfusion-toybox-hashgrid" if hashed else "textmesh-toybox"
+    shape = HASHED if hashed else ("system.geometry.resolution=8",)
+    few = ("trainer.max_steps=2", "system.geometry.isosurface_resolution=24")
+    sparse = ("system.renderer.num_samples_per_ray=24",)
+    config = load(f"configs/{name}.yaml", [*COMMON, *shape, *few, *sparse])
+    source = build(config)
+    assert isinstance(source, DreamFusion)
+    solution = dp.solve(source.trajectory(), dp.Sequential())
+    folders.write_setup(tmp_path, config)
+    checkpoint.save(tmp_path / "ckpts", solution.state)
+
+    content = yaml.safe_load(Path(REFINE).read_text())
+    radius = source.scene.geometry.config.radius
+    geometry = {"radius": radius, "isosurface_resolution": 16}
+    if hashed:
+        own = yaml.safe_load((tmp_path / "config.yaml").read_text())
+        names = ("pos_encoding_config", "mlp_network_config")
+        known = own["system"]["geometry"]
+        geometry |= {name: known[name] for name in names if name in known}
+        content["system"]["geometry_type"] = "tetrahedra-sdf-grid"
+    content["system"]["geometry"] = geometry
+    path = tmp_path / "refine.yaml"
+    path.write_text(yaml.safe_dump(content))
+    refined = build(load(path, [*COMMON, f"system.geometry_convert_from={tmp_path}"]))
+    assert isinstance(refined, Magic3D)
+    y, _ = refined.trajectory().init()
+    meshes: list[Any] = [source.mesh(solution.value), refined.mesh(y)]
+    assert meshes[1].is_watertight
+    assert meshes[1].volume == pytest.approx(meshes[0].volume, rel=0.1)
+    points = 0.4 * torch.randn(50, 3, generator=torch.Generator().manual_seed(0))
+    colours = [source.features(solution.value)(points), refined.features(y)(points)]
+    torch.testing.assert_close(*colours, atol=0 if hashed else 0.3, rtol=0)
 
 
 def test_a_run_that_cannot_be_converted_is_refused(run: Path, tmp_path: Path) -> None:

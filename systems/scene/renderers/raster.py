@@ -20,8 +20,10 @@ ray against every face.
 from __future__ import annotations
 
 import abc
+import functools
+import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -31,7 +33,9 @@ from torch import Tensor
 
 from systems.extras import probe
 from systems.scene.cameras import Views
-from systems.settings.checks import one_of
+from systems.settings.checks import between, one_of
+
+_log = logging.getLogger(__name__)
 
 NOTHING = -1
 """Face of a pixel that sees none, and of an edge that has none across."""
@@ -216,6 +220,57 @@ def choose_backend(name: str, device: torch.device) -> tuple[type[Visibility], s
             told = "" if backend == "embree" and device.type == "cpu" else why_not
             return BACKENDS[backend], told
     return BruteForce, f"{why_slow} Every ray is tested against every face: slow."
+
+
+@dataclass(frozen=True)
+class RasterConfig:
+    """Settings of everything that is rasterised.
+
+    Args:
+        rasterizer: "nvdiffrast", "embree", "brute-force", or "auto": the first of them
+            that is available.
+        supersample: Samples per pixel and direction in training.
+        eval_supersample: The same in turntables and measurements.
+    """
+
+    rasterizer: str = "auto"
+    supersample: int = 4
+    eval_supersample: int = 2
+
+    def __post_init__(self) -> None:
+        one_of("rasterizer", self.rasterizer, ("auto", *BACKENDS))
+        between("supersample", self.supersample, 1, 16)
+        between("eval_supersample", self.eval_supersample, 1, 16)
+
+    def visibility(self, vertices: Tensor, faces: Tensor) -> Visibility:
+        """The visibility of a mesh; says once why another is not used.
+
+        Raises:
+            ValueError: The chosen rasterizer is not available here.
+        """
+        kind, why = choose_backend(self.rasterizer, vertices.device)
+        if why:
+            _say_once(why)
+        return kind(vertices, faces)
+
+    def finer(self, views: Views, step: int | None) -> Views:
+        """Views with a pixel for each sample; `step` is None in evaluation."""
+        count = self.eval_supersample if step is None else self.supersample
+        return replace(views, height=views.height * count, width=views.width * count)
+
+
+def pooled(
+    samples: Float[Tensor, "views rows columns channels"], views: Views
+) -> Float[Tensor, "views height width channels"]:
+    """The mean over the samples of each pixel of views."""
+    count = samples.shape[1] // views.height
+    planes = torch.nn.functional.avg_pool2d(samples.permute(0, 3, 1, 2), count)
+    return planes.permute(0, 2, 3, 1)
+
+
+@functools.cache
+def _say_once(reason: str) -> None:
+    _log.warning("%s", reason)
 
 
 def meet(

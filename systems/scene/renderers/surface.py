@@ -8,7 +8,7 @@ and normals, and at silhouettes through antialiasing
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float, Int
@@ -20,35 +20,27 @@ from systems.scene.cameras import Views
 from systems.scene.fields import Field, TetrahedralField
 from systems.scene.materials import Material
 from systems.scene.renderers.base import Renderer, Rendering
-from systems.scene.renderers.raster import BACKENDS, choose_backend, rasterize
+from systems.scene.renderers.raster import RasterConfig, pooled, rasterize
 from systems.scene.renderers.silhouettes import Adjacency, antialias
-from systems.settings.checks import at_least, between, one_of
+from systems.settings.checks import at_least
 
 
 @dataclass(frozen=True)
-class SurfaceConfig:
+class SurfaceConfig(RasterConfig):
     """Rasterisation of a surface that is optimised (``nvdiff-rasterizer``).
 
     Args:
         radius: Radius of the ball outside of which there is no surface; null: the
             geometry's.
-        rasterizer: "nvdiffrast", "embree", "brute-force", or "auto": the first of them
-            that is available.
-        supersample: Samples per pixel and direction in training.
-        eval_supersample: The same in turntables and measurements.
     """
 
     radius: float | None = None
-    rasterizer: str = "auto"
     supersample: int = 2
-    eval_supersample: int = 2
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.radius is not None:
             at_least("radius", self.radius, 1e-3)
-        one_of("rasterizer", self.rasterizer, ("auto", *BACKENDS))
-        between("supersample", self.supersample, 1, 16)
-        between("eval_supersample", self.eval_supersample, 1, 16)
 
 
 class SurfaceRenderer(Renderer):
@@ -117,11 +109,9 @@ class SurfaceRenderer(Renderer):
     ) -> Float[Tensor, "views height width 7"]:
         """Colour, normal and coverage of the pixels."""
         vertices, normals, faces = mesh
-        config = self.config
-        count = config.eval_supersample if step is None else config.supersample
-        fine = replace(views, height=views.height * count, width=views.width * count)
-        kind, _ = choose_backend(config.rasterizer, vertices.device)
-        seen = rasterize(vertices, faces, fine, kind(vertices, faces))
+        fine = self.config.finer(views, step)
+        visibility = self.config.visibility(vertices, faces)
+        seen = rasterize(vertices, faces, fine, visibility)
         points = seen.interpolate(vertices, faces)
         normal = torch.nn.functional.normalize(seen.interpolate(normals, faces), dim=-1)
         material = material.at(step, random)
@@ -135,8 +125,7 @@ class SurfaceRenderer(Renderer):
         layers = seen.image(torch.cat([colours, normal, cover], -1))
         adjacency = Adjacency.of(faces)
         layers = antialias(layers, seen, vertices, faces, fine, adjacency)
-        pooled = torch.nn.functional.avg_pool2d(layers.permute(0, 3, 1, 2), count)
-        return pooled.permute(0, 2, 3, 1)
+        return pooled(layers, views)
 
 
 def vertex_normals(
