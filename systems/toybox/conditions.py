@@ -5,8 +5,7 @@ distance and field of view, centred and scaled on the training range. Two such v
 reach the U-Net as class labels: one in world coordinates, for text, and one relative to
 the camera of the reference image (differences of the angles, of the distance and of the
 field of view), for images. Flags tell whether each of the two, and an image, are given,
-because zeros are a camera too. The reference image uses
-additional input channels.
+because zeros are a camera too. The reference image uses additional input channels.
 
 A sum of embeddings hardly tells what a camera shows of an object (docs/toybox.md), so
 the U-Net also sees the rays of its pixels (as in CAT3D; R. Gao et al., 2024, arXiv
@@ -210,10 +209,7 @@ class Conditions:
         """
         kept = torch.zeros_like(self.labels)
         kept[:, : 1 + CAMERA] = self.labels[:, : 1 + CAMERA]
-        absolute = self.labels[:, :1, None, None]
-        return Conditions(
-            kept, None, None if self.rays is None else absolute * self.rays
-        )
+        return Conditions(kept, None)
 
     def beside(self, other: Conditions) -> Conditions:
         """These views, then others; a missing image among them is zeros."""
@@ -243,12 +239,12 @@ class Conditions:
 
     def beneath(self, x: Float[Tensor, "views channels side side"]) -> Tensor:
         """The U-Net's input: noisy images, the reference image and the rays."""
-        if self.rays is None:
-            return (
-                x if self.reference is None else torch.cat([x, self.reference.to(x)], 1)
-            )
-        reference = torch.zeros_like(x) if self.reference is None else self.reference
-        return torch.cat([x, reference.to(x), self.rays.to(x)], 1)
+        parts = [x]
+        if self.reference is not None:
+            parts.append(self.reference.to(x))
+        if self.rays is not None:  # relative to a reference, so there is one
+            parts.append(self.rays.to(x))
+        return torch.cat(parts, 1)
 
 
 def takes_conditions(unet: Any) -> bool:
