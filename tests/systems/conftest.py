@@ -15,7 +15,8 @@ import pytest
 def _few_samples() -> None:
     """Unfinished surfaces are far from the truth: 30,000 points then take seconds."""
     with contextlib.suppress(ImportError):
-        importlib.import_module("systems.quality.mesh").SAMPLES = 3_000
+        mesh: Any = importlib.import_module("systems.quality.mesh")
+        mesh.SAMPLES = 3_000
 
 
 @pytest.fixture(scope="module")
