@@ -39,10 +39,11 @@ def copies_of_large_tensors_cost_no_fresh_pages_inside() -> None:
     with allocator.reused(state), allocator.reused(state):
         # Blocks find their places in a few rounds.
         inside = min(page_faults() for _ in range(8))
+        kept = resident()
     assert plain > 5 * 4 * SIZE / 4096 * 0.9
     assert inside < plain / 50
-    assert page_faults() > 0.9 * plain
-    assert resident() < held + 1000, "it was given back"
+    # Later copies may find a gap that small blocks left in the heap; its pages are back.
+    assert resident() < held + 1000 < kept, "it was given back"
 
 
 def smaller_tensors_are_as_quick_afterwards_as_before() -> None:
