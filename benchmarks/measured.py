@@ -99,6 +99,10 @@ def name_of(wanted: runs.Job) -> str:
     return " ".join(str(x) for x in labels if x is not None).replace(" ", "-")
 
 
+SHAPE = ("chamfer", "iou_3d", "normal_error")
+"""Figures of a mesh in the entries."""
+
+
 def sheet(columns: Sequence[Sequence[Path]]) -> Image.Image:
     """Images side by side, each column from the top."""
     images = [[Image.open(path) for path in column] for column in columns]
@@ -142,9 +146,9 @@ def measured(
     save(wide, images / f"{wanted['prompt'].replace(' ', '-')}.png")
     try:
         mesh = quality.measure_mesh(system.mesh(solution.value), truth)
-        shape = {name: mesh.figures()[name] for name in ("chamfer", "iou_3d")}
+        shape = {name: mesh.figures()[name] for name in SHAPE}
     except EmptySurface:
-        shape = {"chamfer": None, "iou_3d": None}
+        shape = dict.fromkeys(SHAPE)
     entry = {**wanted, **cost, **found.figures(), **shape}
     return entry, found, solution.value
 

@@ -33,6 +33,7 @@ ROWS = (
     ("R-precision", "quality.r_precision", "{:.0%}"),
     ("3D IoU of the mesh", "mesh_quality.iou_3d", "{:.2f}"),
     ("Chamfer distance", "mesh_quality.chamfer", "{:.3f}"),
+    ("Normal error", "mesh_quality.normal_error", "{:.0f}°"),
     ("Bodies", "mesh_quality.bodies", "{}"),
     ("Faces", "mesh_quality.faces", "{}"),
     ("Volume", "mesh_quality.volume", "{:.3f}"),

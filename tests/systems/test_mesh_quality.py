@@ -11,7 +11,7 @@ import torch
 import trimesh
 from trimesh.visual import ColorVisuals
 
-from systems.quality.mesh import chamfer, enclosed, measure_mesh, volume_iou
+from systems.quality.mesh import enclosed, measure_mesh, surface_errors, volume_iou
 from systems.runs.report.page import rows
 from systems.scene.cameras import Cameras, RandomCameras, Views
 from systems.scene.zbuffer import covered, render_mesh
@@ -24,6 +24,10 @@ def ball(radius: float, at: tuple[float, float, float] = (0, 0, 0)) -> trimesh.T
     mesh = trimesh.creation.icosphere(4, radius)
     mesh.apply_translation(at)
     return mesh
+
+
+def chamfer(mesh: trimesh.Trimesh, samples: int) -> float:
+    return surface_errors(mesh, SPHERE, samples)[0]
 
 
 def turntable(count: int, size: int) -> Views:
@@ -108,15 +112,31 @@ def test_enclosed_points_are_those_inside() -> None:
 def test_volume_and_distance_to_the_ground_truth(radius: float) -> None:
     ratio = min(radius, 0.65) / max(radius, 0.65)
     assert volume_iou(ball(radius), SPHERE) == pytest.approx(ratio**3, abs=0.015)
-    found = chamfer(ball(radius), SPHERE, samples=5_000)
+    found = chamfer(ball(radius), 5_000)
     floor = 0.02  # between points drawn from equal surfaces
     assert found == pytest.approx(abs(radius - 0.65), abs=floor)
 
 
 def test_distance_falls_with_more_points_towards_nought() -> None:
-    few, many = (chamfer(ball(0.65), SPHERE, n) for n in (2_000, 32_000))
+    few, many = (chamfer(ball(0.65), n) for n in (2_000, 32_000))
     assert many == pytest.approx(few / 4, rel=0.15)  # as one over the root of points
-    assert chamfer(ball(0.65), SPHERE, 2_000) == few
+    assert chamfer(ball(0.65), 2_000) == few
+
+
+def test_normals_are_compared_at_the_nearest_points() -> None:
+    """Of a sphere, its inverse, and a cube, whose normals are off by a known angle."""
+    mesh = ball(0.65)
+    assert surface_errors(mesh, SPHERE, 20_000)[1] < 4
+    inverse = trimesh.Trimesh(mesh.vertices, mesh.faces[:, ::-1], process=False)
+    assert surface_errors(inverse, SPHERE, 20_000)[1] > 176
+    cube = trimesh.creation.box((1.3, 1.3, 1.3))
+    ticks = (np.arange(200) + 0.5) / 200 * 2 - 1
+    u, v = np.meshgrid(ticks, ticks)
+    out = np.degrees(np.arccos(1 / np.sqrt(1 + u**2 + v**2)))  # at the nearest points
+    area = (1 + u**2 + v**2) ** -1.5  # of the sphere that is nearest to a point
+    expected = (out.mean() + (out * area).sum() / area.sum()) / 2
+    found = surface_errors(cube, SPHERE, 20_000)[1]
+    assert found == pytest.approx(expected, abs=4)
 
 
 def test_figures_of_a_mesh_of_two_bodies() -> None:
@@ -140,7 +160,7 @@ def test_a_shifted_mesh_scores_less() -> None:
     d = 0.2 / 0.65
     shared = 1 - 0.75 * d + d**3 / 16
     assert volume_iou(mesh, SPHERE) == pytest.approx(shared / (2 - shared), abs=0.015)
-    assert 0.05 < chamfer(mesh, SPHERE, samples=5_000) < 0.2
+    assert 0.05 < chamfer(mesh, 5_000) < 0.2
 
 
 def test_page_shows_the_mesh_of_each_run() -> None:
@@ -148,9 +168,10 @@ def test_page_shows_the_mesh_of_each_run() -> None:
         "workers": 1, "steps": 4, "iterations": 2, "evaluations": 4, "seconds": 1.0,
         "device_seconds": 1.0, "quality": "not measured",
     }  # fmt: skip
-    found = {"iou_3d": 0.9123, "chamfer": 0.01234, "bodies": 2}
+    found = {"iou_3d": 0.9123, "chamfer": 0.01234, "normal_error": 7.25, "bodies": 2}
     runs = {"sequential": {**run, "mesh": found}, "accelerated": {**run, "mesh": None}}
     table = rows({"runs": runs, "deviation": {}})
     assert ["3D IoU of the mesh", "0.912", "–"] in table
     assert ["Chamfer distance", "0.0123", "–"] in table
+    assert ["normal error", "7.2°", "–"] in table
     assert ["bodies", "2", "–"] in table

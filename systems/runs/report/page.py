@@ -156,6 +156,7 @@ def rows(comparison: Mapping[str, Any]) -> list[list[str]]:
     for title, name, form in (
         ("3D IoU of the mesh", "iou_3d", "{:.3f}"),
         ("Chamfer distance", "chamfer", "{:.4f}"),
+        ("normal error", "normal_error", "{:.1f}°"),
         ("bodies", "bodies", "{}"),
     ):
         values = [
