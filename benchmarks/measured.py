@@ -148,7 +148,7 @@ def measured(
         mesh = quality.measure_mesh(system.mesh(solution.value), truth)
         shape = {name: mesh.figures()[name] for name in SHAPE}
     except EmptySurface:
-        shape = dict.fromkeys(SHAPE)
+        shape = {name: None for name in SHAPE}
     entry = {**wanted, **cost, **found.figures(), **shape}
     return entry, found, solution.value
 

@@ -1,10 +1,10 @@
 """Surfaces, sequentially and with a window: cost, quality, mesh.
 
-    python -m benchmarks.surfaces [--plan magic3d] [--workers 2] [--logged]
+    python -m benchmarks.surfaces [--plan PLAN] [--workers 2] [--logged]
 
-Two toybox prompts with two seeds give a table and a contact sheet: TextMesh's first
-stage (`configs/textmesh-toybox.yaml`), or the second stage of Magic3D
-(`configs/magic3d-refine-toybox.yaml`) beside the first, which both of its runs start
+Two toybox prompts with two seeds give a table and a contact sheet of TextMesh's first
+stage. The plans `magic3d`, `geometry` and `texture` are the second stage of Magic3D and
+the later two of ProlificDreamer, beside the stage before, which all their runs start
 from. An interrupted benchmark resumes from its log.
 """
 
@@ -32,7 +32,16 @@ COARSE = "configs/dreamfusion-toybox.yaml"
 CONFIGS = {
     "textmesh": "configs/textmesh-toybox.yaml",
     "magic3d": "configs/magic3d-refine-toybox.yaml",
+    "geometry": "configs/prolificdreamer-geometry-toybox.yaml",
+    "texture": "configs/prolificdreamer-texture-toybox.yaml",
 }
+BEFORE = {
+    CONFIGS["magic3d"]: COARSE,
+    CONFIGS["geometry"]: COARSE,
+    CONFIGS["texture"]: CONFIGS["geometry"],
+}
+"""The stage that a stage starts from."""
+SOURCE = "system.geometry_convert_from"
 PROMPTS = ("a red mushroom", "a blue mug")
 ROWS = {
     SEQUENTIAL: ["solver.name=sequential"],
@@ -52,33 +61,41 @@ def jobs(plan: str = "textmesh") -> list[dict[str, Any]]:
 
 def solve(to: Path, wanted: runs.Job) -> dict[str, Any]:
     """Solve a job, measure images and mesh, and save a strip of images."""
-    if wanted["config"] != CONFIGS["magic3d"]:
+    config = BEFORE.get(wanted["config"])
+    if config is None:
         return measured(wanted, to)[0]
-    first = to / "coarse" / name_of({k: wanted[k] for k in ("prompt", "seed")})
-    found = coarse(first, wanted)
-    source = f"system.geometry_convert_from={first}"
-    settings = [*wanted["settings"], source]
+    first = stage(to.parent / "stages", config, wanted)
+    settings = [*wanted["settings"], f"{SOURCE}={first}"]
     entry = measured({**wanted, "settings": settings}, to)[0]
-    return {**entry, **wanted, "coarse": found}
+    report = folders.report(first)
+    before = {**report["quality"], **report["mesh_quality"]}
+    return {**entry, **wanted, "before": before}
 
 
-def coarse(folder: Path, wanted: runs.Job) -> dict[str, Any]:
-    """Images and mesh of the first stage, which is run once."""
+def stage(to: Path, path: str, wanted: runs.Job) -> Path:
+    """The folder of an earlier stage, which is run once for all plans."""
+    named = name_of({k: wanted[k] for k in ("prompt", "seed")})
+    folder = to / Path(path).stem / named
     if not folders.report(folder):
+        settings = [
+            f"system.prompt_processor.prompt={wanted['prompt']}",
+            f"seed={wanted['seed']}",
+        ]
+        if path in BEFORE:
+            settings.append(f"{SOURCE}={stage(to, BEFORE[path], wanted)}")
         folder.mkdir(parents=True, exist_ok=True)
-        prompt = f"system.prompt_processor.prompt={wanted['prompt']}"
-        config = load(COARSE, [prompt, f"seed={wanted['seed']}"])
+        config = load(path, settings)
         folders.write_setup(folder, config)
         execute(config, folder=folder)
-    report = folders.report(folder)
-    return {**report["quality"], **report["mesh_quality"]}
+    return folder
 
 
 def table(entries: list[dict[str, Any]]) -> str:
     """Means over the prompts and seeds that have a sequential run, as Markdown."""
     lines = [
-        "| | runs | iterations | fewer | gradients | PSNR | IoU | 3D IoU | chamfer |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| | runs | iterations | fewer | gradients | PSNR | IoU | 3D IoU | chamfer | "
+        "normals |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     sequential = {problem(e): e for e in entries if e["row"] == SEQUENTIAL}
     for row in ROWS:
@@ -93,18 +110,25 @@ def table(entries: list[dict[str, Any]]) -> str:
             f"{runs.mean(found, 'evaluations'):.0f} | {runs.mean(found, 'psnr'):.2f} "
             f"({runs.mean(found, 'psnr') - runs.mean(beside, 'psnr'):+.2f}) | "
             f"{runs.mean(found, 'iou'):.3f} | {runs.mean(shapes, 'iou_3d'):.3f} | "
-            f"{runs.mean(shapes, 'chamfer'):.4f} |"
+            f"{runs.mean(shapes, 'chamfer'):.4f} | {_normals(shapes)} |"
         )
-    before = [e["coarse"] for e in sequential.values() if "coarse" in e]
+    before = [e["before"] for e in sequential.values() if "before" in e]
     if before:
         lines.insert(
             2,
-            f"| the first stage | {len(before)} | | | | "
+            f"| the stage before | {len(before)} | | | | "
             f"{runs.mean(before, 'psnr'):.2f} | {runs.mean(before, 'iou'):.3f} | "
             f"{runs.mean(before, 'iou_3d'):.3f} | "
-            f"{runs.mean(before, 'chamfer'):.4f} |",
+            f"{runs.mean(before, 'chamfer'):.4f} | {_normals(before)} |",
         )
     return "\n".join([*lines, "", runs.cost(entries)]) + "\n"
+
+
+def _normals(entries: list[dict[str, Any]]) -> str:
+    """The normal error; older logs lack it."""
+    if any("normal_error" not in entry for entry in entries):
+        return ""
+    return f"{runs.mean(entries, 'normal_error'):.1f}°"
 
 
 def main() -> None:

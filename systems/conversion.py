@@ -6,12 +6,12 @@ $$f(x_i) = \frac{\tau - v(x_i)}{\operatorname{median} \|\nabla v\|}$$
 
 with the level τ of the surface and the median over the vertices next to it, limited to
 two cells: the sign is that of the field, and the size near the surface that of a
-distance.
+distance. A run on tetrahedra of the same grid is taken over as it is.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from torch import Tensor
 from dreampropeller import checkpoint
 from systems.files import CHECKPOINTS, CONFIG
 from systems.scene.fields import TetrahedralField, TetrahedraSDFGrid, VoxelTetrahedra
+from systems.scene.isosurface import Values
 from systems.settings.reader import ConfigError
 
 _CELLS = 2.0
@@ -29,26 +30,34 @@ _CELLS = 2.0
 
 
 @torch.no_grad()
-def start_from(geometry: TetrahedralField, run: str) -> None:
-    """Take surface and colours of a finished run of a field.
+def start_from(geometry: TetrahedralField, run: str, with_colours: bool = True) -> None:
+    """Take surface and colours of a finished run.
 
     Args:
         geometry: Receives them.
         run: A run folder; its last checkpoint is read.
+        with_colours: Whether to take its colours, if it has any.
 
     Raises:
         ConfigError: There is no finished run, or its geometry cannot be converted.
     """
     source, y = _open(run)
-    density, features = _functions(source, y, run)
-    level = float(source.mesh(y).metadata["level"])
-    config = geometry.config
-    points = geometry.grid_points().cpu()
-    values = torch.cat([density(part) for part in points.split(2**16)])
-    cell = 2 * config.radius / config.isosurface_resolution
-    distances = _distances(values, level, config.isosurface_resolution + 1, cell)
-    geometry.sdf.copy_(distances / config.sdf_scale)
+    values, features = _functions(source, y, run)
+    found = source.scene.geometry
+    if isinstance(found, TetrahedralField):
+        with_colours = with_colours and found.has_features
+    if isinstance(found, TetrahedralField) and _are_alike(geometry, found):
+        scale = found.config.sdf_scale / geometry.config.sdf_scale
+        geometry.sdf.copy_(y["geometry.sdf"] * scale)
+        if geometry.config.isosurface_deformable_grid:
+            geometry.deformation.copy_(y["geometry.deformation"])
+    else:
+        distances = _sampled(geometry, values, source, y)
+        geometry.sdf.copy_(distances / geometry.config.sdf_scale)
+    if not with_colours or not geometry.has_features:
+        return
     if isinstance(geometry, VoxelTetrahedra):
+        config = geometry.config
         ticks = torch.linspace(-config.radius, config.radius, config.resolution)
         # The grid's last axis is x.
         z, y_, x = torch.meshgrid(ticks, ticks, ticks, indexing="ij")
@@ -70,7 +79,8 @@ def _open(run: str) -> tuple[Any, Any]:
             f"`system.geometry_convert_from` is `{run}`, which holds no "
             f"`{CONFIG}`: name the folder of a finished run."
         )
-    source = build(load(folder / CONFIG))
+    # As a resumed run, it does not start from the run before it.
+    source = build(replace(load(folder / CONFIG), resume=run))
     state = checkpoint.load(folder / CHECKPOINTS)
     if state.step < source.num_steps:
         raise ConfigError(
@@ -81,9 +91,7 @@ def _open(run: str) -> tuple[Any, Any]:
     return source, state.y
 
 
-def _functions(
-    source: Any, y: Any, run: str
-) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
+def _functions(source: Any, y: Any, run: str) -> tuple[Values, Values]:
     """Values and features of a run's field."""
     from systems.dreamfusion import DreamFusion
 
@@ -91,9 +99,28 @@ def _functions(
         raise ConfigError(
             f"`system.geometry_convert_from` is `{run}`, a run of "
             f"`{source.config.system_type}`, whose geometry cannot be taken over: name "
-            "a run of a `dreamfusion-system`, `textmesh-system` or `magic3d-system`."
+            "a run of a `dreamfusion-system`, `textmesh-system`, `magic3d-system` or "
+            "`prolificdreamer-system`."
         )
     return source.values(y), source.features(y)
+
+
+def _are_alike(one: TetrahedralField, two: TetrahedralField) -> bool:
+    """Whether two surfaces have the same grid."""
+    names = ("radius", "isosurface_resolution", "isosurface_deformable_grid")
+    return all(getattr(one.config, n) == getattr(two.config, n) for n in names)
+
+
+def _sampled(
+    geometry: TetrahedralField, values: Values, source: Any, y: Any
+) -> Float[Tensor, " vertices"]:
+    """Signed distances at the vertices of a grid, from the values of a field."""
+    config = geometry.config
+    level = float(source.mesh(y).metadata["level"])
+    points = geometry.grid_points().cpu()
+    found = torch.cat([values(part) for part in points.split(2**16)])
+    cell = 2 * config.radius / config.isosurface_resolution
+    return _distances(found, level, config.isosurface_resolution + 1, cell)
 
 
 def _distances(

@@ -13,11 +13,13 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
 import dreampropeller as dp
 from systems.base import System
 from systems.guidance.base import Guidance
+from systems.guidance.prompts import PromptConfig
 from systems.guidance.table import GUIDANCES
 from systems.scene.cameras import Views
 from systems.scene.regularisers import REGULARISERS, Regulariser
@@ -36,9 +38,13 @@ class Distillation(System):
 
     def load_guidance(self) -> Guidance:
         """The guidance; loads the pretrained model."""
-        settings = self.settings
-        guidance = GUIDANCES[settings.guidance_type]
-        return guidance.load(settings.guidance, settings.prompt_processor, self.device)
+        guidance = GUIDANCES[self.settings.guidance_type]
+        return guidance.load(self.settings.guidance, self.prompts, self.device)
+
+    @property
+    def prompts(self) -> PromptConfig:
+        """The prompts of the guidance."""
+        return self.settings.prompt_processor
 
     def weights(self, step: int) -> Mapping[str, float]:
         """The weights of the loss at a step: of "sds" and of each regulariser."""
@@ -64,6 +70,13 @@ class Distillation(System):
             with_normals: Whether a regulariser needs normals.
         """
 
+    def images(
+        self, seen: Rendering, views: Views
+    ) -> Float[Tensor, "views 3 height width"]:
+        """What guidance is shown of a rendering, from 0 to 1; default: its colours."""
+        del views
+        return seen.rgb.permute(0, 3, 1, 2)
+
     def views(self, step: int) -> Views:
         """The views of a training step; a pure function of the step."""
         return self.cameras.views(step, self.random)
@@ -79,7 +92,7 @@ class Distillation(System):
             for name, term in self.regularisers.items()
         )
         seen = self.rendering(module, views, step, with_normals)
-        images = seen.rgb.permute(0, 3, 1, 2)
+        images = self.images(seen, views)
         sds, log = guidance(images, views.cameras, step, self.random)
         total = weight["sds"] * sds
         terms = {name: term(seen) for name, term in self.regularisers.items()}

@@ -23,8 +23,7 @@ from torch import Tensor, nn
 import dreampropeller as dp
 from systems.guidance.priors import check
 from systems.guidance.prompts import PROMPT_PROCESSORS, PromptConfig
-from systems.guidance.table import GUIDANCES
-from systems.guidance.vsd import VSD_GUIDANCES
+from systems.guidance.vsd import ALL_GUIDANCES, VSD_GUIDANCES
 from systems.optimizer import OptimizerConfig
 from systems.scene.cameras import RandomCameras, Views
 from systems.scene.renderers import Rendering
@@ -33,8 +32,6 @@ from systems.settings.config import Config, ExportConfig
 from systems.settings.reader import ConfigError, part, read
 from systems.settings.schedules import Schedule, check_schedule, values_of
 from systems.variational import Variational, scene_of
-
-ALL_GUIDANCES = {**GUIDANCES, **VSD_GUIDANCES}
 
 
 @dataclass(frozen=True)

@@ -66,7 +66,7 @@ class Variational(Distillation):
             return super().load_guidance()
         settings = self.settings
         kind, loss = VSD_GUIDANCES[settings.guidance_type], settings.loss
-        guidance = kind.load(settings.guidance, settings.prompt_processor, self.device)
+        guidance = kind.load(settings.guidance, self.prompts, self.device)
         guidance.lora.reset(self.random)
         guidance.weights = lambda step: (
             value_at(loss.lambda_vsd, step),

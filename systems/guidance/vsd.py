@@ -27,11 +27,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from dreampropeller import StepRandom
-from systems.guidance.base import Log
+from systems.guidance.base import Guidance, Log
 from systems.guidance.lora import Lora
 from systems.guidance.priors import Prior, Words, check, load, open_pipeline, resolve
 from systems.guidance.prompts import PromptConfig
 from systems.guidance.sds import GuidanceConfig, ScoreDistillation
+from systems.guidance.table import GUIDANCES
 from systems.scene.cameras import Cameras
 from systems.settings.checks import at_least, one_of
 
@@ -247,3 +248,6 @@ VSD_GUIDANCES: Mapping[str, type[VariationalScoreDistillation]] = {
     "stable-diffusion-vsd-guidance": StableDiffusionVSDGuidance,
 }
 """Guidances that learn beside the scene; the second name is threestudio's."""
+
+ALL_GUIDANCES: Mapping[str, type[Guidance]] = {**GUIDANCES, **VSD_GUIDANCES}
+"""For systems that take both kinds."""

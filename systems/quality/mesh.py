@@ -156,9 +156,9 @@ def surface_errors(
     other = trimesh.Trimesh(right.vertices.numpy(), right.faces.numpy(), process=False)
     points, normals = [], []
     for surface in (mesh, other):
-        found, face = trimesh.sample.sample_surface(surface, samples, seed=0)
-        points.append(np.asarray(found))
-        normals.append(np.asarray(surface.face_normals)[face])
+        drawn: Any = trimesh.sample.sample_surface(surface, samples, seed=0)
+        points.append(np.asarray(drawn[0]))
+        normals.append(np.asarray(surface.face_normals)[drawn[1]])
     distances, angles = [], []
     for one, two in ((0, 1), (1, 0)):
         distance, nearest = KDTree(points[two]).query(points[one])

@@ -130,6 +130,19 @@ class NormalConsistency(Regulariser):
         return torch.ones_like(self.amounts(seen)).detach()
 
 
+class LaplacianSmoothness(NormalConsistency):
+    """Roughness of a mesh: how far vertices are from the mean of their neighbours.
+
+    The length of the sum of a vertex's differences from its neighbours, in the mean
+    over vertices (threestudio's form).
+    """
+
+    def amounts(self, seen: Rendering) -> Float[Tensor, " views"]:
+        """The mean over vertices, once per view."""
+        assert seen.laplacian is not None, "needs a mesh"
+        return seen.laplacian
+
+
 REGULARISERS: Mapping[str, Regulariser] = {
     "orient": Orientation(),
     "sparsity": Sparsity(),
@@ -146,5 +159,6 @@ SURFACE_REGULARISERS: Mapping[str, Regulariser] = {
 
 MESH_REGULARISERS: Mapping[str, Regulariser] = {
     "normal_consistency": NormalConsistency(),
+    "laplacian_smoothness": LaplacianSmoothness(),
 }
 """Those of a mesh that is optimised."""

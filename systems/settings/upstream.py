@@ -135,7 +135,7 @@ SETTINGS: Mapping[str, Mapping[str, tuple[Any, ...]]] = {
     "system.material": {
         "input_feature_dims": (None,),
         "mlp_network_config": (None,),
-        "n_output_dims": (3,),
+        "n_output_dims": (3, 0),  # 0: a stage whose colours are not rendered
         "requires_normal": ANY,
     },
     "system.background": {
@@ -218,18 +218,21 @@ VALUES: Mapping[str, Callable[[Any], bool]] = {
 }
 """Settings that exist here, and values that only threestudio supports."""
 
+_ON_TETRAHEDRA = frozenset(
+    {
+        "system.geometry_convert_from",
+        "system.geometry_convert_inherit_texture",
+        "system.geometry.isosurface_deformable_grid",
+        "system.loss.lambda_normal_consistency",
+        "system.loss.lambda_laplacian_smoothness",
+    }
+)
+
 OWN: Mapping[str, frozenset[str]] = {
     "textmesh-system": frozenset({"system.loss.lambda_eikonal"}),
-    "magic3d-system": frozenset(
-        {
-            "system.geometry_convert_from",
-            "system.geometry.isosurface_deformable_grid",
-            "system.loss.lambda_normal_consistency",
-        }
-    ),
-    "prolificdreamer-system": frozenset(
-        {"system.loss.lambda_vsd", "system.loss.lambda_lora"}
-    ),
+    "magic3d-system": _ON_TETRAHEDRA,
+    "prolificdreamer-system": _ON_TETRAHEDRA
+    | {"system.loss.lambda_vsd", "system.loss.lambda_lora"},
 }
 """Settings in `SETTINGS` that a system of ours has, by the name of the system."""
 

@@ -282,7 +282,7 @@ def test_a_finished_stage_is_not_taken_for_another(
                 *("--config", REFINE, "--train", SMALL[0]),
                 *("system.geometry_convert_from=null", "system.refinement=false"),
             ],
-            "has no effect on a field",
+            "has no effect on this stage, of a field: leave it out, or write",
         ),
         (
             [
@@ -375,17 +375,26 @@ def test_a_run_that_cannot_be_converted_is_refused(run: Path, tmp_path: Path) ->
         refined(tmp_path)
 
 
+def config_of(name: str, ending: str | None) -> Path:
+    """A config of ours, or of a checkout of threestudio."""
+    if ending is not None:
+        return ROOT / "configs" / f"{name}{ending}.yaml"
+    if "THREESTUDIO_ROOT" not in os.environ:
+        pytest.skip("`THREESTUDIO_ROOT` does not name a checkout")
+    return Path(os.environ["THREESTUDIO_ROOT"]) / "configs" / f"{name}.yaml"
+
+
 @pytest.mark.parametrize("stage", MODELS)
-def test_their_files_run_two_steps(
+@pytest.mark.parametrize("whose", ["ours", "theirs"])
+def test_files_for_hub_models_run_two_steps(
+    whose: str,
     stage: str,
     request: pytest.FixtureRequest,
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
 ) -> None:
-    if "THREESTUDIO_ROOT" not in os.environ:
-        pytest.skip("`THREESTUDIO_ROOT` does not name a checkout")
+    path = config_of(f"magic3d-{stage}", "" if whose == "ours" else None)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    path = Path(os.environ["THREESTUDIO_ROOT"]) / "configs" / f"magic3d-{stage}.yaml"
     model = request.getfixturevalue(MODELS[stage])
     name = "pretrained_model_name_or_path"
     settings = [

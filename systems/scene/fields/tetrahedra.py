@@ -39,24 +39,32 @@ class TetrahedraConfig(SDFConfig):
         isosurface_resolution: Cells per side of the grid, each of six tetrahedra.
         isosurface_deformable_grid: Learn offsets of the vertices.
         fix_geometry: Keep the surface and learn its colours alone.
-        sdf_scale: Factor from the stored value to the distance. Adam moves all stored
-            values alike, and distances need smaller steps than colours.
+        geometry_only: A surface without colours, which are grey.
+        sdf_scale: Factor from the stored value to the distance.
     """
 
     isosurface_resolution: int = 64
     isosurface_deformable_grid: bool = True
     fix_geometry: bool = False
-    sdf_scale: float = 0.1
+    geometry_only: bool = False
+    sdf_scale: float = 1.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
         at_least("isosurface_resolution", self.isosurface_resolution, 2)
+        if self.fix_geometry and self.geometry_only:
+            raise ValueError(
+                "`fix_geometry` leaves the colours to learn and `geometry_only` the "
+                "surface: nothing is left. Leave one of them out."
+            )
 
 
 class TetrahedralField(Field):
     """A signed distance, negated, on a grid of tetrahedra, and features in space."""
 
     Config = TetrahedraConfig
+    sdf: Tensor
+    deformation: Tensor
     outside = -1.0
     translucent = False
 
@@ -67,12 +75,19 @@ class TetrahedralField(Field):
         points = self._grid.vertices * config.radius
         shape = initial_shape(points, config.sdf_bias, config.sdf_bias_params)
         start = torch.zeros(len(points)) + shape
-        learned = not config.fix_geometry
-        self.sdf = nn.Parameter(start / config.sdf_scale, requires_grad=learned)
+        # A surface that is kept belongs to the state, so that a checkpoint has it.
+        keep = self.register_buffer if config.fix_geometry else self._learn
+        keep("sdf", start / config.sdf_scale)
         if config.isosurface_deformable_grid:
-            self.deformation = nn.Parameter(
-                torch.zeros_like(points), requires_grad=learned
-            )
+            keep("deformation", torch.zeros_like(points))
+
+    def _learn(self, name: str, start: Tensor) -> None:
+        self.register_parameter(name, nn.Parameter(start))
+
+    @property
+    def has_features(self) -> bool:
+        """Whether it has colours of its own."""
+        return not self.config.geometry_only
 
     @property
     def level(self) -> float:
@@ -80,10 +95,18 @@ class TetrahedralField(Field):
         return 0.0
 
     @abc.abstractmethod
+    def learned_features(
+        self, points: Float[Tensor, "points 3"], step: int | None
+    ) -> Float[Tensor, "points channels"]:
+        """Features for the material, of a field that has them."""
+
     def features(
         self, points: Float[Tensor, "points 3"], step: int | None
     ) -> Float[Tensor, "points channels"]:
-        """Features for the material."""
+        """Features for the material; zeros with `geometry_only`."""
+        if self.config.geometry_only:
+            return points.new_zeros(len(points), self.config.n_feature_dims)
+        return self.learned_features(points, step)
 
     def distances(self) -> Float[Tensor, " vertices"]:
         """The signed distance at the vertices of the grid."""
@@ -162,10 +185,15 @@ class TetrahedraSDFGrid(TetrahedralField, HashGridFeatures):
 
     Config = TetrahedraSDFGridConfig
 
-    def features(
+    def __init__(self, config: TetrahedraSDFGridConfig) -> None:
+        super().__init__(config)
+        if config.geometry_only:
+            del self.encoding, self.feature_network
+
+    def learned_features(
         self, points: Float[Tensor, "points 3"], step: int | None
     ) -> Float[Tensor, "points channels"]:
-        """See `TetrahedralField.features`."""
+        """See `TetrahedralField.learned_features`."""
         return self.feature_network(self.encode(points, step))
 
 
@@ -176,9 +204,12 @@ class VoxelTetrahedraConfig(TetrahedraConfig):
     Args:
         resolution: Grid points per side of the colours.
         feature_scale: Factor from the stored to the raw features.
+        sdf_scale: Factor from the stored value to the distance. Adam moves all stored
+            values alike, and distances need smaller steps than colours.
     """
 
     resolution: int = 64
+    sdf_scale: float = 0.1
     feature_scale: float = 3.0
 
     def __post_init__(self) -> None:
@@ -193,13 +224,15 @@ class VoxelTetrahedra(TetrahedralField):
 
     def __init__(self, config: VoxelTetrahedraConfig) -> None:
         super().__init__(config)
+        if config.geometry_only:
+            return
         channels, side = config.n_feature_dims, config.resolution
         self.grid = nn.Parameter(torch.zeros(1, channels, side, side, side))
 
-    def features(
+    def learned_features(
         self, points: Float[Tensor, "points 3"], step: int | None
     ) -> Float[Tensor, "points channels"]:
-        """See `TetrahedralField.features`."""
+        """See `TetrahedralField.learned_features`."""
         del step
         found = interpolate(self.grid, points / self.config.radius)
         return self.config.feature_scale * found

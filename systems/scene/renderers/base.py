@@ -39,6 +39,8 @@ class Rendering:
         bend: Mean over the mesh's edges of 1 − cos of the angle between the normals of
             their two ends, the same for each view, shape ``(views,)``; None without a
             mesh.
+        laplacian: Mean over the mesh's vertices of the length of the sum of their
+            differences from their neighbours, as `bend`.
     """
 
     rgb: Float[Tensor, "views height width 3"]
@@ -56,6 +58,7 @@ class Rendering:
         default=None, kw_only=True
     )
     bend: Float[Tensor, " views"] | None = field(default=None, kw_only=True)
+    laplacian: Float[Tensor, " views"] | None = field(default=None, kw_only=True)
 
     def shown(
         self, grey: float | None = None

@@ -85,6 +85,7 @@ class SurfaceRenderer(Renderer):
             normals = vertex_normals(vertices, faces)
             mesh = (vertices, normals, faces)
             layers = self._layers(geometry, material, views, step, random, mesh)
+            edges = edges_of(faces)
         opacity = layers[..., 6:]
         directions = views.cameras.rays(views.height, views.width)[1]
         behind = background(directions.to(layers), step, random)
@@ -95,7 +96,8 @@ class SurfaceRenderer(Renderer):
             opacity,
             layers[..., 3:6],
             torch.zeros_like(opacity),
-            bend=bend(normals, faces).expand(len(opacity)),
+            bend=bend(normals, edges).expand(len(opacity)),
+            laplacian=laplacian(vertices, edges).expand(len(opacity)),
         )
 
     def _layers(
@@ -140,10 +142,26 @@ def vertex_normals(
     return torch.nn.functional.normalize(total, dim=-1)
 
 
+def edges_of(faces: Int[Tensor, "faces 3"]) -> Int[Tensor, "edges 2"]:
+    """The edges of a mesh, each once."""
+    edges = torch.cat([faces[:, [0, 1]], faces[:, [1, 2]], faces[:, [2, 0]]])
+    return edges.sort(-1).values.unique(dim=0)
+
+
 def bend(
-    normals: Float[Tensor, "vertices 3"], faces: Int[Tensor, "faces 3"]
+    normals: Float[Tensor, "vertices 3"], edges: Int[Tensor, "edges 2"]
 ) -> Float[Tensor, ""]:
     """Mean of 1 − cos between the normals at the ends of the edges."""
-    edges = torch.cat([faces[:, [0, 1]], faces[:, [1, 2]], faces[:, [2, 0]]])
-    ends = normals[edges.sort(-1).values.unique(dim=0)]
+    ends = normals[edges]
     return (1 - (ends[:, 0] * ends[:, 1]).sum(-1)).mean()
+
+
+def laplacian(
+    vertices: Float[Tensor, "vertices 3"], edges: Int[Tensor, "edges 2"]
+) -> Float[Tensor, ""]:
+    r"""Mean over vertices of $\|\sum_{j \sim i} (v_i - v_j)\|$ (threestudio's form)."""
+    one, two = edges.unbind(1)
+    difference = vertices[one] - vertices[two]
+    total = torch.zeros_like(vertices).index_add(0, one, difference)
+    total = total.index_add(0, two, -difference)
+    return total.norm(dim=-1).mean()
