@@ -58,7 +58,12 @@ def make_parser() -> argparse.ArgumentParser:
     )
     task.add_argument("--sample", action="store_true", help="images of a prompt")
     task.add_argument("--doctor", action="store_true", help="check this machine")
-    task.add_argument("--view", metavar="RUN", help="live page of a run (port=8080)")
+    task.add_argument(
+        "--view",
+        nargs="+",
+        metavar="RUN",
+        help="live page of a run, or of several side by side (port=8080)",
+    )
     task.add_argument(
         "--settings",
         nargs="?",
@@ -79,8 +84,9 @@ def main(argv: list[str] | None = None) -> int:
             return 0
         if arguments.doctor:
             return doctor.run(overrides)
-        named = [*(arguments.compare or ()), *(arguments.parts or ()), arguments.view]
-        if stages.is_asked(arguments.config, overrides, filter(None, named)):
+        several = (arguments.compare, arguments.parts, arguments.view)
+        named = [word for words in several for word in words or ()]
+        if stages.is_asked(arguments.config, overrides, named):
             return stages.run(arguments.config, arguments.train, overrides)
         if arguments.compare is not None:
             words = [*arguments.compare, *overrides]
@@ -90,7 +96,7 @@ def main(argv: list[str] | None = None) -> int:
         if arguments.view is not None:
             from systems.runs import live
 
-            return live.run(arguments.view, overrides)
+            return live.run([*arguments.view, *overrides])
         if is_asked(overrides):
             return training.run(arguments.config, arguments.train, overrides)
         if arguments.render:

@@ -45,6 +45,8 @@ class System(Problem):
             "data",
             "data_type",
             "resume",
+            "viewer",
+            "viewer_port",
             "trainer",
             "checkpoint",
             "quality",

@@ -220,7 +220,7 @@ def read_settings(words: list[str]) -> None:
 
     arguments, overrides = launch.make_parser().parse_known_args(words)
     if arguments.view is not None:
-        live.Address.read(overrides)
+        live.Address.read([w for w in arguments.view[1:] if "=" in w])
         return
     if arguments.parts is not None:  # run folders alone
         assert all(w.removeprefix("resume=").count("=") == 0 for w in arguments.parts)

@@ -267,6 +267,7 @@ def _report(folder: Path, runs: dict[str, Run], rivals: list[dict[str, Any]]) ->
 def _differences(a: Config, b: Config) -> list[str]:
     """Settings besides solver and dispatch in which two runs differ."""
     out = ("solver", "dispatch", "checkpoint", "resume", "tag", "exp_root_dir", "name")
+    out += ("viewer", "viewer_port")
     one, other = (
         identity.flat({k: v for k, v in to_section(config).items() if k not in out})
         for config in (a, b)

@@ -29,10 +29,10 @@ from systems.images import save_image
 from systems.problem import Problem
 from systems.runs import folders, history, results, viewer
 from systems.runs.last_state import LastState
-from systems.runs.stopping import Stop
+from systems.runs.stopping import STOP, Stop
 
-STOP = "stop"
-"""Name of the file in the run folder that requests a stop."""
+PATIENCE = 0.5
+"""A pause lasts at most this share of the time that other processes wait."""
 LEAN_SHARE = 0.018
 """Largest share of the time that lean checkpoints take."""
 
@@ -43,11 +43,14 @@ class Recorder(abc.ABC):
     Args:
         files: Files that request a stop. None: neither listen nor record (ranks other
             than 0).
+        patience: Seconds that a pause lasts at most.
     """
 
-    def __init__(self, files: Sequence[Path] | None) -> None:
+    def __init__(
+        self, files: Sequence[Path] | None, patience: float = math.inf
+    ) -> None:
         self.leads = files is not None
-        self._stop = Stop(files)
+        self._stop = Stop(files, patience)
         self._last = LastState()
 
     @property
@@ -110,6 +113,7 @@ class Recorder(abc.ABC):
             return False
         self._last.keep(state)
         self.record(state, iteration)
+        self._stop.wait()
         return self._stop.asked()
 
     @abc.abstractmethod
@@ -158,7 +162,10 @@ class FolderRecorder(Recorder):
         folder: Path | None,
         state: dp.SolverState[Any] | None = None,
     ) -> None:
-        super().__init__(None if folder is None else [folder / STOP])
+        dispatch = problem.config.dispatch
+        alone = dispatch.count == 1 or dispatch.backend == "ray"
+        patience = math.inf if alone else PATIENCE * dispatch.timeout
+        super().__init__(None if folder is None else [folder / STOP], patience)
         self.problem = problem
         self.folder = folder
         self.config = problem.config

@@ -6,6 +6,7 @@ import functools
 import os
 import sys
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -82,11 +83,21 @@ def work(config: Config, folder: Path | None = None, leads: bool = True) -> int:
     folder = known if leads else None
     recorder = FolderRecorder(problem, folder, state)
     try:
-        return recorder.run(lambda told: problem.solve(dispatcher, state, told))
+        with _page(config, folder):
+            return recorder.run(lambda told: problem.solve(dispatcher, state, told))
     finally:
         if folder is not None:
             checkpoint.unlock(folder)
             checkpoint.unlock(folder / folders.CHECKPOINTS)
+
+
+def _page(config: Config, folder: Path | None) -> AbstractContextManager[None]:
+    """The live page of the leading rank, if one is asked for."""
+    if folder is None or not config.viewer:
+        return nullcontext()
+    from systems.runs.live import beside
+
+    return beside.page(folder, config.viewer_port)
 
 
 def _maker(config: Config) -> Callable[[], Trajectory[Any]] | None:

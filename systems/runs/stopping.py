@@ -1,7 +1,8 @@
-"""Stop requests: Ctrl-C, SIGTERM, or a file."""
+"""Requests to stop: Ctrl-C, SIGTERM, or a file; and to wait: another file."""
 
 from __future__ import annotations
 
+import math
 import signal
 import time
 from collections.abc import Iterator, Sequence
@@ -11,6 +12,12 @@ from types import FrameType
 
 from tqdm import tqdm
 
+STOP = "stop"
+"""Name of the file in a run folder that requests a stop."""
+PAUSE = "pause"
+"""Name of the file beside it that makes a run wait until it is removed."""
+LOOK = 0.2
+"""Seconds between two looks for the latter."""
 SAME_SIGNAL = 2.0
 """Seconds within which signals count as one: a launcher repeats the terminal's."""
 
@@ -22,15 +29,19 @@ class Stop:
         files: Files whose existence requests a stop; a file may hold the name of a
             signal, and is removed. None: listen to nothing (ranks other than 0; rank 0
             decides for all).
+        patience: Seconds that a pause lasts at most: other ranks wait meanwhile.
 
     Attributes:
         signal: The signal that requested the stop, if any. A file counts as Ctrl-C,
             unless it names SIGTERM.
     """
 
-    def __init__(self, files: Sequence[Path] | None) -> None:
+    def __init__(
+        self, files: Sequence[Path] | None, patience: float = math.inf
+    ) -> None:
         self.signal: signal.Signals | None = None
         self._files = files
+        self._patience = patience
         self._at = 0.0
 
     @contextmanager
@@ -42,6 +53,7 @@ class Stop:
         """
         for file in self._files or ():
             file.unlink(missing_ok=True)
+            file.with_name(PAUSE).unlink(missing_ok=True)
         previous = {
             number: signal.signal(number, self._hear)
             for number in (signal.SIGINT, signal.SIGTERM)
@@ -60,6 +72,17 @@ class Stop:
                 self.signal = signal.SIGTERM if named else signal.SIGINT
                 file.unlink(missing_ok=True)
         return self.signal is not None
+
+    def wait(self) -> None:
+        """Wait while a pause is requested, and no stop."""
+        files = [file.with_name(PAUSE) for file in self._files or ()]
+        begin = time.monotonic()
+        while any(file.exists() for file in files) and not self.asked():
+            if time.monotonic() - begin > self._patience:
+                tqdm.write("Paused for as long as other processes wait: going on.")
+                for file in files:
+                    file.unlink(missing_ok=True)
+            time.sleep(LOOK)
 
     def _hear(self, number: int, frame: FrameType | None) -> None:
         del frame

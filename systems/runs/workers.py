@@ -16,7 +16,7 @@ import torch
 
 import dreampropeller as dp
 from dreampropeller.dispatch import process_group
-from systems.runs.recorder import STOP
+from systems.runs.stopping import STOP
 from systems.settings.config import Config
 from systems.settings.dispatch import DispatchConfig, is_rank
 from systems.settings.reader import ConfigError

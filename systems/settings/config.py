@@ -21,7 +21,7 @@ from omegaconf import DictConfig, OmegaConf
 import dreampropeller as dp
 from dreampropeller.precision import Precision
 from dreampropeller.predictor import PREDICTORS
-from systems.settings.checks import at_least, one_of
+from systems.settings.checks import at_least, between, one_of
 from systems.settings.dispatch import DispatchConfig
 from systems.settings.reader import ConfigError, named, read, section_name
 from systems.settings.upstream import DATA_TYPES, resolvers, translate
@@ -242,6 +242,8 @@ class Config:
         exp_root_dir: Root folder of all results.
         seed: Seed of all random numbers.
         resume: Run folder or checkpoint to resume from.
+        viewer: Serve a live page while the run lasts, to this machine alone.
+        viewer_port: Its port.
         solver: Solver of the trajectory.
         dispatch: Devices and processes that evaluate gradients.
         trainer: Number of steps, logging and precision.
@@ -261,6 +263,8 @@ class Config:
     exp_root_dir: str = "outputs"
     seed: int = 0
     resume: str | None = None
+    viewer: bool = False
+    viewer_port: int = 8080
     solver: SolverConfig = field(default_factory=SolverConfig)
     dispatch: DispatchConfig = field(default_factory=DispatchConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
@@ -273,6 +277,7 @@ class Config:
 
     def __post_init__(self) -> None:
         one_of("data_type", self.data_type, DATA_TYPES)
+        between("viewer_port", self.viewer_port, 1, 2**16 - 1)
         inside = PurePath(self.name)
         if inside.is_absolute() or ".." in inside.parts:
             raise ValueError(

@@ -17,7 +17,7 @@ import dreampropeller as dp
 from dreampropeller import checkpoint, identity
 from dreampropeller.adapters.threestudio import ThreestudioTrajectory
 from systems.runs import recorder
-from systems.runs.recorder import STOP
+from systems.runs.stopping import STOP
 from systems.settings.reader import ConfigError, to_section
 from systems.threestudio.config import BackendConfig
 

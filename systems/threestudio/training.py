@@ -19,7 +19,7 @@ import dreampropeller as dp
 from dreampropeller.adapters.threestudio import ThreestudioTrajectory
 from dreampropeller.dispatch import process_group
 from systems.runs import workers
-from systems.runs.recorder import STOP
+from systems.runs.stopping import STOP
 from systems.settings.dispatch import DispatchConfig, is_rank
 from systems.settings.reader import ConfigError
 from systems.threestudio.checkout import import_threestudio

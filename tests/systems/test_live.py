@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import math
 import shutil
+import signal
 import socket
+import subprocess
 import sys
+import threading
+import time
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,7 +23,10 @@ import pytest
 import torch
 
 import launch
-from systems.runs import live
+from systems.runs.live import beside, reading
+from systems.runs.live.address import Address
+from systems.runs.live.page import Page
+from systems.runs.stopping import Stop
 from systems.scene.gaussians import ply
 from systems.settings.reader import ConfigError
 from tests.systems.scenes import SMALL, TOYBOX
@@ -38,25 +49,25 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_curves_are_those_of_the_metrics(finished: Path) -> None:
     report = json.loads((finished / "report.json").read_text())
-    drawn = live.curves(finished)
+    drawn = reading.curves(finished)
     assert drawn["stride"].tolist() == report["strides"]
     assert drawn["step"].tolist() == np.cumsum(report["strides"]).tolist()
     assert drawn["window"].max() == 8
-    text = live.status(finished, drawn, 12)
+    text = reading.status(finished, drawn, 12)
     assert f"**Step 12 of 12**, {report['iterations']} iterations" in text
     assert "Finished." in text
 
 
 def test_frames_are_those_of_the_checkpoint(finished: Path) -> None:
-    steps = list(live.checkpoints(finished))
+    steps = list(reading.checkpoints(finished))
     assert steps[-1] == 12
     assert len(steps) > 1
-    renders = live.Renders(finished)
+    renders = reading.Renders(finished)
     first, last = renders.frames(steps[0]), renders.frames(12)
-    assert len(last) == live.FRAMES
+    assert len(last) == reading.FRAMES
     assert last[0].shape == (16, 16, 3)
     assert not np.array_equal(first[0], last[0])
-    again = live.Renders(finished).frames(12)
+    again = reading.Renders(finished).frames(12)
     assert all(map(np.array_equal, last, again))
     with pytest.raises(ValueError, match="has been removed"):
         renders.frames(5)
@@ -72,7 +83,7 @@ def test_covariances_are_those_of_the_axes(tmp_path: Path) -> None:
         "quats": torch.tensor([[half, 0.0, 0.0, half]]),  # x to y, y to -x
     }
     ply.save(tmp_path / "splats.ply", state)
-    found = live.splats(tmp_path / "splats.ply")
+    found = reading.splats(tmp_path / "splats.ply")
     np.testing.assert_allclose(
         found["covariances"][0], np.diag([4.0, 9.0, 1.0]), atol=1e-5
     )
@@ -87,17 +98,17 @@ def test_a_run_in_progress_and_half_written_files(
     folder = tmp_path / "run"
     folder.mkdir()
     shutil.copy(finished / "config.yaml", folder)
-    assert live.open_folder(str(folder)) == folder
-    assert live.checkpoints(folder) == {}
-    assert "No iteration" in live.status(folder, live.curves(folder), 12)
+    assert reading.open_folder(str(folder)) == folder
+    assert reading.checkpoints(folder) == {}
+    assert "No iteration" in reading.status(folder, reading.curves(folder), 12)
     whole = (finished / "metrics.jsonl").read_text()
     (folder / "metrics.jsonl").write_text(whole)
-    text = live.status(folder, live.curves(folder), 12)
+    text = reading.status(folder, reading.curves(folder), 12)
     assert "the results are being written" in text
     (folder / "metrics.jsonl").write_text(whole[: len(whole) // 2])
-    drawn = live.curves(folder)
-    assert 0 < len(drawn["step"]) < len(live.curves(finished)["step"])
-    text = live.status(folder, drawn, 12)
+    drawn = reading.curves(folder)
+    assert 0 < len(drawn["step"]) < len(reading.curves(finished)["step"])
+    text = reading.status(folder, drawn, 12)
     assert f"python launch.py --train resume={folder}" in text
 
 
@@ -128,7 +139,7 @@ def test_without_viser_it_names_the_extra(
 ) -> None:
     monkeypatch.setitem(sys.modules, "viser", None)
     with pytest.raises(ConfigError, match=r'pip install -e "\.\[viewer\]"'):
-        live.Page(finished, live.Address())
+        Page([finished], Address())
 
 
 def test_a_port_that_is_taken_is_named() -> None:
@@ -137,7 +148,46 @@ def test_a_port_that_is_taken_is_named() -> None:
         other.listen()
         port = other.getsockname()[1]
         with pytest.raises(ConfigError, match=rf"Port {port} of 127.0.0.1 is taken"):
-            live.Address(port=port).check()
+            Address(port=port).check()
+
+
+def test_a_pause_waits_until_it_is_over_or_a_stop_is_asked_for(tmp_path: Path) -> None:
+    stop, pause = tmp_path / "stop", tmp_path / "pause"
+    listener = Stop([stop])
+    for ending in (pause.unlink, stop.touch):
+        pause.touch()
+        threading.Timer(0.5, ending).start()
+        begin = time.monotonic()
+        listener.wait()
+        assert time.monotonic() - begin > 0.4
+    assert listener.asked()
+    pause.touch()
+    Stop([stop], patience=0.3).wait()  # other ranks wait no longer
+    assert not pause.exists()
+    pause.touch()
+    with Stop([stop]).listening():
+        assert not pause.exists()  # one from before is over
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def test_a_viewer_that_cannot_be_served_does_not_end_the_run(
+    finished: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        with beside.page(finished, other.getsockname()[1]):
+            pass
+    assert "note: No live viewer. Port" in capsys.readouterr().err
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
+    with beside.page(finished, free_port()):
+        pass
+    assert "note: No live viewer. it needs viser" in capsys.readouterr().err
 
 
 @pytest.fixture(scope="module")
@@ -145,23 +195,59 @@ def page(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[A
     pytest.importorskip("viser", reason='`pip install -e ".[viewer]"`')
     folder = tmp_path_factory.mktemp("shown") / finished.name
     shutil.copytree(finished, folder)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    shown = live.Page(folder, live.Address(port=port))
+    shown = Page([folder, finished], Address(port=free_port()))
     yield shown
     shown.close()
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_run_serves_its_own_page_while_it_lasts(tmp_path: Path) -> None:
+    pytest.importorskip("viser", reason='`pip install -e ".[viewer]"`')
+    port = free_port()
+    words = [*FEW, f"exp_root_dir={tmp_path}", "viewer=true", f"viewer_port={port}"]
+    command = [sys.executable, "launch.py", "--config", TOYBOX, "--train", *words]
+    run = subprocess.Popen([*command, "trainer.max_steps=4000"], cwd=ROOT)
+    try:
+        address, content = f"http://127.0.0.1:{port}", b""
+        for _ in range(600):
+            with contextlib.suppress(OSError), urllib.request.urlopen(address) as seen:
+                content = seen.read()
+                break
+            assert run.poll() is None
+            time.sleep(0.1)
+        assert b"<html" in content
+        run.send_signal(signal.SIGTERM)
+        assert run.wait(60) == 128 + signal.SIGTERM
+    finally:
+        run.kill()
+    with pytest.raises(OSError, match="refused"):
+        urllib.request.urlopen(address)
+
+
+def test_cameras_of_the_page_make_a_film(page: Any) -> None:
+    around = SimpleNamespace(look_at=(0, 0, 0), up_direction=(0, 0, 1), fov=0.9)
+    for x, y in ((2.4, 0.0), (0.0, 2.4)):
+        page.film.add(SimpleNamespace(**vars(around), position=(x, y, 0.5)))
+    content = json.loads(page.film.path.read_text())
+    assert [camera["position"][0] for camera in content["cameras"]] == [2.4, 0.0]
+    assert content["cameras"][0]["fov"] == pytest.approx(math.degrees(0.9), abs=0.01)
+    content["frames"] = 3
+    page.film.path.write_text(json.dumps(content))
+    page.film.render()
+    assert page.film.path.with_suffix(".mp4").stat().st_size > 500
+    page.film.clear()
+
+
 @pytest.mark.browser
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_the_page_shows_the_run(page: Any, chromium: Any) -> None:
+def test_the_page_shows_the_runs_side_by_side(page: Any, chromium: Any) -> None:
     view = chromium.new_page(viewport={"width": 1200, "height": 900})
     asked: list[str] = []
     view.on("request", lambda request: asked.append(request.url))
     view.goto(f"http://127.0.0.1:{page.server.get_port()}")
-    view.get_by_text("Step 12 of 12").wait_for(timeout=60_000)
-    view.get_by_text("Stop and save").wait_for()
+    view.get_by_text("Step 12 of 12").first.wait_for(timeout=60_000)
+    view.get_by_role("button", name="Stop and save").first.wait_for()
+    view.get_by_text("Step 12 | Step 12").wait_for(timeout=60_000)
     assert view.locator("img").first.is_visible()
     assert view.locator("canvas").count() >= 3  # the scene and two plots
     home = (f"http://127.0.0.1:{page.server.get_port()}", "data:", "blob:")
@@ -176,7 +262,13 @@ def test_the_page_shows_the_run(page: Any, chromium: Any) -> None:
     view = chromium.new_page()
     view.goto(f"http://127.0.0.1:{page.server.get_port()}")
     view.get_by_text("Resume, once it has ended").wait_for(timeout=60_000)
-    view.get_by_role("button", name="Stop and save").click()
+    view.get_by_role("button", name="Pause").first.click()
+    view.get_by_text("The run waits after this iteration").wait_for()
+    assert (page.folder / "pause").exists()
+    view.get_by_role("button", name="Continue").first.click()
+    view.get_by_text("The run goes on").wait_for()
+    assert not (page.folder / "pause").exists()
+    view.get_by_role("button", name="Stop and save").first.click()
     view.get_by_text("The run stops after this iteration").wait_for()
     assert (page.folder / "stop").exists()
     view.close()

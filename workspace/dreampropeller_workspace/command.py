@@ -50,7 +50,7 @@ TASKS = {
     "test": Task("render and measure a run", "RUN"),
     "export": Task("write the mesh of a run", "RUN"),
     "parts": Task("take meshes apart by colour", "RUN..."),
-    "view": Task("open the live viewer of a run", "RUN"),
+    "view": Task("open the live viewer of a run, or of several", "RUN..."),
     "settings": Task("list all settings, or those of a section", "[SECTION]"),
     "configs": Task("list the packaged configs", ""),
 }
