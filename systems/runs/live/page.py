@@ -32,8 +32,8 @@ from systems.settings.reader import ConfigError
 
 UPRIGHT = (math.sqrt(0.5), math.sqrt(0.5), 0.0, 0.0)
 """Rotation, as a quaternion, from y up (glb) to z up (the scene)."""
-APART = 2.4
-"""Distance between the objects of two runs."""
+APART = -2.2
+"""Distance along y between the objects of two runs: away from the page's panel."""
 COLOURS = {"stride": "#2a78b5", "window": "#b0b7c0", "threshold": "#d2691e"}
 CAMERAS = "cameras.json"
 """The camera path that the page writes into a run's folder."""
