@@ -8,7 +8,7 @@ reports whether that pays. `--test resume=RUN` renders and measures it, and
 `--export resume=RUN` writes its mesh, `--parts resume=RUN` takes the mesh apart by
 colour, and `--render resume=RUN cameras=path.json` films a camera path. `--sample`
 samples images (`configs/sample-toybox.yaml`). `--view RUN` opens a live page of a run,
-and `--doctor` says what this machine offers.
+`--plan` says what a run would cost, and `--doctor` what this machine offers.
 
 Settings follow as `key=value`; `--settings [SECTION]` lists all settings.
 `dispatch.num_workers=2` starts two processes, and `torchrun launch.py …` and `srun
@@ -27,7 +27,7 @@ import dreampropeller as dp
 from dreampropeller.checkpoint import CheckpointError
 from dreampropeller.dispatch import slurm
 from systems import doctor, list_settings
-from systems.runs import compare, folders, parts, paths, run, stages, workers
+from systems.runs import compare, folders, parts, paths, plan, run, stages, workers
 from systems.threestudio import training
 from systems.threestudio.config import is_asked
 
@@ -47,6 +47,7 @@ def make_parser() -> argparse.ArgumentParser:
         help="with and without acceleration; `rivals` adds sequential runs of the same "
         "budget; two RUNs compares what is finished",
     )
+    task.add_argument("--plan", action="store_true", help="what a run would cost")
     task.add_argument("--test", action="store_true", help="turntable and quality")
     task.add_argument("--export", action="store_true", help="mesh")
     task.add_argument("--render", action="store_true", help="video of a camera path")
@@ -102,6 +103,8 @@ def main(argv: list[str] | None = None) -> int:
         if arguments.render:
             return paths.run(arguments.config, overrides)
         config = folders.load_config(arguments.config, overrides)
+        if arguments.plan:
+            return plan.run(config)
         if arguments.train or arguments.sample:
             return run.execute(config, "--train" if arguments.train else "--sample")
         return run.look(config, video=arguments.test)

@@ -46,6 +46,7 @@ TASKS = {
         "PROMPT | RUN RUN",
         "dreamfusion-toybox",
     ),
+    "plan": Task("say what a run would cost", "PROMPT", "dreamfusion-toybox"),
     "sample": Task("sample images of a prompt", "PROMPT", "sample-toybox"),
     "test": Task("render and measure a run", "RUN"),
     "export": Task("write the mesh of a run", "RUN"),
