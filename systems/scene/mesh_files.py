@@ -207,6 +207,10 @@ def _obj_lines(mesh: Any) -> Iterator[str]:
     yield ""
 
 
+_FAR = 1e6
+"""Coordinates from which a mesh is no object of ours: a damaged file."""
+
+
 def load_glb(path: Path) -> trimesh.Trimesh:
     """Read a ``mesh.glb`` back as it was passed to `save_mesh`: z up, sRGB colours.
 
@@ -223,11 +227,12 @@ def load_glb(path: Path) -> trimesh.Trimesh:
         with open(path, "rb") as file:  # by its content alone: no path to look beside
             scene: Any = trimesh.load_scene(file, file_type="glb", process=False)
         (mesh,) = scene.geometry.values()
-        if not len(mesh.faces) or not np.isfinite(mesh.vertices).all():
-            raise ValueError("it has no faces, or vertices that are not finite")
+        if not len(mesh.faces) or not (np.abs(mesh.vertices) < _FAR).all():
+            raise ValueError("it has no faces, or vertices beyond any scene")
         if is_textured(mesh):
             return mesh.apply_transform(_UPRIGHT.T)
         linear = np.asarray(mesh.visual.vertex_attributes["color"])[:, :3]
+        linear = np.nan_to_num(linear).clip(0, 1)  # as glTF says
     except Exception as error:  # whatever a damaged file raises inside trimesh
         reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
         raise ValueError(
