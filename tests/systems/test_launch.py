@@ -259,6 +259,7 @@ def test_two_ranks_write_one_run_and_equal_one(
     assert json.loads((folder / "report.json").read_text())["workers"] == 2
 
 
+@pytest.mark.chaos
 def test_ctrl_c_on_two_workers_saves_and_exports(tmp_path: Path) -> None:
     """The workers that the front door starts itself."""
     with started(tmp_path, "dispatch.num_workers=2") as process:

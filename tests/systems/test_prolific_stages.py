@@ -32,10 +32,10 @@ from tests.systems.test_priors import stable_diffusion as stable_diffusion
 
 ROOT = Path(__file__).parent.parent.parent
 STAGES = ("coarse", "geometry", "texture")
-FEW = ("data.batch_size=1", "trainer.max_steps=6", "checkpoint.every_n_train_steps=4")
+FEW = ("data.batch_size=1", "trainer.max_steps=4", "checkpoint.every_n_train_steps=3")
 EXACT = (
     *("solver.threshold.name=fixed", "solver.threshold.value=0"),
-    "solver.window.size=3",
+    "solver.window.size=2",
 )
 
 

@@ -173,7 +173,13 @@ def test_perpendicular_negatives_need_view_words() -> None:
         PerpendicularNegatives(GuidanceConfig(""), prior(3), words, prompts)
 
 
-@pytest.mark.parametrize("name", ["csd", "ism", "sdi", "perp-neg"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("csd", "sdi"),
+        *(pytest.param(n, marks=pytest.mark.long) for n in ("ism", "perp-neg")),
+    ],
+)
 def test_each_distils_the_embedded_prior_exactly_in_windows(name: str) -> None:
     settings = [
         *SMALL,

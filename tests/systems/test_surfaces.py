@@ -142,7 +142,7 @@ def test_threshold_zero_is_sequential_and_drifts_are_pure() -> None:
         f"system.geometry.normal_type={CENTRAL}",
     )
     expected = dp.solve(tiny(*settings).trajectory(), dp.Sequential())
-    exact = dp.PicardSolver(dp.SlidingWindow(5), dp.FixedThreshold(0), "momentum")
+    exact = dp.PicardSolver(dp.SlidingWindow(3), dp.FixedThreshold(0), "momentum")
     found = dp.solve(tiny(*settings).trajectory(), exact)
     assert tree_equal(found.value, expected.value)
     assert tree_equal(found.carry, expected.carry)

@@ -39,6 +39,7 @@ def take_unequal_steps(folder: str) -> dict[str, Any]:
     return found | {"trained": state(again), "total": again.images}
 
 
+@pytest.mark.long
 def test_workers_continue_from_the_average_of_their_weights(
     tmp_path: Path, two_ranks: RankPool
 ) -> None:
