@@ -226,8 +226,11 @@ def test_their_file_runs_and_equals_ours(
     [
         ("system.loss.lambda_lora=0", "`lambda_lora` is 0, so the LoRA never learns"),
         ("system.loss.lambda_lora=[0,0,0,9]", "csd-guidance"),
-        ("system.stage=geometry", "write `tetrahedra-sdf-grid` or"),
-        ("system.stage=fine", "`system.stage` is `fine`: write coarse or geometry or texture"),
+        ("system.stage=geometry", "`loss.lambda_sparsity` has no effect on this stage"),
+        (
+            "system.stage=fine",
+            "`system.stage` is `fine`: write coarse or geometry or texture",
+        ),
         ("system.guidance.lora=own", "write shared or local"),
         ("system.guidance.lora_targets=to_q", r"write \[a text, …\]"),
         ("system.guidance.lora_rank=0", "`lora_rank` is 0: write 1 or more"),
