@@ -8,7 +8,8 @@ reports whether that pays. `--test resume=RUN` renders and measures it, and
 `--export resume=RUN` writes its mesh, `--parts resume=RUN` takes the mesh apart by
 colour, and `--render resume=RUN cameras=path.json` films a camera path. `--sample`
 samples images (`configs/sample-toybox.yaml`). `--view RUN` opens a live page of a run,
-`--plan` says what a run would cost, and `--doctor` what this machine offers.
+`--app` a page to try all this in a browser. `--plan` says what a run would cost, and
+`--doctor` what this machine offers.
 
 Settings follow as `key=value`; `--settings [SECTION]` lists all settings.
 `dispatch.num_workers=2` starts two processes, and `torchrun launch.py …` and `srun
@@ -65,6 +66,7 @@ def make_parser() -> argparse.ArgumentParser:
         metavar="RUN",
         help="live page of a run, or of several side by side (port=8080)",
     )
+    task.add_argument("--app", action="store_true", help="a page to try (port=7860)")
     task.add_argument(
         "--settings",
         nargs="?",
@@ -83,6 +85,10 @@ def main(argv: list[str] | None = None) -> int:
         if arguments.settings is not None:
             print(list_settings(arguments.settings))
             return 0
+        if arguments.app:
+            from systems.runs import app
+
+            return app.run(overrides)
         if arguments.doctor:
             return doctor.run(overrides)
         several = (arguments.compare, arguments.parts, arguments.view)

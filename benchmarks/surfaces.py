@@ -82,7 +82,8 @@ def stage(to: Path, path: str, wanted: runs.Job) -> Path:
             f"seed={wanted['seed']}",
         ]
         if path in BEFORE:
-            settings.append(f"{SOURCE}={stage(to, BEFORE[path], wanted)}")
+            first = stage(to, BEFORE[path], wanted)
+            settings += [f"{SOURCE}={first}", "solver.name=sequential"]
         folder.mkdir(parents=True, exist_ok=True)
         config = load(path, settings)
         folders.write_setup(folder, config)

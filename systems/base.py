@@ -141,6 +141,13 @@ class System(Problem):
         for index in range(len(views.cameras)):
             yield self.render(y, views.one(index))[0][0]
 
+    def so_far(self, y: dp.State) -> str:
+        """See `Problem.so_far`; PSNR, if the prompt has a ground truth."""
+        from systems import quality  # which loads the classifier's package
+
+        psnr = quality.psnr_so_far(self, y)
+        return "" if psnr is None else f"PSNR {psnr:.1f} dB"
+
     def preview(self, y: dp.State) -> Float[Tensor, "images 3 height width"]:
         """A few images from all around."""
         return torch.stack(list(self.turntable(y, PREVIEW_VIEWS)))

@@ -112,6 +112,11 @@ class Problem(abc.ABC):
         """Settings that a resumed run must share; part of the fingerprint."""
         return {}
 
+    def so_far(self, y: dp.State) -> str:
+        """Quality of a state in a few words, for the progress bar; default: none."""
+        del y
+        return ""
+
     def preview(self, y: dp.State) -> Float[Tensor, "images 3 height width"] | None:
         """Images of a state for the progress preview; None if there are none."""
         del y

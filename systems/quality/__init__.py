@@ -10,6 +10,7 @@ from systems.quality.truth import (
     by_clip,
     fixed_views,
     measure,
+    psnr_so_far,
     truth_of,
 )
 
@@ -24,5 +25,6 @@ __all__ = [
     "fixed_views",
     "measure",
     "measure_mesh",
+    "psnr_so_far",
     "truth_of",
 ]

@@ -82,6 +82,20 @@ def truth_of(system: System) -> Truth | None:
         return None
 
 
+def psnr_so_far(system: System, y: dp.State) -> float | None:
+    """PSNR over four of the fixed views, for a run in progress; None: no truth."""
+    wanted = truth_of(system)
+    if wanted is None:
+        return None
+    views, error = fixed_views(SIZE), 0.0
+    for number in range(0, NUM_VIEWS, NUM_VIEWS // 4):
+        one = views.one(number)
+        goal = wanted.render(one.cameras, SIZE).over(torch.full((3,), GREY))
+        seen, _ = system.render(y, one, grey=GREY)
+        error += float((seen - goal).square().mean()) / 4
+    return -10 * math.log10(max(error, 1e-12))
+
+
 def against_truth(system: System, y: dp.State, wanted: Truth) -> Quality:
     """Measure a state.
 

@@ -180,6 +180,7 @@ class FolderRecorder(Recorder):
         self._metrics: TextIO | None = None
         self._board: Any = None
         self._bar: Any = None
+        self._so_far = ""  # quality at the last preview, where someone watches
 
     def _take_over(self, folder: Path, num_iterations: int) -> None:
         """Continue from the seconds of the earlier iterations."""
@@ -236,12 +237,14 @@ class FolderRecorder(Recorder):
             self._write_metrics(state, iteration)
         strides = state.stats.strides
         self._bar.update(iteration.stride)
-        self._bar.set_postfix_str(
-            f"stride {iteration.stride}/{iteration.window}, "
-            f"{sum(strides) / len(strides):.2f}x fewer iterations"
-        )
         if self.due(self.config.trainer.val_check_interval, iteration):
             self._preview(state)
+        words = [
+            f"stride {iteration.stride}/{iteration.window}",
+            f"{sum(strides) / len(strides):.2f}x fewer iterations",
+            self._so_far,
+        ]
+        self._bar.set_postfix_str(", ".join(filter(None, words)))
         settings = self.config.checkpoint
         every = settings.every_n_iterations
         if state.step - self._saved_at >= settings.every_n_train_steps or (
@@ -355,6 +358,8 @@ class FolderRecorder(Recorder):
         if images is None:
             return
         save_image(images, self.folder / "preview.png")
+        if not self._bar.disable:
+            self._so_far = self.problem.so_far(state.y)
         sheet = torch.cat(list(images), -1)
         self._board.add_image("preview", sheet.clamp(0, 1), state.step)
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import math
+import re
 import shutil
 import signal
 import socket
@@ -21,8 +23,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tqdm import tqdm
 
 import launch
+from systems.runs import recorder
 from systems.runs.live import beside, reading
 from systems.runs.live.address import Address
 from systems.runs.live.page import Page
@@ -56,6 +60,23 @@ def test_curves_are_those_of_the_metrics(finished: Path) -> None:
     text = reading.status(finished, drawn, 12)
     assert f"**Step 12 of 12**, {report['iterations']} iterations" in text
     assert "Finished." in text
+
+
+def test_a_terminal_is_told_stride_and_quality(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said = io.StringIO()
+
+    def bar(**options: Any) -> Any:
+        return tqdm(**{**options, "disable": False, "file": said, "mininterval": 0})
+
+    monkeypatch.setattr(recorder, "tqdm", bar)
+    words = [*FEW, f"exp_root_dir={tmp_path}", "trainer.val_check_interval=4"]
+    assert launch.main(["--config", TOYBOX, "--train", *words]) == 0
+    pattern = r"stride \d/8, [\d.]+x fewer iterations, PSNR ([\d.]+) dB"
+    told = re.findall(pattern, said.getvalue())
+    psnr = json.loads((finished / "report.json").read_text())["quality"]["psnr"]
+    assert float(told[-1]) == pytest.approx(psnr, abs=1.5)  # fewer views
 
 
 def test_frames_are_those_of_the_checkpoint(finished: Path) -> None:

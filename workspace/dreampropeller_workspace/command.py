@@ -52,6 +52,9 @@ TASKS = {
     "export": Task("write the mesh of a run", "RUN"),
     "parts": Task("take meshes apart by colour", "RUN..."),
     "view": Task("open the live viewer of a run, or of several", "RUN..."),
+    "render": Task("film a run along a camera path", "RUN cameras=PATH"),
+    "app": Task("open a page to try it in a browser", ""),
+    "doctor": Task("check this machine", ""),
     "settings": Task("list all settings, or those of a section", "[SECTION]"),
     "configs": Task("list the packaged configs", ""),
 }
@@ -90,11 +93,15 @@ def translate(task: str, words: Sequence[str], config: str | None = None) -> lis
     others = [word for word in words if not _SETTING.match(word)]
     if task == "settings":
         return ["--settings", *_at_most_one(task, others)]
+    if task in ("app", "doctor"):
+        if others:
+            raise UsageError(f"`dreampropeller {task}` takes no `{others[0]}`.")
+        return [f"--{task}", *settings]
     if task in ("parts", "view"):
         if not others:
             raise UsageError(f"Which run? Write `dreampropeller {task} RUN`.")
         return [f"--{task}", *others, *settings]
-    if task in ("test", "export"):
+    if task in ("test", "export", "render"):
         runs = [f"resume={run}" for run in _at_most_one(task, others)]
         if not any(word.startswith("resume=") for word in [*settings, *runs]):
             raise UsageError(f"Which run? Write `dreampropeller {task} RUN`.")

@@ -24,8 +24,15 @@ class Address:
     port: int = 8080
 
     @classmethod
-    def read(cls, words: Sequence[str]) -> Address:
+    def read(
+        cls, words: Sequence[str], option: str = "--view", port: int = 8080
+    ) -> Address:
         """From `host=…` and `port=…`.
+
+        Args:
+            words: The settings.
+            option: The option of `launch.py` that reads them.
+            port: The default port.
 
         Raises:
             ConfigError: There is another word, or the port is no port.
@@ -35,14 +42,14 @@ class Address:
             key, _, value = word.partition("=")
             if key not in ("host", "port") or not value:
                 raise ConfigError(
-                    f"`{word}` is no setting of `--view`: write `port=8081` or "
+                    f"`{word}` is no setting of `{option}`: write `port=8081` or "
                     "`host=0.0.0.0`."
                 )
             found[key] = value
-        port = str(found.get("port", cls.port))
-        if not port.isdecimal() or not 0 < int(port) < 2**16:
-            raise ConfigError(f"`port={port}` is no port: write `port=8081`.")
-        return cls(found.get("host", cls.host), int(port))
+        given = str(found.get("port", port))
+        if not given.isdecimal() or not 0 < int(given) < 2**16:
+            raise ConfigError(f"`port={given}` is no port: write `port=8081`.")
+        return cls(found.get("host", cls.host), int(given))
 
     def check(self) -> None:
         """Try to listen there.
