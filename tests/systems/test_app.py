@@ -127,6 +127,9 @@ def test_the_page_makes_an_object(tmp_path: Path, chromium: Any) -> None:
         view.get_by_role("button", name="Make it").click()
         view.get_by_text("PSNR").wait_for(timeout=300_000)
         view.get_by_text("turntable").wait_for()
+        view.reload()
+        view.locator("button[aria-label^=Thumbnail]").first.click()
+        view.get_by_text("step 3 in").wait_for()
         home = (f"http://127.0.0.1:{port}", "data:", "blob:")
         assert [url for url in asked if not url.startswith(home)] == []
         view.close()

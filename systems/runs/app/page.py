@@ -15,7 +15,7 @@ PAUSE = 1.0
 """Seconds between two looks at a run in progress."""
 GALLERY = 24
 """Past runs that are shown."""
-EXAMPLES = ("a red mushroom", "a yellow duck", "a blue mug", "a green cactus")
+EXAMPLES = ("a red mushroom", "a green tree", "a blue mug", "a yellow chair")
 
 
 def make_page(gradio: Any, root: Path) -> tuple[Any, dict[str, Any]]:
@@ -37,7 +37,7 @@ def make_page(gradio: Any, root: Path) -> tuple[Any, dict[str, Any]]:
         gradio.Markdown(
             "# DreamPropeller\nA prompt becomes an object, by score distillation whose "
             "future steps are evaluated at once. The embedded prior knows simple "
-            "objects in ten colours."
+            "objects: `python -m systems.toybox list`."
         )
         with gradio.Row():
             with gradio.Column(scale=1):
@@ -45,7 +45,7 @@ def make_page(gradio: Any, root: Path) -> tuple[Any, dict[str, Any]]:
                 gradio.Examples([[text] for text in EXAMPLES], prompt)
                 system = gradio.Dropdown(list(SYSTEMS), label="System")
                 speed = gradio.Radio(list(SPEEDS), label="Speed", value="the default")
-                steps = gradio.Number(label="Steps (empty: the config's)", precision=0)
+                steps = gradio.Number(0, label="Steps (0: the config's)", precision=0)
                 with gradio.Row():
                     make = gradio.Button("Make it", variant="primary")
                     stop = gradio.Button("Stop and save")
@@ -59,7 +59,7 @@ def make_page(gradio: Any, root: Path) -> tuple[Any, dict[str, Any]]:
             columns=4,
             height=360,
             object_fit="contain",
-            allow_preview=False,
+            preview=False,
             value=runs.gallery,
         )
         outputs = [status, preview, model, files]
