@@ -264,7 +264,9 @@ def train(
 
     Raises:
         KeyboardInterrupt: The process was asked to stop (SIGINT, SIGTERM); the state
-            after the last whole step is saved then.
+            after the last whole step is saved then. In the last tenth of a part, the
+            state from before the learning rate fell stays, and the weights are
+            exported.
     """
     folder.mkdir(parents=True, exist_ok=True)
     state = folder / "state.pt"
@@ -302,7 +304,7 @@ def train(
     if workers.leads:
         if not kept:
             run.save(state)
-        if not stopped:
+        if kept or not stopped:
             run.export(folder / "pipeline")
     if stopped:
         raise KeyboardInterrupt
