@@ -28,7 +28,17 @@ import dreampropeller as dp
 from dreampropeller.checkpoint import CheckpointError
 from dreampropeller.dispatch import slurm
 from systems import doctor, list_settings
-from systems.runs import compare, folders, parts, paths, plan, run, stages, workers
+from systems.runs import (
+    compare,
+    folders,
+    pages,
+    parts,
+    paths,
+    plan,
+    run,
+    stages,
+    workers,
+)
 from systems.threestudio import training
 from systems.threestudio.config import is_asked
 
@@ -60,12 +70,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     task.add_argument("--sample", action="store_true", help="images of a prompt")
     task.add_argument("--doctor", action="store_true", help="check this machine")
-    task.add_argument(
-        "--view",
-        nargs="+",
-        metavar="RUN",
-        help="live page of a run, or of several side by side (port=8080)",
-    )
+    task.add_argument("--view", nargs="+", metavar="RUN", help="live page (port=8080)")
     task.add_argument("--app", action="store_true", help="a page to try (port=7860)")
     task.add_argument(
         "--settings",
@@ -85,10 +90,6 @@ def main(argv: list[str] | None = None) -> int:
         if arguments.settings is not None:
             print(list_settings(arguments.settings))
             return 0
-        if arguments.app:
-            from systems.runs import app
-
-            return app.run(overrides)
         if arguments.doctor:
             return doctor.run(overrides)
         several = (arguments.compare, arguments.parts, arguments.view)
@@ -100,10 +101,8 @@ def main(argv: list[str] | None = None) -> int:
             return compare.run(arguments.config, words)
         if arguments.parts is not None:
             return parts.run([*arguments.parts, *overrides])
-        if arguments.view is not None:
-            from systems.runs import live
-
-            return live.run([*arguments.view, *overrides])
+        if arguments.app or arguments.view is not None:
+            return pages.run(arguments.view, overrides)
         if is_asked(overrides):
             return training.run(arguments.config, arguments.train, overrides)
         if arguments.render:

@@ -65,7 +65,7 @@ def stiff(acceleration: Anderson | None, window: int, threshold: float) -> Any:
     return solve(Stiff(), solver)
 
 
-@pytest.mark.parametrize("window", [16, 32, 96])
+@pytest.mark.parametrize("window", [16, 32, pytest.param(96, marks=pytest.mark.long)])
 def test_a_stiff_linear_equation_takes_fewer_iterations(window: int) -> None:
     exact = solve(Stiff(), Sequential()).value["x"]
     plain = stiff(None, window, 1e-10)

@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 SCRIPT = Path(__file__).parent.parent / "benchmarks" / "overhead.py"
 
 
@@ -21,6 +23,7 @@ def test_peak_memory_of_a_solve_is_bounded() -> None:
     assert 3 * 3 < found["peak_in_parameters"] <= found["bound"] == 5 * 3 + 8
 
 
+@pytest.mark.long
 def test_overhead_is_split_into_phases_that_add_up() -> None:
     found = run("--window", "2", "--sleep", "0.05", "--iterations", "2")
     assert set(found["phases_s"]) >= {"drift", "update", "norm", "rollout", "predict"}  # pyright: ignore[reportArgumentType]

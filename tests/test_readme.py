@@ -219,8 +219,9 @@ def read_settings(words: list[str]) -> None:
     from systems.settings.yaml_files import open_yaml
 
     arguments, overrides = launch.make_parser().parse_known_args(words)
-    if arguments.view is not None:
-        live.Address.read([w for w in arguments.view[1:] if "=" in w])
+    if arguments.app or arguments.view is not None:
+        words = [*(arguments.view or ())[1:], *overrides]
+        live.Address.read([w for w in words if not w.startswith("exp_root_dir=")])
         return
     if arguments.parts is not None:  # run folders alone
         assert all(w.removeprefix("resume=").count("=") == 0 for w in arguments.parts)

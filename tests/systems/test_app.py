@@ -38,6 +38,7 @@ def test_any_prompt_is_one_value(prompt: str) -> None:
     assert yaml.safe_load(jobs._quoted(prompt)) == prompt
 
 
+@pytest.mark.long
 def test_a_run_is_started_described_and_stopped(tmp_path: Path) -> None:
     small = [s for s in SMALL if "max_steps" not in s]
     job = Job.start(tmp_path, "a red mushroom", FIRST, "the default", 4000, small)

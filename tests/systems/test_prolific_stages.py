@@ -70,6 +70,7 @@ def ends(run: Path) -> dict[str, dp.State]:
     return {name: checkpoint.load(run / name / "ckpts").y for name in STAGES}
 
 
+@pytest.mark.long
 def test_each_stage_learns_its_own_part(run: Path) -> None:
     found = ends(run)
     systems = {name: build(load(run / name / "config.yaml")) for name in STAGES}
@@ -170,6 +171,7 @@ def test_what_does_not_fit_is_refused(stage: str, setting: str, message: str) ->
     assert message in str(caught.value)
 
 
+@pytest.mark.long
 def test_a_surface_without_colours_gives_its_shape_alone(
     run: Path, tmp_path: Path
 ) -> None:

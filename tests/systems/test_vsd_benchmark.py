@@ -55,6 +55,7 @@ def test_saturation_by_hand() -> None:
     assert vsd.excess_saturation(images, truth) == pytest.approx(wanted)
 
 
+@pytest.mark.long
 def test_a_criterion_over_one_group_is_the_threshold_itself() -> None:
     """Where the group is the whole state, as without a LoRA."""
 

@@ -37,6 +37,7 @@ def run(
     return call
 
 
+@pytest.mark.long
 def test_it_is_a_module_to_run() -> None:
     command = [sys.executable, "-m", "systems.toybox", "render", "a mushroom"]
     done = subprocess.run(command, capture_output=True, text=True)
