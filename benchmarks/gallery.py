@@ -22,7 +22,6 @@ LOOPS = {
     "dreamgaussian": ("dreamgaussian-toybox", "a yellow house"),
     "textmesh": ("textmesh-toybox", "a red mushroom"),
     "magic3d": ("magic3d-toybox", "a blue mug"),
-    "prolificdreamer": ("prolificdreamer-staged-toybox", "a green tree"),
 }
 """Config and prompt of each loop."""
 SIZE, FRAMES = 128, 30
