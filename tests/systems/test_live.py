@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import trimesh
 from tqdm import tqdm
 
 import launch
@@ -92,6 +93,9 @@ def test_frames_are_those_of_the_checkpoint(finished: Path) -> None:
     assert all(map(np.array_equal, last, again))
     with pytest.raises(ValueError, match="has been removed"):
         renders.frames(5)
+    for step in (steps[0], 12):
+        mesh: Any = trimesh.load(io.BytesIO(renders.mesh(step)), "glb", force="mesh")
+        assert len(mesh.faces) > 100
 
 
 def test_covariances_are_those_of_the_axes(tmp_path: Path) -> None:

@@ -102,6 +102,8 @@ class Page:
                 steps = [f"Step {panel.step}" for panel in self.panels if panel.steps]
                 self._frame.label = " | ".join(steps)
                 self._frame.visible = True
+            for panel in self.panels:
+                panel.show_mesh()
 
     def close(self) -> None:
         """End the server."""
@@ -125,6 +127,7 @@ class Panel:
         self.renders = Renders(folder)
         self._page, self._number = page, number
         self._shown: dict[str, tuple[int, int]] = {}
+        self._meshed: int | None = None
         gui = page.server.gui
         self._status = gui.add_markdown("No iteration has been recorded yet.")
         self._message = gui.add_markdown("")
@@ -175,11 +178,14 @@ class Panel:
         done = folders.report(self.folder).get("steps") == self.num_steps
         self._stop.disabled = self._pause.disabled = done
         self._name_pause()
-        for name, add in (("mesh.glb", self._add_mesh), ("splats.ply", self._add_ply)):
+        for name in ("mesh.glb", "splats.ply"):
             path = self.folder / name
             if self._is_new(path):
                 try:
-                    add(path)
+                    if name == "mesh.glb":
+                        self._add_mesh(path.read_bytes())
+                    else:
+                        self._add_ply(path)
                 except (OSError, ValueError) as error:
                     self.say(f"`{name}` cannot be read: {error}")
         self._offer(list(checkpoints(self.folder)))
@@ -193,6 +199,20 @@ class Panel:
         except (OSError, ValueError, RuntimeError) as error:
             self.say(f"Step {self.step} cannot be shown: {error}")
             return None
+
+    def show_mesh(self) -> None:
+        """Show the surface of the chosen checkpoint, unless it is the written one."""
+        if not self.steps or self.step == self._meshed:
+            return
+        self._meshed = self.step
+        path = self.folder / "mesh.glb"
+        try:
+            if self.step == self.num_steps and path.is_file():
+                self._add_mesh(path.read_bytes())
+            elif not (self.folder / "splats.ply").is_file():
+                self._add_mesh(self.renders.mesh(self.step))
+        except (OSError, ValueError, RuntimeError) as error:
+            self.say(f"Step {self.step} has no mesh: {error}")
 
     def _name_pause(self) -> None:
         waiting = (self.folder / PAUSE).exists()
@@ -221,10 +241,10 @@ class Panel:
         self._shown[path.name] = state
         return True
 
-    def _add_mesh(self, path: Path) -> None:
+    def _add_mesh(self, glb: bytes) -> None:
         scene, place = self._page.server.scene, (0.0, APART * self._number, 0.0)
         name = f"/{self._number}/mesh"
-        scene.add_glb(name, path.read_bytes(), wxyz=UPRIGHT, position=place)
+        scene.add_glb(name, glb, wxyz=UPRIGHT, position=place)
 
     def _add_ply(self, path: Path) -> None:
         found = splats(path)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from systems import build
 from systems.extras import command
 from systems.runs import folders, history
 from systems.scene.gaussians import ply
+from systems.scene.mesh_files import to_glb
 from systems.settings.config import load
 from systems.settings.reader import ConfigError
 
@@ -136,17 +137,38 @@ class Renders:
             CheckpointError: It cannot be read.
             ValueError: It has been removed, or the run makes no 3D object.
         """
+        path = self._path(step)
+        key = (step, path.stat().st_mtime_ns)  # a resumed run may write it again
+        if key not in self._frames:
+            system, y = self._opened(path)
+            self._frames[key] = [
+                (255 * frame.clamp(0, 1)).byte().permute(1, 2, 0).cpu().numpy()
+                for frame in system.turntable(y, FRAMES)
+            ]
+        return self._frames[key]
+
+    def mesh(self, step: int) -> bytes:
+        """The surface of the checkpoint of a step, as a glb.
+
+        Raises:
+            CheckpointError: It cannot be read.
+            ValueError: It has been removed, there is no surface yet, or the run makes
+                no 3D object.
+        """
+        system, y = self._opened(self._path(step))
+        return to_glb(system.mesh(y))
+
+    def _path(self, step: int) -> Path:
         path = checkpoints(self.folder).get(step)
         if path is None:
             raise ValueError("its checkpoint has been removed.")
-        key = (step, path.stat().st_mtime_ns)  # a resumed run may write it again
-        if key not in self._frames:
-            if self._system is None:
-                self._system = build(load(self.folder / folders.CONFIG))
-            state = checkpoint.load(path)
-            self._system.check_state(state.y, path)
-            self._frames[key] = [
-                (255 * frame.clamp(0, 1)).byte().permute(1, 2, 0).cpu().numpy()
-                for frame in self._system.turntable(state.y, FRAMES)
-            ]
-        return self._frames[key]
+        return path
+
+    def _opened(self, path: Path) -> tuple[Any, Any]:
+        """The system, and the state of a checkpoint."""
+        if self._system is None:
+            config = load(self.folder / folders.CONFIG)
+            self._system = build(replace(config, resume=str(self.folder)))
+        y = checkpoint.load(path).y
+        self._system.check_state(y, path)
+        return self._system, y
