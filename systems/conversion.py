@@ -148,7 +148,8 @@ def _copy_networks(geometry: TetrahedraSDFGrid, y: Any, run: str) -> None:
             raise ConfigError(
                 f"`system.geometry_convert_from` is `{run}`, whose colours do not fit "
                 f"`tetrahedra-sdf-grid` (`{name}`): write the same "
-                "`pos_encoding_config` and `mlp_network_config` as there, or "
-                "`geometry_type: voxel-tetrahedra`."
+                "`pos_encoding_config` and `mlp_network_config` as there, "
+                "`geometry_type: voxel-tetrahedra`, or "
+                "`geometry_convert_inherit_texture: false` for new colours."
             )
         parameter.copy_(found)

@@ -27,15 +27,15 @@ from torch import Tensor
 
 import dreampropeller as dp
 from systems.guidance.prompts import PromptConfig
-from systems.guidance.vsd import ALL_GUIDANCES, VSD_GUIDANCES
+from systems.guidance.vsd import ALL_GUIDANCES
 from systems.scene.cameras import Cameras, RandomCameras, Views
 from systems.scene.regularisers import MESH_REGULARISERS, REGULARISERS, Regulariser
 from systems.scene.renderers import Rendering
 from systems.settings.config import Config
 from systems.settings.reader import part
-from systems.settings.schedules import Schedule, check_schedule, values_of
+from systems.settings.schedules import Schedule, check_schedule
 from systems.tetrahedral import Tetrahedral, TetrahedralConfig
-from systems.variational import LORA, Variational, scene_of
+from systems.variational import LORA, Variational, check_weights, scene_of
 
 __all__ = ["LORA", "ProlificDreamer", "ProlificDreamerConfig", "VSDLossConfig"]
 
@@ -123,13 +123,7 @@ class ProlificDreamerConfig(TetrahedralConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.check_terms(TERMS[self.stage])
-        learns = self.guidance_type in VSD_GUIDANCES
-        if learns and not any(values_of(self.loss.lambda_lora)):
-            raise ValueError(
-                "`lambda_lora` is 0, so the LoRA never learns and stays the pretrained "
-                "model: write a positive weight, or use `dreamfusion-system` with "
-                "`guidance_type: csd-guidance`, which needs no LoRA."
-            )
+        check_weights(self.loss, self.guidance_type)
         if self.stage != "geometry" and self.normal_maps != NormalMapConfig():
             raise ValueError(
                 f"`normal_maps` has no effect on `stage: {self.stage}`, whose guidance "

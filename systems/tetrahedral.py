@@ -33,14 +33,15 @@ class TetrahedralConfig(DreamFusionConfig):
     Args:
         geometry_convert_from: Run folder of the stage before; null: from the initial
             shape.
-        geometry_convert_inherit_texture: Take over its colours too, if it has any.
+        geometry_convert_inherit_texture: Take over its colours too, if it has any; as
+            in threestudio, not by default.
     """
 
     surface_setting: ClassVar[str]
     """The setting that makes this a stage of a surface, as one would write it."""
 
     geometry_convert_from: str | None = None
-    geometry_convert_inherit_texture: bool = True
+    geometry_convert_inherit_texture: bool = False
 
     @property
     @abc.abstractmethod

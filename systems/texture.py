@@ -23,15 +23,15 @@ from torch import Tensor, nn
 import dreampropeller as dp
 from systems.guidance.priors import check
 from systems.guidance.prompts import PROMPT_PROCESSORS, PromptConfig
-from systems.guidance.vsd import ALL_GUIDANCES, VSD_GUIDANCES
+from systems.guidance.vsd import ALL_GUIDANCES
 from systems.optimizer import OptimizerConfig
 from systems.scene.cameras import RandomCameras, Views
 from systems.scene.renderers import Rendering
 from systems.scene.textured import TexturedScene, TexturedSceneConfig
 from systems.settings.config import Config, ExportConfig
 from systems.settings.reader import ConfigError, part, read
-from systems.settings.schedules import Schedule, check_schedule, values_of
-from systems.variational import Variational, scene_of
+from systems.settings.schedules import Schedule, check_schedule
+from systems.variational import Variational, check_weights, scene_of
 
 
 @dataclass(frozen=True)
@@ -78,13 +78,7 @@ class TextureConfig(TexturedSceneConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.guidance_type in VSD_GUIDANCES and not any(
-            values_of(self.loss.lambda_lora)
-        ):
-            raise ValueError(
-                "`loss.lambda_lora` is 0, so the LoRA never learns: write a positive "
-                "weight, or `guidance_type: diffusers-guidance`."
-            )
+        check_weights(self.loss, self.guidance_type)
 
 
 class Texture(Variational):

@@ -18,10 +18,36 @@ from systems.distillation import Distillation
 from systems.guidance.base import Guidance
 from systems.guidance.priors import check
 from systems.guidance.vsd import VSD_GUIDANCES
-from systems.settings.schedules import value_at
+from systems.settings.schedules import value_at, values_of
 
 LORA = "guidance."
 """Prefix of the LoRA's tensors in a state; its part in `optimizer.params`."""
+
+
+def check_weights(loss: Any, guidance_type: str) -> None:
+    """Refuse weights that a guidance does not have, and a LoRA that never learns.
+
+    Args:
+        loss: Weights of the loss, with `lambda_sds`, `lambda_vsd` and `lambda_lora`.
+        guidance_type: Name of the guidance.
+
+    Raises:
+        ValueError: Says what to write instead.
+    """
+    learns = guidance_type in VSD_GUIDANCES
+    for name in ("lambda_sds",) if learns else ("lambda_vsd", "lambda_lora"):
+        if getattr(loss, name) != getattr(type(loss), name):
+            own = "lambda_vsd` and `lambda_lora" if learns else "lambda_sds"
+            raise ValueError(
+                f"`loss.{name}` has no effect with `guidance_type: {guidance_type}`, "
+                f"whose weights are `{own}`: leave it out."
+            )
+    if learns and not any(values_of(loss.lambda_lora)):
+        raise ValueError(
+            "`loss.lambda_lora` is 0, so the LoRA never learns and stays the "
+            "pretrained model: write a positive weight, or `guidance_type: "
+            "csd-guidance`, which needs no LoRA."
+        )
 
 
 class Variational(Distillation):

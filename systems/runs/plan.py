@@ -38,7 +38,9 @@ def run(config: Config) -> int:
         ConfigError: A setting cannot be used, or the problem is no 3D system.
     """
     system = build(config)
-    torch.set_num_threads(config.dispatch.threads or torch.get_num_threads())
+    alone = config.dispatch.count == 1
+    threads = config.dispatch.threads or (torch.get_num_threads() if alone else 1)
+    torch.set_num_threads(threads)  # as a worker's
     print(f"Loading {system.title} ({config.system_type}) …", flush=True)
     trajectory = system.trajectory()
     y, _ = trajectory.init()
@@ -47,7 +49,7 @@ def run(config: Config) -> int:
     held = sum(tensor.nbytes for tensor in tensors(y))
     print(
         f"A step: {_span(seconds)} (median of {REPEATED}; the first took "
-        f"{_span(first)}), up to {_peak(system.device)}.\n"
+        f"{_span(first)}; {threads} thread(s)), up to {_peak(system.device)}.\n"
         f"State: {numbers:,} numbers, {held / 2**20:.3g} MB without the optimizer's."
     )
     steps, workers = trajectory.num_steps, config.dispatch.count

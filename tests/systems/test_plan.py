@@ -43,7 +43,9 @@ def test_a_plan_has_one_evaluation_and_what_follows(
     monkeypatch.undo()
     assert launch.main(["--config", TOYBOX, "--plan", *SMALL]) == 0
     found = capsys.readouterr().out
-    assert re.search(r"A step: \S+ s \(median of 3; the first took \S+ s\)", found)
+    assert re.search(
+        r"A step: \S+ s \(median of 3; the first took \S+ s; \d+ thread", found
+    )
     assert "On one worker the sequential run is faster" in found
 
 

@@ -158,6 +158,7 @@ def test_the_laplacian_is_that_of_a_slow_loop() -> None:
         ("-texture", "geometry.geometry_only=true", "nothing is left"),
         ("-texture", "loss.lambda_orient=1", "`loss.lambda_orient` has no effect"),
         ("-geometry", "geometry.fix_geometry=true", "fix_geometry: false`"),
+        ("-geometry", "loss.lambda_vsd=2", "`loss.lambda_vsd` has no effect with"),
         ("-geometry", "loss.lambda_opaque=1", "`loss.lambda_opaque` has no effect"),
         ("-geometry", "geometry_convert_from=nowhere", "holds no `config.yaml`"),
         ("-geometry", "normal_maps={space: left}", "space"),

@@ -224,8 +224,9 @@ def test_their_file_runs_and_equals_ours(
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        ("system.loss.lambda_lora=0", "`lambda_lora` is 0, so the LoRA never learns"),
+        ("system.loss.lambda_lora=0", "lambda_lora` is 0, so the LoRA never learns"),
         ("system.loss.lambda_lora=[0,0,0,9]", "csd-guidance"),
+        ("system.loss.lambda_sds=2", "`loss.lambda_sds` has no effect with"),
         ("system.stage=geometry", "`loss.lambda_sparsity` has no effect on this stage"),
         (
             "system.stage=fine",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from systems.runs import folders
 from systems.runs.app import jobs
 from systems.runs.app.jobs import SPEEDS, SYSTEMS, Job
 
-PAUSE = 1.0
+INTERVAL = 1.0
 """Seconds between two looks at a run in progress."""
 GALLERY = 24
 """Past runs that are shown."""
@@ -95,10 +96,14 @@ class _Runs:
         chosen = int(steps) if steps else None
         job = self._job = Job.start(self._root, prompt.strip(), system, speed, chosen)
         begin = time.monotonic()
-        while job.process.poll() is None:
-            yield self._show(job, f"{time.monotonic() - begin:.0f} s")
-            time.sleep(PAUSE)
-        yield self._show(job, f"ended after {time.monotonic() - begin:.0f} s")
+        try:
+            while job.process.poll() is None:
+                yield self._show(job, f"{time.monotonic() - begin:.0f} s")
+                time.sleep(INTERVAL)
+            yield self._show(job, f"ended after {time.monotonic() - begin:.0f} s")
+        finally:  # also when the browser is closed
+            with suppress(OSError):
+                job.log.unlink()
 
     def stop(self) -> str:
         """Ask the run in progress to stop."""

@@ -17,7 +17,7 @@ from systems.runs.live.address import Address
 from systems.runs.live.page import Page
 from systems.runs.live.reading import open_folder
 
-PAUSE = 1.0
+INTERVAL = 1.0
 """Seconds between two looks at the folders."""
 
 
@@ -38,7 +38,7 @@ def run(words: Sequence[str]) -> int:
     print(f"http://{address.host}:{address.port} shows {shown} (Ctrl-C ends it)")
     try:
         while True:
-            time.sleep(PAUSE)
+            time.sleep(INTERVAL)
             page.refresh()
     except KeyboardInterrupt:
         print("The viewer has ended; the run has not.", file=sys.stderr)
