@@ -85,19 +85,25 @@ class SurfaceRenderer(Renderer):
             normals = vertex_normals(vertices, faces)
             mesh = (vertices, normals, faces)
             layers = self._layers(geometry, material, views, step, random, mesh)
-            edges = edges_of(faces)
         opacity = layers[..., 6:]
         directions = views.cameras.rays(views.height, views.width)[1]
         behind = background(directions.to(layers), step, random)
         foreground = layers[..., :3]
+        rough = {}
+        if step is not None and vertices.requires_grad:  # a surface that is optimised
+            edges = edges_of(faces)
+            found = {
+                "bend": bend(normals, edges),
+                "laplacian": laplacian(vertices, edges),
+            }
+            rough = {name: value.expand(len(opacity)) for name, value in found.items()}
         return Rendering(
             foreground + (1 - opacity) * behind,
             foreground,
             opacity,
             layers[..., 3:6],
             torch.zeros_like(opacity),
-            bend=bend(normals, edges).expand(len(opacity)),
-            laplacian=laplacian(vertices, edges).expand(len(opacity)),
+            **rough,
         )
 
     def _layers(
