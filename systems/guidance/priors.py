@@ -318,7 +318,7 @@ def open_pipeline(
     """
     check(source, [])
     local = Path(source).is_dir()
-    quiet = _no_progress_bars() if local else contextlib.nullcontext()
+    quiet = no_progress_bars() if local else contextlib.nullcontext()
     try:
         index: Any = DiffusionPipeline.load_config(source)
         left_out = _NOT_NEEDED if with_text else (*_NOT_NEEDED, *TEXT_PARTS)
@@ -354,7 +354,7 @@ def open_pipeline(
 
 
 @contextlib.contextmanager
-def _no_progress_bars() -> Iterator[None]:
+def no_progress_bars() -> Iterator[None]:
     """Hide progress bars for local folders, which load at once."""
     libraries = (diffusers.utils.logging, transformers.utils.logging)
     for library in libraries:
