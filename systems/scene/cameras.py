@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from dreampropeller import StepRandom
@@ -43,6 +44,12 @@ class Cameras:
 
     def __len__(self) -> int:
         return len(self.azimuth)
+
+    def chosen(self, index: slice | Int[Tensor, " chosen"]) -> Cameras:
+        """Some of the cameras."""
+        every = {f.name: getattr(self, f.name) for f in fields(self)}
+        cut: Any = {k: None if v is None else v[index] for k, v in every.items()}
+        return Cameras(**cut)
 
     def axes(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Position, right, up and forward, each of shape ``(views, 3)``."""
@@ -113,12 +120,38 @@ class Views:
     def one(self, number: int) -> Views:
         """A single view by its index."""
         part = slice(number, number + 1)
-        every = {f.name: getattr(self.cameras, f.name) for f in fields(self.cameras)}
-        cut: Any = {k: None if v is None else v[part] for k, v in every.items()}
-        return Views(Cameras(**cut), self.light[part], self.height, self.width)
+        return Views(
+            self.cameras.chosen(part), self.light[part], self.height, self.width
+        )
 
 
 _RESIZED = ("batch_size", "height", "width")
+
+
+def check_milestones(sizes: Mapping[str, int | list[int]], steps: list[int]) -> None:
+    """Refuse sizes, or lists of sizes, that do not fit the steps where they change.
+
+    Raises:
+        ValueError: Names the setting and what to write instead.
+    """
+    if steps != sorted(set(steps)):
+        raise ValueError(
+            f"`resolution_milestones` is {steps}: write rising steps, such as "
+            "`[1000, 2000]`."
+        )
+    for name, value in sizes.items():
+        for number in value if isinstance(value, list) else [value]:
+            at_least(name, number, 1)
+        if isinstance(value, list) and len(value) != len(steps) + 1:
+            raise ValueError(
+                f"`{name}` is {value}, and `resolution_milestones` {steps}: write "
+                "a first value, and one more for each milestone."
+            )
+    if steps and not any(isinstance(value, list) for value in sizes.values()):
+        raise ValueError(
+            f"`resolution_milestones` is {steps}, and nothing changes there: write "
+            f"`{'`, `'.join(sizes)}` as lists, or leave it out."
+        )
 
 
 @dataclass(frozen=True)
@@ -181,7 +214,8 @@ class RandomCameras:
     def __post_init__(self) -> None:
         for name in ("eval_height", "eval_width", "n_test_views"):
             at_least(name, getattr(self, name), 1)
-        self._check_milestones()
+        sizes = {name: getattr(self, name) for name in _RESIZED}
+        check_milestones(sizes, self.resolution_milestones)
         for name in (
             "camera_perturb",
             "center_perturb",
@@ -205,29 +239,6 @@ class RandomCameras:
             self.light_sample_strategy,
             ("dreamfusion", "magic3d"),
         )
-
-    def _check_milestones(self) -> None:
-        steps = self.resolution_milestones
-        if steps != sorted(set(steps)):
-            raise ValueError(
-                f"`resolution_milestones` is {steps}: write rising steps, such as "
-                "`[1000, 2000]`."
-            )
-        for name in _RESIZED:
-            value = getattr(self, name)
-            values = value if isinstance(value, list) else [value]
-            for number in values:
-                at_least(name, number, 1)
-            if isinstance(value, list) and len(value) != len(steps) + 1:
-                raise ValueError(
-                    f"`{name}` is {value}, and `resolution_milestones` {steps}: write "
-                    "a first value, and one more for each milestone."
-                )
-        if steps and not any(isinstance(getattr(self, n), list) for n in _RESIZED):
-            raise ValueError(
-                f"`resolution_milestones` is {steps}, and nothing changes there: write "
-                f"`{'`, `'.join(_RESIZED)}` as lists, or leave it out."
-            )
 
     def shape(self, step: int) -> tuple[int, int, int]:
         """Number of views, height and width of a training step."""

@@ -56,6 +56,8 @@ class PointLightConfig:
         soft_shading: Draw the brightness u of the point light for each step; the
             ambient light is 1 − u.
         ambient_only_on_test: Render only the albedo in turntables.
+        ambient_ratio_min: Draw the share of ambient light of each step from here to 1;
+            the point light has the rest. Null: the colours above.
     """
 
     ambient_light_color: tuple[float, float, float] = (0.1, 0.1, 0.1)
@@ -66,6 +68,7 @@ class PointLightConfig:
     albedo_activation: str = "sigmoid"
     soft_shading: bool = False
     ambient_only_on_test: bool = False
+    ambient_ratio_min: float | None = None
 
     def __post_init__(self) -> None:
         at_least("ambient_only_steps", self.ambient_only_steps, 0)
@@ -161,10 +164,11 @@ class PointLight(Material):
 
     def at(self, step: int | None, random: StepRandom) -> Material:
         """With the lights of the step, if they vary."""
-        if step is None or not self.config.soft_shading:
+        least = self.config.ambient_ratio_min
+        if step is None or (least is None and not self.config.soft_shading):
             return self
         drawn = torch.rand(1, generator=random.generator(step, "soft shading"))
-        share = float(drawn)
+        share = float(drawn) * (1 if least is None else 1 - least)
         varied = copy.copy(self)
         varied.config = replace(
             self.config,
@@ -181,6 +185,27 @@ class PointLight(Material):
         facing = (normals * out).sum(-1, keepdim=True).clamp(min=0)
         ambient = points.new_tensor(self.config.ambient_light_color)
         return ambient + facing * points.new_tensor(self.config.diffuse_light_color)
+
+
+class Unlit(Material):
+    """Another material without its light.
+
+    Args:
+        material: The material.
+    """
+
+    def __init__(self, material: Material) -> None:
+        super().__init__()
+        self.material = material
+
+    def shading(self, step: int | None, random: StepRandom) -> Shading:
+        """See `Material.shading`: always the albedo."""
+        del step, random
+        return "albedo"
+
+    def albedo(self, features: Float[Tensor, "points 3"]) -> Float[Tensor, "points 3"]:
+        """Colours from 0 to 1."""
+        return self.material.albedo(features)
 
 
 MATERIALS: Mapping[str, type[Material]] = {

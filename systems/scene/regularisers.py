@@ -143,6 +143,48 @@ class LaplacianSmoothness(NormalConsistency):
         return seen.laplacian
 
 
+class NormalSmoothness(Regulariser):
+    """Differences of the normal map between neighbouring pixels.
+
+    The mean square over horizontal pairs plus that over vertical pairs, of the map from
+    0 to 1 over black (threestudio's form).
+    """
+
+    needs_normals = True
+
+    def amounts(self, seen: Rendering) -> Float[Tensor, " views"]:
+        """The two means, per view."""
+        normal = nn.functional.normalize(seen.normal, dim=-1)
+        image = (normal + 1) / 2 * seen.opacity
+        down, right = image.diff(dim=1), image.diff(dim=2)
+        return down.square().flatten(1).mean(1) + right.square().flatten(1).mean(1)
+
+    def counts(self, seen: Rendering) -> Float[Tensor, " views"]:
+        """One per view."""
+        return seen.opacity.new_ones(len(seen.opacity))
+
+
+class NormalSmoothness3D(Regulariser):
+    """Differences of the normals of samples from those slightly beside them.
+
+    The mean absolute difference over all samples and axes (threestudio's form).
+    """
+
+    needs_normals = True
+
+    def amounts(self, seen: Rendering) -> Float[Tensor, " views"]:
+        """The absolute differences, summed per view; zeros if they were not asked."""
+        if seen.bumps is None:
+            return seen.opacity.new_zeros(len(seen.opacity))
+        return seen.bumps.flatten(1).sum(1) / 3
+
+    def counts(self, seen: Rendering) -> Float[Tensor, " views"]:
+        """The number of samples."""
+        if seen.samples is None:
+            return seen.opacity.new_ones(len(seen.opacity))
+        return seen.samples.detach().flatten(1).sum(1)
+
+
 REGULARISERS: Mapping[str, Regulariser] = {
     "orient": Orientation(),
     "sparsity": Sparsity(),
@@ -156,6 +198,13 @@ SURFACE_REGULARISERS: Mapping[str, Regulariser] = {
     "curvature": Curvature(),
 }
 """Those of a surface besides."""
+
+SMOOTH_REGULARISERS: Mapping[str, Regulariser] = {
+    **REGULARISERS,
+    "normal_smooth": NormalSmoothness(),
+    "3d_normal_smooth": NormalSmoothness3D(),
+}
+"""Those of a density whose normals shall be smooth besides."""
 
 MESH_REGULARISERS: Mapping[str, Regulariser] = {
     "normal_consistency": NormalConsistency(),

@@ -79,6 +79,8 @@ class Scene(nn.Module):
         with_normals: bool = False,
     ) -> Rendering:
         """See `systems.scene.renderers.Renderer`."""
+        if step is not None:
+            self.renderer.prepare(self.geometry, step, random)
         return self.renderer(
             self.geometry,
             self.material,

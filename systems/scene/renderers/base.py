@@ -34,13 +34,18 @@ class Rendering:
             gradient's norm from 1, shape as `opacity`; None without signed distances.
         curvature: Per ray, the sum of the Laplacian's magnitude, shape as `opacity`;
             None where the Laplacian is not known.
-        samples: The number of samples of each ray, shape as `opacity`; None without
-            signed distances.
+        samples: The number of samples of each ray, shape as `opacity`; None where
+            nothing else is summed over them.
         bend: Mean over the mesh's edges of 1 − cos of the angle between the normals of
             their two ends, the same for each view, shape ``(views,)``; None without a
             mesh.
         laplacian: Mean over the mesh's vertices of the length of the sum of their
             differences from their neighbours, as `bend`.
+        depth: Per ray, the sum over its samples of weight times distance, shape as
+            `opacity`; None without samples along rays.
+        bumps: Per ray, the sum over its samples of the absolute differences between
+            the normals there and at a point slightly beside, over the three axes,
+            shape as `opacity`; None if they were not requested.
     """
 
     rgb: Float[Tensor, "views height width 3"]
@@ -59,6 +64,12 @@ class Rendering:
     )
     bend: Float[Tensor, " views"] | None = field(default=None, kw_only=True)
     laplacian: Float[Tensor, " views"] | None = field(default=None, kw_only=True)
+    depth: Float[Tensor, "views height width 1"] | None = field(
+        default=None, kw_only=True
+    )
+    bumps: Float[Tensor, "views height width 1"] | None = field(
+        default=None, kw_only=True
+    )
 
     def shown(
         self, grey: float | None = None
@@ -92,6 +103,18 @@ class Renderer(nn.Module, abc.ABC):
             ValueError: Says what to write instead.
         """
         del geometry
+
+    def prepare(self, geometry: Field, step: int, random: StepRandom) -> None:
+        """Bring the renderer's buffers to a training step; default: it has none.
+
+        Called once per step, before its first images.
+
+        Args:
+            geometry: The field.
+            step: The step on the trajectory.
+            random: Source of the randomness of a step.
+        """
+        del geometry, step, random
 
     @abc.abstractmethod
     def forward(

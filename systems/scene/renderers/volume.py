@@ -38,6 +38,9 @@ from systems.settings.checks import at_least
 
 _log = logging.getLogger(__name__)
 
+_BESIDE = 0.01
+"""Standard deviation of a shift, in units of the world, as in threestudio."""
+
 
 @dataclass(frozen=True)
 class VolumeConfig:
@@ -51,6 +54,8 @@ class VolumeConfig:
         grid_prune: Skip unoccupied cells.
         occupancy: Settings of the occupancy grid.
         eval_chunk_size: Number of rays rendered at once in evaluation.
+        return_normal_perturb: Compare the normals of training steps with those slightly
+            beside, for `lambda_3d_normal_smooth`.
     """
 
     radius: float = 1.0
@@ -59,6 +64,7 @@ class VolumeConfig:
     grid_prune: bool = True
     occupancy: OccupancyConfig = field(default_factory=OccupancyConfig)
     eval_chunk_size: int = 16384
+    return_normal_perturb: bool = False
 
     def __post_init__(self) -> None:
         at_least("radius", self.radius, 1e-3)
@@ -137,6 +143,16 @@ class VolumeRenderer(Renderer):
                 "signed distance: write `system.renderer_type: neus-volume-renderer`."
             )
 
+    def prepare(self, geometry: Field, step: int, random: StepRandom) -> None:
+        """See `Renderer.prepare`: refreshes the occupancy grid."""
+        if self.config.grid_prune:
+            self.occupancy.refresh(
+                step,
+                lambda points: self.density(geometry, points, step),
+                self.config.step_size,
+                random,
+            )
+
     def forward(
         self,
         geometry: Field,
@@ -147,15 +163,8 @@ class VolumeRenderer(Renderer):
         random: StepRandom,
         with_normals: bool = False,
     ) -> Rendering:
-        """See `Renderer.forward`; a training step also refreshes the occupancy grid."""
+        """See `Renderer.forward`."""
         device = self.occupancy.value.device
-        if step is not None and self.config.grid_prune:
-            self.occupancy.refresh(
-                step,
-                lambda points: self.density(geometry, points, step),
-                self.config.step_size,
-                random,
-            )
         origins, directions = views.cameras.rays(views.height, views.width)
         shape = directions.shape[:3]
         light = views.light[:, None, None].expand(*shape, 3)
@@ -170,10 +179,15 @@ class VolumeRenderer(Renderer):
             jitter = torch.rand(jitter.shape, generator=generator).to(device)
         material = material.at(step, random)
         shading = material.shading(step, random)
+        beside = None
+        if step is not None and with_normals and self.config.return_normal_perturb:
+            beside = random.generator(step, "bumps")
         chunk = len(jitter) if step is not None else self.config.eval_chunk_size
         pieces = zip(*(part.split(chunk) for part in (*flat, jitter)), strict=True)
         parts = [
-            self._rays(geometry, material, _Rays(*piece), shading, step, with_normals)
+            self._rays(
+                geometry, material, _Rays(*piece), shading, step, with_normals, beside
+            )
             for piece in pieces
         ]
         seen = {
@@ -219,8 +233,9 @@ class VolumeRenderer(Renderer):
         shading: str,
         step: int | None,
         with_normals: bool,
+        beside: torch.Generator | None,
     ) -> dict[str, Tensor]:
-        """What `Rendering` holds, over rays."""
+        """What `Rendering` holds, over rays; `beside` draws shifts of normals."""
         count = len(rays.origins)
         if rays.origins.is_cuda and self.config.grid_prune and _can_march():
             samples = self._march(rays, step is not None and self.config.randomized)
@@ -249,10 +264,15 @@ class VolumeRenderer(Renderer):
                 lit = material.light(points, met.normals, rays.light[samples.rays])
                 colours = lit if shading == "textureless" else colours * lit
         seen["foreground"] = total(met.weights, colours)
-        ones = torch.ones_like(met.weights)
-        if met.sums:
+        seen["depth"] = total(met.weights, middle)
+        ones, sums = torch.ones_like(met.weights), dict(met.sums)
+        if beside is not None and met.normals is not None:
+            shift = torch.randn(points.shape, generator=beside).to(points)
+            there = geometry.normals(points + _BESIDE * shift, step)
+            sums["bumps"] = (met.normals - there).abs().sum(-1)
+        if sums:
             seen["samples"] = total(ones, None)
-        for name, values in met.sums.items():
+        for name, values in sums.items():
             seen[name] = total(ones, values[:, None])
         return seen
 
