@@ -7,8 +7,6 @@ A config is a YAML file in threestudio's vocabulary, with two additional section
 from __future__ import annotations
 
 import copy
-import functools
-import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -23,6 +21,7 @@ from dreampropeller.precision import Precision
 from dreampropeller.predictor import PREDICTORS
 from systems.settings.checks import at_least, between, one_of
 from systems.settings.dispatch import DispatchConfig
+from systems.settings.notes import note
 from systems.settings.reader import ConfigError, named, read, section_name
 from systems.settings.upstream import DATA_TYPES, resolvers, translate
 from systems.settings.yaml_files import apply, missing, open_yaml, to_mapping
@@ -196,13 +195,16 @@ class CheckpointConfig:
 
 @dataclass(frozen=True)
 class QualityConfig:
-    """`quality`: CLIP scores, for prompts without a ground-truth object.
+    """`quality`: what the result is compared with.
 
     Args:
+        truth: Prompt of the toybox object that is the ground truth; null: the system's
+            own prompt, if it has one.
         clip: CLIP model on the hub or in a local folder; null: no CLIP scores.
         prompts: Text file with the candidate prompts of R-precision, one per line.
     """
 
+    truth: str | None = None
     clip: str | None = None
     prompts: str = "configs/prompts.txt"
 
@@ -317,17 +319,10 @@ def load(
     except ConfigError as error:
         raise ConfigError(*problems, *error.problems) from error
     if found.ignored and not problems:
-        _tell(found.ignored)
+        names = ", ".join(f"`{name}`" for name in found.ignored)
+        note(f"without effect here: {names}.")
     solver = config.solver.resolved(config.dispatch.count)
     return replace(config, solver=solver, problems=problems)
-
-
-@functools.cache
-def _tell(ignored: tuple[str, ...]) -> None:
-    """Name the settings that are accepted without effect, once and on one rank."""
-    if os.environ.get("RANK", "0") == "0":
-        names = ", ".join(f"`{name}`" for name in ignored)
-        print(f"note: without effect here: {names}.", file=sys.stderr)
 
 
 def override(config: DictConfig, overrides: Sequence[str]) -> None:
