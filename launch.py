@@ -92,6 +92,11 @@ def main(argv: list[str] | None = None) -> int:
             return 0
         if arguments.doctor:
             return doctor.run(overrides)
+        if not arguments.train:
+            overrides = stages.last_stages(overrides)
+            for option in ("compare", "parts", "view"):
+                words = getattr(arguments, option)
+                setattr(arguments, option, words and stages.last_stages(words))
         several = (arguments.compare, arguments.parts, arguments.view)
         named = [word for words in several for word in words or ()]
         if stages.is_asked(arguments.config, overrides, named):

@@ -33,6 +33,7 @@ from systems.runs import folders
 from systems.runs.run import execute
 from systems.settings.config import Config, load
 from systems.settings.dispatch import is_rank
+from systems.settings.notes import note
 from systems.settings.reader import ConfigError
 from systems.settings.yaml_files import open_yaml
 
@@ -85,6 +86,30 @@ def is_asked(
     elif any(word.startswith("resume=") for word in overrides):
         files.append(folders.config_of(overrides))
     return any(file.is_file() and STAGES in open_yaml(file) for file in files)
+
+
+def last_stages(words: Sequence[str]) -> list[str]:
+    """Words of a command line, with runs of several stages as their last finished one.
+
+    Args:
+        words: Run folders, `resume=RUN` and other settings.
+    """
+    return [_last_stage(word) for word in words]
+
+
+def _last_stage(word: str) -> str:
+    option, name = "", word
+    if word.startswith("resume="):
+        option, name = "resume=", word.removeprefix("resume=")
+    file = Path(name) / folders.CONFIG
+    if not file.is_file() or STAGES not in (whole := open_yaml(file)):
+        return word
+    names = [str(stage) for stage in whole[STAGES]]
+    done = [stage for stage in names if folders.report(Path(name) / stage)]
+    if not done:
+        return word
+    note(f"`{name}` has the stages {', '.join(names)}: taking `{done[-1]}`.")
+    return f"{option}{Path(name) / done[-1]}"
 
 
 def run(path: Path | None, train: bool, overrides: Sequence[str]) -> int:

@@ -20,7 +20,7 @@ from dreampropeller import StepRandom, checkpoint
 from systems import build, quality
 from systems.dreamfusion import DreamFusion
 from systems.magic3d import Magic3D
-from systems.runs import folders
+from systems.runs import folders, stages
 from systems.scene.backgrounds import Solid, SolidConfig
 from systems.scene.cameras import Cameras, Views
 from systems.scene.fields.tetrahedra import VoxelTetrahedra, VoxelTetrahedraConfig
@@ -30,6 +30,7 @@ from systems.scene.meshes.tetrahedra import TetrahedralGrid, march
 from systems.scene.regularisers import NormalConsistency
 from systems.scene.renderers.surface import SurfaceConfig, SurfaceRenderer
 from systems.settings.config import load
+from systems.settings.notes import note
 from systems.settings.reader import ConfigError
 from tests.helpers import tree_equal
 from tests.systems.scenes import SMALL
@@ -248,10 +249,26 @@ def test_a_finished_stage_is_not_taken_for_another(
     assert "made another thing: `system.prompt_processor.prompt`" in (
         capsys.readouterr().err
     )
-    for task in (["--view", str(run)], ["--compare", str(run), str(run)]):
-        assert launch.main(task) == 2
-        assert "the folder `RUN/STAGE`" in capsys.readouterr().err
     assert before == {p: p.stat().st_mtime_ns for p in run.rglob("*.safetensors")}
+
+
+def test_of_several_stages_the_last_finished_one_is_looked_at(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "whole"
+    shutil.copytree(run, folder)
+    note.cache_clear()
+    assert launch.main(["--export", f"resume={folder}"]) == 0
+    said = capsys.readouterr()
+    assert "has the stages coarse, refine: taking `refine`" in said.err
+    assert f"Look into {folder / 'refine'}" in said.out
+    (folder / "refine" / "report.json").unlink()
+    words = [f"resume={folder}", str(folder), "seed=1"]
+    first = folder / "coarse"
+    assert stages.last_stages(words) == [f"resume={first}", str(first), "seed=1"]
+    (first / "report.json").unlink()
+    assert launch.main(["--export", f"resume={folder}"]) == 2
+    assert "the folder `RUN/STAGE`" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
