@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -65,35 +66,48 @@ LARGEST_IMAGE = 2**26
 """Pixels of an image that is read: 8192 × 8192."""
 
 
-def open_image(path: Path) -> Image.Image:
-    """Read an image file of a stranger, whose size is checked before it is decoded.
+@contextlib.contextmanager
+def opened(path: Path) -> Iterator[Image.Image]:
+    """An image file of a stranger, whose size is checked before it is decoded.
+
+    What decoding it in the body of the `with` statement raises is refused likewise.
 
     Raises:
         ValueError: It is no image, or has more pixels than `LARGEST_IMAGE`.
     """
     from PIL import Image
 
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            with Image.open(path, formats=("PNG", "JPEG", "WEBP")) as image:
-                width, height = image.size
-                if width * height <= LARGEST_IMAGE:
-                    return image.convert(
-                        "RGBA" if image.has_transparency_data else "RGB"
-                    )
-    except FileNotFoundError:
-        raise
-    except Exception as error:  # whatever a damaged file raises inside Pillow
-        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
-        raise ValueError(
-            f"`{path}` cannot be read as an image ({reason}): write it again as PNG, "
-            "JPEG or WebP."
-        ) from error
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(warnings.catch_warnings())
+            warnings.simplefilter("ignore")  # of damaged metadata, and of sizes
+            image = stack.enter_context(
+                Image.open(path, formats=("PNG", "JPEG", "WEBP"))
+            )
+            width, height = image.size
+            if width * height <= LARGEST_IMAGE:
+                yield image
+                return
+        except FileNotFoundError:
+            raise
+        except Exception as error:  # whatever a damaged file raises inside Pillow
+            reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+            way_out = "write it again as PNG, JPEG or WebP"
+            if isinstance(error, Image.DecompressionBombError):
+                way_out = f"at most {LARGEST_IMAGE:,} pixels are read, scale it down"
+            raise ValueError(
+                f"`{path}` cannot be read as an image ({reason}): {way_out}."
+            ) from error
     raise ValueError(
         f"`{path}` has {width} × {height} pixels: at most {LARGEST_IMAGE:,} are read. "
         "Scale it down first."
     )
+
+
+def open_image(path: Path) -> Image.Image:
+    """Read an image file of a stranger; see `opened`."""
+    with opened(path) as image:
+        return image.convert("RGBA" if image.has_transparency_data else "RGB")
 
 
 def to_bytes(image: Float[Tensor, "3 height width"]) -> np.ndarray:

@@ -29,7 +29,7 @@ LAYERS = {
     "solver": "dreampropeller/*.py",
     "adapters": "dreampropeller/{adapters,mixtures}/*",
     "settings": "systems/settings/* systems/{extras,images,files}.py",
-    "scene": "systems/scene/* systems/optimizer.py",
+    "scene": "systems/{scene,references}/* systems/optimizer.py",
     "guidance": "systems/{toybox,guidance}/*",
     "systems": "systems/*.py systems/quality/*",
     "runs": "systems/{runs,threestudio}/* systems/sampling.py",

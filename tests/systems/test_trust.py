@@ -27,6 +27,7 @@ from systems.scene.mesh_files import load_glb, save_mesh
 from systems.settings.reader import ConfigError
 from systems.settings.yaml_files import open_yaml
 from tests.helpers import tree_equal
+from tests.systems.mutation import mutated
 
 ROOT = Path(__file__).parent.parent.parent
 SOURCES = [
@@ -254,17 +255,8 @@ def test_a_mutated_file_is_read_or_refused_in_one_sentence(
     kind: str, data: st.DataObject, originals: dict[str, bytes], tmp_path: Path
 ) -> None:
     """Bytes replaced, inserted and cut: the documented error, and no other."""
-    content = bytearray(originals[kind])
-    for _ in range(data.draw(st.integers(1, 4))):
-        at = data.draw(st.integers(0, max(0, len(content) - 1)))
-        how = data.draw(st.sampled_from(["replace", "insert", "cut"]))
-        piece = data.draw(st.binary(min_size=1, max_size=4))
-        if how == "cut":
-            content = content[:at]
-        else:
-            content[at : at + len(piece) * (how == "replace")] = piece
     path = tmp_path / "step-00000001.safetensors"
-    path.write_bytes(content)
+    path.write_bytes(mutated(originals[kind], data))
     read, error = READERS[kind]
     try:
         found = read(path)
