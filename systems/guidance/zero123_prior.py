@@ -14,12 +14,8 @@ from torch import Tensor
 
 from systems.guidance.priors import ModelError, Prior, no_progress_bars
 from systems.guidance.zero123_checkpoint import SUFFIXES, load_checkpoint
-from systems.guidance.zero123_pipeline import (
-    PARTS,
-    Zero123Conditions,
-    Zero123Pipeline,
-    camera_numbers,
-)
+from systems.guidance.zero123_conditions import Zero123Conditions, camera_numbers
+from systems.guidance.zero123_pipeline import PARTS, Zero123Pipeline
 from systems.scene.cameras import Cameras
 
 KINDS = ("zero123", "stable-zero123")

@@ -12,21 +12,27 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from systems.guidance import zero123_checkpoint, zero123_prior
 from systems.guidance.priors import ModelError, Prior
 from systems.guidance.zero123_checkpoint import load_checkpoint
-from systems.guidance.zero123_pipeline import (
-    CLIPCameraProjection,
-    Zero123Pipeline,
-    clip_input,
-    fit,
-)
+from systems.guidance.zero123_conditions import clip_input, fit
+from systems.guidance.zero123_pipeline import CLIPCameraProjection, Zero123Pipeline
 from systems.guidance.zero123_prior import Zero123Prior, load_zero123
 from systems.scene.cameras import Cameras
-from tests.systems.zero123_models import LATENT, SIDE, WIDTH, original, tiny
+from tests.golden import zero123_oracle as oracle
+from tests.systems.zero123_models import (
+    CLIP,
+    LATENT,
+    SIDE,
+    UNET,
+    VAE,
+    WIDTH,
+    original,
+    tiny,
+)
 
 CPU = torch.device("cpu")
 
@@ -334,6 +340,32 @@ def test_a_single_file_holds_the_model(
     assert same(outputs(again), outputs(pipeline))
 
 
+def test_half_precision_stays_close(
+    pipeline: Zero123Pipeline, folder: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "zero123.safetensors"
+    save_file(original(pipeline), path)
+    noisy, t = random("noisy", 2, 4, LATENT, LATENT), torch.tensor([20, 900])
+    words = torch.zeros(2, 1, 1)
+
+    def noise(one: Zero123Pipeline) -> Tensor:
+        prior = Zero123Prior(one, CPU)
+        conditions = prior.conditions(VIEWS, IMAGE, FRONT)
+        return prior.noise(noisy, t, words, words, 3.0, conditions=conditions)
+
+    expected = noise(pipeline)
+    for half in (
+        load_checkpoint(path, torch.float16),
+        Zero123Pipeline.from_pretrained(folder, torch.float16),
+    ):
+        parts = [m for m in half.components.values() if isinstance(m, torch.nn.Module)]
+        types = {p.dtype for part in parts for p in part.parameters()}
+        assert types == {torch.float16}
+        found = noise(half)
+        torch.testing.assert_close(found, expected, rtol=0, atol=0.02)
+        assert not torch.equal(found, expected)
+
+
 def test_moving_averages_are_used(pipeline: Zero123Pipeline, tmp_path: Path) -> None:
     path = tmp_path / "zero123.safetensors"
     weights = original(pipeline)
@@ -507,3 +539,73 @@ def test_the_pipeline_samples_a_new_view(pipeline: Zero123Pipeline) -> None:
     with torch.no_grad():
         expected = pipeline.vae.decode(x / 0.18215).sample / 2 + 0.5
     torch.testing.assert_close(one, expected.clamp(0, 1), rtol=1e-3, atol=1e-4)
+
+
+def published_file(path: Path) -> None:
+    """Write the checkpoint that threestudio read for the golden file."""
+    vae = {
+        "block_out_channels": (32, 32, 32, 64),
+        "down_block_types": ("DownEncoderBlock2D",) * 4,
+        "up_block_types": ("UpDecoderBlock2D",) * 4,
+    }
+    clip = {"intermediate_size": 256, "image_size": 224, "patch_size": 56}
+    weights = original(tiny(UNET, {**VAE, **vae}, {**CLIP, **clip}))
+    assert torch.equal(oracle.digest(weights), load_file(oracle.FILE)["weights"])
+    for name in list(weights):
+        value = oracle.weight(name, weights[name].shape)
+        if name.startswith("model."):
+            flat = "model_ema." + name.removeprefix("model.").replace(".", "")
+            weights[name], weights[flat] = torch.zeros_like(value), value
+        else:
+            weights[name] = value
+    torch.save({"state_dict": weights}, path)
+
+
+def agree(found: dict[str, Tensor], kind: str) -> None:
+    golden = load_file(oracle.FILE)
+    for name, value in found.items():
+        expected = golden[f"{kind}/{name}"]
+        bound = 1e-4 * float(expected.abs().max())
+        torch.testing.assert_close(value, expected, rtol=0, atol=bound, msg=name)
+
+
+def test_threestudios_own_guidance_agrees(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same file, image and cameras in threestudio's code: `zero123_oracle`."""
+    monkeypatch.setattr(zero123_checkpoint, "LATENT_SIDE", 32)
+    published_file(tmp_path / "105000.ckpt")
+    prior = load_zero123(str(tmp_path / "105000.ckpt"), CPU)
+    elevation, azimuth, distance = oracle.REFERENCE.values()
+    reference = cameras((elevation, azimuth, distance))
+    image = oracle.picture().permute(2, 0, 1)[None] / 255
+    views = cameras(
+        *zip(oracle.ELEVATION, oracle.AZIMUTH, oracle.DISTANCE, strict=True)
+    )
+    prior.show(image, reference)
+    conditions = prior.conditions(views)
+    rendered = oracle.images().requires_grad_(True)
+    latents = prior.encode(rendered, oracle.posterior())
+    t = torch.tensor(oracle.TIMESTEPS)
+    noisy = prior.add_noise(latents.detach(), oracle.noise(), t)
+    words = torch.zeros(2, 1, 1)
+    noise = prior.noise(noisy, t, words, words, oracle.SCALE, conditions=conditions)
+    _, sigma = prior.scales(t)
+    latents.backward(sigma.square() * (noise - oracle.noise()) / 2)
+    assert rendered.grad is not None
+    found = {
+        "image": oracle.probe("image", fit(image, 256)),
+        "embeds": conditions.embeds[:, 0],
+        "latent": oracle.probe("latent", conditions.latents[:1]),
+        "noise": oracle.probe("noise", noise),
+        "gradient": oracle.probe("gradient", rendered.grad),
+    }
+    agree(found, "zero123")
+    stable = Zero123Prior(prior.pipeline, CPU, "stable-zero123")
+    conditions = stable.conditions(views, image, reference)
+    noise = stable.noise(noisy, t, words, words, oracle.SCALE, conditions=conditions)
+    found = {
+        "embeds": conditions.embeds[:, 0],
+        "noise": oracle.probe("noise", noise),
+    }
+    agree(found, "stable-zero123")

@@ -53,13 +53,17 @@ CLIP: Mapping[str, Any] = {
 }
 
 
-def tiny() -> Zero123Pipeline:
+def tiny(
+    unet: Mapping[str, Any] = UNET,
+    vae: Mapping[str, Any] = VAE,
+    clip: Mapping[str, Any] = CLIP,
+) -> Zero123Pipeline:
     """A pipeline of half a million parameters."""
     torch.manual_seed(0)
     pipeline = Zero123Pipeline(
-        vae=AutoencoderKL(**VAE).eval(),
-        image_encoder=CLIPVisionModelWithProjection(CLIPVisionConfig(**CLIP)).eval(),
-        unet=UNet2DConditionModel(**UNET).eval(),
+        vae=AutoencoderKL(**vae).eval(),
+        image_encoder=CLIPVisionModelWithProjection(CLIPVisionConfig(**clip)).eval(),
+        unet=UNet2DConditionModel(**unet).eval(),
         scheduler=DDIMScheduler(
             beta_start=0.00085,
             beta_end=0.012,
@@ -156,7 +160,9 @@ _VAE_NAMES = {
 
 def _vae(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     found = {}
-    last = len(VAE["block_out_channels"]) - 1
+    last = max(
+        int(found) for found in re.findall(r"up_blocks\.(\d)", " ".join(weights))
+    )
     for name, tensor in weights.items():
         new = _renamed(name, _VAE_NAMES).replace("resnets.", "block.")
         new = new.replace("down_blocks.", "down.")
