@@ -1,0 +1,391 @@
+r"""Systems that start from images: a reference loss beside the guidance.
+
+$$\ell(t, \theta) = \ell_{guided}(t, \theta) + \lambda_{rgb} \operatorname{mean}
+  (x - x^*)^2 + \lambda_{mask} \operatorname{mean} (o - \alpha^*)^2 +
+  \lambda_{depth}\,\ell_{depth} + \lambda_{rel}\,(1 - \rho) + \sum_r \lambda_r R_r$$
+
+over the reference views, with rendered colours x and opacity o, the image's colours
+$x^*$ over the scene's background and its mask $\alpha^*$, the error $\ell_{depth}$ of
+the depth after a linear fit, and its correlation ρ with the given one (weights and form
+as in threestudio's `zero123-system`, but for the mask, which is soft here). Random
+views are guided by a model that is shown the images
+(`systems.guidance.zero123`).
+"""
+
+from __future__ import annotations
+
+import abc
+import hashlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+import dreampropeller as dp
+from systems.distillation import Distillation
+from systems.guidance.base import Guidance
+from systems.guidance.priors import check, is_embedded
+from systems.guidance.prompts import PromptConfig
+from systems.guidance.zero123 import IMAGE_GUIDANCES, Zero123Config
+from systems.images import save_image
+from systems.references import read_reference
+from systems.references.depth import correlation, depth_error, read_depth
+from systems.references.views import SingleImageConfig
+from systems.scene.cameras import RandomCameras, Views
+from systems.scene.regularisers import Regulariser
+from systems.scene.renderers import Rendering
+from systems.settings.checks import at_least
+from systems.settings.config import Config
+from systems.settings.notes import note
+from systems.settings.reader import ConfigError, read
+from systems.settings.schedules import Schedule, check_schedule, value_at
+
+REFERENCE_TERMS = ("rgb", "mask", "depth", "depth_rel")
+_ONLY_GUIDED = ("sparsity",)
+
+
+@dataclass(frozen=True)
+class ImagePromptConfig(PromptConfig):
+    """No prompt, or one that a model takes beside the image (`prompt_processor`).
+
+    Args:
+        prompt: Description of the object; may be empty.
+    """
+
+    prompt: str = ""
+    view_dependent: bool = False
+
+    def __post_init__(self) -> None:
+        if self.view_dependent:
+            raise ValueError(
+                "`view_dependent` has no effect beside an image, whose camera says "
+                "the view: leave it out."
+            )
+
+
+IMAGE_PROMPTS = {"dummy-prompt-processor": ImagePromptConfig}
+
+
+@dataclass(frozen=True)
+class FrequencyConfig:
+    """When reference views and guidance act (`system.freq`).
+
+    Args:
+        ref_or_zero123: "accumulate": both in each step; "alternate": one of them.
+        ref_only_steps: First steps without guidance, if they alternate.
+        n_ref: Number of steps from one with reference views to the next, likewise.
+    """
+
+    ref_or_zero123: Literal["accumulate", "alternate"] = "accumulate"
+    ref_only_steps: int = 0
+    n_ref: int = 2
+
+    def __post_init__(self) -> None:
+        at_least("ref_only_steps", self.ref_only_steps, 0)
+        at_least("n_ref", self.n_ref, 1)
+        if self.ref_or_zero123 == "accumulate" and self.ref_only_steps:
+            raise ValueError(
+                "`ref_only_steps` has no effect on `ref_or_zero123: accumulate`: write "
+                "`alternate`, or leave it out."
+            )
+
+    def refers(self, step: int) -> bool:
+        """Whether a step has reference views."""
+        if self.ref_or_zero123 == "accumulate":
+            return True
+        return step < self.ref_only_steps or step % self.n_ref == 0
+
+    def guides(self, step: int) -> bool:
+        """Whether a step has guidance."""
+        return self.ref_or_zero123 == "accumulate" or not self.refers(step)
+
+
+@dataclass(frozen=True)
+class ImageLossConfig:
+    """Weights of the loss (`system.loss`), numbers or schedules.
+
+    Args:
+        lambda_sds: Weight of the guidance.
+        lambda_rgb: Weight of the colours of the reference views.
+        lambda_mask: Weight of their masks.
+        lambda_sparsity: Weight of the penalty on opacity.
+        lambda_opaque: Weight of the penalty on half-transparent pixels.
+    """
+
+    lambda_sds: Schedule = 0.1
+    lambda_rgb: Schedule = 500.0
+    lambda_mask: Schedule = 50.0
+    lambda_sparsity: Schedule = 0.0
+    lambda_opaque: Schedule = 0.0
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            check_schedule(name, value, 0)
+
+
+class ImageTo3D(Distillation, abc.ABC):
+    """A system that starts from images, whatever represents the object."""
+
+    data_type: ClassVar[str | None] = "single-image-datamodule"
+
+    def __init__(self, config: Config, device: torch.device | None = None) -> None:
+        super().__init__(config, device)
+        settings: Zero123Config = self.settings.guidance
+        _check_same(settings, self.data)
+        if config.quality.clip is not None:
+            raise ConfigError(
+                "`quality.clip` compares with a prompt, and this system starts from an "
+                "image: leave it out."
+            )
+        self._sized: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
+        self._depth_map: Tensor | None = None
+        if self._needs("depth") or self._needs("depth_rel"):
+            self._depth_map = read_depth(self.data.depth_path)
+
+    def read_cameras(self) -> RandomCameras:
+        """See `System.read_cameras`; reads the images too."""
+        self.data = read(SingleImageConfig, self.config.data, "data")
+        side = max(512, self.data.largest)
+        self.references = [
+            read_reference(
+                path, side, self.data.cut, self.data.recentre, self.data.fill
+            )
+            for path in self.data.paths
+        ]
+        for path, image in zip(self.data.paths, self.references, strict=True):
+            for line in image.notes:
+                note(f"`{path}`: {line}")
+        note(
+            f"`{self.data.paths[0]}` is taken as seen from "
+            f"{self.data.default_elevation_deg:g}° above "
+            "(`data.default_elevation_deg`)."
+        )
+        return self.data.random_camera
+
+    @property
+    def title(self) -> str:
+        """The name of the image's file."""
+        return Path(self.data.paths[0]).stem
+
+    @property
+    def truth_prompt(self) -> str | None:
+        """See `System.truth_prompt`; an image alone names no object."""
+        return self.config.quality.truth
+
+    def about(self) -> dict[str, Any]:
+        """See `System.about`; the images by their pixels, wherever their files are."""
+        known = super().about()
+        pixels = hashlib.sha256()
+        for image in self.references:
+            pixels.update(image.rgb.numpy().tobytes())
+            pixels.update(image.alpha.numpy().tobytes())
+        paths = ("image", "image_path", "more")
+        data = {k: v for k, v in known["data"].items() if k not in paths}
+        guidance = dict(known["system"].get("guidance", {}))
+        guidance.pop("cond_image_path", None)
+        angles = [vars(one) | {"image": ""} for one in self.data.more]
+        return {
+            **known,
+            "data": {**data, "pixels": pixels.hexdigest(), "more": angles},
+            "system": {**known["system"], "guidance": guidance},
+        }
+
+    def check_model(self) -> None:
+        """Refuse early a model that takes no image, or a prompt it does not know."""
+        name = self.settings.guidance.pretrained_model_name_or_path
+        if is_embedded(name):
+            check(name, [text for text in self.prompts.texts() if text])
+
+    def load_guidance(self) -> Guidance:
+        """See `Distillation.load_guidance`."""
+        guidance = IMAGE_GUIDANCES[self.settings.guidance_type]
+        return guidance.of_images(
+            self.settings.guidance,
+            self.prompts,
+            self.references,
+            self.data.cameras(),
+            self._behind(),
+            self.device,
+        )
+
+    @abc.abstractmethod
+    def reference_rendering(
+        self, module: nn.Module, views: Views, step: int, with_normals: bool
+    ) -> Rendering:
+        """The unlit images of the reference views; arguments as for `rendering`."""
+
+    @abc.abstractmethod
+    def prepare(self, module: nn.Module, step: int) -> None:
+        """Bring buffers to a step that renders no random views."""
+
+    def loss(
+        self, step: int, module: nn.Module, guidance: Guidance
+    ) -> tuple[Tensor, dict[str, Any]]:
+        """See `Distillation.loss`; reference views besides."""
+        guided = self.settings.freq.guides(step)
+        parts: list[Tensor] = []
+        log: dict[str, Any] = {}
+        if guided:
+            loss, log = super().loss(step, module, guidance)
+            parts.append(loss)
+        else:
+            self.prepare(module, step)
+        if self.settings.freq.refers(step):
+            loss, own = self.reference_loss(step, module)
+            parts.append(loss)
+            log = {**own, **log}
+        total = torch.stack(parts).sum()
+        return total, {**log, "loss": total}
+
+    def reference_loss(
+        self, step: int, module: nn.Module
+    ) -> tuple[Float[Tensor, ""], dict[str, Any]]:
+        """The loss of the reference views of a step, and scalars to log."""
+        weight = self.weights(step)
+        height, width = self.data.shape(step)
+        views = self.data.views(height, width)
+        terms = self.reference_regularisers()
+        with_normals = any(
+            term.needs_normals and weight[name] > 0 for name, term in terms.items()
+        )
+        seen = self.reference_rendering(module, views, step, with_normals)
+        rgb, alpha = self._goal(height, width)
+        # Over the scene's background; what is left of it cancels.
+        behind = self.background(module, views, step)
+        error = seen.foreground - alpha * rgb + (alpha - seen.opacity) * behind
+        found: dict[str, Tensor] = {
+            "rgb": error.square().mean(),
+            "mask": (seen.opacity - alpha).square().mean(),
+        }
+        if self._depth_map is not None:
+            assert seen.depth is not None, "refused for renderers without depth"
+            goal, inside = self._depths(height, width, alpha)
+            depth = seen.depth[:1][inside]
+            found["depth"] = depth_error(depth, goal)
+            found["depth_rel"] = 1 - correlation(depth, goal)
+        found |= {name: term(seen) for name, term in terms.items() if weight[name]}
+        total = torch.stack([weight[n] * v for n, v in found.items() if weight[n]])
+        psnr = -10 * error.detach().square().mean().clamp(min=1e-12).log10()
+        log = {f"loss_ref_{name}": value for name, value in found.items()}
+        return total.sum(), {**log, "psnr_ref": psnr, "opacity": seen.opacity.mean()}
+
+    def reference_regularisers(self) -> Mapping[str, Regulariser]:
+        """The regularisers of the reference views."""
+        return {n: r for n, r in self.regularisers.items() if n not in _ONLY_GUIDED}
+
+    def background(self, module: Any, views: Views, step: int | None) -> Tensor:
+        """Colours behind the pixels of views, ``(views, height, width, 3)``."""
+        directions = views.cameras.rays(views.height, views.width)[1]
+        return module.background(directions.to(self.device), step, self.random)
+
+    def _behind(self) -> Callable[[int, int], Tensor] | None:
+        """Colours behind the random views of a step; None where they are learned."""
+        background = self.background_module
+        if any(p.requires_grad for p in background.parameters()):
+            return None
+
+        def colours(step: int, count: int) -> Tensor:
+            anywhere = torch.zeros(count, 1, 1, 3, device=self.device)
+            return background(anywhere, step, self.random)[:, 0, 0].cpu()
+
+        return colours
+
+    @property
+    def background_module(self) -> nn.Module:
+        """The background of the scene."""
+        return self.scene.get_submodule("background")
+
+    def _goal(self, height: int, width: int) -> tuple[Tensor, Tensor]:
+        """Colours and masks of the images, ``(views, height, width, channels)``."""
+        if (height, width) not in self._sized:
+            sized = [image.resized(height, width) for image in self.references]
+            rgb = torch.stack([one.rgb for one in sized]).permute(0, 2, 3, 1)
+            alpha = torch.stack([one.alpha for one in sized]).permute(0, 2, 3, 1)
+            self._sized[height, width] = rgb.to(self.device), alpha.to(self.device)
+        return self._sized[height, width]
+
+    def _depths(
+        self, height: int, width: int, alpha: Tensor
+    ) -> tuple[Tensor, Float[Tensor, "1 height width 1"]]:
+        """The given depths inside the first image's mask, and that mask."""
+        assert self._depth_map is not None
+        goal = nn.functional.interpolate(
+            self._depth_map[None, None], (height, width), mode="area"
+        )
+        inside = alpha[:1] > 0.5
+        return goal.permute(0, 2, 3, 1).to(self.device)[inside], inside
+
+    def _needs(self, name: str) -> bool:
+        weight = getattr(self.settings.loss, f"lambda_{name}", 0)
+        return any(value_at(weight, step) for step in (0, self.num_steps)) or (
+            not isinstance(weight, int | float)
+        )
+
+    def exports(self, folder: Path, y: dp.State) -> dict[str, Callable[[], Any]]:
+        """The images as they were understood, beside the object seen from there."""
+        return {
+            **super().exports(folder, y),
+            "reference": lambda: self._reference(folder, y),
+        }
+
+    def summary(self, report: dict[str, Any]) -> list[str]:
+        """See `System.summary`; how near the object is to the images."""
+        found = report.get("reference")
+        lines = super().summary(report)
+        if isinstance(found, dict):
+            lines.insert(
+                0,
+                f"At the camera of the image: PSNR {found['psnr']:.1f} dB, mask IoU "
+                f"{found['iou']:.2f}.",
+            )
+        return lines
+
+    def against_references(
+        self, y: dp.State
+    ) -> tuple[dict[str, float], Float[Tensor, "images 3 side side"]]:
+        """PSNR and mask IoU at the cameras of the images, and both images by turns."""
+        side = min(512, max(128, self.data.largest))
+        views, pairs, both, either = self.data.views(side, side), [], 0, 0
+        for number, image in enumerate(self.references):
+            sized = image.resized(side, side)
+            seen, opacity = self.render(y, views.one(number), grey=GREY)
+            pairs += [sized.over(GREY), seen[0]]
+            inside, should = opacity[0] > 0.5, sized.alpha > 0.5
+            both += int((inside & should).sum())
+            either += int((inside | should).sum())
+        images = torch.stack(pairs)
+        error = (images[::2] - images[1::2]).square().mean().clamp(min=1e-12)
+        psnr = float(-10 * error.log10())
+        return {"psnr": round(psnr, 4), "iou": round(both / max(either, 1), 4)}, images
+
+    def _reference(self, folder: Path, y: dp.State) -> dict[str, float | str]:
+        figures, images = self.against_references(y)
+        save_image(images, folder / "reference.png", 2)
+        return {**figures, "image": "reference.png"}
+
+
+GREY = 0.5
+"""Level of the background of `reference.png`, as in the other figures."""
+
+
+def _check_same(guidance: Zero123Config, data: SingleImageConfig) -> None:
+    """Refuse a guidance that is shown another image or camera than `data`."""
+    pairs = {
+        "cond_image_path": (guidance.cond_image_path, data.paths[0]),
+        "cond_elevation_deg": (guidance.cond_elevation_deg, data.default_elevation_deg),
+        "cond_azimuth_deg": (guidance.cond_azimuth_deg, data.default_azimuth_deg),
+        "cond_camera_distance": (
+            guidance.cond_camera_distance,
+            data.default_camera_distance,
+        ),
+    }
+    for name, (given, known) in pairs.items():
+        if given is not None and given != known:
+            raise ConfigError(
+                f"`system.guidance.{name}` is `{given}`, and `data` says `{known}`: "
+                "leave it out, or write the same."
+            )

@@ -1,0 +1,184 @@
+"""Zero-1-to-3: an image becomes a field, or growing splats.
+
+See `systems.image_to_3d` for the loss (R. Liu et al., 2023, arXiv 2303.11328; as in
+threestudio's `zero123-system`; on splats, the image mode of DreamGaussian, J. Tang et
+al., 2023, arXiv 2309.16653).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+from systems.dreamfusion import DreamFusion
+from systems.dreamgaussian import DreamGaussian, DreamGaussianConfig
+from systems.guidance.zero123 import IMAGE_GUIDANCES
+from systems.image_to_3d import (
+    IMAGE_PROMPTS,
+    FrequencyConfig,
+    ImageLossConfig,
+    ImagePromptConfig,
+    ImageTo3D,
+)
+from systems.optimizer import OptimizerConfig
+from systems.references.views import SingleImageConfig
+from systems.scene.cameras import Views
+from systems.scene.gaussians.scene import SplatRendering
+from systems.scene.materials import PointLightConfig, Unlit
+from systems.scene.regularisers import REGULARISERS, SMOOTH_REGULARISERS
+from systems.scene.renderers import Rendering
+from systems.scene.scene import SceneConfig
+from systems.settings.checks import between
+from systems.settings.config import Config
+from systems.settings.reader import part
+from systems.settings.schedules import Schedule, values_of
+
+_SMOOTH = SMOOTH_REGULARISERS.keys() - REGULARISERS.keys()
+
+
+@dataclass(frozen=True)
+class FieldLossConfig(ImageLossConfig):
+    """Weights of the loss of a field (`system.loss`), numbers or schedules.
+
+    Args:
+        lambda_depth: Weight of the reference view's depth, after a linear fit.
+        lambda_depth_rel: Weight of its correlation.
+        lambda_orient: Weight of the penalty on normals that face away from the camera.
+        lambda_normal_smooth: Weight of the penalty on changes of the normal map.
+        lambda_3d_normal_smooth: Weight of the penalty on changes of the normals in
+            space.
+    """
+
+    lambda_depth: Schedule = 0.0
+    lambda_depth_rel: Schedule = 0.0
+    lambda_orient: Schedule = 0.0
+    lambda_normal_smooth: Schedule = 0.0
+    lambda_3d_normal_smooth: Schedule = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Zero123SystemConfig(SceneConfig):
+    """`system`: the scene, guidance, loss and optimizer, each with its own section.
+
+    Args:
+        prompt_processor_type: "dummy-prompt-processor".
+        prompt_processor: A prompt beside the image; usually empty.
+        guidance_type: Guidance; a key of `systems.guidance.zero123.IMAGE_GUIDANCES`.
+        guidance: Settings of the guidance.
+        loss: Weights of the loss terms.
+        freq: When reference views and guidance act.
+        optimizer: The optimizer, with a learning rate for each part.
+        ambient_ratio_min: Least share of ambient light in a shaded random view.
+    """
+
+    prompt_processor: ImagePromptConfig = field(metadata=part(IMAGE_PROMPTS))
+    guidance: Any = field(metadata=part(IMAGE_GUIDANCES))
+    optimizer: OptimizerConfig
+    prompt_processor_type: str = "dummy-prompt-processor"
+    guidance_type: str = "zero123-guidance"
+    loss: FieldLossConfig = field(default_factory=FieldLossConfig)
+    freq: FrequencyConfig = field(default_factory=FrequencyConfig)
+    ambient_ratio_min: float = 0.5
+
+    def __post_init__(self) -> None:
+        between("ambient_ratio_min", self.ambient_ratio_min, 0, 1)
+        perturbs = getattr(self.renderer, "return_normal_perturb", None)
+        if any(values_of(self.loss.lambda_3d_normal_smooth)) and not perturbs:
+            raise ValueError(
+                "`loss.lambda_3d_normal_smooth` compares normals with those beside: "
+                "write `renderer.return_normal_perturb: true`."
+            )
+
+
+class Zero123(ImageTo3D, DreamFusion):
+    """An image becomes a field."""
+
+    section_types: ClassVar[Mapping[str, type]] = {
+        "data": SingleImageConfig,
+        "system": Zero123SystemConfig,
+    }
+
+    def __init__(self, config: Config, device: torch.device | None = None) -> None:
+        super().__init__(config, device)
+        loss = vars(self.settings.loss)
+        self.regularisers = {
+            name: term
+            for name, term in SMOOTH_REGULARISERS.items()
+            if name not in _SMOOTH or any(values_of(loss[f"lambda_{name}"]))
+        }
+        material = self.scene.material
+        if isinstance(material.config, PointLightConfig):
+            least = self.settings.ambient_ratio_min
+            never_lit = material.config.ambient_only_steps >= self.num_steps
+            material.config = replace(
+                material.config,
+                ambient_ratio_min=least,
+                ambient_only_on_test=material.config.ambient_only_on_test or never_lit,
+            )
+
+    def prepare(self, module: Any, step: int) -> None:
+        """See `ImageTo3D.prepare`."""
+        module.renderer.prepare(module.geometry, step, self.random)
+
+    def reference_rendering(
+        self, module: Any, views: Views, step: int, with_normals: bool
+    ) -> Rendering:
+        """See `ImageTo3D.reference_rendering`."""
+        return module.renderer(
+            module.geometry,
+            Unlit(module.material),
+            module.background,
+            views,
+            step,
+            self.random,
+            with_normals,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class GaussianImageConfig(DreamGaussianConfig):
+    """`system`: splats, guidance by an image, loss, optimizer and growth.
+
+    Args:
+        prompt_processor_type: "dummy-prompt-processor".
+        prompt_processor: A prompt beside the image; usually empty.
+        guidance_type: Guidance; a key of `systems.guidance.zero123.IMAGE_GUIDANCES`.
+        guidance: Settings of the guidance.
+        loss: Weights of the loss terms.
+        freq: When reference views and guidance act.
+    """
+
+    prompt_processor: ImagePromptConfig = field(metadata=part(IMAGE_PROMPTS))
+    guidance: Any = field(metadata=part(IMAGE_GUIDANCES))
+    prompt_processor_type: str = "dummy-prompt-processor"
+    guidance_type: str = "zero123-guidance"
+    loss: ImageLossConfig = field(default_factory=ImageLossConfig)  # pyright: ignore[reportIncompatibleVariableOverride]
+    freq: FrequencyConfig = field(default_factory=FrequencyConfig)
+
+
+class Zero123Gaussians(ImageTo3D, DreamGaussian):
+    """An image becomes growing splats."""
+
+    section_types: ClassVar[Mapping[str, type]] = {
+        "data": SingleImageConfig,
+        "system": GaussianImageConfig,
+    }
+
+    def prepare(self, module: nn.Module, step: int) -> None:
+        """See `ImageTo3D.prepare`; splats have no buffers."""
+        del module, step
+
+    def reference_rendering(
+        self, module: nn.Module, views: Views, step: int, with_normals: bool
+    ) -> SplatRendering:
+        """See `ImageTo3D.reference_rendering`."""
+        del with_normals
+        seen = module(views, step, self.random)
+        # Growth counts the random views, or these where a step has no others.
+        if self._seen is None:
+            self._seen = seen
+        return seen
