@@ -24,6 +24,8 @@ PROBLEMS = {
     "magic3d-system": "systems.magic3d.Magic3D",
     "prolificdreamer-system": "systems.prolificdreamer.ProlificDreamer",
     "texture-system": "systems.texture.Texture",
+    "zero123-system": "systems.zero123.Zero123",
+    "zero123-gaussian-system": "systems.zero123.Zero123Gaussians",
     "diffusion-sampling": "systems.sampling.Sampling",
 }
 """Problems by their names in configs; imported on use, because they are heavy."""
@@ -88,7 +90,12 @@ def check_sections(config: Config) -> None:
         ConfigError: Names all of them.
     """
     kind = problem_type(config)
-    problems = [*config.problems, *_problems(kind.section_types, config)]
+    problems = [*config.problems, *_problems(_sections(kind, config), config)]
+    if kind.data_type not in (None, config.data_type):
+        problems.append(
+            f"`data_type` is `{config.data_type}`, and `{config.system_type}` reads "
+            f"`{kind.data_type}`: write that."
+        )
     if problems:
         raise _refusal(problems)
 
@@ -129,6 +136,14 @@ def list_settings(section: str = "") -> str:
 def _class_at(path: str) -> type[Problem]:
     module, _, name = path.rpartition(".")
     return getattr(importlib.import_module(module), name)
+
+
+def _sections(kind: type[Problem], config: Config) -> Mapping[str, type]:
+    """The sections to check; not the views of another kind of data."""
+    named = kind.section_types
+    if kind.data_type in (None, config.data_type):
+        return named
+    return {name: section for name, section in named.items() if name != "data"}
 
 
 def _problems(sections: Mapping[str, type], config: Config) -> list[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import abc
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from jaxtyping import Float
@@ -54,9 +54,20 @@ class System(Problem):
         }
     )
 
+    data_type: ClassVar[str | None] = "random-camera-datamodule"
+
     def __init__(self, config: Config, device: torch.device | None = None) -> None:
         super().__init__(config, device)
-        self.cameras = read(RandomCameras, config.data, "data")
+        self.cameras = self.read_cameras()
+
+    def read_cameras(self) -> RandomCameras:
+        """The random cameras of training and those of the turntable."""
+        return read(RandomCameras, self.config.data, "data")
+
+    @property
+    def truth_prompt(self) -> str | None:
+        """The prompt whose toybox object is the ground truth; None: there is none."""
+        return self.config.quality.truth or self.title
 
     def about(self) -> dict[str, Any]:
         """Seed, system and cameras, without settings that affect only the output."""

@@ -96,10 +96,14 @@ class DreamFusion(Distillation):
     def __init__(self, config: Config, device: torch.device | None = None) -> None:
         super().__init__(config, device)
         self.settings = read(self.section_types["system"], config.system, "system")
-        check(self.settings.guidance.pretrained_model_name_or_path, [self.title])
+        self.check_model()
         with self.random.scope(0, "scene"):
             self._scene = Scene(self.settings).to(self.device)
         self.settings.optimizer.check(self.parts())
+
+    def check_model(self) -> None:
+        """Refuse a model or a prompt that guidance could not use."""
+        check(self.settings.guidance.pretrained_model_name_or_path, [self.title])
 
     def parts(self) -> nn.Module:
         """The parts whose learning rates can be set: those of the scene."""

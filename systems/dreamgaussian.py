@@ -153,14 +153,18 @@ class DreamGaussian(Distillation):
 
     def __init__(self, config: Config, device: torch.device | None = None) -> None:
         super().__init__(config, device)
-        self.settings = read(DreamGaussianConfig, config.system, "system")
-        check(self.settings.guidance.pretrained_model_name_or_path, [self.title])
+        self.settings = read(self.section_types["system"], config.system, "system")
+        self.check_model()
         with self.random.scope(0, "scene"):
             self._scene = SplatScene(self.settings, self.device).to(self.device)
         self.settings.optimizer.check(self._scene)
         # Splats have no normals to orient.
         self.regularisers = {n: REGULARISERS[n] for n in ("sparsity", "opaque")}
         self._seen: SplatRendering | None = None
+
+    def check_model(self) -> None:
+        """Refuse a model or a prompt that guidance could not use."""
+        check(self.settings.guidance.pretrained_model_name_or_path, [self.title])
 
     @property
     def title(self) -> str:

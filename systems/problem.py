@@ -38,6 +38,8 @@ class Problem(abc.ABC):
     """The option of `launch.py` that runs the problem."""
     sections: ClassVar[frozenset[str]]
     """Settings of `Config` that the problem reads besides `COMMON`."""
+    data_type: ClassVar[str | None] = None
+    """The `data_type` that the problem reads; None: it has no views."""
     section_types: ClassVar[Mapping[str, type]]
     """The classes of those sections that `Config` leaves to the problem."""
 

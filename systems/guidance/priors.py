@@ -92,6 +92,16 @@ class Prior:
         self.num_timesteps: int = config["num_train_timesteps"]
         self.alphas_cumprod = pipeline.scheduler.alphas_cumprod.float().to(device)
 
+    @property
+    def side(self) -> int:
+        """Width and height of the model's images in pixels."""
+        side = self.unet.config["sample_size"]
+        if self.takes_conditions:
+            side *= PATCH
+        if self.vae is not None:
+            side *= 2 ** (len(self.vae.config["block_out_channels"]) - 1)
+        return side
+
     def encode(
         self,
         images: Float[Tensor, "views 3 height width"],
@@ -103,11 +113,7 @@ class Prior:
             images: Images of any size; they are resized to the model's resolution.
             generator: Source of the autoencoder's noise, on the CPU.
         """
-        side = self.unet.config["sample_size"]
-        if self.takes_conditions:
-            side *= PATCH
-        if self.vae is not None:
-            side *= 2 ** (len(self.vae.config["block_out_channels"]) - 1)
+        side = self.side
         x = images * 2 - 1
         if x.shape[-2:] != (side, side):
             x = torch.nn.functional.interpolate(
@@ -265,6 +271,18 @@ def resolve(name: str) -> str:
         return name
     print(f"`{name}` left the hub; using `{MOVED[name]}`.", file=sys.stderr)
     return MOVED[name]
+
+
+def is_embedded(name: str) -> bool:
+    """Whether a name stands for an embedded prior, or the folder of one."""
+    folder = Path(ALIASES.get(name, name))
+    if folder in (WEIGHTS, SECOND_WEIGHTS):
+        return True
+    try:
+        index = json.loads((folder / "model_index.json").read_text())
+    except (OSError, ValueError):
+        return False
+    return index.get("_class_name") == ToyboxPipeline.__name__
 
 
 def check(name: str, prompts: Sequence[str]) -> None:

@@ -97,7 +97,7 @@ class Zero123Prior(Prior):
                     "`image_camera`, or set them by `show` first."
                 )
             encoding, reference = self._shown
-            chosen = _nearest(cameras, reference)
+            chosen = nearest(cameras, reference)
         elif image is None or image_camera is None:
             raise ValueError(
                 "Zero-1-to-3 takes cameras relative to that of the reference image: "
@@ -203,7 +203,7 @@ def _rows(values: Tensor, chosen: Tensor) -> Tensor:
     return values[index.to(values.device)]
 
 
-def _nearest(cameras: Cameras, reference: Cameras) -> Int[Tensor, " views"]:
+def nearest(cameras: Cameras, reference: Cameras) -> Int[Tensor, " views"]:
     """Index of the reference camera nearest in angle to each camera."""
 
     def directions(some: Cameras) -> Tensor:

@@ -76,8 +76,11 @@ def fixed_views(size: int = 2 * SIZE) -> Views:
 
 def truth_of(system: System) -> Truth | None:
     """The ground truth of a system's prompt, if it names a toybox object."""
+    prompt = system.truth_prompt
+    if prompt is None:
+        return None
     try:
-        return truth(system.title)
+        return truth(prompt)
     except ValueError:
         return None
 

@@ -25,6 +25,13 @@ ANY: tuple[Any, ...] = ()
 """In `SETTINGS`: any value is accepted, because it has no effect on the object."""
 _NO: tuple[Any, ...] = (None, False, 0)
 
+_CAMERAS: Mapping[str, tuple[Any, ...]] = {
+    "eval_batch_size": ANY,
+    "n_val_views": ANY,
+    "progressive_until": (0,),
+    "rays_d_normalize": (True,),
+}
+
 SETTINGS: Mapping[str, Mapping[str, tuple[Any, ...]]] = {
     "": {
         "description": ANY,
@@ -88,11 +95,13 @@ SETTINGS: Mapping[str, Mapping[str, tuple[Any, ...]]] = {
         "verbose": ANY,
     },
     "data": {
-        "eval_batch_size": ANY,
-        "n_val_views": ANY,
-        "progressive_until": (0,),
-        "rays_d_normalize": (True,),
+        **_CAMERAS,
+        "rays_noise_scale": _NO,  # single images, like the next
+        "requires_depth": ANY,
+        "requires_normal": ANY,
+        "use_random_camera": (True,),
     },
+    "data.random_camera": _CAMERAS,
     "system": {
         "cleanup_after_test_step": ANY,
         "cleanup_after_validation_step": ANY,
@@ -101,12 +110,14 @@ SETTINGS: Mapping[str, Mapping[str, tuple[Any, ...]]] = {
         "loggers": ANY,
         "visualize_samples": ANY,
         "weights_ignore_modules": ANY,
+        "refinement": _NO,
         "geometry_convert_from": (None,),
         "geometry_convert_inherit_texture": ANY,
         "geometry_convert_override": ANY,
         "scheduler": (None,),
         "weights": (None,),
     },
+    "system.freq": {"guidance_eval": ANY},
     "system.geometry": {
         "anneal_density_blob_std_config": (None,),
         "isosurface": ANY,
@@ -159,7 +170,6 @@ SETTINGS: Mapping[str, Mapping[str, tuple[Any, ...]]] = {
         "proposal_network_config": ANY,
         "prune_alpha_threshold": ANY,  # skips samples that are not visible
         "return_comp_normal": ANY,
-        "return_normal_perturb": ANY,
     },
     "system.prompt_processor": {
         "perp_neg_f_fs": ANY,  # no effect without `use_perp_neg`, like the next
@@ -183,6 +193,8 @@ SETTINGS: Mapping[str, Mapping[str, tuple[Any, ...]]] = {
         "enable_channels_last_format": ANY,
         "enable_sequential_cpu_offload": ANY,
         "max_items_eval": ANY,
+        "pretrained_config": ANY,  # of zero123, like the next
+        "vram_O": ANY,
         "sqrt_anneal": _NO,
         "token_merging": _NO,
         "token_merging_params": ANY,
@@ -228,15 +240,25 @@ _ON_TETRAHEDRA = frozenset(
     }
 )
 
+_REFERENCE = frozenset({"system.loss.lambda_rgb", "system.loss.lambda_mask"})
+
 OWN: Mapping[str, frozenset[str]] = {
     "textmesh-system": frozenset({"system.loss.lambda_eikonal"}),
-    "magic3d-system": _ON_TETRAHEDRA,
+    "magic3d-system": _ON_TETRAHEDRA | {"system.refinement"},
+    "zero123-system": _REFERENCE
+    | {
+        "system.loss.lambda_depth",
+        "system.loss.lambda_depth_rel",
+        "system.loss.lambda_normal_smooth",
+        "system.loss.lambda_3d_normal_smooth",
+    },
+    "zero123-gaussian-system": _REFERENCE,
     "prolificdreamer-system": _ON_TETRAHEDRA
     | {"system.loss.lambda_vsd", "system.loss.lambda_lora"},
 }
 """Settings in `SETTINGS` that a system of ours has, by the name of the system."""
 
-DATA_TYPES = ("random-camera-datamodule",)
+DATA_TYPES = ("random-camera-datamodule", "single-image-datamodule")
 
 
 @dataclass(frozen=True)
@@ -264,7 +286,8 @@ def translate(settings: Mapping[str, Any]) -> Translation:
     kind = kept.get("data_type", DATA_TYPES[0])
     if kind not in DATA_TYPES:
         unsupported = [p for p in unsupported if not p.startswith("`data.")]
-        unsupported.append(_refusal("data_type", kind, f"write `{DATA_TYPES[0]}`"))
+        known = "` or `".join(DATA_TYPES)
+        unsupported.append(_refusal("data_type", kind, f"write `{known}`"))
         kept |= {"data_type": DATA_TYPES[0], "data": {}}
     _rename(kept)
     return Translation(kept, tuple(ignored), tuple(unsupported))

@@ -406,7 +406,7 @@ def test_preview_shows_the_mesh_below_the_volume(finished: Path) -> None:
         (["system.optimizer.args.lr=fast"], "In `system.optimizer`"),
         (["system.optimizer.args.lr=nan"], "write a learning rate, such as 0.01"),
         (["system.optimizer.args.lr=.inf"], "write finite numbers"),
-        (["system_type=zero123-system"], "`backend=threestudio threestudio.root="),
+        (["system_type=latentnerf-system"], "`backend=threestudio threestudio.root="),
         (["system.optimizer.args.momentum=0.9"], "In `system.optimizer`"),
         (["system.optimizer.params.geo.lr=0.1"], "system.optimizer.params.geo"),
         (["tag"], "`tag` is no setting: write `key=value`"),
