@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 import launch
-from systems.runs.app import jobs
+from systems.runs.app import jobs, page
 from systems.runs.app.jobs import SPEEDS, SYSTEMS, Job
 from systems.settings.config import load
 from tests.systems.scenes import SMALL
@@ -26,9 +26,11 @@ FIRST = next(iter(SYSTEMS))
 @pytest.mark.parametrize("speed", SPEEDS)
 @pytest.mark.parametrize("system", [s for s in SYSTEMS if "stages" not in s])
 def test_what_the_page_offers_can_be_run(system: str, speed: str) -> None:
-    prompt = "system.prompt_processor.prompt=a red mushroom"
+    subject = jobs.by_prompt("a red mushroom")
+    if system in jobs.FROM_IMAGE:
+        subject = ["data.image=a.png", "data.default_elevation_deg=20"]
     config = load(
-        ROOT / "configs" / f"{SYSTEMS[system]}.yaml", [prompt, *SPEEDS[speed]]
+        ROOT / "configs" / f"{SYSTEMS[system]}.yaml", [*subject, *SPEEDS[speed]]
     )
     assert config.problems == ()
 
@@ -38,10 +40,41 @@ def test_any_prompt_is_one_value(prompt: str) -> None:
     assert yaml.safe_load(jobs._quoted(prompt)) == prompt
 
 
+def test_an_image_is_kept_and_named(tmp_path: Path) -> None:
+    image = tmp_path / 'a "mug" #1.png'
+    image.write_bytes(b"one")
+    first = jobs.by_image(tmp_path, image, 20.0)
+    assert jobs.by_image(tmp_path, image, 20.0) == first
+    image.write_bytes(b"two")
+    assert jobs.by_image(tmp_path, image, 20.0) != first
+    kept = Path(yaml.safe_load(first[0].partition("=")[2]))
+    assert kept.read_bytes() == b"one"
+    assert first[1] == "data.default_elevation_deg=20"
+
+
+@pytest.mark.parametrize(
+    ("prompt", "image", "system", "said"),
+    [
+        ("", None, FIRST, "Say what to make"),
+        ("a mug", "a.png", FIRST, "starts from a prompt"),
+        ("a mug", None, "Zero-1-to-3, from an image", "needs an image"),
+        ("a mug", None, FIRST, ""),
+        ("", "a.png", "Zero-1-to-3, from an image", ""),
+    ],
+)
+def test_prompt_or_image_as_the_system_needs(
+    prompt: str, image: str | None, system: str, said: str
+) -> None:
+    found = page._wrong(prompt, image, system)
+    assert said in found
+    assert bool(said) == bool(found)
+
+
 @pytest.mark.long
 def test_a_run_is_started_described_and_stopped(tmp_path: Path) -> None:
     small = [s for s in SMALL if "max_steps" not in s]
-    job = Job.start(tmp_path, "a red mushroom", FIRST, "the default", 4000, small)
+    subject = jobs.by_prompt("a red mushroom")
+    job = Job.start(tmp_path, subject, FIRST, "the default", 4000, small)
     try:
         for _ in range(1200):
             folder = job.folder
@@ -104,13 +137,13 @@ def test_the_page_makes_an_object(tmp_path: Path, chromium: Any) -> None:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     words = [f"port={port}", f"exp_root_dir={tmp_path}"]
-    page = subprocess.Popen([sys.executable, "launch.py", "--app", *words], cwd=ROOT)
+    server = subprocess.Popen([sys.executable, "launch.py", "--app", *words], cwd=ROOT)
     try:
         for _ in range(600):
             with socket.socket() as trial:
                 if trial.connect_ex(("127.0.0.1", port)) == 0:
                     break
-            assert page.poll() is None
+            assert server.poll() is None
             time.sleep(0.1)
         view = chromium.new_page(viewport={"width": 1200, "height": 900})
         asked: list[str] = []
@@ -135,5 +168,5 @@ def test_the_page_makes_an_object(tmp_path: Path, chromium: Any) -> None:
         assert [url for url in asked if not url.startswith(home)] == []
         view.close()
     finally:
-        page.terminate()
-        page.wait()
+        server.terminate()
+        server.wait()

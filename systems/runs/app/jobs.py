@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import signal
 import subprocess
@@ -12,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import systems
+from systems.files import written
 from systems.runs import folders, history
 from systems.runs.stages import STAGES
 from systems.runs.stopping import STOP
@@ -25,8 +27,14 @@ SYSTEMS: Mapping[str, str] = {
     "TextMesh, a signed distance": "textmesh-toybox",
     "Magic3D, two stages": "magic3d-toybox",
     "ProlificDreamer, first stage": "prolificdreamer-toybox",
+    "Zero-1-to-3, from an image": "zero123-toybox",
+    "Zero-1-to-3, from an image to splats": "zero123-gaussian-toybox",
 }
 """Configs by what the page calls them."""
+FROM_IMAGE = frozenset(name for name in SYSTEMS if "from an image" in name)
+"""The systems that start from an image instead of a prompt."""
+IMAGES = "images"
+"""Folder, among the results, of the images that were given."""
 SPEEDS: Mapping[str, tuple[str, ...]] = {
     "the default": (),
     "faster, some risk": ("solver.threshold.value=0.4",),
@@ -64,7 +72,7 @@ class Job:
     def start(
         cls,
         root: Path,
-        prompt: str,
+        subject: Sequence[str],
         system: str,
         speed: str,
         steps: int | None,
@@ -74,7 +82,7 @@ class Job:
 
         Args:
             root: Folder of all results.
-            prompt: The prompt.
+            subject: Settings that say what is made; see `by_prompt` and `by_image`.
             system: A key of `SYSTEMS`.
             speed: A key of `SPEEDS`.
             steps: Number of steps; None: the config's.
@@ -84,7 +92,7 @@ class Job:
         file, log = tempfile.mkstemp(prefix="app-", suffix=".log")
         tag = f"app-{Path(log).stem.removeprefix('app-')}"
         words = [
-            f"system.prompt_processor.prompt={_quoted(prompt)}",
+            *subject,
             *SPEEDS[speed],
             *(f"exp_root_dir={root}", f"tag={tag}"),
             *([] if steps is None else [f"trainer.max_steps={steps}"]),
@@ -124,6 +132,28 @@ class Job:
         text = self.log.read_text(encoding="utf-8", errors="replace")
         lines = [line.split("\r")[-1].rstrip() for line in text.splitlines()]
         return "\n".join([line for line in lines if line][-6:])
+
+
+def by_prompt(prompt: str) -> list[str]:
+    """The settings that make what a prompt describes."""
+    return [f"system.prompt_processor.prompt={_quoted(prompt)}"]
+
+
+def by_image(root: Path, image: Path, elevation: float) -> list[str]:
+    """The settings that make what an image shows; keeps a copy of it.
+
+    Args:
+        root: Folder of all results.
+        image: The image, which may vanish.
+        elevation: Elevation of its camera in degrees.
+    """
+    content = image.read_bytes()
+    mark = hashlib.sha256(content).hexdigest()[:8]
+    kept = root / IMAGES / f"{image.stem}-{mark}{image.suffix}"
+    with written(kept) as part:
+        part.write_bytes(content)
+    where = _quoted(str(kept.resolve()))
+    return [f"data.image={where}", f"data.default_elevation_deg={elevation:g}"]
 
 
 def current(folder: Path) -> Path:

@@ -36,14 +36,25 @@ def make_page(gradio: Any, root: Path) -> tuple[Any, dict[str, Any]]:
 
     with gradio.Blocks(title="DreamPropeller", analytics_enabled=False) as page:
         gradio.Markdown(
-            "# DreamPropeller\nA prompt becomes an object, by score distillation whose "
-            "future steps are evaluated at once. The embedded prior knows simple "
-            "objects: `python -m systems.toybox list`."
+            "# DreamPropeller\nA prompt or an image becomes an object, by score "
+            "distillation whose future steps are evaluated at once. The embedded prior "
+            "knows simple objects: `python -m systems.toybox list`."
         )
         with gradio.Row():
             with gradio.Column(scale=1):
                 prompt = gradio.Textbox(label="Prompt", value=EXAMPLES[0])
                 gradio.Examples([[text] for text in EXAMPLES], prompt)
+                with gradio.Accordion("From an image instead", open=False):
+                    image = gradio.Image(
+                        label="Image",
+                        type="filepath",
+                        image_mode=None,
+                        format="png",
+                        sources=["upload", "clipboard"],
+                    )
+                    elevation = gradio.Slider(
+                        *(-30, 80), value=5, step=1, label="Seen from above (degrees)"
+                    )
                 system = gradio.Dropdown(list(SYSTEMS), label="System")
                 speed = gradio.Radio(list(SPEEDS), label="Speed", value="the default")
                 steps = gradio.Number(0, label="Steps (0: the config's)", precision=0)
@@ -64,7 +75,8 @@ def make_page(gradio: Any, root: Path) -> tuple[Any, dict[str, Any]]:
             value=runs.gallery,
         )
         outputs = [status, preview, model, files]
-        begun = make.click(runs.make, [prompt, system, speed, steps], outputs)
+        chosen = [system, speed, steps]
+        begun = make.click(runs.make, [prompt, image, elevation, *chosen], outputs)
         begun.then(runs.gallery, None, gallery)
         stop.click(runs.stop, None, status)
         gallery.select(choose, None, outputs)
@@ -84,17 +96,27 @@ class _Runs:
         self._listed: list[Path] = []
 
     def make(
-        self, prompt: str, system: str, speed: str, steps: float | None
+        self,
+        prompt: str,
+        image: str | None,
+        elevation: float,
+        system: str,
+        speed: str,
+        steps: float | None,
     ) -> Iterator[tuple[Any, ...]]:
         """Start a run, and show it until it ends."""
         if self._job is not None and self._job.process.poll() is None:
             yield "**Another run is in progress.** Stop it first.", None, None, None
             return
-        if not (prompt or "").strip():
-            yield "**Say what to make**, such as `a red mushroom`.", None, None, None
+        wrong = _wrong((prompt or "").strip(), image, system)
+        if wrong:
+            yield wrong, None, None, None
             return
+        subject = jobs.by_prompt(prompt.strip())
+        if image:
+            subject = jobs.by_image(self._root, Path(image), elevation)
         chosen = int(steps) if steps else None
-        job = self._job = Job.start(self._root, prompt.strip(), system, speed, chosen)
+        job = self._job = Job.start(self._root, subject, system, speed, chosen)
         begin = time.monotonic()
         try:
             while job.process.poll() is None:
@@ -138,6 +160,21 @@ class _Runs:
             jobs.shown(folder, "mesh.glb"),
             jobs.downloads(folder) or None,
         )
+
+
+def _wrong(prompt: str, image: str | None, system: str) -> str:
+    """What is missing, or does not fit together; empty if nothing."""
+    starts = system in jobs.FROM_IMAGE
+    if starts and not image:
+        return f"**`{system}` needs an image**: choose one below the prompt."
+    if image and not starts:
+        return (
+            f"**`{system}` starts from a prompt**: take the image away, or choose a "
+            "system `from an image`."
+        )
+    if not starts and not prompt:
+        return "**Say what to make**, such as `a red mushroom`."
+    return ""
 
 
 def _title(folder: Path) -> str:
