@@ -397,6 +397,8 @@ def test_every_file_of_a_checkout_runs_or_says_all_that_is_in_the_way(
             text = str(error)
         else:
             continue
+        if text.startswith("`system.geometry_convert_from` is missing"):
+            continue  # a later stage, which only needs the stage before
         assert OTHERWISE in text, (path, text)
         if "`system_type` is" in text or "`system.geometry_type` is" in text:
             continue  # of what is not ours nothing more can be said
