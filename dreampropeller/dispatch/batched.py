@@ -43,7 +43,7 @@ class BatchedDispatcher(Dispatcher):
         if not all(all_finite([*batched, *plain])):
             return  # the run will meet it
         for one, found, wanted in zip(steps, batched, plain, strict=True):
-            off = _deviation(found, wanted)
+            off = deviation(found, wanted)
             if not off <= TOLERANCE:
                 raise NotReproducible(
                     f"The drift of step {one} in a batch deviates from that of the "
@@ -79,7 +79,7 @@ class BatchedDispatcher(Dispatcher):
         return found
 
 
-def _deviation(found: State, wanted: State) -> float:
+def deviation(found: State, wanted: State) -> float:
     """The norm of a difference of drifts, as a fraction; infinite if entries differ."""
     if found.keys() != wanted.keys() or any(
         found[name].shape != value.shape for name, value in wanted.items()

@@ -12,7 +12,7 @@ from torch import Tensor
 
 import dreampropeller as dp
 import launch
-from dreampropeller.dispatch.batched import _deviation
+from dreampropeller.dispatch.batched import deviation
 from systems import batching, build_problem, make_system
 from systems.distillation import Distillation
 from systems.dreamfusion import DreamFusion
@@ -88,7 +88,7 @@ def test_a_batch_is_its_steps(kind: str, monkeypatch: pytest.MonkeyPatch) -> Non
     for several, alone in zip(together, zip(*asked, strict=True), strict=True):
         assert torch.equal(several, torch.cat(alone))
     for (one, aux), (other, logged) in zip(found, wanted, strict=True):
-        assert _deviation(one, other) < TOLERANCE
+        assert deviation(one, other) < TOLERANCE
         assert aux == pytest.approx(logged, rel=1e-3, abs=1e-6)
     if kind == "voxels":  # a refresh of the occupancy grid is due at step 8 alone
         grids = ["renderer.occupancy.value" in one for one, _ in found]
