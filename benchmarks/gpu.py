@@ -1,10 +1,11 @@
 """Measurements that need a GPU: short runs of the GPU configs.
 
-`python -m benchmarks.gpu` runs each config twice through `launch.py`, sequentially on
-one device and accelerated on all of them, and writes seconds, iterations, quality and
-memory of both to `benchmarks/results/gpu-<device>.json`, with a table on the terminal.
-A config that cannot run (its model is not available) is recorded with the reason. The
-corresponding tests are `pytest -m gpu`.
+`python -m benchmarks.gpu` runs each config several times through `launch.py`:
+sequentially on one device, accelerated on all of them, and with batched windows on one
+device. Seconds, iterations, quality and memory of each go to
+`outputs/gpu/gpu-<device>.json`, with a table on the terminal. A config that cannot run
+(its model is not available) is recorded with the reason. `python -m benchmarks.batched`
+measures the batched drift by itself. The corresponding tests are `pytest -m gpu`.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ CONFIGS = {
     "configs/dreamfusion-if.yaml": "a zoomed out DSLR photo of a ripe strawberry",
 }
 STEPS = 60
+WINDOWS = (2, 4, 8)
 RESULTS = Path("outputs/gpu")
 
 
@@ -57,15 +59,32 @@ def run(config: str, prompt: str, settings: list[str], to: Path) -> dict[str, An
     }
 
 
+def variants(workers: int, windows: list[int]) -> dict[str, list[str]]:
+    """The runs of a config by name, and their settings."""
+    batched = {
+        f"batched window of {size}": [
+            "dispatch.batch=always",
+            f"solver.window={{name: sliding, size: {size}}}",
+        ]
+        for size in windows
+    }
+    return {
+        "sequential": ["solver.name=sequential"],
+        f"{workers} worker(s)": [f"dispatch.num_workers={workers}"],
+        **batched,
+    }
+
+
 def row(entry: dict[str, Any]) -> str:
     """A line of the table."""
+    begin = f"| {entry['config']} | {entry['run']} |"
     if "not_run" in entry:
-        return f"| {entry['config']} | not run: {entry['not_run']} | | | | |"
+        return f"{begin} not run: {entry['not_run']} | | | |"
     found = entry["quality"]
     psnr = f"{found['psnr']:.1f} dB" if "psnr" in found else "not measured"
     memory = entry["gpu_memory"]
     return (
-        f"| {entry['config']} | {entry['workers']} | {entry['iterations']} | "
+        f"{begin} {entry['iterations']} | "
         f"{entry['seconds']:.1f} | {psnr} | "
         f"{'' if memory is None else f'{memory / 2**30:.1f} GiB'} |"
     )
@@ -77,6 +96,7 @@ def main() -> int:
     parser.add_argument("--configs", nargs="+", default=list(CONFIGS))
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--workers", type=int, help="default: one per device")
+    parser.add_argument("--windows", type=int, nargs="*", default=list(WINDOWS))
     parser.add_argument("--set", nargs="*", default=[], help="further settings")
     parser.add_argument("--cpu", action="store_true", help="try the command itself")
     parser.add_argument("--runs", type=Path, default=Path("outputs/gpu"))
@@ -96,15 +116,16 @@ def main() -> int:
     for config in arguments.configs:
         prompt = CONFIGS.get(config, "a red mushroom")
         settings = [f"trainer.max_steps={arguments.steps}", *arguments.set]
-        for chosen in ("solver.name=sequential", f"dispatch.num_workers={workers}"):
-            entries.append(run(config, prompt, [*settings, chosen], arguments.runs))
-            if "not_run" in entries[-1]:
-                break  # nor would the other
+        for name, chosen in variants(workers, arguments.windows).items():
+            found = run(config, prompt, [*settings, *chosen], arguments.runs)
+            entries.append({"run": name, **found})
+            if name == "sequential" and "not_run" in found:
+                break  # nor would the others
     arguments.to.mkdir(parents=True, exist_ok=True)
     name = re.sub(r"\W+", "-", device).strip("-").lower()
     file = arguments.to / f"gpu-{name}.json"
     write_json(file, {"environment": environment(), "runs": entries})
-    print("| config | workers | iterations | seconds | PSNR | memory |")
+    print("| config | run | iterations | seconds | PSNR | memory |")
     print("|---|---|---|---|---|---|")
     print("\n".join(map(row, entries)))
     print(f"Written to {file}")

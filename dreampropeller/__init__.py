@@ -7,6 +7,7 @@ The public names in five groups: problem, solver, control, dispatch, report;
 # ruff: noqa: I001, sorted by group
 
 # Problem: the trajectory to solve.
+from dreampropeller.batched_loss import BatchedLoss as BatchedLoss
 from dreampropeller.optimization import OptimizationTrajectory as OptimizationTrajectory
 from dreampropeller.rng import StepRandom as StepRandom
 from dreampropeller.trajectory import Drift as Drift

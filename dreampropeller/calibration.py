@@ -6,7 +6,9 @@ The gain is
 
 $$\frac{s_1}{s_P / \bar n},$$
 
-the sequential seconds per step over the parallel ones; above 1 the window pays.
+the sequential seconds per step over the parallel ones; above 1 the window pays. If each
+step adds $b$ seconds to a batch, $s_P = s_1 + (P - 1)\, b$, no window gains more than
+$s_1 / b$.
 """
 
 from __future__ import annotations
@@ -15,7 +17,8 @@ import json
 import platform
 import sys
 import time
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +30,13 @@ from dreampropeller.picard import PicardSolver
 from dreampropeller.solver import Sequential, Solver, solve
 from dreampropeller.trajectory import Trajectory
 from dreampropeller.tree import device_of
+from dreampropeller.window import SlidingWindow
+
+MARGIN = 1.05
+"""Gain from which a window is used: timings scatter, and strides change in a run."""
+PROMISE = 1.2
+"""Bound on the gain, $s_1 / b$, from which larger windows are measured: steps are
+evaluated about 1.15 times each before they are accepted."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +65,26 @@ class Calibration:
     def save(self, path: str | Path) -> None:
         """Record the calibration as JSON."""
         Path(path).write_text(json.dumps(asdict(self), indent=2) + "\n", "utf-8")
+
+    @classmethod
+    def recorded(
+        cls, path: str | Path, measure: Callable[[], Calibration]
+    ) -> Calibration:
+        """The recorded calibration; measured and recorded if there is none.
+
+        Args:
+            path: The file.
+            measure: Measures the calibration, such as a `partial` of `calibrate`.
+
+        Raises:
+            ValueError: The file holds no calibration.
+        """
+        path = Path(path)
+        if not path.exists():
+            print(f"Measuring whether a batched window pays (kept in {path}).")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            measure().save(path)
+        return cls.load(path)
 
     @classmethod
     def load(cls, path: str | Path) -> Calibration:
@@ -93,17 +123,53 @@ def calibrate(
         solver: Solver whose window is measured.
         iterations: Number of measured iterations of each run.
     """
+    return calibrate_windows(trajectory, solver, (_steps(solver),), iterations)
+
+
+def calibrate_windows(
+    trajectory: Trajectory[Any],
+    solver: PicardSolver,
+    sizes: Sequence[int] = (2, 4, 8),
+    iterations: int = 4,
+) -> Calibration:
+    """Measure batched windows of several sizes, and return the best.
+
+    Larger windows are left out where a smaller one shows that no window can gain more
+    than `PROMISE`, or where there is no memory for one.
+
+    Args:
+        trajectory: The trajectory to solve, or a similar one.
+        solver: The solver. Where its own window has another size, a `SlidingWindow`
+            takes its place.
+        sizes: Sizes of the windows, rising.
+        iterations: Number of measured iterations of each run.
+    """
     if iterations < 1:
         raise ValueError(f"`iterations` is {iterations}: measure 1 or more.")
     y, _ = trajectory.init()
-    device = device_of(y)
-    return Calibration(
-        device=_name(device),
-        threads=torch.get_num_threads(),
-        window=_steps(solver),
-        sequential=_seconds(trajectory, Sequential(), InlineDispatcher, iterations),
-        batched=_seconds(trajectory, solver, BatchedDispatcher, iterations),
-    )
+    device, threads = device_name(device_of(y)), torch.get_num_threads()
+    plain, _ = _seconds(trajectory, Sequential(), InlineDispatcher, iterations)
+    found: list[Calibration] = []
+    for size in sizes:
+        one = with_window(solver, size)
+        try:
+            times = _seconds(trajectory, one, BatchedDispatcher, iterations)
+        except torch.OutOfMemoryError:
+            if not found:
+                raise
+            break
+        found.append(Calibration(device, threads, size, plain, times[0]))
+        added = (times[1] - plain) / max(1, size - 1)  # by each further step
+        if plain < PROMISE * added:
+            break
+    return max(found, key=lambda one: one.gain)
+
+
+def with_window(solver: PicardSolver, size: int) -> PicardSolver:
+    """The solver with a window of a size; its own, if that is its initial size."""
+    if size == _steps(solver):
+        return solver
+    return replace(solver, window=SlidingWindow(size))
 
 
 def choose_solver(
@@ -113,12 +179,14 @@ def choose_solver(
 ) -> Choice:
     """`Sequential` on one device, unless a calibration shows that the window pays.
 
+    A window pays if it was measured to gain by `MARGIN`.
+
     Args:
         solver: The solver to use if its window pays.
         calibration: Calibration of this device and window; None if there is none.
         device: Device of the state; default: the CPU.
     """
-    name, threads = _name(device or torch.device("cpu")), torch.get_num_threads()
+    name, threads = device_name(device or torch.device("cpu")), torch.get_num_threads()
     if calibration is None:
         reason = "no calibration is recorded (`calibrate` measures one)"
     elif (calibration.device, calibration.threads) != (name, threads):
@@ -131,10 +199,16 @@ def choose_solver(
             f"the calibration is of window {calibration.window}, and "
             f"{_steps(solver)} is asked for"
         )
-    elif not calibration.gain > 1:
-        reason = f"the window was measured at {calibration.gain:.2f}x the plain speed"
+    elif not calibration.gain > MARGIN:
+        reason = (
+            f"a window of {calibration.window} was measured at "
+            f"{calibration.gain:.2f}x the plain speed"
+        )
     else:
-        reason = f"Batched: the window was measured at {calibration.gain:.2f}x."
+        reason = (
+            f"Batched: a window of {calibration.window} was measured at "
+            f"{calibration.gain:.2f}x."
+        )
         return Choice(solver, BatchedDispatcher, reason)
     plain = Sequential(non_finite=solver.non_finite)
     return Choice(plain, InlineDispatcher, f"The sequential run: {reason}.")
@@ -150,8 +224,8 @@ def _seconds(
     solver: Solver,
     dispatcher: type[Dispatcher],
     iterations: int,
-) -> float:
-    """Seconds per step over the first iterations, without the very first."""
+) -> tuple[float, float]:
+    """Seconds per step and per iteration, without the very first iteration."""
     marks: list[tuple[float, int]] = []
 
     def mark(state: Any, _: Any) -> None:
@@ -168,10 +242,13 @@ def _seconds(
         check=False,
     )
     first = marks[0] if len(marks) > 1 else (start, 0)  # too short to leave one out
-    return (marks[-1][0] - first[0]) / (marks[-1][1] - first[1])
+    spent = marks[-1][0] - first[0]
+    count = max(1, len(marks) - 1)
+    return spent / (marks[-1][1] - first[1]), spent / count
 
 
-def _name(device: torch.device) -> str:
+def device_name(device: torch.device) -> str:
+    """The name that a calibration gives a device."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{device.type} {platform.machine()}"

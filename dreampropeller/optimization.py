@@ -19,10 +19,12 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from dreampropeller.buffers import buffer_drift, updated_buffers
+from dreampropeller.batched_loss import BatchedDrift, on_states
+from dreampropeller.buffers import updated_buffers
 from dreampropeller.guard import Guard
 from dreampropeller.host import ModuleHost
 from dreampropeller.identity import Fingerprint, plain, shape_of
+from dreampropeller.leaves import Leaves
 from dreampropeller.module_check import ModuleLoop
 from dreampropeller.optimizers import (
     OptimizerFactory,
@@ -56,7 +58,8 @@ class OptimizationTrajectory(Trajectory[Nest]):
     Args:
         loss: ``(step, y)`` returns a scalar loss, or the loss and scalars to log. `y`
             holds parameters that require gradients and buffers; buffers may be changed
-            in place or replaced in `y`.
+            in place or replaced in `y`. A `BatchedLoss` lets `BatchedDispatcher`
+            evaluate a window in one call.
         params: The initial parameters by name.
         optimizer: Factory of one optimizer or several, called with the parameters by
             name.
@@ -103,6 +106,7 @@ class OptimizationTrajectory(Trajectory[Nest]):
             raise ValueError(f"`num_steps` is {num_steps}: write at least 1.")
         self.num_steps = num_steps
         self._loss = loss
+        self._batched = on_states(loss, None if _host is None else _host.module)
         self._random = None if seed is None else StepRandom(seed)
         self._clip_grad_norm = clip_grad_norm
         self._clip_grad_value = clip_grad_value
@@ -162,7 +166,8 @@ class OptimizationTrajectory(Trajectory[Nest]):
 
         Args:
             module: The module to optimise.
-            loss: The body of the loop, up to the loss.
+            loss: The body of the loop, up to the loss. A window of a `BatchedLoss`
+                that `BatchedDispatcher` evaluates is not in the module's own tensors.
             optimizer: See the class; called with the module's own parameters by name.
             num_steps: See the class.
             **options: Further arguments of the class.
@@ -200,7 +205,10 @@ class OptimizationTrajectory(Trajectory[Nest]):
             self._host.module.to(device)
             self._host.record()
         self._repeats = None
-        return self._drift
+        # An optimizer that draws goes on where each step's own loss ended.
+        if self._batched is None or self._optimizers.may_draw:
+            return self._drift
+        return BatchedDrift(self._drift, self._batch)
 
     _repeats: Repeats | None = None
     """Repeats an evaluation now and then, once a check has passed."""
@@ -212,7 +220,12 @@ class OptimizationTrajectory(Trajectory[Nest]):
 
     def _drift_once(self, step: int, y: State) -> tuple[State, Aux]:
         evaluate = self._evaluate if self._host is None else self._evaluate_host
-        gradients, others, aux = evaluate(step, y)
+        return self._finished(y, *evaluate(step, y))
+
+    def _finished(
+        self, y: State, gradients: State, others: State, aux: Mapping[str, Any]
+    ) -> tuple[State, Aux]:
+        """The drift of gradients and buffers, and scalars to log as numbers."""
         found = self._precision.unscale(gradients.values(), y)
         drift = {**found, **others}
         if not Precision.overflowed(found):
@@ -231,28 +244,45 @@ class OptimizationTrajectory(Trajectory[Nest]):
 
     def _evaluate(self, step: int, y: State) -> tuple[State, State, Mapping[str, Any]]:
         """Gradients, changes of the buffers, and scalars to log."""
-        leaves = {
-            name: y[name].detach().requires_grad_(True)
-            for name in self._optimizers.trainable
-        }
-        view: State = {
-            name: leaves[name] if name in leaves else y[name].detach().clone()
-            for name in self._initial
-        }
+        own = self._leaves(y)
         with self._draws(step), torch.enable_grad():
-            loss, aux = self._scaled_loss(step, y, view, leaves)
-            found = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
+            loss, aux = self._scaled_loss(step, y, own.view, own.leaves)
+            leaves = list(own.leaves.values())
+            found = torch.autograd.grad(loss, leaves, allow_unused=True)
             drawn = self._drawn()
-        gradients = {  # absent, not zero: a zero would make AdamW decay the parameter
-            name: gradient
-            for name, gradient in zip(leaves, found, strict=True)
-            if gradient is not None
-        }
-        buffers = buffer_drift(
-            {name: y[name] for name in view if name not in leaves},
-            {name: tensor.detach() for name, tensor in view.items()},
-        )
+        gradients, buffers = own.drift(found)
         return gradients, {**buffers, **drawn}, aux
+
+    def _leaves(self, y: State) -> Leaves:
+        return Leaves.of(y, self._optimizers.trainable, self._initial)
+
+    def _batch(
+        self, steps: Sequence[int], ys: Sequence[State]
+    ) -> list[tuple[State, Aux]]:
+        """The drifts of several steps, by one call and one backward pass."""
+        assert self._batched is not None, "only with a `BatchedLoss`"
+        own = [self._leaves(y) for y in ys]
+        guards = [Guard(one.leaves, self._optimizers.trainable) for one in own]
+        with torch.enable_grad():
+            with self._precision.autocast():
+                parts = []
+                for step, one in zip(steps, own, strict=True):
+                    with self._draws(step):
+                        parts.append(self._batched.each(step, one.view))
+                with self._draws(steps[0]):  # leaves the global generators alone
+                    results = self._batched.together(parts)
+            for guard in guards:
+                guard.check()
+            scaled = [
+                self._scaled(*one) for one in zip(steps, ys, results, strict=True)
+            ]
+            losses = [loss for loss, _ in scaled]
+            leaves = [leaf for one in own for leaf in one.leaves.values()]
+            found = iter(torch.autograd.grad(losses, leaves, allow_unused=True))
+        return [
+            self._finished(y, *one.drift([next(found) for _ in one.leaves]), aux)
+            for y, one, (_, aux) in zip(ys, own, scaled, strict=True)
+        ]
 
     def _evaluate_host(
         self, step: int, y: State
@@ -276,6 +306,12 @@ class OptimizationTrajectory(Trajectory[Nest]):
         with self._precision.autocast():
             result = self._loss(step, view)
         guard.check()
+        return self._scaled(step, y, result)
+
+    def _scaled(
+        self, step: int, y: State, result: Any
+    ) -> tuple[Tensor, Mapping[str, Any]]:
+        """What a loss returned, as the scalar to differentiate and scalars to log."""
         loss, aux = result if isinstance(result, tuple) else (result, {})
         if not isinstance(loss, Tensor) or loss.numel() != 1:
             raise ValueError(

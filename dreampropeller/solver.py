@@ -23,6 +23,7 @@ from dreampropeller.solution import (
 )
 from dreampropeller.trajectory import Parents, Trajectory, next_jump
 from dreampropeller.tree import State, all_finite, copy_nest
+from dreampropeller.verification import Checked
 
 C = TypeVar("C")
 
@@ -155,7 +156,8 @@ def solve(
             ranks the return value on rank 0 counts.
         check: Verify first, on every rank, that steps are functions of their index and
             state, and that a module's own loop is the loop that is solved; see
-            `Trajectory.check`. Its evaluations are not counted.
+            `Trajectory.check`. A batched dispatcher also compares a batch with single
+            steps (`Dispatcher.verify`). These evaluations are not counted.
 
     Returns:
         The solution.
@@ -179,9 +181,7 @@ def solve(
         stack.enter_context(allocator.reused(state.y))
         checked = None
         if check and state.step < trajectory.num_steps:
-            drift = workers.drift(state.y)
-            checked = trajectory.check(state.step, state.y, state.carry, drift)
-            workers.timer.lap()  # not part of the first iteration
+            checked = _check(trajectory, workers, state)
         run, result, iterations = state.run, Result.SUCCESS, 0
         while state.step < trajectory.num_steps:
             if max_iterations is not None and iterations >= max_iterations:
@@ -212,6 +212,17 @@ def solve(
             solution,
         )
     return solution
+
+
+def _check(
+    trajectory: Trajectory[Any], dispatcher: Dispatcher, state: SolverState[Any]
+) -> Checked | None:
+    """Verify the steps, and that the dispatcher evaluates them as they are."""
+    drift = dispatcher.drift(state.y)
+    checked = trajectory.check(state.step, state.y, state.carry, drift)
+    dispatcher.verify(state.step, state.y)
+    dispatcher.timer.lap()  # not part of the first iteration
+    return checked
 
 
 def _say(note: str) -> str:

@@ -160,7 +160,6 @@ class DreamGaussian(Distillation):
         self.settings.optimizer.check(self._scene)
         # Splats have no normals to orient.
         self.regularisers = {n: REGULARISERS[n] for n in ("sparsity", "opaque")}
-        self._seen: SplatRendering | None = None
 
     def check_model(self) -> None:
         """Refuse a model or a prompt that guidance could not use."""
@@ -194,23 +193,17 @@ class DreamGaussian(Distillation):
     ) -> SplatRendering:
         """See `Distillation.rendering`."""
         del with_normals
-        seen = self._seen = module(views, step, self.random)
-        return seen
+        return module(views, step, self.random)
 
     def trajectory(self) -> GrowingGaussians:
         """The optimizer on the loss, with growth; loads the pretrained model."""
         guidance, decay = self.load_guidance(), self.settings.position_decay
-        body = _Loss(self.scene, lambda step, scene: self.loss(step, scene, guidance))
 
-        def loss(
-            step: int, y: dp.State
-        ) -> tuple[Tensor, Mapping[str, Any], SplatRendering]:
-            named = {f"scene.{name}": value for name, value in y.items()}
-            value, log = torch.func.functional_call(body, named, (step,))
-            seen, self._seen = self._seen, None
-            assert seen is not None, "`loss` renders the scene"
-            return value, log, seen
+        def losses(looks: list[Any]) -> list[tuple[Tensor, Any, SplatRendering]]:
+            found = self.losses(looks, guidance)
+            return [(*one, look.seen) for one, look in zip(found, looks, strict=True)]
 
+        loss = dp.BatchedLoss(self.look, losses).on_states(self.scene)
         return GrowingGaussians(
             loss,
             {n: p for n, p in self.scene.named_parameters() if p.requires_grad},
@@ -259,17 +252,3 @@ class DreamGaussian(Distillation):
             return ["splats.ply", "splats.html"]
 
         return {"splats": files, "num_splats": lambda: len(splats["means"])}
-
-
-class _Loss(nn.Module):
-    """Makes a loss a `forward`, so that `functional_call` can swap tensors."""
-
-    def __init__(
-        self, scene: nn.Module, loss: Callable[[int, nn.Module], tuple[Tensor, Any]]
-    ) -> None:
-        super().__init__()
-        self.scene = scene
-        self._loss = loss
-
-    def forward(self, step: int) -> tuple[Tensor, Any]:
-        return self._loss(step, self.scene)

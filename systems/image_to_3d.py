@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import abc
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -26,7 +26,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 import dreampropeller as dp
-from systems.distillation import Distillation
+from systems.distillation import Distillation, Look
 from systems.guidance.base import Guidance
 from systems.guidance.priors import check, is_embedded
 from systems.guidance.prompts import PromptConfig
@@ -127,6 +127,59 @@ class ImageLossConfig:
             check_schedule(name, value, 0)
 
 
+@dataclass(frozen=True)
+class ReferenceLoss:
+    """The loss of the reference views of a step.
+
+    Attributes:
+        value: The loss.
+        log: Scalars to log.
+        seen: The rendering.
+    """
+
+    value: Float[Tensor, ""]
+    log: dict[str, Any]
+    seen: Rendering
+
+
+@dataclass(frozen=True)
+class ImageLook:
+    """What a step needs by itself; at least one of the two.
+
+    Attributes:
+        step: The step on the trajectory.
+        guided: The random views, as rendered; None: the step has no guidance.
+        reference: The loss of the reference views; None: the step has none.
+    """
+
+    step: int
+    guided: Look | None
+    reference: ReferenceLoss | None
+
+    @property
+    def seen(self) -> Rendering:
+        """The rendering that growth counts: the random views', if there are any."""
+        chosen = self.guided or self.reference
+        assert chosen is not None
+        return chosen.seen
+
+
+def _sum(
+    look: ImageLook, guided: Iterator[tuple[Tensor, dict[str, Any]]]
+) -> tuple[Tensor, dict[str, Any]]:
+    parts: list[Tensor] = []
+    log: dict[str, Any] = {}
+    if look.reference is not None:
+        parts.append(look.reference.value)
+        log |= look.reference.log
+    if look.guided is not None:
+        value, own = next(guided)
+        parts.append(value)
+        log |= own
+    total = torch.stack(parts).sum()
+    return total, {**log, "loss": total}
+
+
 class ImageTo3D(Distillation, abc.ABC):
     """A system that starts from images, whatever represents the object."""
 
@@ -208,7 +261,6 @@ class ImageTo3D(Distillation, abc.ABC):
             self.prompts,
             self.references,
             self.data.cameras(),
-            self._behind(),
             self.device,
         )
 
@@ -222,28 +274,24 @@ class ImageTo3D(Distillation, abc.ABC):
     def prepare(self, module: nn.Module, step: int) -> None:
         """Bring buffers to a step that renders no random views."""
 
-    def loss(
-        self, step: int, module: nn.Module, guidance: Guidance
-    ) -> tuple[Tensor, dict[str, Any]]:
-        """See `Distillation.loss`; reference views besides."""
-        guided = self.settings.freq.guides(step)
-        parts: list[Tensor] = []
-        log: dict[str, Any] = {}
-        if guided:
-            loss, log = super().loss(step, module, guidance)
-            parts.append(loss)
-        else:
+    def look(self, step: int, module: nn.Module) -> Any:
+        """See `Distillation.look`: an `ImageLook`, with the reference views."""
+        freq = self.settings.freq
+        guided = super().look(step, module) if freq.guides(step) else None
+        if guided is None:
             self.prepare(module, step)
-        if self.settings.freq.refers(step):
-            loss, own = self.reference_loss(step, module)
-            parts.append(loss)
-            log = {**own, **log}
-        total = torch.stack(parts).sum()
-        return total, {**log, "loss": total}
+        reference = self.reference_loss(step, module) if freq.refers(step) else None
+        return ImageLook(step, guided, reference)
 
-    def reference_loss(
-        self, step: int, module: nn.Module
-    ) -> tuple[Float[Tensor, ""], dict[str, Any]]:
+    def losses(
+        self, looks: Sequence[Any], guidance: Guidance
+    ) -> list[tuple[Tensor, dict[str, Any]]]:
+        """See `Distillation.losses`; those of the reference views are added."""
+        guided = [look.guided for look in looks if look.guided is not None]
+        found = iter(super().losses(guided, guidance) if guided else ())
+        return [_sum(look, found) for look in looks]
+
+    def reference_loss(self, step: int, module: nn.Module) -> ReferenceLoss:
         """The loss of the reference views of a step, and scalars to log."""
         weight = self.weights(step)
         height, width = self.data.shape(step)
@@ -271,7 +319,8 @@ class ImageTo3D(Distillation, abc.ABC):
         total = torch.stack([weight[n] * v for n, v in found.items() if weight[n]])
         psnr = -10 * error.detach().square().mean().clamp(min=1e-12).log10()
         log = {f"loss_ref_{name}": value for name, value in found.items()}
-        return total.sum(), {**log, "psnr_ref": psnr, "opacity": seen.opacity.mean()}
+        log |= {"psnr_ref": psnr, "opacity": seen.opacity.mean()}
+        return ReferenceLoss(total.sum(), log, seen)
 
     def reference_regularisers(self) -> Mapping[str, Regulariser]:
         """The regularisers of the reference views."""
@@ -281,23 +330,6 @@ class ImageTo3D(Distillation, abc.ABC):
         """Colours behind the pixels of views, ``(views, height, width, 3)``."""
         directions = views.cameras.rays(views.height, views.width)[1]
         return module.background(directions.to(self.device), step, self.random)
-
-    def _behind(self) -> Callable[[int, int], Tensor] | None:
-        """Colours behind the random views of a step; None where they are learned."""
-        background = self.background_module
-        if any(p.requires_grad for p in background.parameters()):
-            return None
-
-        def colours(step: int, count: int) -> Tensor:
-            anywhere = torch.zeros(count, 1, 1, 3, device=self.device)
-            return background(anywhere, step, self.random)[:, 0, 0].cpu()
-
-        return colours
-
-    @property
-    def background_module(self) -> nn.Module:
-        """The background of the scene."""
-        return self.scene.get_submodule("background")
 
     def _goal(self, height: int, width: int) -> tuple[Tensor, Tensor]:
         """Colours and masks of the images, ``(views, height, width, channels)``."""

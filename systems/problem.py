@@ -14,6 +14,7 @@ from torch import Tensor
 
 import dreampropeller as dp
 from dreampropeller.dispatch.process_group import local_device
+from systems import batching
 from systems.settings.config import SAMPLERS, Config
 from systems.settings.reader import ConfigError
 
@@ -88,9 +89,16 @@ class Problem(abc.ABC):
         on_iteration: Callable[[dp.SolverState[Any], dp.Iteration], bool | None],
     ) -> dp.Solution[Any]:
         """Solve the problem; arguments as for `dreampropeller.solve`."""
+        trajectory, solver = self.trajectory(), self.solver()
+        if self.config.dispatch.batch != "never" and isinstance(
+            solver, dp.PicardSolver
+        ):
+            chosen = batching.choose(self.config, trajectory, solver, self.device)
+            solver, dispatcher = chosen.solver, chosen.dispatcher
+            print(chosen.reason, flush=True)
         return dp.solve(
-            self.trajectory(),
-            self.solver(),
+            trajectory,
+            solver,
             dispatcher,
             state=state,
             on_iteration=on_iteration,

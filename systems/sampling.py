@@ -153,6 +153,11 @@ class Sampling(Problem):
                 "`system.sampler.batched` puts a window on one device, and "
                 f"there are {config.dispatch.count} workers: choose one."
             )
+        if config.dispatch.batch != "never":
+            raise ConfigError(
+                "`dispatch.batch` has no effect on sampling: write "
+                "`system.sampler.batched=true`, which measures first."
+            )
         needs = NEEDS.get(config.solver.name)
         if needs and self.settings.sampler.scheduler not in needs:
             raise ConfigError(
@@ -262,11 +267,9 @@ class Sampling(Problem):
     def _calibration(self, pipeline: Any) -> dp.Calibration:
         """The recorded calibration; measured and recorded if there is none."""
         path = Path(self.config.exp_root_dir) / self.config.name / "calibration.json"
-        if not path.exists():
-            print(f"Measuring whether a batched window pays (kept in {path}).")
-            path.parent.mkdir(parents=True, exist_ok=True)
-            measure(pipeline, self.title, **self._arguments()).save(path)
-        return dp.Calibration.load(path)
+        return dp.Calibration.recorded(
+            path, lambda: measure(pipeline, self.title, **self._arguments())
+        )
 
 
 def _pipeline(wanted: SamplerConfig, device: torch.device) -> Any:

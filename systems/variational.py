@@ -7,14 +7,14 @@ learning rate. With other guidance this adds nothing.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
 import dreampropeller as dp
-from systems.distillation import Distillation
+from systems.distillation import Distillation, Look
 from systems.guidance.base import Guidance
 from systems.guidance.priors import check
 from systems.guidance.vsd import VSD_GUIDANCES
@@ -110,14 +110,15 @@ class Variational(Distillation):
         weights = dict(super().weights(step))
         return {**weights, "sds": 1.0} if self.is_variational else weights
 
-    def loss(
-        self, step: int, module: nn.Module, guidance: Guidance
-    ) -> tuple[Tensor, dict[str, Any]]:
-        """See `Distillation.loss`."""
-        total, log = super().loss(step, module, guidance)
+    def losses(
+        self, looks: Sequence[Look], guidance: Guidance
+    ) -> list[tuple[Tensor, dict[str, Any]]]:
+        """See `Distillation.losses`."""
+        found = super().losses(looks, guidance)
         if self.is_variational:
-            del log["loss_sds"]  # the sum of `loss_vsd` and `loss_lora`
-        return total, log
+            for _, log in found:
+                del log["loss_sds"]  # the sum of `loss_vsd` and `loss_lora`
+        return found
 
     def check_state(self, y: dp.State, where: str | Path) -> None:
         """See `System.check_state`; the LoRA's shapes are known once it is loaded."""

@@ -177,8 +177,4 @@ class Zero123Gaussians(ImageTo3D, DreamGaussian):
     ) -> SplatRendering:
         """See `ImageTo3D.reference_rendering`."""
         del with_normals
-        seen = module(views, step, self.random)
-        # Growth counts the random views, or these where a step has no others.
-        if self._seen is None:
-            self._seen = seen
-        return seen
+        return module(views, step, self.random)

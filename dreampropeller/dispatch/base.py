@@ -70,6 +70,14 @@ class Dispatcher(abc.ABC):
         """Fail if another rank has accepted another state; called before recording."""
         del step, y
 
+    def verify(self, step: int, y: State) -> None:
+        """Fail if drifts are not what the trajectory checked; called before a solve.
+
+        Raises:
+            NotReproducible: They differ by more than a stated tolerance.
+        """
+        del step, y
+
     def share(self, y: State, carry: Nest) -> tuple[State, Nest]:
         """The state and carry of rank 0, on every rank, after a jump."""
         return y, carry

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import abc
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import torch
@@ -15,6 +17,21 @@ from systems.scene.cameras import Cameras
 
 Log: TypeAlias = dict[str, Tensor | float]
 """Scalars to log, by name."""
+
+
+@dataclass(frozen=True)
+class Shown:
+    """What a guidance is shown of a step.
+
+    Attributes:
+        images: Rendered images in [0, 1], shape ``(views, 3, height, width)``.
+        cameras: Cameras of the images.
+        step: The step on the trajectory.
+    """
+
+    images: Float[Tensor, "views 3 height width"]
+    cameras: Cameras
+    step: int
 
 
 class Guidance(abc.ABC):
@@ -53,6 +70,20 @@ class Guidance(abc.ABC):
             step: The step on the trajectory.
             random: Source of the timestep and the noise.
         """
+
+    def several(
+        self, shown: Sequence[Shown], random: StepRandom
+    ) -> list[tuple[Float[Tensor, ""], Log]]:
+        """The losses of several steps; default: one after another.
+
+        A guidance that evaluates its model once for all of them gives each step the
+        random numbers that it has by itself.
+
+        Args:
+            shown: What it is shown of each step.
+            random: Source of each step's timestep and noise.
+        """
+        return [self(one.images, one.cameras, one.step, random) for one in shown]
 
     def gradient(
         self,

@@ -12,7 +12,6 @@ from __future__ import annotations
 from jaxtyping import Float
 from torch import Tensor
 
-from dreampropeller import StepRandom
 from systems.guidance.sds import ScoreDistillation
 from systems.scene.cameras import Cameras
 
@@ -24,10 +23,9 @@ class ClassifierScoreDistillation(ScoreDistillation):
     """
 
     def direction(
-        self, x: Tensor, cameras: Cameras, step: int, random: StepRandom
+        self, x: Tensor, cameras: Cameras, t: Tensor, noise: Tensor
     ) -> Float[Tensor, "views channels rows columns"]:
         """See `ScoreDistillation.direction`."""
-        t, noise = self.timestep(x, step, random), self.noise(x, step, random)
         noisy = self.prior.add_noise(x, noise, t)
         difference = self.predict(noisy, t, cameras, 1.0) - self.blank(
             noisy, t, cameras

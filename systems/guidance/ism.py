@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from jaxtyping import Float
 from torch import Tensor
 
-from dreampropeller import StepRandom
 from systems.guidance.inversion import invert, rising
 from systems.guidance.sds import GuidanceConfig, ScoreDistillation
 from systems.scene.cameras import Cameras
@@ -49,10 +48,10 @@ class IntervalScoreMatching(ScoreDistillation):
     config: ISMConfig
 
     def direction(
-        self, x: Tensor, cameras: Cameras, step: int, random: StepRandom
+        self, x: Tensor, cameras: Cameras, t: Tensor, noise: Tensor
     ) -> Float[Tensor, "views channels rows columns"]:
         """See `ScoreDistillation.direction`."""
-        t = self.timestep(x, step, random)
+        del noise  # the inversion's own
         s = (t - self.config.interval).clamp(min=1)
         times = rising(s, self.config.inversion_n_steps)
 
@@ -60,8 +59,8 @@ class IntervalScoreMatching(ScoreDistillation):
             return self.blank(noisy, t, cameras)
 
         x_s = invert(self.prior, x, times, predict)
-        noise = predict(x_s, s)
+        found = predict(x_s, s)
         alpha, sigma = self.prior.scales(s)
-        clean = (x_s - sigma * noise) / alpha
-        x_t = self.prior.add_noise(clean, noise, t)
-        return self.weight(t) * (self.predict(x_t, t, cameras) - noise)
+        clean = (x_s - sigma * found) / alpha
+        x_t = self.prior.add_noise(clean, found, t)
+        return self.weight(t) * (self.predict(x_t, t, cameras) - found)

@@ -104,29 +104,30 @@ class Prior:
 
     def encode(
         self,
-        images: Float[Tensor, "views 3 height width"],
-        generator: torch.Generator,
-    ) -> Float[Tensor, "views channels rows columns"]:
+        images: Sequence[Float[Tensor, "views 3 height width"]],
+        generators: Sequence[torch.Generator],
+    ) -> list[Float[Tensor, "views channels rows columns"]]:
         """Encode images in [0, 1] into the model's space; differentiable.
 
         Args:
-            images: Images of any size; they are resized to the model's resolution.
-            generator: Source of the autoencoder's noise, on the CPU.
+            images: Images of several steps, of any size; they are resized to the
+                model's resolution.
+            generators: Sources of the autoencoder's noise for each step, on the CPU.
         """
-        side = self.side
-        x = images * 2 - 1
-        if x.shape[-2:] != (side, side):
-            x = torch.nn.functional.interpolate(
-                x, (side, side), mode="bilinear", align_corners=False
-            )
+        found = [_resized(one * 2 - 1, self.side) for one in images]
         if self.takes_conditions:
-            return to_blocks(x)
+            return [to_blocks(x) for x in found]
         if self.vae is None:
-            return x
-        latent = self.vae.encode(x.to(self.dtype)).latent_dist
-        noise = torch.randn(latent.mean.shape, generator=generator).to(latent.mean)
-        drawn = latent.mean + latent.std * noise
-        return (drawn * self.vae.config["scaling_factor"]).to(images.dtype)
+            return found
+        latent = self.vae.encode(torch.cat(found).to(self.dtype)).latent_dist
+        sizes = [len(x) for x in found]
+        means, spreads = latent.mean.split(sizes), latent.std.split(sizes)
+        drawn = [
+            mean + spread * torch.randn(mean.shape, generator=generator).to(mean)
+            for mean, spread, generator in zip(means, spreads, generators, strict=True)
+        ]
+        scale = self.vae.config["scaling_factor"]
+        return [(x * scale).to(images[0].dtype) for x in drawn]
 
     def add_noise(self, x: Tensor, noise: Tensor, t: Int[Tensor, " views"]) -> Tensor:
         """$x_t$ of a clean x."""
@@ -220,6 +221,15 @@ class Prior:
         if self.prediction_type == "v_prediction":
             return alpha * model_output + sigma * noisy
         return (noisy - alpha * model_output) / sigma
+
+
+def _resized(x: Tensor, side: int) -> Tensor:
+    """Images of a width and height."""
+    if x.shape[-2:] == (side, side):
+        return x
+    return torch.nn.functional.interpolate(
+        x, (side, side), mode="bilinear", align_corners=False
+    )
 
 
 def load(

@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from jaxtyping import Float
 from torch import Tensor
 
-from dreampropeller import StepRandom
 from systems.guidance.inversion import rising
 from systems.guidance.sds import GuidanceConfig, ScoreDistillation
 from systems.scene.cameras import Cameras
@@ -55,11 +54,10 @@ class Refinement(ScoreDistillation):
     config: RefineConfig
 
     def direction(
-        self, x: Tensor, cameras: Cameras, step: int, random: StepRandom
+        self, x: Tensor, cameras: Cameras, t: Tensor, noise: Tensor
     ) -> Float[Tensor, "views channels rows columns"]:
         """See `ScoreDistillation.direction`."""
-        t = self.timestep(x, step, random)
-        noisy = self.prior.add_noise(x, self.noise(x, step, random), t)
+        noisy = self.prior.add_noise(x, noise, t)
         times = rising(t, self.config.refine_n_steps)[::-1]
         clean = noisy
         for now, later in zip(times, [*times[1:], None], strict=True):

@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from jaxtyping import Float
 from torch import Tensor
 
-from dreampropeller import StepRandom
 from systems.guidance.inversion import invert, rising
 from systems.guidance.sds import GuidanceConfig, ScoreDistillation
 from systems.scene.cameras import Cameras
@@ -48,10 +47,10 @@ class ScoreDistillationInversion(ScoreDistillation):
     config: SDIConfig
 
     def direction(
-        self, x: Tensor, cameras: Cameras, step: int, random: StepRandom
+        self, x: Tensor, cameras: Cameras, t: Tensor, noise: Tensor
     ) -> Float[Tensor, "views channels rows columns"]:
         """See `ScoreDistillation.direction`."""
-        t = self.timestep(x, step, random)
+        del noise  # the inversion's own
         scale = self.config.inversion_guidance_scale
 
         def predict(noisy: Tensor, t: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ moves it towards images that are likely under the prompt $c$ (SDS; B. Poole et a
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,7 +18,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from dreampropeller import StepRandom
-from systems.guidance.base import Guidance, Log
+from systems.guidance.base import Guidance, Log, Shown
 from systems.guidance.priors import Prior, Words, load
 from systems.guidance.prompts import PromptConfig
 from systems.scene.cameras import Cameras
@@ -157,35 +158,67 @@ class ScoreDistillation(Guidance):
         Returns:
             The loss, half the sum of g² over the number of views, and scalars to log.
         """
-        x = self.prior.encode(images, random.generator(step, "latent"))
-        return self.loss(x, cameras, step, random)
+        return self.several([Shown(images, cameras, step)], random)[0]
+
+    def several(
+        self, shown: Sequence[Shown], random: StepRandom
+    ) -> list[tuple[Float[Tensor, ""], Log]]:
+        """See `Guidance.several`: the model is called once for all views."""
+        xs = self.prior.encode(
+            [one.images for one in shown],
+            [random.generator(one.step, "latent") for one in shown],
+        )
+        pairs = list(zip(xs, shown, strict=True))
+        t = [self.timestep(x, one.step, random) for x, one in pairs]
+        noise = [self.noise(x, one.step, random) for x, one in pairs]
+        cameras = Cameras.joined([one.cameras for one in shown])
+        with torch.no_grad():
+            x = torch.cat(xs).detach()
+            found = self.direction(x, cameras, torch.cat(t), torch.cat(noise))
+        parts = found.split([len(x) for x in xs])
+        return [
+            self.loss(x, gradient, one, random)
+            for (x, one), gradient in zip(pairs, parts, strict=True)
+        ]
 
     def loss(
-        self, x: Tensor, cameras: Cameras, step: int, random: StepRandom
+        self,
+        x: Float[Tensor, "views channels rows columns"],
+        gradient: Float[Tensor, "views channels rows columns"],
+        shown: Shown,
+        random: StepRandom,
     ) -> tuple[Float[Tensor, ""], Log]:
-        """The same of images in the model's space."""
+        """The loss of a step, and scalars to log.
+
+        Args:
+            x: Images in the model's space.
+            gradient: The step's part of `direction`.
+            shown: What the guidance is shown of the step.
+            random: Source of further random numbers of the step.
+        """
+        del random
         with torch.no_grad():
-            gradient = self.direction(x, cameras, step, random)
             if self.config.grad_clip is not None:
-                bound = value_at(self.config.grad_clip, step)
+                bound = value_at(self.config.grad_clip, shown.step)
                 gradient = gradient.clamp(-bound, bound)
             target = x - gradient
         loss = 0.5 * (x - target).square().sum() / len(x)
-        high = float(self.timesteps(step)[1])
+        high = float(self.timesteps(shown.step)[1])
         return loss, {"grad_norm": gradient.norm(), "max_timestep": high}
 
     def direction(
-        self, x: Tensor, cameras: Cameras, step: int, random: StepRandom
+        self, x: Tensor, cameras: Cameras, t: Tensor, noise: Tensor
     ) -> Float[Tensor, "views channels rows columns"]:
         """The gradient g in the model's space; what the relatives of SDS replace.
+
+        Each view is treated by itself: views may be of several steps.
 
         Args:
             x: Images in the model's space.
             cameras: Cameras of the images.
-            step: The step on the trajectory.
-            random: Source of the timestep and the noise.
+            t: Timesteps, of shape ``(views,)``.
+            noise: Noise, of the shape of x.
         """
-        t, noise = self.timestep(x, step, random), self.noise(x, step, random)
         noisy = self.prior.add_noise(x, noise, t)
         return self.weight(t) * (self.predict(noisy, t, cameras) - noise)
 

@@ -27,7 +27,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from dreampropeller import StepRandom
-from systems.guidance.base import Guidance, Log
+from systems.guidance.base import Guidance, Log, Shown
 from systems.guidance.lora import Lora
 from systems.guidance.priors import Prior, Words, check, load, open_pipeline, resolve
 from systems.guidance.prompts import PromptConfig
@@ -164,12 +164,12 @@ class VariationalScoreDistillation(ScoreDistillation):
         return {name: tensor for name, tensor in named if tensor.requires_grad}
 
     def loss(
-        self, x: Tensor, cameras: Cameras, step: int, random: StepRandom
+        self, x: Tensor, gradient: Tensor, shown: Shown, random: StepRandom
     ) -> tuple[Float[Tensor, ""], Log]:
         """The weighted sum of both losses; see `ScoreDistillation.loss`."""
-        vsd, log = super().loss(x, cameras, step, random)
-        lora = self.lora_loss(x.detach(), cameras, step, random)
-        of_images, of_lora = self.weights(step)
+        vsd, log = super().loss(x, gradient, shown, random)
+        lora = self.lora_loss(x.detach(), shown.cameras, shown.step, random)
+        of_images, of_lora = self.weights(shown.step)
         log = {**log, "loss_vsd": vsd, "loss_lora": lora}
         if self.private is None:
             return of_images * vsd + of_lora * lora, log
@@ -177,10 +177,9 @@ class VariationalScoreDistillation(ScoreDistillation):
         return of_images * vsd, log
 
     def direction(
-        self, x: Tensor, cameras: Cameras, step: int, random: StepRandom
+        self, x: Tensor, cameras: Cameras, t: Tensor, noise: Tensor
     ) -> Float[Tensor, "views channels rows columns"]:
         """The gradient g in the model's space; see `ScoreDistillation.direction`."""
-        t, noise = self.timestep(x, step, random), self.noise(x, step, random)
         noisy = self.prior.add_noise(x, noise, t)
         difference = self.predict(noisy, t, cameras) - self.estimate(noisy, t, cameras)
         return self.weight(t) * difference

@@ -14,7 +14,7 @@ images (docs/images.md).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -23,7 +23,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from dreampropeller import StepRandom
 from systems.guidance.priors import (
     ALIASES,
     ModelError,
@@ -41,6 +40,7 @@ from systems.settings.notes import note
 from systems.settings.schedules import Schedule
 from systems.toybox.classifier import SECOND_FILE
 from systems.toybox.classifier import load as load_classifier
+from systems.toybox.conditions import to_images
 from systems.toybox.recognition import Recognised, classifier_of, recognise
 
 IMAGE_SIZE = 64
@@ -83,9 +83,6 @@ class Zero123Guidance(ScoreDistillation):
         prompts: The prompt.
         images: The reference images.
         cameras: Their cameras.
-        behind: Colours behind the views of a step, ``(views, 3)``, as a function of the
-            step and the number of views; an embedded prior was trained with the same
-            background in both images. None: white, as published.
         turned: Degrees to add to the azimuth of views for the world coordinates of the
             embedded prior, if it is told a caption.
     """
@@ -102,7 +99,6 @@ class Zero123Guidance(ScoreDistillation):
         prompts: PromptConfig,
         images: list[Reference],
         cameras: Cameras,
-        behind: Callable[[int, int], Tensor] | None,
         device: torch.device,
     ) -> Zero123Guidance:
         """Load the model; arguments as above.
@@ -121,7 +117,7 @@ class Zero123Guidance(ScoreDistillation):
                 )
             prior: Prior = load_zero123(name, device, half, cls.kind)
             none = torch.zeros(1, 1, 1, device=device)
-            return cls(config, prior, Words(none, none), prompts, images, cameras, None)
+            return cls(config, prior, Words(none, none), prompts, images, cameras)
         turned = 0.0
         if named:
             seen = read_image(images[0], name)
@@ -135,7 +131,7 @@ class Zero123Guidance(ScoreDistillation):
                 f"`{name}` is an embedded prior that takes no image: write `toybox2`, "
                 "or the folder of a model that does."
             )
-        return cls(config, prior, words, prompts, images, cameras, behind, turned)
+        return cls(config, prior, words, prompts, images, cameras, turned)
 
     def __init__(
         self,
@@ -145,7 +141,6 @@ class Zero123Guidance(ScoreDistillation):
         prompts: PromptConfig,
         images: list[Reference],
         cameras: Cameras,
-        behind: Callable[[int, int], Tensor] | None,
         turned: float = 0.0,
     ) -> None:
         super().__init__(config, prior, words, prompts)
@@ -153,35 +148,37 @@ class Zero123Guidance(ScoreDistillation):
         self._rgb = torch.stack([image.rgb for image in sized])
         self._alpha = torch.stack([image.alpha for image in sized])
         self._cameras = cameras
-        self._behind = behind
         self._turned = turned
         if isinstance(prior, Zero123Prior):
             white = torch.stack([image.over(1.0) for image in sized])
             prior.show(white, cameras)
 
     def direction(
-        self, x: Tensor, cameras: Cameras, step: int, random: StepRandom
+        self, x: Tensor, cameras: Cameras, t: Tensor, noise: Tensor
     ) -> Float[Tensor, "views channels rows columns"]:
         """See `ScoreDistillation.direction`."""
-        t, noise = self.timestep(x, step, random), self.noise(x, step, random)
-        noisy = self.prior.add_noise(x, noise, t)
         predicted = self.prior.noise(
-            noisy,
+            self.prior.add_noise(x, noise, t),
             t,
             self.words.prompt_embeds.expand(len(x), -1, -1),
             self.words.negative_prompt_embeds,
             self.config.scale,
             self.config.guidance_rescale,
-            self.conditions(cameras, step),
+            self.conditions(x, cameras),
         )
         return self.weight(t) * (predicted - noise)
 
-    def conditions(self, cameras: Cameras, step: int) -> Any:
+    def conditions(
+        self, x: Float[Tensor, "views channels rows columns"], cameras: Cameras
+    ) -> Any:
         """Reference image and relative camera of each view, in the model's format.
 
+        An embedded prior was trained with the same background in both images: that of
+        the reference image is the colour in the corners of the view.
+
         Args:
-            cameras: Cameras of the views.
-            step: The step on the trajectory.
+            x: The views in the model's space.
+            cameras: Their cameras.
         """
         if isinstance(self.prior, Zero123Prior):
             return self.prior.conditions(cameras)
@@ -189,11 +186,10 @@ class Zero123Guidance(ScoreDistillation):
             turned = cameras.azimuth + self._turned
             return self.prior.conditions(replace(cameras, azimuth=turned))
         chosen = nearest(cameras, self._cameras)
-        colour = torch.ones(len(chosen), 3)
-        if self._behind is not None:
-            colour = self._behind(step, len(chosen))
+        corners = to_images(x)[:, :, :: self.prior.side - 1, :: self.prior.side - 1]
+        behind = (corners.flatten(2).median(-1).values.cpu() + 1) / 2
         alpha = self._alpha[chosen]
-        images = alpha * self._rgb[chosen] + (1 - alpha) * colour[:, :, None, None]
+        images = alpha * self._rgb[chosen] + (1 - alpha) * behind[:, :, None, None]
         return self.prior.conditions(cameras, images, self._cameras.chosen(chosen))
 
 

@@ -91,7 +91,10 @@ def _accelerated(
         sent = "" if count == 1 else ", plus what they send each other"
         yield f"  on {who}: {_span(rounds * seconds)} at best{sent}."
     if workers == 1:
-        yield "  On one worker the sequential run is faster (`solver.name=sequential`)."
+        yield (
+            "  On one worker the sequential run is faster (`solver.name=sequential`), "
+            "unless a batched window pays there (`dispatch.batch=auto` measures)."
+        )
     yield "Measure it: `--compare` in place of `--plan` makes both runs."
 
 

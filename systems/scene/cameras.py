@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -50,6 +50,24 @@ class Cameras:
         every = {f.name: getattr(self, f.name) for f in fields(self)}
         cut: Any = {k: None if v is None else v[index] for k, v in every.items()}
         return Cameras(**cut)
+
+    @classmethod
+    def joined(cls, several: Sequence[Cameras]) -> Cameras:
+        """The cameras of several steps, in order."""
+        if len(several) == 1:
+            return several[0]
+        joined: dict[str, Any] = {}
+        for one in fields(cls):
+            values = [getattr(cameras, one.name) for cameras in several]
+            if any(value is not None for value in values):
+                zeros = [
+                    cameras.azimuth.new_zeros(len(cameras), 3) for cameras in several
+                ]
+                filled = [
+                    z if v is None else v for v, z in zip(values, zeros, strict=True)
+                ]
+                joined[one.name] = torch.cat(filled)
+        return cls(**joined)
 
     def axes(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Position, right, up and forward, each of shape ``(views, 3)``."""

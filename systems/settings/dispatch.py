@@ -27,6 +27,11 @@ class DispatchConfig:
             when they die.
         ray_address: Ray cluster to join, such as "auto"; null: one is started on this
             machine.
+        batch: Evaluation of a window on one device in one batched call, which is close
+            to step by step and not bitwise equal: "never"; "auto": the window of 2, 4
+            or 8 steps that was measured to pay, else the sequential run (measured once
+            per device and config, and recorded beside the runs); "always": the
+            solver's own window.
         elastic: Whether a guess that a dead actor leaves behind shortens the window
             instead of being evaluated again; Ray only.
     """
@@ -39,6 +44,7 @@ class DispatchConfig:
     backend: str = "processes"
     ray_address: str | None = None
     elastic: bool = False
+    batch: str = "never"
 
     def __post_init__(self) -> None:
         one_of("backend", self.backend, ("processes", "ray"))
@@ -51,6 +57,12 @@ class DispatchConfig:
             raise ValueError(
                 "`max_restarts` has no effect with `backend=ray`, which replaces its "
                 "workers by itself: leave it out."
+            )
+        one_of("batch", self.batch, ("never", "auto", "always"))
+        if self.batch != "never" and (self.backend == "ray" or self.count > 1):
+            raise ValueError(
+                f"`batch={self.batch}` puts a window on one device, and there are "
+                "several workers: choose one."
             )
         at_least("num_workers", self.num_workers, 1)
         at_least("timeout", self.timeout, 1)

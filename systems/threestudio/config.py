@@ -10,7 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from systems.settings.config import SolverConfig, override
 from systems.settings.dispatch import DispatchConfig
-from systems.settings.reader import read
+from systems.settings.reader import ConfigError, read
 from systems.settings.yaml_files import open_yaml
 
 _OURS = ("backend", "threestudio", "solver", "dispatch")
@@ -61,6 +61,11 @@ def split(
     override(blocks, own)
     section = OmegaConf.to_container(blocks, resolve=True)
     ours = read(BackendConfig, section, "")
+    if ours.dispatch.batch != "never":
+        raise ConfigError(
+            "`dispatch.batch` has no effect on systems of threestudio, which are "
+            "evaluated in their own tensors, one state at a time: leave it out."
+        )
     return (
         replace(ours, solver=ours.solver.resolved(ours.dispatch.count)),
         config,

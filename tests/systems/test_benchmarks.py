@@ -23,6 +23,7 @@ import torch
 import dreampropeller as dp
 import launch
 from benchmarks import (
+    batched,
     gpu,
     pareto,
     runs,
@@ -35,7 +36,7 @@ from benchmarks import (
 )
 from systems import build
 from systems.settings.config import load
-from tests.systems.scenes import SMALL, TOYBOX
+from tests.systems.scenes import SMALL, TOYBOX, small
 
 
 def command(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -60,6 +61,14 @@ def test_gpu_figures_are_refused_without_a_gpu(tmp_path: Path) -> None:
     assert done.returncode == 2
     assert "no CUDA device" in done.stderr
     assert not list(tmp_path.iterdir())
+
+
+def test_batched_drifts_are_measured_beside_single_ones() -> None:
+    rows = batched.measure(small().trajectory(), [1, 2], repeats=1)
+    assert [row["size"] for row in rows] == [1, 2]
+    assert all(row["cpu_seconds"] > 0 for row in rows)
+    assert max(row["deviation"] for row in rows) < 1e-4
+    assert len(batched.table(rows).splitlines()) == 4
 
 
 def test_meshes_are_measured_from_their_files(tmp_path: Path) -> None:
@@ -110,13 +119,16 @@ def test_the_gpu_command_fills_its_file(
     done = command(
         "gpu",
         *("--cpu", "--configs", TOYBOX, str(missing), "--steps", "6"),
+        *("--windows", "3"),
         *("--runs", str(tmp_path / "runs"), "--to", str(tmp_path)),
         *("--set", *(s for s in SMALL if "prompt" not in s and "max_steps" not in s)),
     )
     assert done.returncode == 0, done.stderr
     filled = json.loads((tmp_path / "gpu-cpu.json").read_text())
-    plain, fast, *refused = filled["runs"]
+    plain, fast, window, *refused = filled["runs"]
     assert plain["iterations"] == 6 > fast["iterations"]
+    assert window["run"] == "batched window of 3"
+    assert 2 <= window["iterations"] < 6
     assert plain["quality"]["psnr"] > 0
     assert filled["environment"]["gpu"] is None
     assert all("missing.yaml" in entry["not_run"] for entry in refused)

@@ -38,6 +38,11 @@ def make(kind: type[Any], config: GuidanceConfig) -> Any:
     return kind(config, prior(1), words, PromptConfig("a", view_dependent=False))
 
 
+def direction(made: Any) -> Tensor:
+    t, drawn = made.timestep(X, STEP, RANDOM), made.noise(X, STEP, RANDOM)
+    return made.direction(X, CAMERAS, t, drawn)
+
+
 def noise(x: Tensor, t: Tensor, mean: float | Tensor) -> Tensor:
     alpha, sigma = scales(t)
     return sigma * (x - alpha * mean) / spread(t)
@@ -54,7 +59,7 @@ def test_score_distillation() -> None:
     alpha, sigma = scales(t)
     drawn = made.noise(X, STEP, RANDOM)
     wanted = sigma**2 * (guided(alpha * X + sigma * drawn, t, 3.0) - drawn)
-    assert torch.allclose(made.direction(X, CAMERAS, STEP, RANDOM), wanted, atol=1e-6)
+    assert torch.allclose(direction(made), wanted, atol=1e-6)
 
 
 def test_classifier_score_distillation() -> None:
@@ -63,7 +68,7 @@ def test_classifier_score_distillation() -> None:
     t = made.timestep(X, STEP, RANDOM)
     alpha, sigma = scales(t)
     wanted = sigma**2 * 3 * alpha * sigma * (WITHOUT - GIVEN) / spread(t)
-    found = made.direction(X, CAMERAS, STEP, RANDOM)
+    found = direction(made)
     assert torch.allclose(found, wanted.expand_as(X), atol=1e-6)
 
 
@@ -80,7 +85,7 @@ def test_interval_score_matching() -> None:
     second = noise(x_s, s, WITHOUT)
     x_t = alpha * (x_s - sigma_s * second) / alpha_s + sigma * second
     wanted = sigma**2 * (guided(x_t, t, 3.0) - second)
-    assert torch.allclose(made.direction(X, CAMERAS, STEP, RANDOM), wanted, atol=1e-5)
+    assert torch.allclose(direction(made), wanted, atol=1e-5)
 
 
 def test_score_distillation_through_inversion() -> None:
@@ -95,7 +100,7 @@ def test_score_distillation_through_inversion() -> None:
     x_t = alpha * (x_h - sigma_h * second) / alpha_h + sigma * second
     kappa = (x_t - alpha * X) / sigma
     wanted = sigma**2 * (guided(x_t, t, 3.0) - kappa)
-    assert torch.allclose(made.direction(X, CAMERAS, STEP, RANDOM), wanted, atol=1e-5)
+    assert torch.allclose(direction(made), wanted, atol=1e-5)
 
 
 def test_inversion_follows_the_flow_of_a_gaussian() -> None:

@@ -21,6 +21,7 @@ from systems.scene.cameras import Cameras
 from systems.settings.config import load
 from systems.settings.notes import note
 from systems.settings.reader import ConfigError
+from systems.toybox.conditions import to_blocks
 from systems.toybox.truth import truth
 from tests.helpers import tree_equal
 from tests.systems.test_priors import second as second
@@ -115,7 +116,8 @@ def test_threshold_0_is_the_sequential_run_across_a_milestone(
 def test_the_reference_loss_by_hand(mug: Path, second: Path) -> None:
     system = make("voxels", mug, second, "system.loss.lambda_mask=7")
     module: Any = system.module
-    loss, log = system.reference_loss(4, module)
+    found = system.reference_loss(4, module)
+    loss, log = found.value, found.log
     views = system.data.views(12, 12)
     seen = system.reference_rendering(module, views, 4, False)
     image = system.references[0].resized(12, 12)
@@ -134,7 +136,8 @@ def test_alternating_steps_have_the_one_or_the_other(mug: Path, second: Path) ->
     freq = "system.freq={ref_or_zero123: alternate, ref_only_steps: 2, n_ref: 3}"
     system = make("voxels", mug, second, freq)
     guidance = system.load_guidance()
-    found = [system.loss(step, system.module, guidance)[1] for step in range(5)]
+    loss = system.loss(guidance)
+    found = [loss(step, system.module)[1] for step in range(5)]
     assert ["loss_ref_rgb" in log for log in found] == [True, True, False, True, False]
     assert ["loss_sds" in log for log in found] == [False, False, True, False, True]
     solved = dp.solve(system.trajectory(), EXACT).value
@@ -151,10 +154,11 @@ def test_each_view_is_guided_by_the_nearest_image_over_its_own_background(
     one = torch.ones(3)
     azimuth = torch.tensor([10.0, 100.0, 200.0])
     cameras = Cameras(azimuth, 20 * one, 2.4 * one, 50 * one)
-    given = guidance.conditions(cameras, 5)
-    behind = system._behind()
-    assert behind is not None
-    colours = behind(5, 3)
+    colours = torch.tensor([[0.2, 0.3, 0.4], [0.5, 0.5, 0.5], [0.9, 0.1, 0.6]])
+    views = (colours[:, :, None, None] * 2 - 1).repeat(1, 1, 64, 64)
+    views[:, :, 20:40, 20:40] = 0.3
+    views[:, :, :9, :9] = -0.7  # the object reaches one corner
+    given = guidance.conditions(to_blocks(views), cameras)
     relative = (azimuth - torch.tensor([0.0, 180.0, 180.0])).deg2rad()
     assert torch.allclose(
         given.labels[:, 11:13],
@@ -166,11 +170,6 @@ def test_each_view_is_guided_by_the_nearest_image_over_its_own_background(
         wanted = image.over(colours[number]) * 2 - 1
         shown = torch.nn.functional.pixel_shuffle(given.reference[number], 2)
         assert torch.allclose(shown, wanted, atol=1e-5)
-    views = system.cameras.views(5, system.random)
-    seen = system.rendering(system.module, views, 5, False)
-    drawn = (seen.rgb - seen.foreground) / (1 - seen.opacity).clamp(min=1e-3)
-    corner = behind(5, len(views.cameras))
-    assert torch.allclose(drawn[:, 0, 0], corner, atol=1e-3)
 
 
 def test_a_run_from_the_command_line(
@@ -207,7 +206,8 @@ def test_depth_maps_are_compared_up_to_a_linear_map(
     weights = ("system.loss.lambda_depth=2", "system.loss.lambda_depth_rel=3")
     system = make("voxels", mug, second, *weights, f"data.depth={path}")
     with torch.no_grad():
-        loss, log = system.reference_loss(0, system.module)
+        found = system.reference_loss(0, system.module)
+    loss, log = found.value, found.log
     views = system.data.views(8, 8)
     seen = system.reference_rendering(system.module, views, 0, False)
     assert seen.depth is not None
@@ -244,7 +244,7 @@ def test_a_model_of_the_hub_two_steps(mug: Path, tmp_path: Path) -> None:
     config = load("configs/zero123.yaml", [*small, f"data.image={mug}", model])
     system: Any = build(config)
     assert {"normal_smooth", "3d_normal_smooth"} <= system.regularisers.keys()
-    _, log = system.loss(1, system.module, system.load_guidance())
+    _, log = system.loss(system.load_guidance())(1, system.module)
     log = {name: torch.as_tensor(value).detach() for name, value in log.items()}
     for name in ("loss_3d_normal_smooth", "loss_ref_3d_normal_smooth", "loss_orient"):
         assert float(log[name]) > 0
@@ -323,7 +323,7 @@ def test_a_caption_is_read_in_the_image_and_turns_the_cameras(
     assert guidance.prompts.prompt == "a blue chair with red stripes"
     one = torch.ones(2)
     cameras = Cameras(torch.tensor([10.0, 100.0]), 20 * one, 2.4 * one, 50 * one)
-    given = guidance.conditions(cameras, 0)
+    given = guidance.conditions(torch.zeros(2, 12, 32, 32), cameras)
     assert given.reference is None
     found = torch.atan2(given.labels[:, 1], given.labels[:, 2]).rad2deg()
     assert torch.allclose(found, torch.tensor([60.0, 150.0]), atol=15)

@@ -10,7 +10,7 @@ statistics, and is passed to the solver.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -34,7 +34,7 @@ class GrowingGaussians(dp.OptimizationTrajectory):
 
     Args:
         loss: ``(step, y)`` returns a loss, which is a mean over views, scalars to log,
-            and the rendering.
+            and the rendering; or a `BatchedLoss` of such.
         params: The initial parameters, those of the splats with a prefix.
         optimizer: Factory of the optimizer, called with the parameters by name.
         num_steps: The number of steps.
@@ -74,15 +74,13 @@ class GrowingGaussians(dp.OptimizationTrajectory):
         self._max_splats = max_splats
         self._prefix = prefix
         self._keyed = dp.StepRandom(seed)
-        self._watched: list[tuple[SplatRendering, Tensor]] = []
+        self._watched: dict[int, tuple[SplatRendering, Tensor]] = {}
 
-        def watched(step: int, y: State) -> tuple[Tensor, Mapping[str, Any]]:
-            value, aux, rendered = loss(step, y)
-            if config.strategy == "densify" and rendered.means.requires_grad:
-                rendered.means.register_hook(
-                    lambda gradient: self._watched.append((rendered, gradient))
-                )
-            return value, {**aux, "splats": float(rendered.means.shape[1])}
+        def watched(found: list[Any]) -> list[tuple[Tensor, Mapping[str, Any]]]:
+            self._watched.clear()  # what a failed evaluation left
+            return [
+                (one[0], self._watch(slot, *one[1:])) for slot, one in enumerate(found)
+            ]
 
         def made(named: dict[str, nn.Parameter]) -> torch.optim.Optimizer:
             one = optimizer(named)
@@ -100,7 +98,9 @@ class GrowingGaussians(dp.OptimizationTrajectory):
             return torch.optim.lr_scheduler.LambdaLR(one, rates)
 
         super().__init__(
-            watched,
+            loss.then(watched)
+            if isinstance(loss, dp.BatchedLoss)
+            else lambda step, y: watched([loss(step, y)])[0],
             params,
             made,
             num_steps,
@@ -119,14 +119,33 @@ class GrowingGaussians(dp.OptimizationTrajectory):
         means = y[self._prefix + "means"]
         return y, {**carry, "seen": growth.nothing_seen(len(means), means)}
 
+    def _watch(
+        self, slot: int, aux: Mapping[str, Any], rendered: SplatRendering
+    ) -> Mapping[str, Any]:
+        """Keep the gradient of the means in pixels, which growth needs."""
+        if self.config.strategy == "densify" and rendered.means.requires_grad:
+            rendered.means.register_hook(
+                lambda gradient: self._watched.update({slot: (rendered, gradient)})
+            )
+        return {**aux, "splats": float(rendered.means.shape[1])}
+
     def _drift(self, step: int, y: State) -> tuple[State, Aux]:
-        self._watched.clear()
-        drift, aux = super()._drift(step, y)
-        for rendered, gradient in self._watched:
-            found = growth.seen(gradient, rendered.radii, *rendered.size)
-            drift |= {SEEN + name: value for name, value in found.items()}
+        return self._with_statistics([super()._drift(step, y)])[0]
+
+    def _batch(
+        self, steps: Sequence[int], ys: Sequence[State]
+    ) -> list[tuple[State, Aux]]:
+        return self._with_statistics(super()._batch(steps, ys))
+
+    def _with_statistics(
+        self, found: list[tuple[State, Aux]]
+    ) -> list[tuple[State, Aux]]:
+        """Drifts with what was watched in their backward pass."""
+        for slot, (rendered, gradient) in self._watched.items():
+            statistics = growth.seen(gradient, rendered.radii, *rendered.size)
+            found[slot][0].update({SEEN + n: v for n, v in statistics.items()})
         self._watched.clear()  # the rendering holds the loss's graph
-        return drift, aux
+        return found
 
     def update(
         self, step: int, y: State, carry: Nest, drift: State
