@@ -31,6 +31,9 @@ class Problem(abc.ABC):
         config: Config of the run.
         device: Device to work on; default: this process's GPU, or the CPU.
 
+    Attributes:
+        notes: What the report says of the run besides its figures.
+
     Raises:
         ConfigError: The config sets something that has no effect on this problem.
     """
@@ -48,6 +51,7 @@ class Problem(abc.ABC):
         self.config = config
         self.device = device or local_device()
         self.random = dp.StepRandom(config.seed)
+        self.notes: list[str] = []
         self._refuse_idle_sections()
 
     @property
@@ -96,6 +100,7 @@ class Problem(abc.ABC):
             chosen = batching.choose(self.config, trajectory, solver, self.device)
             solver, dispatcher = chosen.solver, chosen.dispatcher
             print(chosen.reason, flush=True)
+            self.notes.append(chosen.reason)
         return dp.solve(
             trajectory,
             solver,

@@ -301,7 +301,7 @@ class FolderRecorder(Recorder):
             **results.report_of(self.folder, self.config, solution),
         }
         found = results.collapses(history.lines(self.folder), solution.value)
-        report["notes"] = [*made.get("notes", []), *found]
+        report["notes"] = [*made.get("notes", []), *self.problem.notes, *found]
         viewer.add(self.folder, report, self.problem.title)
         folders.write_json(self.folder / "report.json", report)
         print(results.summary(self.folder, self.problem, report))

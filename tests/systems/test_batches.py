@@ -173,7 +173,7 @@ def test_a_run_batches_only_where_that_was_measured_to_pay(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    calls: list[int] = []
+    calls: list[int] = []  # of the measurement
     monkeypatch.setattr(batching, "calibrate_windows", measured(gain, calls))
     settings = (
         *SMALL,
@@ -186,6 +186,7 @@ def test_a_run_batches_only_where_that_was_measured_to_pay(
     report, said = folders.report(folder), capsys.readouterr().out
     again = small(*settings[len(SMALL) :], "seed=1")
     choice = chosen(again)
+    assert any(f"{gain:.2f}x" in note for note in report["notes"])
     assert calls == [1]  # recorded for this config, whatever its seed
     if gain > 1:
         assert "Batched: a window of 2 was measured at 3.00x." in said

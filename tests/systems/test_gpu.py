@@ -11,6 +11,7 @@ import torch
 import dreampropeller as dp
 from dreampropeller import StepRandom
 from dreampropeller.adapters.diffusers import sample
+from dreampropeller.dispatch.batched import TOLERANCE, deviation
 from systems import quality
 from systems.dreamfusion import DreamFusion
 from systems.extras import probe
@@ -60,6 +61,24 @@ def test_half_precision_makes_the_same_object() -> None:
         found.append(system.render(solution.value, views, grey=0.5)[0])
     for half in found[1:]:
         assert float((half - found[0]).abs().mean()) < 0.01
+
+
+@pytest.mark.parametrize("half", [False, True])
+def test_a_batch_of_steps_is_close_to_single_ones(half: bool) -> None:
+    """Not bitwise: kernels differ with the batch size, and half precision rounds."""
+    system = small(f"system.guidance.half_precision_weights={half}".lower())
+    trajectory = system.trajectory()
+    y, _ = trajectory.init()
+    drift: Any = trajectory.make_drift(torch.device("cuda"))
+    steps = [3, 8, 9]
+    for step, (found, _) in zip(steps, drift.batch(steps, [y] * 3), strict=True):
+        assert deviation(found, drift(step, y)[0]) < (TOLERANCE if half else 1e-3)
+    solver = dp.PicardSolver(dp.SlidingWindow(4), dp.FixedThreshold(1e-8), "momentum")
+    plain = dp.solve(trajectory, dp.Sequential())
+    window = dp.solve(trajectory, solver, dp.BatchedDispatcher)
+    views = system.cameras.turntable(4)
+    images = [system.render(s.value, views, grey=0.5)[0] for s in (plain, window)]
+    assert float((images[0] - images[1]).abs().mean()) < 0.01
 
 
 @pytest.mark.parametrize("batched", [False, True])
