@@ -247,7 +247,7 @@ def test_images_are_encoded_as_scaled_latents_of_the_models_size(
     prior: Zero123Prior,
 ) -> None:
     images = random("render", 2, 3, 40, 40)
-    found = Prior.encode(prior, images, torch.Generator().manual_seed(1))
+    (found,) = Prior.encode(prior, [images], [torch.Generator().manual_seed(1)])
     large = torch.nn.functional.interpolate(images, (SIDE, SIDE), mode="bilinear")
     latent = prior.pipeline.vae.encode(large * 2 - 1).latent_dist
     noise = torch.randn(
@@ -585,7 +585,7 @@ def test_threestudios_own_guidance_agrees(
     prior.show(image, reference)
     conditions = prior.conditions(views)
     rendered = oracle.images().requires_grad_(True)
-    latents = prior.encode(rendered, oracle.posterior())
+    (latents,) = prior.encode([rendered], [oracle.posterior()])
     t = torch.tensor(oracle.TIMESTEPS)
     noisy = prior.add_noise(latents.detach(), oracle.noise(), t)
     words = torch.zeros(2, 1, 1)
