@@ -20,6 +20,7 @@ from tests.systems.scenes import SMALL
 ROOT = Path(__file__).parent.parent.parent
 PROMPT = "system.prompt_processor.prompt"
 TOYBOX = str(ROOT / "configs" / "dreamfusion-toybox.yaml")
+IMAGE = TOYBOX.replace("dreamfusion", "zero123")
 SAMPLE = str(ROOT / "configs" / "sample-toybox.yaml")
 FEW = (*SMALL[1:], "trainer.max_steps=8", "dispatch.threads=1")
 
@@ -57,6 +58,14 @@ def command() -> Iterator[ModuleType]:
         (["export", "resume=one"], ["--export", "resume=one"]),
         (["parts", "one", "two"], ["--parts", "one", "two"]),
         (["view", "one", "port=81"], ["--view", "one", "port=81"]),
+        (
+            ["train", "my mug.PNG", "seed=1"],
+            ["--config", IMAGE, "--train", "data.image=my mug.PNG", "seed=1"],
+        ),
+        (
+            ["plan", "data.image=a.png"],
+            ["--config", IMAGE, "--plan", "data.image=a.png"],
+        ),
         (["settings"], ["--settings"]),
         (["settings", "solver.window"], ["--settings", "solver.window"]),
         (

@@ -1,6 +1,7 @@
 r"""Make, compare and export 3D objects with parallel score distillation.
 
     dreampropeller train "a red mushroom"
+    dreampropeller train mug.png
     dreampropeller compare "a red mushroom" dispatch.num_workers=2
     dreampropeller export outputs/dreamfusion-toybox/a_red_mushroom@<time>
 
@@ -20,6 +21,9 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 PROMPT = "system.prompt_processor.prompt"
+IMAGE = "data.image"
+IMAGE_CONFIG = "zero123-toybox"
+_IMAGES = (".png", ".jpg", ".jpeg", ".webp")
 _SETTING = re.compile(r"[\w.]+=")
 
 
@@ -39,14 +43,14 @@ class Task:
 
 
 TASKS = {
-    "train": Task("make an object", "PROMPT", "dreamfusion-toybox"),
+    "train": Task("make an object", "PROMPT | IMAGE", "dreamfusion-toybox"),
     "compare": Task(
         "make it with and without acceleration, or compare two finished runs; the word "
         "`rivals` adds sequential runs of the same budget",
-        "PROMPT | RUN RUN",
+        "PROMPT | IMAGE | RUN RUN",
         "dreamfusion-toybox",
     ),
-    "plan": Task("say what a run would cost", "PROMPT", "dreamfusion-toybox"),
+    "plan": Task("say what a run would cost", "PROMPT | IMAGE", "dreamfusion-toybox"),
     "sample": Task("sample images of a prompt", "PROMPT", "sample-toybox"),
     "test": Task("render and measure a run", "RUN"),
     "export": Task("write the mesh of a run", "RUN"),
@@ -112,15 +116,21 @@ def translate(task: str, words: Sequence[str], config: str | None = None) -> lis
         others = [word for word in others if word not in head]
     if any(Path(word).is_dir() for word in head):
         return ["--compare", *head, *others, *settings]
-    prompts = [f"{PROMPT}={prompt}" for prompt in _at_most_one(task, others)]
+    subject = _at_most_one(task, others)
+    shows = task != "sample" and any(
+        Path(word).suffix.lower() in _IMAGES for word in subject
+    )
+    prompts = [f"{IMAGE if shows else PROMPT}={word}" for word in subject]
     resumes = any(word.startswith("resume=") for word in settings)
-    given = [*prompts, *(word for word in settings if word.startswith(PROMPT))]
+    named = (PROMPT, IMAGE)
+    given = [*prompts, *(word for word in settings if word.startswith(named))]
     if config is None and not resumes:
         if not given:
             raise UsageError(
                 f'Of what? Write `dreampropeller {task} "a red mushroom"`.'
             )
-        config = TASKS[task].config
+        shows = shows or any(word.startswith(IMAGE) for word in settings)
+        config = IMAGE_CONFIG if shows else TASKS[task].config
     if any(word.startswith("quality.clip=") for word in settings):
         # Its default is a path inside of the clone.
         prompts = [f"quality.prompts={_data() / 'configs' / 'prompts.txt'}", *prompts]
