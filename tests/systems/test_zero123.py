@@ -13,6 +13,7 @@ from PIL import Image
 import dreampropeller as dp
 import launch
 from dreampropeller import StepRandom, checkpoint
+from dreampropeller.dispatch.batched import deviation
 from dreampropeller.identity import AnotherProblem
 from systems import build
 from systems.guidance.priors import ModelError
@@ -335,3 +336,16 @@ def test_a_caption_is_read_in_the_image_and_turns_the_cameras(
     tiny().save_pretrained(folder)
     with pytest.raises(ModelError, match="write `condition: image`"):
         make("voxels", image, folder, CAPTION).load_guidance()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_several_steps_are_one_call(kind: str, mug: Path, second: Path) -> None:
+    """Steps with guidance, with reference views and with both, across a milestone."""
+    freq = "system.freq={ref_or_zero123: alternate, ref_only_steps: 1, n_ref: 3}"
+    for setting in (freq, "system.freq.n_ref=2"):
+        trajectory = make(kind, mug, second, setting).trajectory()
+        y, _ = trajectory.init()
+        drift: Any = trajectory.make_drift(torch.device("cpu"))
+        steps = [1, 2, 3]
+        for step, (found, _) in zip(steps, drift.batch(steps, [y] * 3), strict=True):
+            assert deviation(found, drift(step, y)[0]) < 1e-4
