@@ -59,6 +59,10 @@ class System(Problem):
     def __init__(self, config: Config, device: torch.device | None = None) -> None:
         super().__init__(config, device)
         self.cameras = self.read_cameras()
+        if config.quality.truth is not None:
+            from systems.toybox.truth import truth  # which loads the objects
+
+            truth(config.quality.truth)  # refuses what is no object
 
     def read_cameras(self) -> RandomCameras:
         """The random cameras of training and those of the turntable."""

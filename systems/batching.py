@@ -18,6 +18,7 @@ from dreampropeller.calibration import (
     with_window,
 )
 from systems.settings.config import Config
+from systems.settings.reader import ConfigError
 
 WINDOWS = (2, 4, 8)
 """Windows that are measured."""
@@ -38,6 +39,12 @@ def choose(
         device: Device of the run.
     """
     if config.dispatch.batch == "always":
+        if solver.threshold.exact:
+            raise ConfigError(
+                "`dispatch.batch` is `always`, which is close to single steps, and "
+                "threshold 0 asks for bitwise equality: write `dispatch.batch=never`, "
+                "or a threshold above 0."
+            )
         return Choice(solver, dp.BatchedDispatcher, "Batched, as the config says.")
     plain = dp.Sequential(non_finite=solver.non_finite)
     if solver.threshold.exact:
@@ -57,7 +64,9 @@ def choose(
 
 
 def record_of(config: Config, device: torch.device) -> Path:
-    """The file with the calibration of a config; prompt, seed and length do not matter.
+    """The file with the calibration of a config.
+
+    Prompt, image and seed do not matter; the length only where settings follow it.
 
     Args:
         config: Config of the run.
@@ -65,7 +74,11 @@ def record_of(config: Config, device: torch.device) -> Path:
     """
     relevant = (
         {**config.system, "prompt_processor": None},
-        config.data,
+        {
+            k: v
+            for k, v in config.data.items()
+            if k not in ("image", "image_path", "more")
+        },
         config.trainer.precision,
         replace(config.solver, name="picard"),
         device_name(device),

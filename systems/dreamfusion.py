@@ -75,6 +75,11 @@ class DreamFusionConfig(SceneConfig):
     loss: LossConfig = field(default_factory=LossConfig)
 
     def __post_init__(self) -> None:
+        if getattr(self.renderer, "return_normal_perturb", False):
+            raise ValueError(
+                "`renderer.return_normal_perturb` has no effect here, without "
+                "`lambda_3d_normal_smooth`: leave it out."
+            )
         named = self.prompt_processor.pretrained_model_name_or_path
         used = self.guidance.pretrained_model_name_or_path
         if named not in (None, used):

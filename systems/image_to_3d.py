@@ -30,7 +30,11 @@ from systems.distillation import Distillation, Look
 from systems.guidance.base import Guidance
 from systems.guidance.priors import check, is_embedded
 from systems.guidance.prompts import PromptConfig
-from systems.guidance.zero123 import IMAGE_GUIDANCES, Zero123Config
+from systems.guidance.zero123 import (
+    IMAGE_GUIDANCES,
+    Zero123Config,
+    check_takes_images,
+)
 from systems.images import save_image
 from systems.references import read_reference
 from systems.references.depth import correlation, depth_error, read_depth
@@ -38,13 +42,13 @@ from systems.references.views import SingleImageConfig
 from systems.scene.cameras import RandomCameras, Views
 from systems.scene.regularisers import Regulariser
 from systems.scene.renderers import Rendering
+from systems.scene.renderers.volume import VolumeRenderer
 from systems.settings.checks import at_least
 from systems.settings.config import Config
 from systems.settings.notes import note
 from systems.settings.reader import ConfigError, read
-from systems.settings.schedules import Schedule, check_schedule, value_at
+from systems.settings.schedules import Schedule, check_schedule, values_of
 
-REFERENCE_TERMS = ("rgb", "mask", "depth", "depth_rel")
 _ONLY_GUIDED = ("sparsity",)
 
 
@@ -87,10 +91,11 @@ class FrequencyConfig:
     def __post_init__(self) -> None:
         at_least("ref_only_steps", self.ref_only_steps, 0)
         at_least("n_ref", self.n_ref, 1)
-        if self.ref_or_zero123 == "accumulate" and self.ref_only_steps:
+        own = (self.ref_only_steps, self.n_ref)
+        if self.ref_or_zero123 == "accumulate" and own != (0, 2):
             raise ValueError(
-                "`ref_only_steps` has no effect on `ref_or_zero123: accumulate`: write "
-                "`alternate`, or leave it out."
+                "`ref_only_steps` and `n_ref` have no effect on `ref_or_zero123: "
+                "accumulate`: write `alternate`, or leave them out."
             )
 
     def refers(self, step: int) -> bool:
@@ -195,9 +200,7 @@ class ImageTo3D(Distillation, abc.ABC):
                 "image: leave it out."
             )
         self._sized: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
-        self._depth_map: Tensor | None = None
-        if self._needs("depth") or self._needs("depth_rel"):
-            self._depth_map = read_depth(self.data.depth_path)
+        self._depth_map = self._read_depth()
 
     def read_cameras(self) -> RandomCameras:
         """See `System.read_cameras`; reads the images too."""
@@ -236,7 +239,9 @@ class ImageTo3D(Distillation, abc.ABC):
         for image in self.references:
             pixels.update(image.rgb.numpy().tobytes())
             pixels.update(image.alpha.numpy().tobytes())
-        paths = ("image", "image_path", "more")
+        if self._depth_map is not None:
+            pixels.update(self._depth_map.numpy().tobytes())
+        paths = ("image", "image_path", "more", "depth")
         data = {k: v for k, v in known["data"].items() if k not in paths}
         guidance = dict(known["system"].get("guidance", {}))
         guidance.pop("cond_image_path", None)
@@ -252,6 +257,12 @@ class ImageTo3D(Distillation, abc.ABC):
         name = self.settings.guidance.pretrained_model_name_or_path
         if is_embedded(name):
             check(name, [text for text in self.prompts.texts() if text])
+            check_takes_images(name)
+        elif self.prompts.prompt or self.prompts.negative_prompt:
+            raise ConfigError(
+                f"`{name}` reads no words beside the image: leave "
+                "`system.prompt_processor` out."
+            )
 
     def load_guidance(self) -> Guidance:
         """See `Distillation.load_guidance`."""
@@ -313,10 +324,12 @@ class ImageTo3D(Distillation, abc.ABC):
             assert seen.depth is not None, "refused for renderers without depth"
             goal, inside = self._depths(height, width, alpha)
             depth = seen.depth[:1][inside]
-            found["depth"] = depth_error(depth, goal)
-            found["depth_rel"] = 1 - correlation(depth, goal)
+            if len(depth) > 1:
+                found["depth"] = depth_error(depth, goal)
+                found["depth_rel"] = 1 - correlation(depth, goal)
         found |= {name: term(seen) for name, term in terms.items() if weight[name]}
-        total = torch.stack([weight[n] * v for n, v in found.items() if weight[n]])
+        weighted = [weight[n] * v for n, v in found.items() if weight[n]]
+        total = torch.stack([0 * seen.opacity.sum(), *weighted])
         psnr = -10 * error.detach().square().mean().clamp(min=1e-12).log10()
         log = {f"loss_ref_{name}": value for name, value in found.items()}
         log |= {"psnr_ref": psnr, "opacity": seen.opacity.mean()}
@@ -351,11 +364,30 @@ class ImageTo3D(Distillation, abc.ABC):
         inside = alpha[:1] > 0.5
         return goal.permute(0, 2, 3, 1).to(self.device)[inside], inside
 
-    def _needs(self, name: str) -> bool:
-        weight = getattr(self.settings.loss, f"lambda_{name}", 0)
-        return any(value_at(weight, step) for step in (0, self.num_steps)) or (
-            not isinstance(weight, int | float)
-        )
+    def _read_depth(self) -> Float[Tensor, "height width"] | None:
+        """The depth map that the loss compares with; None: it compares with none."""
+        loss, data = vars(self.settings.loss), self.data
+        names = ("lambda_depth", "lambda_depth_rel")
+        if not any(any(values_of(loss.get(name, 0))) for name in names):
+            if data.depth is not None:
+                raise ConfigError(
+                    "`data.depth` has no effect without `system.loss.lambda_depth` or "
+                    "`lambda_depth_rel`: set one, or leave it out."
+                )
+            return None
+        if not isinstance(self.scene.get_submodule("renderer"), VolumeRenderer):
+            raise ConfigError(
+                "`lambda_depth` and `lambda_depth_rel` need depth along rays: write "
+                "`system.renderer_type: nerf-volume-renderer`, or 0."
+            )
+        first, side = self.references[0], self.references[0].rgb.shape[-1]
+        kept = read_reference(data.paths[0], side, data.cut, False)
+        if not torch.equal(first.alpha, kept.alpha):
+            raise ConfigError(
+                f"`{data.paths[0]}` is moved and scaled, and its depth map would not "
+                "follow: write `data.recentre=false`."
+            )
+        return read_depth(data.depth_path)
 
     def exports(self, folder: Path, y: dp.State) -> dict[str, Callable[[], Any]]:
         """The images as they were understood, beside the object seen from there."""

@@ -86,6 +86,19 @@ class Zero123SystemConfig(SceneConfig):
 
     def __post_init__(self) -> None:
         between("ambient_ratio_min", self.ambient_ratio_min, 0, 1)
+        lit = isinstance(self.material, PointLightConfig)
+        if lit and (
+            self.material.soft_shading or self.material.ambient_ratio_min is not None
+        ):
+            raise ValueError(
+                "`material.soft_shading` and `material.ambient_ratio_min` have no "
+                "effect here: write `system.ambient_ratio_min`."
+            )
+        if not lit and self.ambient_ratio_min != Zero123SystemConfig.ambient_ratio_min:
+            raise ValueError(
+                "`ambient_ratio_min` has no effect on a material without light: leave "
+                "it out."
+            )
         perturbs = getattr(self.renderer, "return_normal_perturb", None)
         if any(values_of(self.loss.lambda_3d_normal_smooth)) and not perturbs:
             raise ValueError(

@@ -14,6 +14,7 @@ images (docs/images.md).
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -63,7 +64,8 @@ class Zero123Config(GuidanceConfig):
             classifier reads in the first image (of an embedded prior only).
     """
 
-    guidance_scale: float = 3.0
+    guidance_scale: float = 5.0
+    half_precision_weights: bool = False
     min_step_percent: Schedule = 0.02
     max_step_percent: Schedule = 0.98
     cond_image_path: str | None = None
@@ -125,12 +127,8 @@ class Zero123Guidance(ScoreDistillation):
                 turned = seen.azimuth - float(cameras.azimuth[0])
             if not prompts.prompt:
                 prompts = replace(prompts, prompt=seen.caption.text)
-        prior, words = load(name, prompts.texts(), "", device, half)
-        if not prior.takes_conditions:
-            raise ModelError(
-                f"`{name}` is an embedded prior that takes no image: write `toybox2`, "
-                "or the folder of a model that does."
-            )
+        negative = prompts.negative_prompt
+        prior, words = load(name, prompts.texts(), negative, device, half)
         return cls(config, prior, words, prompts, images, cameras, turned)
 
     def __init__(
@@ -191,6 +189,20 @@ class Zero123Guidance(ScoreDistillation):
         alpha = self._alpha[chosen]
         images = alpha * self._rgb[chosen] + (1 - alpha) * behind[:, :, None, None]
         return self.prior.conditions(cameras, images, self._cameras.chosen(chosen))
+
+
+def check_takes_images(name: str) -> None:
+    """Refuse an embedded prior that takes no image, before it is loaded.
+
+    Raises:
+        ModelError: Says what to write instead.
+    """
+    file = Path(ALIASES.get(name, name)) / "unet" / "config.json"
+    if json.loads(file.read_text()).get("class_embed_type") != "projection":
+        raise ModelError(
+            f"`{name}` is an embedded prior that takes no image: write `toybox2`, or "
+            "the folder of a model that does."
+        )
 
 
 def read_image(image: Reference, model: str) -> Recognised:

@@ -13,6 +13,8 @@ from pathlib import Path
 
 import torch
 
+from systems.references.cutting import CUTS
+from systems.references.reference import LARGEST_SIDE
 from systems.scene.cameras import Cameras, RandomCameras, Views, check_milestones
 from systems.settings.checks import at_least, between, one_of
 
@@ -46,7 +48,7 @@ class SingleImageConfig:
         more: Further images of the same object, with their cameras.
         height: Height in pixels at which the images are compared. This and `width` may
             be lists: a first value, and one from each of `resolution_milestones` on.
-        width: Width in pixels, likewise.
+        width: Width in pixels, the same.
         resolution_milestones: Rising steps at which the later values begin.
         default_elevation_deg: Elevation of the image's camera in degrees.
         default_azimuth_deg: Azimuth of the image's camera in degrees.
@@ -89,7 +91,7 @@ class SingleImageConfig:
             raise ValueError(
                 "the image is missing: name its file, for example `data.image=mug.png`."
             )
-        one_of("cut", self.cut, ("auto", "alpha", "rembg", "background", "none"))
+        one_of("cut", self.cut, CUTS)
         if isinstance(self.recentre, str):
             one_of("recentre", self.recentre, ("auto",))
         between("fill", self.fill, 0.1, 1)
@@ -98,6 +100,12 @@ class SingleImageConfig:
         at_least("default_camera_distance", self.default_camera_distance, 1e-3)
         sizes = {"height": self.height, "width": self.width}
         check_milestones(sizes, self.resolution_milestones)
+        if self.height != self.width:
+            raise ValueError(
+                f"`height` is {self.height} and `width` {self.width}: references are "
+                "square, write the same for both."
+            )
+        between("height", self.largest, 1, LARGEST_SIDE)
 
     @property
     def paths(self) -> list[str]:

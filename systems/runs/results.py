@@ -70,7 +70,9 @@ def summary(folder: Path, problem: Problem, report: dict[str, Any]) -> str:
             f"{report['evaluations']} evaluations, {seconds} on "
             f"{report['workers']} worker(s). {report['result']}"
         ]
-        if report["workers"] == 1 and report["evaluations"] > report["steps"]:
+        batched = any(n.startswith("Batched") for n in report.get("notes", []))
+        alone = report["workers"] == 1 and not batched
+        if alone and report["evaluations"] > report["steps"]:
             lines.append(
                 "On one worker the sequential run is faster: it takes "
                 f"{report['steps']} evaluations (`solver.name=sequential`)."

@@ -101,6 +101,8 @@ def _last_stage(word: str) -> str:
     option, name = "", word
     if word.startswith("resume="):
         option, name = "resume=", word.removeprefix("resume=")
+    elif "=" in word or len(word) > 255:
+        return word  # a setting, or a prompt
     file = Path(name) / folders.CONFIG
     if not file.is_file() or STAGES not in (whole := open_yaml(file)):
         return word

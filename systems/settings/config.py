@@ -279,6 +279,11 @@ class Config:
 
     def __post_init__(self) -> None:
         one_of("data_type", self.data_type, DATA_TYPES)
+        if self.solver.name == "sequential" and self.dispatch.batch != "never":
+            raise ValueError(
+                f"`dispatch.batch` is `{self.dispatch.batch}`, and the sequential run "
+                "has no window to put into one call: leave one of them out."
+            )
         between("viewer_port", self.viewer_port, 1, 2**16 - 1)
         inside = PurePath(self.name)
         if inside.is_absolute() or ".." in inside.parts:

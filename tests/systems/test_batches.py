@@ -205,16 +205,16 @@ def test_a_run_batches_only_where_that_was_measured_to_pay(
         assert tree_equal(state.y, plain.value)
 
 
-def test_a_bitwise_threshold_is_not_batched_unless_the_config_says_so() -> None:
+def test_a_bitwise_threshold_is_never_batched() -> None:
     exact = ("solver.threshold={name: fixed, value: 0}", "trainer.max_steps=4")
-    for batch, kind in (
-        ("auto", dp.InlineDispatcher),
-        ("always", dp.BatchedDispatcher),
-    ):
-        system = small(*exact, f"dispatch.batch={batch}")
-        choice = chosen(system)
-        assert choice.dispatcher is kind
-        assert batch == "always" or "bitwise equality" in choice.reason
+    choice = chosen(small(*exact, "dispatch.batch=auto"))
+    assert choice.dispatcher is dp.InlineDispatcher
+    assert "bitwise equality" in choice.reason
+    with pytest.raises(ConfigError, match=r"write `dispatch\.batch=never`"):
+        chosen(small(*exact, "dispatch.batch=always"))
+    sequential = "solver.name=sequential"
+    with pytest.raises(ConfigError, match="no window to put into one call"):
+        load(TOYBOX, [PROMPT, sequential, "dispatch.batch=always"])
 
 
 def test_a_batch_is_refused_where_it_has_no_effect() -> None:

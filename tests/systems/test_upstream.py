@@ -397,7 +397,7 @@ def test_every_file_of_a_checkout_runs_or_says_all_that_is_in_the_way(
         content: Any = OmegaConf.to_container(OmegaConf.load(path))
         own = prompt
         if content["data_type"] == "single-image-datamodule":
-            own = [*prompt, f"data.image_path={picture}"]
+            own = [TINY[5], f"data.image_path={picture}"]
         try:
             build(load(path, own))
         except ConfigError as error:

@@ -349,3 +349,45 @@ def test_several_steps_are_one_call(kind: str, mug: Path, second: Path) -> None:
         steps = [1, 2, 3]
         for step, (found, _) in zip(steps, drift.batch(steps, [y] * 3), strict=True):
             assert deviation(found, drift(step, y)[0]) < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        (["data.width=[9,12]"], "references are square"),
+        (["data.depth=d.png"], "`data.depth` has no effect without"),
+        (["system.prompt_processor.prompt=a mug", "{hub}"], "reads no words beside"),
+        (["quality.truth=a zebra"], "zebra"),
+        (["system.ambient_ratio_min=0.9"], "a material without light"),
+        (["system.freq.n_ref=3"], "`ref_only_steps` and `n_ref` have no effect"),
+        (
+            ["system.loss.lambda_depth=1", "data.recentre=true", "data.depth=d.png"],
+            "write `data.recentre=false`",
+        ),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_what_would_go_without_effect_is_refused(
+    settings: list[str], sentence: str, mug: Path, second: Path
+) -> None:
+    hub = "system.guidance.pretrained_model_name_or_path=some/model"
+    given = [hub if word == "{hub}" else word for word in settings]
+    with pytest.raises((ConfigError, ValueError), match=sentence):
+        make("voxels", mug, second, *given)
+
+
+def test_weights_of_zero_and_empty_masks_are_no_error(
+    mug: Path, second: Path, tmp_path: Path
+) -> None:
+    nothing = ("system.loss.lambda_rgb=0", "system.loss.lambda_mask=0")
+    system = make("voxels", mug, second, *nothing)
+    assert float(system.reference_loss(0, system.module).value.detach()) == 0
+    thin = np.zeros((64, 64, 4), np.uint8)
+    thin[8:56, 31:32] = 255
+    Image.fromarray(thin).save(tmp_path / "thin.png")
+    Image.fromarray(thin[..., 3]).save(tmp_path / "depth.png")
+    depth = ("system.loss.lambda_depth=1", f"data.depth={tmp_path / 'depth.png'}")
+    system = make("voxels", tmp_path / "thin.png", second, *depth)
+    found = system.reference_loss(0, system.module)
+    assert "loss_ref_depth" not in found.log
+    assert torch.isfinite(found.value)

@@ -108,13 +108,16 @@ class _Runs:
         if self._job is not None and self._job.process.poll() is None:
             yield "**Another run is in progress.** Stop it first.", None, None, None
             return
-        wrong = _wrong((prompt or "").strip(), image, system)
+        prompt = (prompt or "").strip()
+        wrong = _wrong(prompt, image, system)
         if wrong:
             yield wrong, None, None, None
             return
-        subject = jobs.by_prompt(prompt.strip())
-        if image:
-            subject = jobs.by_image(self._root, Path(image), elevation)
+        subject = (
+            jobs.by_image(self._root, Path(image), elevation)
+            if image
+            else jobs.by_prompt(prompt)
+        )
         chosen = int(steps) if steps else None
         job = self._job = Job.start(self._root, subject, system, speed, chosen)
         begin = time.monotonic()
