@@ -92,13 +92,7 @@ def main(argv: list[str] | None = None) -> int:
             return 0
         if arguments.doctor:
             return doctor.run(overrides)
-        if not arguments.train:
-            overrides = stages.last_stages(overrides)
-            for option in ("compare", "parts", "view"):
-                words = getattr(arguments, option)
-                setattr(arguments, option, words and stages.last_stages(words))
-        several = (arguments.compare, arguments.parts, arguments.view)
-        named = [word for words in several for word in words or ()]
+        overrides, named = stages.last_stages(arguments, overrides)
         if stages.is_asked(arguments.config, overrides, named):
             return stages.run(arguments.config, arguments.train, overrides)
         if arguments.compare is not None:

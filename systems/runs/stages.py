@@ -17,6 +17,7 @@ is a run of its own, in a folder of the common one; a finished stage is not run 
 
 from __future__ import annotations
 
+import argparse
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -88,13 +89,27 @@ def is_asked(
     return any(file.is_file() and STAGES in open_yaml(file) for file in files)
 
 
-def last_stages(words: Sequence[str]) -> list[str]:
-    """Words of a command line, with runs of several stages as their last finished one.
+def last_stages(
+    arguments: argparse.Namespace, overrides: Sequence[str]
+) -> tuple[list[str], list[str]]:
+    """Replace a run of several stages by its last finished one, except to train it.
 
     Args:
-        words: Run folders, `resume=RUN` and other settings.
+        arguments: Options of `launch.py`; those that name runs are replaced in place.
+        overrides: Settings, `resume=RUN` among them.
+
+    Returns:
+        The settings, and the words of all options that may name runs.
     """
-    return [_last_stage(word) for word in words]
+    options = ("compare", "parts", "view")
+    if not arguments.train:
+        overrides = [_last_stage(word) for word in overrides]
+        for option in options:
+            words = getattr(arguments, option)
+            if words:
+                setattr(arguments, option, [_last_stage(word) for word in words])
+    named = [word for option in options for word in getattr(arguments, option) or ()]
+    return list(overrides), named
 
 
 def _last_stage(word: str) -> str:

@@ -263,9 +263,11 @@ def test_of_several_stages_the_last_finished_one_is_looked_at(
     assert "has the stages coarse, refine: taking `refine`" in said.err
     assert f"Look into {folder / 'refine'}" in said.out
     (folder / "refine" / "report.json").unlink()
-    words = [f"resume={folder}", str(folder), "seed=1"]
-    first = folder / "coarse"
-    assert stages.last_stages(words) == [f"resume={first}", str(first), "seed=1"]
+    first, given = folder / "coarse", ["seed=1", f"resume={folder}"]
+    options = launch.make_parser().parse_args(["--compare", str(folder), "x" * 999])
+    settings, named = stages.last_stages(options, given)
+    assert settings == ["seed=1", f"resume={first}"]
+    assert named == options.compare == [str(first), "x" * 999]
     (first / "report.json").unlink()
     assert launch.main(["--export", f"resume={folder}"]) == 2
     assert "the folder `RUN/STAGE`" in capsys.readouterr().err
