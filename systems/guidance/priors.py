@@ -305,12 +305,6 @@ def check(name: str, prompts: Sequence[str]) -> None:
     source = ALIASES.get(name, name)
     folder = Path(source)
     if not folder.is_dir():
-        if folder == SECOND_WEIGHTS:
-            raise ModelError(
-                "The second embedded prior, `toybox2`, has no weights here yet. Train "
-                "it with `python -m systems.toybox train` and name the folder it "
-                "writes, or write `toybox`."
-            )
         if source.startswith((".", "/", "~")) or source.count("/") != 1:
             raise ModelError(
                 f"There is no folder `{source}`. Write the path of a diffusers "
