@@ -81,7 +81,7 @@ def launch_workers(
                     'put the call under `if __name__ == "__main__":`.'
                 ) from None
             raise WorkerError(
-                f"Rank {rank} failed (exit code {failure.exitcode}):\n{_text(failure)}"
+                f"Rank {rank} failed (exit code {failure.exitcode}):{_text(failure)}"
             ) from None
     return [results[rank] for rank in range(num_workers)]
 
@@ -132,12 +132,13 @@ def _quiet() -> Iterator[None]:
 
 
 def _text(failure: ProcessFailure) -> str:
-    """The traceback that a rank recorded, or the system's reason for its end."""
+    """The traceback that a rank recorded, or on the same line why it ended."""
     message = failure.error_file_data.get("message")
     if isinstance(message, dict):
         stack = message["extraInfo"]["py_callstack"]
-        return stack.rpartition("WorkerError: ")[2]  # it holds the first traceback
-    return failure.message
+        stack = stack.rpartition("WorkerError: ")[2]  # it holds the first traceback
+        return f"\n{stack}"
+    return f" {failure.message}"
 
 
 def _run(
