@@ -19,6 +19,7 @@ from torch.distributed.elastic.multiprocessing.errors import (
     ProcessFailure,
 )
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+from tqdm import tqdm
 
 from dreampropeller.dispatch.base import WorkerError
 
@@ -145,6 +146,8 @@ def _run(
     parent: int, folder: str, function: Callable[..., R], args: tuple[Any, ...]
 ) -> R:
     threading.Thread(target=_follow, args=(parent, folder), daemon=True).start()
+    # The default is a semaphore with a name, which a killed process leaves behind.
+    tqdm.set_lock(threading.RLock())
     if sys.platform == "linux":  # gloo's connections stay on this machine, too
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     try:
