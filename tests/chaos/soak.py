@@ -15,6 +15,7 @@ import os
 import platform
 import random
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -353,6 +354,7 @@ def soak(
         after: Called after each run.
     """
     found = Soak()
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's `&` ignores it
     with _temporary_root() as root:
         for exact in (False, True):
             trials.undisturbed(exact)
