@@ -96,18 +96,23 @@ def _run(
     import torch
 
     torch.set_num_threads(1)
-    try:
-        code = function(*arguments) or 0
-    except SystemExit as error:
-        code = int(error.code or 0)
-    except KeyboardInterrupt:
-        code = 130
-    except BaseException:
-        traceback.print_exc()
-        code = 1
+    code = code_of(function, arguments)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
+
+
+def code_of(function: Callable[..., int | None], arguments: tuple[Any, ...]) -> int:
+    """The exit code of a process whose main program is this function."""
+    try:
+        return function(*arguments) or 0
+    except SystemExit as error:
+        return int(error.code or 0)
+    except KeyboardInterrupt:
+        return 130
+    except BaseException:
+        traceback.print_exc()
+        return 1
 
 
 def rank_environ(rank: int, count: int, port: int) -> dict[str, str]:

@@ -273,3 +273,10 @@ def test_fingerprint_sees_a_single_bit() -> None:
     assert wire.fingerprint(other) == wire.fingerprint(y)
     other["x"][6] = 1 + 2**-23
     assert wire.fingerprint(other) != wire.fingerprint(y)
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs /proc")
+def test_a_killed_rank_has_no_semaphore_to_leave_behind() -> None:
+    """A long-lived process that starts ranks again and again would collect them."""
+    (added,) = launch_workers(ranks.semaphores_of_a_progress_bar, num_workers=1)
+    assert added == set()

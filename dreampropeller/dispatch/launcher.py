@@ -19,6 +19,7 @@ from torch.distributed.elastic.multiprocessing.errors import (
     ProcessFailure,
 )
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+from tqdm import tqdm
 
 from dreampropeller.dispatch.base import WorkerError
 
@@ -81,7 +82,7 @@ def launch_workers(
                     'put the call under `if __name__ == "__main__":`.'
                 ) from None
             raise WorkerError(
-                f"Rank {rank} failed (exit code {failure.exitcode}):\n{_text(failure)}"
+                f"Rank {rank} failed (exit code {failure.exitcode}):{_text(failure)}"
             ) from None
     return [results[rank] for rank in range(num_workers)]
 
@@ -132,18 +133,21 @@ def _quiet() -> Iterator[None]:
 
 
 def _text(failure: ProcessFailure) -> str:
-    """The traceback that a rank recorded, or the system's reason for its end."""
+    """The traceback that a rank recorded, or on the same line why it ended."""
     message = failure.error_file_data.get("message")
     if isinstance(message, dict):
         stack = message["extraInfo"]["py_callstack"]
-        return stack.rpartition("WorkerError: ")[2]  # it holds the first traceback
-    return failure.message
+        stack = stack.rpartition("WorkerError: ")[2]  # it holds the first traceback
+        return f"\n{stack}"
+    return f" {failure.message}"
 
 
 def _run(
     parent: int, folder: str, function: Callable[..., R], args: tuple[Any, ...]
 ) -> R:
     threading.Thread(target=_follow, args=(parent, folder), daemon=True).start()
+    # The default is a semaphore with a name, which a killed process leaves behind.
+    tqdm.set_lock(threading.RLock())
     if sys.platform == "linux":  # gloo's connections stay on this machine, too
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     try:

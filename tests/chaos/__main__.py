@@ -1,6 +1,7 @@
-"""Run trials of every kind, and write the table of `docs/faults.md`.
+"""Run trials of every kind, or a soak, and write its table into `docs/faults.md`.
 
 python -m tests.chaos --trials 10 --seed 0 --write docs/faults.md
+python -m tests.chaos --soak 30 --seed 0 --write docs/faults.md
 """
 
 from __future__ import annotations
@@ -13,21 +14,49 @@ import time
 import traceback
 from pathlib import Path
 
-from tests.chaos import trials
+from tests.chaos import soak, trials
 from tests.chaos.trials import Outcome
 
-BEGIN, END = "<!-- table -->", "<!-- end of table -->"
+TRIALS = ("<!-- table -->", "<!-- end of table -->")
+SOAK = ("<!-- soak -->", "<!-- end of soak -->")
 
 
 def main() -> int:
-    """Run the trials; the exit code says whether all passed."""
+    """Run the trials or the soak; the exit code says whether all is well."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--trials", type=int, default=10, help="trials of each kind")
     parser.add_argument("--launched", type=int, default=2, help="of the slowest kinds")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", default="", help="part of the kinds' names")
     parser.add_argument("--write", type=Path, help="document with the table")
+    parser.add_argument(
+        "--soak",
+        type=float,
+        metavar="MINUTES",
+        help="instead: one process that runs over and over must not grow; less than "
+        "5 minutes leave out what starts interpreters",
+    )
     arguments = parser.parse_args()
+    if arguments.soak is not None:
+        return run_soak(arguments)
+    return run_trials(arguments)
+
+
+def run_soak(arguments: argparse.Namespace) -> int:
+    """The exit code says whether all ended as they should, and nothing has grown."""
+    soak.alone(sys.argv[1:])
+    left_out = soak.SLOW if arguments.soak < 5 else []
+    kinds = [k for k in soak.KINDS if arguments.only in k and k not in left_out]
+    found = soak.soak(arguments.soak, arguments.seed, kinds)
+    text = soak.table(found, arguments.seed)
+    print(text, *found.grown(), sep="\n")
+    if arguments.write:
+        write(arguments.write, text, SOAK)
+    return int(bool(found.failed or found.grown()))
+
+
+def run_trials(arguments: argparse.Namespace) -> int:
+    """The exit code says whether all passed."""
     found: dict[str, list[Outcome | str]] = {}
     begin = time.monotonic()
     kinds = [kind for kind in trials.KINDS if arguments.only in kind]
@@ -41,7 +70,7 @@ def main() -> int:
             seconds = time.monotonic() - begin
             print(f"{seconds:6.0f} s  {kind} {number}: {text}", flush=True)
         if arguments.write:  # after each round, as all of them take an hour
-            write(arguments.write, table(found))
+            write(arguments.write, table(found), TRIALS)
     return int(any(isinstance(o, str) for outcomes in found.values() for o in outcomes))
 
 
@@ -77,12 +106,13 @@ def table(found: dict[str, list[Outcome | str]]) -> str:
     return "\n".join(rows)
 
 
-def write(path: Path, text: str) -> None:
-    """Replace the table in a document."""
-    before = path.read_text() if path.exists() else f"{BEGIN}\n{END}\n"
-    head, _, rest = before.partition(BEGIN)
-    tail = rest.partition(END)[2]
-    path.write_text(f"{head}{BEGIN}\n{text}\n{END}{tail}")
+def write(path: Path, text: str, marks: tuple[str, str]) -> None:
+    """Replace the table between two marks of a document."""
+    begin, end = marks
+    before = path.read_text() if path.exists() else f"{begin}\n{end}\n"
+    head, _, rest = before.partition(begin)
+    tail = rest.partition(end)[2]
+    path.write_text(f"{head}{begin}\n{text}\n{end}{tail}")
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import signal
@@ -51,8 +52,8 @@ class Fault:
     at: int
     marker: str = ""
 
-    def install(self) -> None:
-        """Let it happen in this process."""
+    def install(self) -> Callable[[], object]:
+        """Let it happen in this process, until the returned function is called."""
         count = 0
 
         def reached(*details: Any) -> None:
@@ -66,7 +67,7 @@ class Fault:
         where = PLACES[self.place]
         if not where:
             problem.FAULTS[self.place] = reached
-            return
+            return functools.partial(problem.FAULTS.pop, self.place)
         owner, name = where
         healthy = getattr(owner, name)
 
@@ -76,6 +77,7 @@ class Fault:
             return healthy(*arguments, **options)
 
         setattr(owner, name, faulty)
+        return functools.partial(setattr, owner, name, healthy)
 
 
 def _signal(number: int) -> Callable[..., None]:
@@ -165,6 +167,7 @@ LASTING = ("sleep", "raise", "nan", "infinity")
 
 def run(words: Sequence[str], faults: Sequence[Fault]) -> int:
     """`launch.py` in this process, with faults."""
-    for fault in faults:
-        fault.install()
-    return problem.run(list(words))
+    with contextlib.ExitStack() as undo:
+        for fault in faults:
+            undo.callback(fault.install())
+        return problem.run(list(words))

@@ -57,6 +57,7 @@ class Trial:
 
     folder: Path
     random: random.Random
+    most_ranks: int = 2
     children: list[Child] = field(default_factory=list)
     port: int = 0
     outcome: Outcome = field(default_factory=Outcome)
@@ -102,6 +103,10 @@ class Trial:
 
     words: list[str] = field(default_factory=list)
     exact: bool = False
+
+    def count(self) -> int:
+        """A random number of ranks."""
+        return self.random.choice([1, 2][: self.most_ranks])
 
     def use_threshold_0(self) -> None:
         self.exact = True
@@ -156,9 +161,11 @@ class Trial:
         The end has to equal that of an undisturbed run bit for bit.
         """
         self.outcome.lost = max(0, self.reached() - self.saved())
+        noticed = self.outcome.noticed
         words = [f"resume={self.run}"] if self.saved() else []
         ranks = self.start(words, count=count)
         codes = self.end(ranks)
+        self.outcome.noticed = noticed  # without the time of this run
         assert codes == [0] * count, self.said()
         self.compare()
 
@@ -279,12 +286,17 @@ def run(kind: str, seed: int, folder: Path) -> Outcome:
     Raises:
         AssertionError: Something was lost, hung, or was left behind.
     """
-    undisturbed()
     trial = Trial(folder, random.Random(f"{kind}/{seed}"))
+    return conduct(trial, KINDS[kind])
+
+
+def conduct(trial: Trial, test: Callable[[Trial], None]) -> Outcome:
+    """A trial in its own folder."""
+    undisturbed()
     trial.words = command(trial)
     trial.out.mkdir()
     with leaves_nothing(trial):
-        KINDS[kind](trial)
+        test(trial)
         trial.outcome.said = trial.said()
     if trial.outcome.noticed is not None:
         assert trial.outcome.noticed < NOTICED, trial.outcome
@@ -344,7 +356,7 @@ def slow(trial: Trial) -> None:
 
 
 def raises(trial: Trial, place: str) -> None:
-    count = trial.random.choice([1, 2])
+    count = trial.count()
     victim = trial.random.randrange(count)
     at = trial.random.randint(1, 15)
     ranks = trial.start(faulty={victim: [trial.fault("raise", place, at)]}, count=count)
@@ -359,7 +371,7 @@ def raises(trial: Trial, place: str) -> None:
 def not_finite(trial: Trial, what: str) -> None:
     """At a guess it cuts the window, so that only threshold 0 keeps the result."""
     trial.use_threshold_0()
-    count = trial.random.choice([1, 2])
+    count = trial.count()
     at = trial.random.randint(1, 12)
     bad = {rank: [trial.fault(what, "drift done", at)] for rank in range(count)}
     codes = trial.end(trial.start(faulty=bad, count=count))
@@ -399,10 +411,10 @@ def disk(trial: Trial, what: str, place: str) -> None:
     assert trial.outcome.lost <= 10  # a checkpoint every 6 steps, windows of 4
 
 
-def damaged(trial: Trial, how: str) -> None:
-    """A killed run's newest checkpoint is damaged, too: the one before is used."""
+def damaged(trial: Trial, how: str, what: str = "kill") -> None:
+    """An ended run's newest checkpoint is damaged, too: the one before is used."""
     at = trial.random.randint(3, 4)
-    trial.end(trial.start(faulty={0: [Fault("kill", "replace", at)]}))
+    trial.end(trial.start(faulty={0: [Fault(what, "replace", at)]}))
     files = sorted((trial.run / "ckpts").glob("step-*.safetensors"))
     assert len(files) >= 2
     content = bytearray(files[-1].read_bytes())
@@ -527,7 +539,10 @@ def launched(words: list[str], faulty: dict[int, list[Fault]]) -> int:
     healthy = runs.work
     plan = functools.partial(faulty_work, faulty)
     runs.work = plan if "resume" not in " ".join(words) else healthy
-    return problem.run(words)
+    try:
+        return problem.run(words)
+    finally:
+        runs.work = healthy
 
 
 def faulty_work(
