@@ -43,7 +43,11 @@ PROMPTS = (
     "a purple teapot",
     "a white sailboat",
     "a red airplane",
+    "a yellow mug",
+    "a cyan duck",
+    "a white teapot",
 )
+"""The last three are pairs of colour and object that the prior was not trained on."""
 OTHER_LIGHT = "a yellow duck"
 """The object that is given once more, under another light."""
 AZIMUTH, ELEVATION = 30.0, 20.0
