@@ -15,6 +15,7 @@ import numpy as np
 from PIL import Image
 
 import launch
+from benchmarks import images
 from systems.runs import folders
 
 LOOPS = {
@@ -22,8 +23,9 @@ LOOPS = {
     "dreamgaussian": ("dreamgaussian-toybox", "a yellow house"),
     "textmesh": ("textmesh-toybox", "a red mushroom"),
     "magic3d": ("magic3d-toybox", "a blue mug"),
+    "zero123": ("zero123-toybox", "a blue chair"),
 }
-"""Config and prompt of each loop."""
+"""Config and prompt of each loop; that of an image says what it shows."""
 SIZE, FRAMES = 128, 30
 
 
@@ -41,7 +43,12 @@ def main() -> None:
 def make(root: Path, config: str, prompt: str) -> Path:
     """The turntable of a run, which is made or resumed if it is missing."""
     found = list(root.glob("*/*@*"))
-    words = [f"exp_root_dir={root}", f"system.prompt_processor.prompt={prompt}"]
+    subject = f"system.prompt_processor.prompt={prompt}"
+    if config.startswith("zero123"):
+        image = root / f"{prompt.replace(' ', '-')}.png"
+        images.draw(prompt, image, lit=False)
+        subject = f"data.image={image}"
+    words = [f"exp_root_dir={root}", subject]
     head = ["--config", f"configs/{config}.yaml"]
     if found:
         head, words = [], [f"resume={found[0]}"]
@@ -58,10 +65,10 @@ def write(turntable: Path, to: Path) -> None:
 
     frames = imageio.imread(turntable, plugin="FFMPEG")
     chosen = np.linspace(0, len(frames), FRAMES, endpoint=False).astype(int)
-    images = [Image.fromarray(frames[i]).resize((SIZE, SIZE)) for i in chosen]
+    loop = [Image.fromarray(frames[i]).resize((SIZE, SIZE)) for i in chosen]
     to.parent.mkdir(parents=True, exist_ok=True)
-    images[0].save(
-        to, save_all=True, append_images=images[1:], duration=66, loop=0, quality=70
+    loop[0].save(
+        to, save_all=True, append_images=loop[1:], duration=66, loop=0, quality=70
     )
     print(f"{to}: {to.stat().st_size / 1024:.0f} kB")
 
