@@ -15,11 +15,10 @@ views are guided by a model that is shown the images
 from __future__ import annotations
 
 import abc
-import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float
@@ -29,7 +28,6 @@ import dreampropeller as dp
 from systems.distillation import Distillation, Look
 from systems.guidance.base import Guidance
 from systems.guidance.priors import check, is_embedded
-from systems.guidance.prompts import PromptConfig
 from systems.guidance.zero123 import (
     IMAGE_GUIDANCES,
     Zero123Config,
@@ -37,99 +35,19 @@ from systems.guidance.zero123 import (
 )
 from systems.images import save_image
 from systems.references import read_reference
-from systems.references.depth import correlation, depth_error, read_depth
+from systems.references.depth import read_depth
+from systems.references.goal import Goal
 from systems.references.views import SingleImageConfig
 from systems.scene.cameras import RandomCameras, Views
 from systems.scene.regularisers import Regulariser
 from systems.scene.renderers import Rendering
 from systems.scene.renderers.volume import VolumeRenderer
-from systems.settings.checks import at_least
 from systems.settings.config import Config
 from systems.settings.notes import note
 from systems.settings.reader import ConfigError, read
-from systems.settings.schedules import Schedule, check_schedule, values_of
+from systems.settings.schedules import values_of
 
 _ONLY_GUIDED = ("sparsity",)
-
-
-@dataclass(frozen=True)
-class ImagePromptConfig(PromptConfig):
-    """No prompt, or one that a model takes beside the image (`prompt_processor`).
-
-    Args:
-        prompt: Description of the object; may be empty.
-    """
-
-    prompt: str = ""
-    view_dependent: bool = False
-
-    def __post_init__(self) -> None:
-        if self.view_dependent:
-            raise ValueError(
-                "`view_dependent` has no effect beside an image, whose camera says "
-                "the view: leave it out."
-            )
-
-
-IMAGE_PROMPTS = {"dummy-prompt-processor": ImagePromptConfig}
-
-
-@dataclass(frozen=True)
-class FrequencyConfig:
-    """When reference views and guidance act (`system.freq`).
-
-    Args:
-        ref_or_zero123: "accumulate": both in each step; "alternate": one of them.
-        ref_only_steps: First steps without guidance, if they alternate.
-        n_ref: Number of steps from one with reference views to the next, likewise.
-    """
-
-    ref_or_zero123: Literal["accumulate", "alternate"] = "accumulate"
-    ref_only_steps: int = 0
-    n_ref: int = 2
-
-    def __post_init__(self) -> None:
-        at_least("ref_only_steps", self.ref_only_steps, 0)
-        at_least("n_ref", self.n_ref, 1)
-        own = (self.ref_only_steps, self.n_ref)
-        if self.ref_or_zero123 == "accumulate" and own != (0, 2):
-            raise ValueError(
-                "`ref_only_steps` and `n_ref` have no effect on `ref_or_zero123: "
-                "accumulate`: write `alternate`, or leave them out."
-            )
-
-    def refers(self, step: int) -> bool:
-        """Whether a step has reference views."""
-        if self.ref_or_zero123 == "accumulate":
-            return True
-        return step < self.ref_only_steps or step % self.n_ref == 0
-
-    def guides(self, step: int) -> bool:
-        """Whether a step has guidance."""
-        return self.ref_or_zero123 == "accumulate" or not self.refers(step)
-
-
-@dataclass(frozen=True)
-class ImageLossConfig:
-    """Weights of the loss (`system.loss`), numbers or schedules.
-
-    Args:
-        lambda_sds: Weight of the guidance.
-        lambda_rgb: Weight of the colours of the reference views.
-        lambda_mask: Weight of their masks.
-        lambda_sparsity: Weight of the penalty on opacity.
-        lambda_opaque: Weight of the penalty on half-transparent pixels.
-    """
-
-    lambda_sds: Schedule = 0.1
-    lambda_rgb: Schedule = 500.0
-    lambda_mask: Schedule = 50.0
-    lambda_sparsity: Schedule = 0.0
-    lambda_opaque: Schedule = 0.0
-
-    def __post_init__(self) -> None:
-        for name, value in vars(self).items():
-            check_schedule(name, value, 0)
 
 
 @dataclass(frozen=True)
@@ -199,8 +117,7 @@ class ImageTo3D(Distillation, abc.ABC):
                 "`quality.clip` compares with a prompt, and this system starts from an "
                 "image: leave it out."
             )
-        self._sized: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
-        self._depth_map = self._read_depth()
+        self.goal = Goal(self.references, self._read_depth(), self.device)
 
     def read_cameras(self) -> RandomCameras:
         """See `System.read_cameras`; reads the images too."""
@@ -235,12 +152,6 @@ class ImageTo3D(Distillation, abc.ABC):
     def about(self) -> dict[str, Any]:
         """See `System.about`; the images by their pixels, wherever their files are."""
         known = super().about()
-        pixels = hashlib.sha256()
-        for image in self.references:
-            pixels.update(image.rgb.numpy().tobytes())
-            pixels.update(image.alpha.numpy().tobytes())
-        if self._depth_map is not None:
-            pixels.update(self._depth_map.numpy().tobytes())
         paths = ("image", "image_path", "more", "depth")
         data = {k: v for k, v in known["data"].items() if k not in paths}
         guidance = dict(known["system"].get("guidance", {}))
@@ -248,7 +159,7 @@ class ImageTo3D(Distillation, abc.ABC):
         angles = [vars(one) | {"image": ""} for one in self.data.more]
         return {
             **known,
-            "data": {**data, "pixels": pixels.hexdigest(), "more": angles},
+            "data": {**data, "pixels": self.goal.digest, "more": angles},
             "system": {**known["system"], "guidance": guidance},
         }
 
@@ -312,25 +223,11 @@ class ImageTo3D(Distillation, abc.ABC):
             term.needs_normals and weight[name] > 0 for name, term in terms.items()
         )
         seen = self.reference_rendering(module, views, step, with_normals)
-        rgb, alpha = self._goal(height, width)
-        # Over the scene's background; what is left of it cancels.
-        behind = self.background(module, views, step)
-        error = seen.foreground - alpha * rgb + (alpha - seen.opacity) * behind
-        found: dict[str, Tensor] = {
-            "rgb": error.square().mean(),
-            "mask": (seen.opacity - alpha).square().mean(),
-        }
-        if self._depth_map is not None:
-            assert seen.depth is not None, "refused for renderers without depth"
-            goal, inside = self._depths(height, width, alpha)
-            depth = seen.depth[:1][inside]
-            if len(depth) > 1:
-                found["depth"] = depth_error(depth, goal)
-                found["depth_rel"] = 1 - correlation(depth, goal)
+        found = self.goal.terms(seen, self.background(module, views, step))
+        psnr = -10 * found["rgb"].detach().clamp(min=1e-12).log10()
         found |= {name: term(seen) for name, term in terms.items() if weight[name]}
         weighted = [weight[n] * v for n, v in found.items() if weight[n]]
         total = torch.stack([0 * seen.opacity.sum(), *weighted])
-        psnr = -10 * error.detach().square().mean().clamp(min=1e-12).log10()
         log = {f"loss_ref_{name}": value for name, value in found.items()}
         log |= {"psnr_ref": psnr, "opacity": seen.opacity.mean()}
         return ReferenceLoss(total.sum(), log, seen)
@@ -343,26 +240,6 @@ class ImageTo3D(Distillation, abc.ABC):
         """Colours behind the pixels of views, ``(views, height, width, 3)``."""
         directions = views.cameras.rays(views.height, views.width)[1]
         return module.background(directions.to(self.device), step, self.random)
-
-    def _goal(self, height: int, width: int) -> tuple[Tensor, Tensor]:
-        """Colours and masks of the images, ``(views, height, width, channels)``."""
-        if (height, width) not in self._sized:
-            sized = [image.resized(height, width) for image in self.references]
-            rgb = torch.stack([one.rgb for one in sized]).permute(0, 2, 3, 1)
-            alpha = torch.stack([one.alpha for one in sized]).permute(0, 2, 3, 1)
-            self._sized[height, width] = rgb.to(self.device), alpha.to(self.device)
-        return self._sized[height, width]
-
-    def _depths(
-        self, height: int, width: int, alpha: Tensor
-    ) -> tuple[Tensor, Float[Tensor, "1 height width 1"]]:
-        """The given depths inside the first image's mask, and that mask."""
-        assert self._depth_map is not None
-        goal = nn.functional.interpolate(
-            self._depth_map[None, None], (height, width), mode="area"
-        )
-        inside = alpha[:1] > 0.5
-        return goal.permute(0, 2, 3, 1).to(self.device)[inside], inside
 
     def _read_depth(self) -> Float[Tensor, "height width"] | None:
         """The depth map that the loss compares with; None: it compares with none."""

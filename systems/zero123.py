@@ -16,14 +16,8 @@ from torch import nn
 
 from systems.dreamfusion import DreamFusion
 from systems.dreamgaussian import DreamGaussian, DreamGaussianConfig
-from systems.guidance.zero123 import IMAGE_GUIDANCES
-from systems.image_to_3d import (
-    IMAGE_PROMPTS,
-    FrequencyConfig,
-    ImageLossConfig,
-    ImagePromptConfig,
-    ImageTo3D,
-)
+from systems.image_settings import ImageGuidedConfig, ImageLossConfig
+from systems.image_to_3d import ImageTo3D
 from systems.optimizer import OptimizerConfig
 from systems.references.views import SingleImageConfig
 from systems.scene.cameras import Views
@@ -34,7 +28,6 @@ from systems.scene.renderers import Rendering
 from systems.scene.scene import SceneConfig
 from systems.settings.checks import between
 from systems.settings.config import Config
-from systems.settings.reader import part
 from systems.settings.schedules import Schedule, values_of
 
 _SMOOTH = SMOOTH_REGULARISERS.keys() - REGULARISERS.keys()
@@ -61,27 +54,17 @@ class FieldLossConfig(ImageLossConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Zero123SystemConfig(SceneConfig):
+class Zero123SystemConfig(ImageGuidedConfig, SceneConfig):
     """`system`: the scene, guidance, loss and optimizer, each with its own section.
 
     Args:
-        prompt_processor_type: "dummy-prompt-processor".
-        prompt_processor: A prompt beside the image; usually empty.
-        guidance_type: Guidance; a key of `systems.guidance.zero123.IMAGE_GUIDANCES`.
-        guidance: Settings of the guidance.
         loss: Weights of the loss terms.
-        freq: When reference views and guidance act.
         optimizer: The optimizer, with a learning rate for each part.
         ambient_ratio_min: Least share of ambient light in a shaded random view.
     """
 
-    prompt_processor: ImagePromptConfig = field(metadata=part(IMAGE_PROMPTS))
-    guidance: Any = field(metadata=part(IMAGE_GUIDANCES))
     optimizer: OptimizerConfig
-    prompt_processor_type: str = "dummy-prompt-processor"
-    guidance_type: str = "zero123-guidance"
     loss: FieldLossConfig = field(default_factory=FieldLossConfig)
-    freq: FrequencyConfig = field(default_factory=FrequencyConfig)
     ambient_ratio_min: float = 0.5
 
     def __post_init__(self) -> None:
@@ -153,24 +136,14 @@ class Zero123(ImageTo3D, DreamFusion):
 
 
 @dataclass(frozen=True, kw_only=True)
-class GaussianImageConfig(DreamGaussianConfig):
+class GaussianImageConfig(ImageGuidedConfig, DreamGaussianConfig):
     """`system`: splats, guidance by an image, loss, optimizer and growth.
 
     Args:
-        prompt_processor_type: "dummy-prompt-processor".
-        prompt_processor: A prompt beside the image; usually empty.
-        guidance_type: Guidance; a key of `systems.guidance.zero123.IMAGE_GUIDANCES`.
-        guidance: Settings of the guidance.
         loss: Weights of the loss terms.
-        freq: When reference views and guidance act.
     """
 
-    prompt_processor: ImagePromptConfig = field(metadata=part(IMAGE_PROMPTS))
-    guidance: Any = field(metadata=part(IMAGE_GUIDANCES))
-    prompt_processor_type: str = "dummy-prompt-processor"
-    guidance_type: str = "zero123-guidance"
     loss: ImageLossConfig = field(default_factory=ImageLossConfig)  # pyright: ignore[reportIncompatibleVariableOverride]
-    freq: FrequencyConfig = field(default_factory=FrequencyConfig)
 
 
 class Zero123Gaussians(ImageTo3D, DreamGaussian):

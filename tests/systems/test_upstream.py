@@ -23,7 +23,8 @@ from systems import OTHERWISE, build
 from systems.dreamfusion import DreamFusion
 from systems.settings.config import Config, load
 from systems.settings.reader import ConfigError, read
-from systems.settings.upstream import SETTINGS, VALUES, resolvers, translate
+from systems.settings.upstream import resolvers, translate
+from systems.settings.upstream_table import SETTINGS, VALUES
 from tests.helpers import tree_equal
 from tests.systems.test_priors import deep_floyd as deep_floyd
 from tests.systems.test_priors import stable_diffusion as stable_diffusion
