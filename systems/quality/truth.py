@@ -156,6 +156,11 @@ def measure(
 def by_clip(system: System, y: dp.State) -> dict[str, float] | str:
     """CLIP figures of a state as in evaluation, or the reason for their absence."""
     wanted = system.config.quality
+    if system.truth_prompt is None:
+        return (
+            "not measured: an image names no ground truth, and `quality.truth` no "
+            'toybox object (such as `quality.truth="a red mug"`)'
+        )
     if wanted.clip is None:
         return (
             "not measured: the toybox has no ground truth for this prompt, and "

@@ -18,6 +18,7 @@ from dreampropeller.identity import AnotherProblem
 from systems import build
 from systems.guidance.priors import ModelError
 from systems.image_to_3d import ImageTo3D
+from systems.quality import by_clip
 from systems.scene.cameras import Cameras
 from systems.settings.config import load
 from systems.settings.notes import note
@@ -188,6 +189,9 @@ def test_a_run_from_the_command_line(
     (folder,) = tmp_path.glob("*/mug.png@*")
     assert (folder / "reference.png").stat().st_size > 500
     # The same picture elsewhere is the same problem, another picture is not.
+    assert "`quality.truth` no toybox object" in str(
+        by_clip(make("voxels", mug, second), checkpoint.load(folder / "ckpts").y)
+    )
     moved = tmp_path / "copy.png"
     moved.write_bytes(mug.read_bytes())
     state = checkpoint.load(folder / "ckpts")
