@@ -35,7 +35,7 @@ class Attributes:
     Args:
         roots: Objects by name at which the walk begins.
         follow: Whether the walk enters an object besides modules and data sets.
-        skip: Names of attributes that are ignored.
+        skip: Names of attributes that are ignored, or their paths (`part.calls`).
         state: Tensors that are restored elsewhere; an attribute that shares the memory
             of one is left alone.
     """
@@ -48,10 +48,7 @@ class Attributes:
         state: Iterable[Tensor] = (),
     ) -> None:
         self._skip = frozenset(skip)
-        self._again = roots, follow, skip, list(state)
-        memory = frozenset(
-            tensor.untyped_storage().data_ptr() for tensor in self._again[3]
-        )
+        memory = frozenset(tensor.untyped_storage().data_ptr() for tensor in state)
         self._owners: list[_Owner] = []
         seen: set[int] = set()
         todo: list[tuple[str, object]] = list(roots.items())
@@ -60,8 +57,8 @@ class Attributes:
             if id(owner) in seen or not hasattr(owner, "__dict__"):
                 continue
             seen.add(id(owner))
-            self._owners.append(_Owner(path, owner, self._plain(owner), memory))
-            children: Iterable[tuple[str, object]] = self._plain(owner)
+            self._owners.append(_Owner(path, owner, self._plain(path, owner), memory))
+            children: Iterable[tuple[str, object]] = self._plain(path, owner)
             if isinstance(owner, nn.Module):
                 children = [*children, *owner.named_children()]
             todo += [
@@ -71,17 +68,13 @@ class Attributes:
                 and not _is_frozen(child)
             ]
 
-    def again(self) -> Attributes:
-        """A new record of the same objects, as they are now."""
-        return Attributes(*self._again)
-
     def restore(self) -> None:
         """Restore every attribute."""
         for one in self._owners:
             if one.is_untouched():
                 continue
             table = vars(one.owner)  # not `setattr`: properties and modules interfere
-            for name, _ in self._plain(one.owner):
+            for name, _ in self._plain(one.path, one.owner):
                 if name not in one.notes:
                     del table[name]
             for name, note in one.notes.items():
@@ -90,27 +83,18 @@ class Attributes:
                 if name not in table or not note.holds(table[name]):
                     table[name] = note.restored()
 
-    def changed(self, numbers: bool = False) -> list[str]:
-        """Names of the attributes that differ from the record.
-
-        Args:
-            numbers: Of numbers and tensors only, and not those of metrics.
-        """
+    def changed(self) -> list[str]:
+        """Names of the attributes that differ from the record."""
         names: list[str] = []
         for one in self._owners:
-            observes = type(one.owner).__module__.split(".")[0] == "torchmetrics"
-            if one.is_untouched() or (numbers and observes):
+            if one.is_untouched():
                 continue
-            now = dict(self._plain(one.owner))
+            now = dict(self._plain(one.path, one.owner))
             prefix = f"{one.path}." if one.path else ""
             for name in {**one.notes, **now}:
                 note = one.notes.get(name)
-                if note is not None and name in now:
-                    value = now[name]
-                    same = not note.counts(value) if numbers else note.holds(value)
-                    if same:
-                        continue
-                names.append(prefix + name)
+                if note is None or name not in now or not note.holds(now[name]):
+                    names.append(prefix + name)
         return sorted(names)
 
     def objects(self) -> Iterator[tuple[str, object]]:
@@ -118,12 +102,14 @@ class Attributes:
         for one in self._owners:
             yield one.path, one.owner
 
-    def _plain(self, owner: object) -> list[tuple[str, Any]]:
+    def _plain(self, path: str, owner: object) -> list[tuple[str, Any]]:
         tables = _MODULE_TABLES if isinstance(owner, nn.Module) else frozenset()
         return [
             (name, value)
             for name, value in vars(owner).items()
-            if name not in tables and name not in self._skip
+            if name not in tables
+            and name not in self._skip
+            and f"{path}.{name}" not in self._skip
         ]
 
 
@@ -206,26 +192,6 @@ class Note:
             value = list(value.values())
         return len(value) == len(self._items) and all(
             note.holds(item) for note, item in zip(self._items, value, strict=True)
-        )
-
-    def counts(self, now: Any) -> bool:
-        """Whether a number or tensor has another value, also inside of containers.
-
-        Containers that have grown do not count: they may be logs.
-        """
-        value = self._value
-        if isinstance(value, (bool, int, float)) or isinstance(now, (int, float)):
-            return not self.holds(now)
-        if isinstance(now, Tensor):
-            was = self._copy if self._is_value else value
-            if not isinstance(was, Tensor) or was.shape != now.shape:
-                return True
-            return not torch.equal(was.detach(), now.detach())
-        if self._items is None or type(now) is not type(value):
-            return False
-        items = list(now.values()) if isinstance(now, dict) else list(now)
-        return len(items) == len(self._items) and any(
-            note.counts(item) for note, item in zip(self._items, items, strict=True)
         )
 
     def restored(self) -> Any:

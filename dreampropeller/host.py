@@ -9,7 +9,7 @@ its own values again, also after an error.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 
 from torch import Tensor, nn
 
@@ -25,17 +25,21 @@ class ModuleHost:
 
     Args:
         module: The module.
+        ignore: Plain attributes that are left alone, by name or path.
 
     Attributes:
         module: The module.
+        ignore: Likewise.
         parameters: Its trainable parameters, by name.
 
     Raises:
         ValueError: No parameter requires gradients.
     """
 
-    def __init__(self, module: nn.Module) -> None:
-        self.module = module
+    def __init__(self, module: nn.Module, ignore: Collection[str] = ()) -> None:
+        if isinstance(ignore, str):
+            raise TypeError(f'`ignore` is a string: write `ignore=("{ignore}",)`.')
+        self.module, self.ignore = module, tuple(ignore)
         named = dict(module.named_parameters())
         self.parameters = {n: p for n, p in named.items() if p.requires_grad}
         if not self.parameters:
@@ -52,7 +56,8 @@ class ModuleHost:
         """Record flags and plain attributes, which an evaluation must leave alone."""
         self._flags = Flags(self.module)
         state = [*self.module.parameters(), *self.module.buffers()]
-        self.attributes = Attributes({"": self.module}, skip=("training",), state=state)
+        skip = ("training", *self.ignore)
+        self.attributes = Attributes({"": self.module}, skip=skip, state=state)
 
     def buffers(self) -> dict[str, Tensor]:
         """The buffers by name, as the module holds them now."""

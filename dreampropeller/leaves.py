@@ -46,14 +46,21 @@ class Leaves:
 
         Args:
             found: The gradient of each leaf; None where the loss does not depend on it.
+                A loss that went backward itself has left others in `.grad`.
         """
         gradients = {  # absent, not zero: a zero would make AdamW decay the parameter
             name: gradient
-            for name, gradient in zip(self.leaves, found, strict=True)
-            if gradient is not None
+            for (name, leaf), last in zip(self.leaves.items(), found, strict=True)
+            if (gradient := _sum(leaf.grad, last)) is not None
         }
         buffers = buffer_drift(
             {name: self.y[name] for name in self.view if name not in self.leaves},
             {name: tensor.detach() for name, tensor in self.view.items()},
         )
         return gradients, buffers
+
+
+def _sum(one: Tensor | None, two: Tensor | None) -> Tensor | None:
+    if one is None or two is None:
+        return two if one is None else one
+    return one + two

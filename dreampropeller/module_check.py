@@ -9,12 +9,16 @@ always be taken back.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import types
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from dreampropeller.counters import Counters
+from dreampropeller.growing import refuse_growing
+from dreampropeller.guard import displaced
 from dreampropeller.host import ModuleHost
 from dreampropeller.optimizers import Optimizers
 from dreampropeller.precision import Precision
@@ -24,6 +28,7 @@ from dreampropeller.verification import (
     NotReproducible,
     Probe,
     names,
+    refuse_written,
     require_equal,
 )
 
@@ -40,6 +45,14 @@ class ModuleLoop:
         backward: Evaluates it, and goes backward.
         clip: Clips the gradients of parameters, in place.
         optimizers: Makes the optimizers and schedulers anew.
+        last: The last step.
+
+    Attributes:
+        captured: What the loss refers to.
+        reached: Optimizers among it, by path.
+
+    Raises:
+        NotReproducible: The loss refers to a `GradScaler`.
     """
 
     def __init__(
@@ -49,10 +62,20 @@ class ModuleLoop:
         backward: Backward,
         clip: Callable[[list[Tensor]], None],
         optimizers: Callable[[], Optimizers],
+        last: int,
     ) -> None:
         self._host, self._backward, self._clip = host, backward, clip
-        self._make = optimizers
+        self._make, self._last = optimizers, last
         self.captured = Reachable(loss, host.module)
+        bound = isinstance(loss, types.MethodType)
+        self._roots = {"": host.module, "self" if bound else "loss": loss}
+        met = self._counters()
+        self.reached = met.optimizers
+        _refuse_scalers(met)
+
+    def _counters(self) -> Counters:
+        host = self._host
+        return Counters(self._roots, host.module, ignore=host.ignore)
 
     def cause(self) -> str:
         """What evaluations have changed, as a sentence."""
@@ -64,6 +87,10 @@ class ModuleLoop:
                 "global generators, which are seeded for each step, take counts from "
                 "`step`, and register what evolves as a buffer of the module."
             )
+        met = self._counters()
+        live = [*met.optimizers, *met.schedulers]
+        if live:
+            return _READS.format(names=names(live))
         suspects = self.captured.suspects()
         if suspects:
             return (
@@ -73,13 +100,22 @@ class ModuleLoop:
             )
         return ""
 
-    def compare(self, found: Probe, carry: Any, draws: Callable[[int], Any]) -> None:
+    def compare(
+        self,
+        found: Probe,
+        carry: Any,
+        draws: Callable[[int], Any],
+        fresh: Optimizers | None,
+    ) -> None:
         """Make the steps of a probe on the module itself, and compare.
 
         Args:
             found: The drifts and updates to compare with.
-            carry: The carry at the first step; None at the start of a run.
+            carry: The carry at the first step.
             draws: Scope of a step's random streams.
+            fresh: At the start of a run, the optimizers of the trajectory: those of
+                the second call of the factory start as they are made, unless it
+                returns the same ones.
 
         Raises:
             NotReproducible: Names what differs, and why.
@@ -89,7 +125,7 @@ class ModuleLoop:
         with host.untouched():
             host.write(found.states[0])
             optimizers = self._make()
-            if carry is not None:
+            if fresh is None or optimizers.shares(fresh):
                 optimizers.load(copy_nest(carry))
             for index, step in enumerate(found.steps):
                 if index and host.on_gpu:
@@ -123,7 +159,7 @@ class ModuleLoop:
             optimizers.step_in_place(skip=Precision.overflowed(drift))
         now = {**host.parameters, **host.buffers()}
         after = found.after[index][0]
-        on_gpu = dict.fromkeys(host.buffers(), 0.0)
+        on_gpu = dict.fromkeys(host.buffers(), 0.0) if host.on_gpu else {}
         require_equal(
             {name: after[name] for name in now},
             {name: tensor.detach() for name, tensor in now.items()},
@@ -149,17 +185,64 @@ class ModuleLoop:
 
     def _refuse_counters(self, found: Probe, draws: Callable[[int], Any]) -> None:
         """Refuse numbers that grow with each evaluation, though not used yet."""
-        host, step, state = self._host, found.steps[-1], found.states[-1]
-        host.write(state)
-        counted = self.captured.again(), host.attributes.again()
-        with draws(step), torch.enable_grad():
-            self._backward(step, state)
-        growing = [*counted[0].changed(numbers=True), *counted[1].changed(numbers=True)]
-        if growing:
+        state = found.states[-1]
+        for step in dict.fromkeys((found.steps[-1], self._last)):
+            again = self._repeated(step, state, draws)
+            try:
+                if step != found.steps[-1]:
+                    again()
+                self._refuse_growing(step, again, found.noise)
+            except NotReproducible:
+                raise
+            except Exception:  # of the loss: the run will meet it, or not
+                return
+
+    def _repeated(
+        self, step: int, state: State, draws: Callable[[int], Any]
+    ) -> Callable[[], State]:
+        """An evaluation of the loop's step, which may be repeated."""
+        host = self._host
+
+        def evaluate() -> State:
+            host.write(state)
+            host.clear_gradients()
+            with draws(step), torch.enable_grad():
+                gradients = copy_nest(self._backward(step, state))
+            now = {name: one.detach() for name, one in host.parameters.items()}
+            refuse_written(step, now, state)
+            return gradients
+
+        return evaluate
+
+    def _refuse_growing(
+        self, step: int, again: Callable[[], State], noise: Mapping[str, float]
+    ) -> None:
+        after = refuse_growing(step, self._counters, again, noise)
+        live = [*after.optimizers, *after.schedulers]
+        if live:
+            gradients = again()
+            with displaced(after.optimizers.values(), after.schedulers.values()):
+                other = again()
+            require_equal(
+                gradients,
+                other,
+                f"Step {step} was evaluated again with other settings of {names(live)}",
+                noise,
+                lambda: _READS.format(names=names(live)),
+            )
+
+
+_READS = (
+    "The loss refers to {names}: what it reads there belongs to another step than the "
+    "one that is evaluated. Compute the learning rate, or what else it is, from `step`."
+)
+
+
+def _refuse_scalers(met: Counters) -> None:
+    for path, one in met.others.items():
+        if isinstance(one, torch.amp.GradScaler) and one.is_enabled():
             raise NotReproducible(
-                f"{names(growing)} changed although the same step was evaluated again: "
-                "a count or an average of evaluations, of which a solve makes others "
-                "than the loop. Compute it from `step`, register it as a buffer of the "
-                "module, or return it as a scalar to log; `check=False` leaves this "
-                "check out."
+                f"The loss refers to a `GradScaler`, `{path}`, whose scale changes "
+                "with each update. Return the loss itself, and write "
+                '`precision="16-mixed"`, which scales as it does.'
             )

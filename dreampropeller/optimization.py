@@ -12,16 +12,19 @@ new values of changed elements (integers: the increment), and the update writes 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from types import MappingProxyType
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from dreampropeller.batched_loss import BatchedDrift, on_states
 from dreampropeller.buffers import updated_buffers
-from dreampropeller.guard import Guard
+from dreampropeller.clipping import Clipping
+from dreampropeller.guard import GroupGuard, Guard
 from dreampropeller.host import ModuleHost
 from dreampropeller.identity import Fingerprint, plain, shape_of
 from dreampropeller.leaves import Leaves
@@ -108,8 +111,7 @@ class OptimizationTrajectory(Trajectory[Nest]):
         self._loss = loss
         self._batched = on_states(loss, None if _host is None else _host.module)
         self._random = None if seed is None else StepRandom(seed)
-        self._clip_grad_norm = clip_grad_norm
-        self._clip_grad_value = clip_grad_value
+        self._clipping = Clipping(clip_grad_norm, clip_grad_value)
         self._initial = {
             name: tensor.detach().clone()
             for name, tensor in {**params, **(buffers or {})}.items()
@@ -154,6 +156,8 @@ class OptimizationTrajectory(Trajectory[Nest]):
         loss: Callable[[int, nn.Module], Any],
         optimizer: OptimizerFactory,
         num_steps: int,
+        *,
+        ignore: Collection[str] = (),
         **options: Any,
     ) -> OptimizationTrajectory:
         """Wrap the body of an existing loop: ``(step, module)`` returns its loss.
@@ -170,9 +174,12 @@ class OptimizationTrajectory(Trajectory[Nest]):
                 that `BatchedDispatcher` evaluates is not in the module's own tensors.
             optimizer: See the class; called with the module's own parameters by name.
             num_steps: See the class.
+            ignore: Names of counters, averages and logs that nothing reads, as the
+                check names them (`calls`, `meter`): they are left alone, and count the
+                evaluations of the solve.
             **options: Further arguments of the class.
         """
-        host = ModuleHost(module)
+        host = ModuleHost(module, ignore)
 
         def evaluated(step: int, y: State) -> Any:
             del y  # the module holds it
@@ -248,6 +255,7 @@ class OptimizationTrajectory(Trajectory[Nest]):
         with self._draws(step), torch.enable_grad():
             loss, aux = self._scaled_loss(step, y, own.view, own.leaves)
             leaves = list(own.leaves.values())
+            self._precision.refuse_parts(step, leaves)
             found = torch.autograd.grad(loss, leaves, allow_unused=True)
             drawn = self._drawn()
         gradients, buffers = own.drift(found)
@@ -294,7 +302,7 @@ class OptimizationTrajectory(Trajectory[Nest]):
             guarded = {**host.parameters, **host.frozen}
             with self._draws(step), torch.enable_grad():
                 loss, aux = self._scaled_loss(step, y, y, guarded)
-                loss.backward()
+                self._backward(step, loss)
                 drawn = self._drawn()
             return host.gradients(), {**host.buffer_drift(y), **drawn}, aux
 
@@ -303,10 +311,24 @@ class OptimizationTrajectory(Trajectory[Nest]):
     ) -> tuple[Tensor, Mapping[str, Any]]:
         """The loss to differentiate, and scalars to log."""
         guard = Guard(guarded, self._optimizers.trainable)
+        groups = GroupGuard(self._reached)
         with self._precision.autocast():
             result = self._loss(step, view)
         guard.check()
+        groups.check(step)
         return self._scaled(step, y, result)
+
+    def _backward(self, step: int, loss: Tensor) -> None:
+        """Go backward in the module, unless the loss has done so itself."""
+        assert self._host is not None, "only with a host"
+        self._precision.refuse_parts(step, self._host.parameters.values())
+        if loss.requires_grad:
+            loss.backward()
+        elif not self._host.gradients():
+            raise ValueError(
+                f"The loss of step {step} depends on no parameter: return it with its "
+                "graph, without `.item()` or `.detach()`, or go backward in it."
+            )
 
     def _scaled(
         self, step: int, y: State, result: Any
@@ -325,7 +347,7 @@ class OptimizationTrajectory(Trajectory[Nest]):
     ) -> tuple[State, Nest]:
         """Clip, step every optimizer, then every scheduler; write the buffers."""
         gradients = {n: drift[n] for n in self._optimizers.trainable if n in drift}
-        gradients = self._clip(gradients)
+        gradients = self._clipping(gradients)
         skip = Precision.overflowed(drift)
         random = self._random if self._optimizers.may_draw else None
         with random.scope(step, "update") if random else nullcontext():
@@ -339,46 +361,37 @@ class OptimizationTrajectory(Trajectory[Nest]):
         host = self._host
         if host is None:
             return super().check(step, y, carry, drift)
-
+        loss = getattr(self._loss, "__wrapped__", self._loss)
         loop = ModuleLoop(
             host,
-            getattr(self._loss, "__wrapped__", self._loss),
+            loss,
             self._loop_gradients,
-            self._clip_in_place,
+            self._clipping.in_place,
             self._make_optimizers,
+            self.num_steps - 1,
         )
+        self._reached = loop.reached
         try:
             found = probe(self, step, y, carry, drift, loop.cause)
         except EvaluationFailed:
             loop.captured.restore()
             return None
-        second_update(self, found)
-        loop.compare(found, carry if step else None, self._draws)
+        with self._optimizers.observed(host.module, host.ignore):
+            second_update(self, found)
+        fresh = self._optimizers if step == 0 else None
+        loop.compare(found, carry, self._draws, fresh)
         self._repeats = Repeats(found.noise, loop.cause)
         return found.checked(whole=True)
+
+    _reached: Mapping[str, Optimizer] = MappingProxyType({})
+    """Optimizers that the loss refers to, by path, once a check has looked for them."""
 
     def _loop_gradients(self, step: int, y: State) -> State:
         """The gradients of the loop, on what the module holds."""
         assert self._host is not None, "only with a host"
         with torch.enable_grad():
             loss, _ = self._scaled_loss(step, y, y, {})
-            loss.backward()
+            self._backward(step, loss)
         gradients = self._host.gradients()
         overflow = Precision.overflowed(self._precision.unscale(gradients.values(), y))
         return {} if overflow else gradients
-
-    def _clip_in_place(self, parameters: list[Tensor]) -> None:
-        if self._clip_grad_norm is not None:
-            nn.utils.clip_grad_norm_(parameters, self._clip_grad_norm)
-        if self._clip_grad_value is not None:
-            nn.utils.clip_grad_value_(parameters, self._clip_grad_value)
-
-    def _clip(self, gradients: State) -> State:
-        if self._clip_grad_norm is None and self._clip_grad_value is None:
-            return gradients
-        holders = [nn.Parameter(gradient) for gradient in gradients.values()]
-        for holder, gradient in zip(holders, gradients.values(), strict=True):
-            holder.grad = gradient.clone()  # clipping writes in place
-        self._clip_in_place([*holders])
-        clipped = [holder.grad for holder in holders]
-        return {n: g for n, g in zip(gradients, clipped, strict=True) if g is not None}

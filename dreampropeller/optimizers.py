@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import Any, TypeAlias
 
 import torch
@@ -12,9 +13,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from dreampropeller.belongings import Belongings
+from dreampropeller.counters import Counters
 from dreampropeller.identity import Fingerprint, plain
 from dreampropeller.lending import lent
 from dreampropeller.tree import Nest, State, copy_nest
+from dreampropeller.verification import NotReproducible, listed, names
 
 Params: TypeAlias = dict[str, nn.Parameter]
 OptimizerFactory: TypeAlias = Callable[[Params], Optimizer | Sequence[Optimizer]]
@@ -60,7 +63,9 @@ class Optimizers:
     ) -> None:
         self._params = dict(params)
         made = optimizer(dict(self._params))
-        self._optimizers = [made] if isinstance(made, Optimizer) else list(made)
+        several = isinstance(made, Sequence)
+        self._optimizers = list(made) if several else [made]
+        self._sizes = [_sizes(one) for one in map(_optimizer, self._optimizers)]
         names = {parameter: name for name, parameter in self._params.items()}
         self._names: list[list[str]] = []
         for one in self._optimizers:
@@ -116,6 +121,13 @@ class Optimizers:
 
     def _export_one(self, optimizer: Optimizer, names: Sequence[str]) -> Nest:
         title = type(optimizer).__name__
+        if _sizes(optimizer) not in self._sizes:
+            raise ValueError(
+                f"The groups of `{title}` changed during the run. Steps are not "
+                "evaluated in order, so all parameters have to be in their groups from "
+                "the start: set a learning rate of 0 by a scheduler until a group "
+                "joins, or leave its parameters without a gradient (`.detach()`)."
+            )
         read, state = self._belongings.read, optimizer.state
         plain = _is_plain(optimizer)
         memory: dict[str, Any] = {
@@ -166,6 +178,34 @@ class Optimizers:
                 )
             ],
         }
+
+    @contextlib.contextmanager
+    def observed(
+        self, host: nn.Module | None, ignore: Collection[str] = ()
+    ) -> Iterator[None]:
+        """Refuse that updates inside the block change what the carry does not hold.
+
+        Raises:
+            NotReproducible: A number or tensor that a function or class of the
+                optimizers or schedulers refers to has changed.
+        """
+        owners = [*self._optimizers, *filter(None, self._schedulers)]
+        roots = {type(one).__name__: one for one in owners}
+        before = Counters(roots, host, carried=True, ignore=ignore)
+        yield
+        changed = before.changed(before.again())
+        if changed:
+            raise NotReproducible(
+                f"An update changed {names(changed)}, outside of the attributes of the "
+                "optimizer or scheduler: a solve makes more updates than the loop, and "
+                "cannot take them back. Keep it in `self` of the optimizer, such as an "
+                "average of the weights, or compute it from the step. If it only "
+                f"counts or logs, write `ignore={listed(changed)}`."
+            )
+
+    def shares(self, other: Optimizers) -> bool:
+        """Whether an optimizer is one of another's: made outside of the factory."""
+        return any(one in other._optimizers for one in self._optimizers)
 
     def step(
         self,
@@ -255,6 +295,23 @@ class Optimizers:
             self._belongings.write_attributes(
                 optimizer, memory["attributes"], _declared()
             )
+
+
+def _optimizer(made: Any) -> Optimizer:
+    """Refuse what is not an optimizer of torch's kind."""
+    if not isinstance(made, Optimizer):
+        raise TypeError(
+            f"`optimizer` returned a `{type(made).__name__}`, which is not a "
+            "`torch.optim.Optimizer`. Return the optimizer inside of it, and let a "
+            "scheduler (`scheduler=`) set the learning rate; or derive the class from "
+            "`torch.optim.Optimizer`."
+        )
+    return made
+
+
+def _sizes(optimizer: Optimizer) -> list[int]:
+    """The number of parameters of each group."""
+    return [len(group["params"]) for group in optimizer.param_groups]
 
 
 def _is_plain(optimizer: Optimizer) -> bool:

@@ -70,6 +70,19 @@ class Precision:
         """The loss that is differentiated."""
         return loss * self._factor(y) if self.scales else loss
 
+    def refuse_parts(self, step: int, leaves: Iterable[Tensor]) -> None:
+        """Refuse gradients without a scale beside those of the scaled loss.
+
+        Raises:
+            ValueError: The loss has gone backward itself.
+        """
+        if self.scales and any(leaf.grad is not None for leaf in leaves):
+            raise ValueError(
+                f"The loss of step {step} goes backward itself, and the loss scale of "
+                '`precision="16-mixed"` applies to what it returns alone. Return the '
+                'sum of all parts, or write `precision="bf16-mixed"`.'
+            )
+
     def unscale(self, gradients: Iterable[Tensor | None], y: State) -> State:
         """Divide the scale out of gradients, in place.
 

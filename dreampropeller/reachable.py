@@ -10,12 +10,13 @@ from __future__ import annotations
 import abc
 import functools
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
 
 from dreampropeller.attributes import Attributes, Note
+from dreampropeller.counters import global_names
 
 _DEPTH = 4
 _LARGE = 1000
@@ -31,7 +32,6 @@ class Reachable:
     """
 
     def __init__(self, function: Callable[..., Any], module: nn.Module) -> None:
-        self._again = function, module
         self._seen: set[int] = {id(one) for one in module.modules()}
         self._seen |= {id(one) for one in [*module.parameters(), *module.buffers()]}
         self._places: list[tuple[str, _Place, Note]] = []
@@ -45,25 +45,13 @@ class Reachable:
             self._objects, state=[*module.parameters(), *module.buffers(), *apart]
         )
 
-    def again(self) -> Reachable:
-        """A new record of the same function, as it is now."""
-        return Reachable(*self._again)
-
-    def changed(self, numbers: bool = False) -> list[str]:
-        """Names of what differs from the record.
-
-        Args:
-            numbers: Of numbers and tensors only, without containers and generators.
-        """
-        found = [
-            name
-            for name, place, note in self._places
-            if not note.holds(place.get()) and (not numbers or note.counts(place.get()))
-        ]
+    def changed(self) -> list[str]:
+        """Names of what differs from the record."""
+        found = [n for n, place, note in self._places if not note.holds(place.get())]
         found += [
             n for n, tensor, version in self._tensors if tensor._version != version
         ]
-        return found if numbers else [*found, *self._attributes.changed()]
+        return [*found, *self._attributes.changed()]
 
     def suspects(self) -> list[str]:
         """Names of iterators, whose place cannot be read."""
@@ -100,7 +88,7 @@ class Reachable:
         )
         for name, cell in cells:
             self._visit(name, _Cell(cell), depth)
-        for name in _global_names(function.__code__):
+        for name in global_names(function.__code__):
             if name in function.__globals__:
                 self._visit(name, _Key(function.__globals__, name), depth)
         for number, value in enumerate(function.__defaults__ or ()):
@@ -194,10 +182,3 @@ def _size(value: object) -> int:
     if not isinstance(value, (list, tuple, set)) or len(value) > _LARGE:
         return len(value) if isinstance(value, (list, tuple, set)) else 1
     return sum(map(_size, value))
-
-
-def _global_names(code: types.CodeType) -> Iterator[str]:
-    yield from code.co_names
-    for inner in code.co_consts:
-        if isinstance(inner, types.CodeType):
-            yield from _global_names(inner)

@@ -22,8 +22,9 @@ LAYERS = {
     "states": "dreampropeller/{tree,rng,timer,checks,buffers,guard,identity,allocator}"
     ".py",
     "problem": "dreampropeller/{trajectory,optim*,batched_loss,leaves,precision,host,"
-    "attributes,lending,verification,module_check,reachable,generators,belongings,"
-    "differential}.py",
+    "attributes,lending,verification,module_check,"
+    "reachable,counters,growing,clipping,"
+    "generators,belongings,differential}.py",
     "control": "dreampropeller/{component,rollout,carries,window,predictor,"
     "*threshold}.py dreampropeller/acceleration/*",
     "dispatch": "dreampropeller/dispatch/*",

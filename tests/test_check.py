@@ -150,7 +150,7 @@ IMPURE: dict[Callable[[], Loss], str] = {
     clock: r"Something besides step and state decides",
     teacher: r"changed `average\.0\.bias`, `average\.0\.weight`",
     counted: r"changed `count`",
-    counted_for_later: r"`calls` changed although the same step",
+    counted_for_later: r"`calls\.count` changed although step 1",
     norm_of_data: r"changed `norm\.num_batches_tracked`",
 }
 
@@ -375,12 +375,11 @@ def test_a_solve_tells_what_was_verified_and_leaves_no_trace() -> None:
 
 
 def test_one_evaluation_in_500_is_repeated() -> None:
-    calls: list[int] = []
+    ticks = itertools.count()  # whose place cannot be read
 
     def loss(step: int, module: Any) -> Tensor:
-        calls.append(step)
-        drift = 1e-3 * (len(calls) > 400)  # what no check can foresee
-        return error(module, DATA[:2]) * (1 + drift * len(calls))
+        calls = next(ticks)
+        return error(module, DATA[:2]) * (1 + 1e-3 * calls * (calls > 400))
 
     with pytest.raises(NotReproducible, match="twice in a row"):
         solved(loss, num_steps=600)

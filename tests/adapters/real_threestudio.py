@@ -152,7 +152,7 @@ def compare(
         "steps_compared": len(equal),
         "steps_equal": sum(equal),
         "first_difference": first,
-        "sizes": sorted({int(batch["height"]) for batch in recording.batches}),
+        "sizes": sorted({_height(batch) for batch in recording.batches}),
         "rows": {
             n: [len(begun[n]), len(t)]
             for n, t in sequential.value.items()
@@ -175,6 +175,12 @@ def compare(
         **rules,
         "seconds_per_sequential_step": seconds / trajectory.num_steps,
     }
+
+
+def _height(batch: Any) -> int:
+    """The height of a batch's images; some data sets give the whole schedule."""
+    height = batch["height"]
+    return height if isinstance(height, int) else batch["rays_o"].shape[-3]
 
 
 def own_run(system: Any, datamodule: Any, cfg: Any) -> Any:

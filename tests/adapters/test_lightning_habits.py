@@ -193,9 +193,54 @@ class GoesToSleep(Plain):
             self.net.eval()
 
 
+class Counts(Plain):
+    calls = 0
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        self.calls += 1
+        return super().training_step(batch, batch_idx)
+
+
+class AveragesAside(Plain):
+    def __init__(self) -> None:
+        super().__init__()
+        self.aside = [copy.deepcopy(self.net)]  # not registered
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        with torch.no_grad():
+            self.aside[0].weight.lerp_(self.net.weight, 0.1)
+
+
+class Stops(Plain):
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        self.trainer.should_stop = self.global_step == 9
+        return super().training_step(batch, batch_idx)
+
+
+class AddsAGroup(Plain):
+    def configure_optimizers(self) -> Any:
+        return torch.optim.Adam([self.net.weight], lr=1e-2)
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        if self.global_step == 9:
+            added: Any = {"params": [self.net.bias]}
+            self.trainer.optimizers[0].add_param_group(added)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_count_that_nothing_reads_is_named_and_may_be_ignored() -> None:
+    wanted = fit(Counts(), ordered())
+    made = LightningTrajectory(Counts(), ordered(), STEPS, ignore=("calls",))
+    assert tree_equal(dp.solve(made, EXACT).value, wanted)
+
+
 @pytest.mark.parametrize(
     ("kind", "message"),
     [
+        (Counts, r'`calls` changed .*`ignore=\("calls",\)`'),
+        (AveragesAside, r"`aside\[0\]\.weight` changed"),
+        (Stops, r"set `trainer\.should_stop`"),
+        (AddsAGroup, "added or removed a group of the optimizer"),
         (FreezesItself, r"switched `net.bias.requires_grad` to False"),
         (GoesToSleep, r"switched `net` to `eval\(\)`"),
         (Multiplies, "reads `lr` of the optimizer, which an earlier step has set"),
@@ -218,7 +263,7 @@ class Tires(Plain):
 
     def training_step(self, batch: Any, batch_idx: int) -> Any:
         type(self).evaluations += 1
-        weight = 1.0 if self.evaluations < 24 else 1.0 / self.evaluations
+        weight = 1.0 if self.evaluations < 40 else 1.0 / self.evaluations
         return super().training_step(batch, batch_idx) * weight
 
 
@@ -228,8 +273,9 @@ def test_an_evaluation_is_repeated_now_and_then(
     """What begins to differ after the check at the start is noticed during the run."""
     monkeypatch.setattr(verification, "_EVERY", 3)
     Tires.evaluations = 0
+    made = LightningTrajectory(Tires(), ordered(), STEPS, ignore=("evaluations",))
     with pytest.raises(NotReproducible, match="evaluated twice in a row"):
-        dp.solve(LightningTrajectory(Tires(), ordered(), STEPS), EXACT)
+        dp.solve(made, EXACT)
 
 
 class AveragesEarly(AveragesLate):

@@ -10,13 +10,14 @@ finds, else an earlier step has set it by hand, which a drift cannot know.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from dreampropeller.guard import same_setting, setting_tensor, settings
 from dreampropeller.optimizers import Optimizers
 from dreampropeller.tree import Nest, State, copy_nest
 from dreampropeller.verification import NotReproducible
@@ -69,9 +70,9 @@ class Groups:
             self._close()
 
     def _watch(self) -> None:
-        self._entered = [_settings(group) for group in self._groups]
+        self._entered = [settings(group) for group in self._groups]
         for group, own in zip(self._groups, self._own, strict=True):
-            own.update(_settings(group))
+            own.update(settings(group))
             group.watch()
         self._state = self._optimizer.state
         vars(self._optimizer)["state"] = _Hidden()
@@ -85,28 +86,34 @@ class Groups:
     def leave(self) -> State:
         """What the step has set and read up to here, as entries of the drift."""
         drift: State = {}
+        if len(self._optimizer.param_groups) != len(self._groups):
+            raise ValueError(
+                "A step added or removed a group of the optimizer. Steps are not "
+                "evaluated in order, so all groups have to be there from the start: "
+                "give a learning rate of 0 until one joins."
+            )
         rows = zip(self._groups, self._own, self._entered, strict=True)
         for index, (group, own, before) in enumerate(rows):
-            for key, value in _settings(own).items():
-                if key in before and not _same(value, before[key]):
+            for key, value in settings(own).items():
+                if key in before and not same_setting(value, before[key]):
                     group[key] = value
-            for key, value in _settings(group).items():
-                if key not in before or not _same(value, before[key]):
-                    drift[f"{PREFIX}{index}/{key}"] = _tensor(value)
+            for key, value in settings(group).items():
+                if key not in before or not same_setting(value, before[key]):
+                    drift[f"{PREFIX}{index}/{key}"] = setting_tensor(value)
             for key in group.read & before.keys():
-                drift[f"{PREFIX}{index}/{key}{_READ}"] = _tensor(before[key])
-        self._left = [_settings(group) for group in self._groups]
+                drift[f"{PREFIX}{index}/{key}{_READ}"] = setting_tensor(before[key])
+        self._left = [settings(group) for group in self._groups]
         return drift
 
     def changed_since(self) -> bool:
         """Whether something was set after `leave`."""
         return any(
-            not _same(value, left.get(key))
+            not same_setting(value, left.get(key))
             for group, own, left, before in zip(
                 self._groups, self._own, self._left, self._entered, strict=True
             )
-            for key, value in [*_settings(group).items(), *_settings(own).items()]
-            if key not in before or not _same(value, before[key])
+            for key, value in [*settings(group).items(), *settings(own).items()]
+            if key not in before or not same_setting(value, before[key])
         )
 
     def apply(self, step: int, carry: Nest, drift: State) -> None:
@@ -122,7 +129,9 @@ class Groups:
             group = groups[int(index)]
             if not name.endswith(_READ):
                 group[key] = _like(group.get(key), value)
-            elif key not in group or not _same(_like(group[key], value), group[key]):
+            elif key not in group or not same_setting(
+                _like(group[key], value), group[key]
+            ):
                 raise NotReproducible(
                     f"Step {step} reads `{key}` of the optimizer, which an earlier "
                     "step has set by hand, so it depends on the steps before. Compute "
@@ -194,27 +203,6 @@ class _Hidden(dict[Any, Any]):
     __getitem__ = get = items = values = keys = __iter__ = __contains__ = _refuse
 
 
-def _settings(group: Mapping[str, Any]) -> dict[str, Any]:
-    """The numbers of a group."""
-    return {
-        key: value
-        for key, value in dict.items(group)  # pyright: ignore[reportArgumentType]
-        if _is_number(value)
-        or (isinstance(value, (tuple, list)) and value and all(map(_is_number, value)))
-    }
-
-
-def _is_number(value: Any) -> bool:
-    if isinstance(value, Tensor):
-        return value.numel() == 1
-    return isinstance(value, (bool, int, float))
-
-
-def _tensor(value: Any) -> Tensor:
-    values = value if isinstance(value, (tuple, list)) else [value]
-    return torch.tensor([float(one) for one in values], dtype=torch.float64)
-
-
 def _like(old: Any, value: Tensor) -> Any:
     """A setting of the kind that it was."""
     numbers = value.tolist()
@@ -224,12 +212,6 @@ def _like(old: Any, value: Tensor) -> Any:
     if isinstance(old, Tensor):
         return torch.full_like(old, numbers[0])
     return numbers[0] if old is None else type(old)(numbers[0])
-
-
-def _same(one: Any, two: Any) -> bool:
-    if one is None or two is None:
-        return one is two
-    return torch.equal(_tensor(one), _tensor(two))
 
 
 def _without_tensors(nest: Nest) -> Nest:

@@ -56,6 +56,7 @@ class Settings:
     gradient_clip_algorithm: str = "norm"
     device: torch.device | str | None = None
     random: Keyed | None = None
+    ignore: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.num_steps < 1:
@@ -78,6 +79,7 @@ class Host:
         parameters: The parameters of its optimizers, by name.
         attributes: Its plain attributes, recorded when it was opened.
         random: Keys the global random streams.
+        roots: The module and its data set, by name.
         skip: Names of attributes that are ignored.
     """
 
@@ -146,6 +148,11 @@ class Host:
         return {**y, **params, **updated_buffers(y, drift), **extra}, carry
 
     @property
+    def counts(self) -> bool:
+        """Whether what grows is looked for; other hosts know their modules."""
+        return type(self) is Host
+
+    @property
     def steps_itself(self) -> bool:
         """Whether the update is the optimizer's own step."""
         return type(self).update is Host.update
@@ -212,6 +219,7 @@ class Host:
             drift |= streams()  # an optimizer that draws goes on from here
         self.shim.global_step = step + 1
         self._end_batch(trainer.detached(output, loss), batch, index)
+        refusals.check_stop(step, self.shim.should_stop)
         guard.check()
         drift.update(self.buffer_drift(y))
         aux = dict(self._logged) if loss is None else {**self._logged, "loss": loss}
@@ -273,7 +281,8 @@ class Host:
         roots: dict[str, object] = {"": module}
         if found.loader is not None:
             roots["dataset"] = found.loader.dataset
-        self.attributes = Attributes(roots, follow=self.follows, skip=self.skip)
+        self.roots, skip = roots, (*self.skip, *settings.ignore)
+        self.attributes = Attributes(roots, follow=self.follows, skip=skip)
         refusals.check_optimizers(self.attributes, owned)
         self.born = Born(module)
 
@@ -370,9 +379,8 @@ class Host:
         return drift
 
     def _zero_grad(self) -> None:
-        self.module.zero_grad(set_to_none=True)
-        for parameter in self.parameters.values():  # not all are necessarily registered
-            parameter.grad = None
+        for parameter in [*self.module.parameters(), *self.parameters.values()]:
+            parameter.grad = None  # not all are necessarily registered
 
     def _clip_gradients(self) -> None:
         value = self.settings.gradient_clip_val

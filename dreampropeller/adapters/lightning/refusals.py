@@ -70,3 +70,17 @@ def check_optimizers(attributes: Attributes, owned: Collection[int]) -> None:
                     "on the order of evaluations. Return its parameters from "
                     "`configure_optimizers`, or choose a setting without it."
                 )
+
+
+def check_stop(step: int, stops: bool) -> None:
+    """Refuse that a step ends the run: it is evaluated ahead, at guesses too.
+
+    Raises:
+        ValueError: It does.
+    """
+    if stops:
+        raise ValueError(
+            f"Step {step} set `trainer.should_stop`. Steps are evaluated ahead of "
+            "time: give `num_steps`, or `solve(..., on_iteration=f)`, whose `f(state, "
+            "iteration)` sees what was accepted and returns True to stop."
+        )

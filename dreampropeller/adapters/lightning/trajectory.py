@@ -12,7 +12,7 @@ it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
@@ -53,6 +53,9 @@ class LightningTrajectory(Trajectory[Nest]):
         random: Keying of the random streams, instead of `StepRandom(seed)`.
         host: Host that evaluates the module; default: a `Host`, for automatic
             optimisation.
+        ignore: Names of counters, averages and logs that nothing reads, as for
+            `OptimizationTrajectory.from_module`.
+        about: Likewise.
 
     Raises:
         TypeError: `module` is not a LightningModule, or an optimizer's memory cannot be
@@ -80,6 +83,7 @@ class LightningTrajectory(Trajectory[Nest]):
         device: torch.device | str | None = None,
         random: Keyed | None = None,
         host: Host | None = None,
+        ignore: Collection[str] = (),
         about: Mapping[str, Any] | None = None,
     ) -> None:
         settings = Settings(
@@ -90,6 +94,7 @@ class LightningTrajectory(Trajectory[Nest]):
             gradient_clip_algorithm=gradient_clip_algorithm,
             device=device,
             random=random,
+            ignore=tuple(ignore),
         )
         self.num_steps = num_steps
         self.host = Host() if host is None else host

@@ -1,0 +1,65 @@
+"""Refusal of what grows with each evaluation of one step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+from dreampropeller.counters import Counters, lengthened
+from dreampropeller.tree import State
+from dreampropeller.verification import NotReproducible, listed, names, require_equal
+
+
+def refuse_growing(
+    step: int,
+    counters: Callable[[], Counters],
+    again: Callable[[], State],
+    noise: Mapping[str, float],
+) -> Counters:
+    """Evaluate a step once more, and compare what the loss refers to.
+
+    A list that has grown may be a log: the step is then evaluated with a longer one,
+    and must not differ.
+
+    Args:
+        step: The step, which was evaluated before.
+        counters: Records what the loss refers to.
+        again: Evaluates the step once more, at the same state.
+        noise: See `dreampropeller.verification.Probe`.
+
+    Returns:
+        The record after the evaluation.
+
+    Raises:
+        NotReproducible: A number or tensor differs, or the loss reads such a list, or
+            a name to ignore is unknown.
+    """
+    before = counters()
+    drift = again()
+    after = counters()
+    unknown = sorted({*before.unknown()} & {*after.unknown()})
+    if unknown:
+        raise NotReproducible(
+            f"`ignore` names {names(unknown)}, which neither the module nor the loss "
+            "refers to: write the name as the check gives it."
+        )
+    changed = before.changed(after)
+    if changed:
+        raise NotReproducible(
+            f"{names(changed)} changed although step {step} was evaluated again: a "
+            "count or an average of evaluations, of which a solve makes others than "
+            "the loop. Compute it from the step, register it as a buffer of the "
+            "module, or return it as a scalar to log. If nothing reads it, write "
+            f"`ignore={listed(changed)}`."
+        )
+    grown = before.grown(after)
+    if grown:
+        with lengthened(grown.values()):
+            longer = again()
+        require_equal(
+            drift,
+            longer,
+            f"Step {step} was evaluated again with a longer {names(grown)}",
+            noise,
+            lambda: "Each evaluation appends to it, and the loss reads it.",
+        )
+    return after
