@@ -174,9 +174,12 @@ class Counters:
             if len(value) > _LARGE:
                 return
         if isinstance(value, dict):
-            for key, child in [*value.items()]:
-                plain = isinstance(key, (str, int)) and str(key).isidentifier()
-                yield (_join(path, key) if plain else f"{path}[{key!r}]"), child
+            for number, (key, child) in enumerate([*value.items()]):
+                if isinstance(key, str) and key.isidentifier():
+                    yield _join(path, key), child
+                else:  # a parameter's `repr` prints all of it
+                    shown = repr(key) if isinstance(key, (str, int)) else f"#{number}"
+                    yield f"{path}[{shown}]", child
         elif not isinstance(value, set):
             yield from ((f"{path}[{i}]", child) for i, child in enumerate([*value]))
 

@@ -63,3 +63,25 @@ def refuse_growing(
             lambda: "Each evaluation appends to it, and the loss reads it.",
         )
     return after
+
+
+def refuse_counting(model: object, again: Callable[[], object]) -> None:
+    """Refuse a model whose hooks or wrappers count its calls.
+
+    Args:
+        model: The model, or what holds it as `unet`.
+        again: Evaluates it once more at the same state.
+
+    Raises:
+        NotReproducible: A number or tensor that it refers to has changed.
+    """
+    before = Counters({"unet": getattr(model, "unet", model)})
+    again()
+    changed = before.changed(before.again())
+    if changed:
+        raise NotReproducible(
+            f"One more call of the model changed {names(changed)}: a hook or wrapper "
+            "counts calls (one that keeps features over several steps, for example), "
+            "and parallel sampling makes more of them, in another order. Remove it, "
+            "call the pipeline itself, or write `check=False` if nothing reads it."
+        )

@@ -146,11 +146,12 @@ def shrink(read: Any, model: str) -> None:
             continue
         if read.data_type in ("multiview-camera-datamodule", "co3d-datamodule"):
             continue  # these need a data set, and have one resolution
-        for name in ("height", "width"):
-            section[name] = [12, 16]
+        # This one hands a single resolution on as it stands in the config.
+        fixed = "dreamcraft3d" in read.data_type and isinstance(section.height, int)
+        section.height = section.width = 12 if fixed else [12, 16]
         for name in {"sample_height", "sample_width"} & set(section):
             section[name] = [6, 8]
-        section.resolution_milestones = [MILESTONE]
+        section.resolution_milestones = [] if fixed else [MILESTONE]
         if "image_path" not in section:
             section.batch_size = [section.get("n_view", 1)] * 2
             section.n_val_views, section.n_test_views = 1, 2

@@ -246,6 +246,20 @@ def drawing() -> tuple[Any, dict[str, Any]]:
     return pipeline(Drawing, diffusers.DDPMScheduler.from_config(ddim().config)), {}
 
 
+def caching() -> tuple[Any, dict[str, Any]]:
+    """Keeps features over three steps, as DeepCache does."""
+    whole, kept = pipeline(diffusers.StableDiffusionPipeline), {"calls": 0}
+
+    def hook(module: Any, inputs: Any, output: Any) -> Any:
+        kept["calls"] += 1
+        if kept["calls"] % 3 == 1:
+            kept["features"] = output
+        return kept["features"]
+
+    whole.unet.mid_block.register_forward_hook(hook)
+    return whole, {}
+
+
 @pytest.mark.filterwarnings("ignore")  # of diffusers' own, older pipelines
 @pytest.mark.parametrize(
     ("make", "message"),
@@ -259,6 +273,7 @@ def drawing() -> tuple[Any, dict[str, Any]]:
         (never, "made 0 calls of `unet`"),
         (fading, "something else than classifier-free guidance"),
         (drawing, "the state of its generator"),
+        (caching, r"changed `kept\.calls`"),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )

@@ -10,6 +10,8 @@ References:
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
 
@@ -30,3 +32,14 @@ def guided(
     axes = tuple(range(1, conditional.ndim))
     ratio = conditional.std(axes, keepdim=True) / found.std(axes, keepdim=True)
     return rescale * (found * ratio) + (1 - rescale) * found
+
+
+def repeated(value: Any, size: int, count: int) -> Any:
+    """Tensors of a nest whose first axis has a size, repeated along it."""
+    if isinstance(value, dict):
+        return {name: repeated(child, size, count) for name, child in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(repeated(child, size, count) for child in value)
+    if isinstance(value, Tensor) and value.ndim and len(value) == size:
+        return value.repeat(count, *[1] * (value.ndim - 1))
+    return value

@@ -77,7 +77,7 @@ def sample(
             `predictor`; its threshold is the squared tolerance.
         on_iteration: As for `solve`; it cannot stop the solve.
         on_solution: Called with the solution: iterations, evaluations, strides.
-        check: As for `solve`; it costs four evaluations of the model, eight
+        check: As for `solve`; it costs five evaluations of the model, nine
             with a batched window.
         **arguments: Further arguments of the pipeline.
 

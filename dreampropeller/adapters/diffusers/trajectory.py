@@ -31,10 +31,12 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import Tensor
 
-from dreampropeller.adapters.diffusers.guidance import guided
+from dreampropeller.adapters.diffusers.guidance import guided, repeated
+from dreampropeller.growing import refuse_counting
 from dreampropeller.identity import Fingerprint, plain, shape_of
-from dreampropeller.trajectory import Trajectory
+from dreampropeller.trajectory import Drift, Trajectory
 from dreampropeller.tree import Aux, Nest, State
+from dreampropeller.verification import Checked
 
 Form = Literal["semi-linear", "published"]
 Generators: TypeAlias = "torch.Generator | list[torch.Generator] | None"
@@ -120,7 +122,7 @@ class Denoiser:
         inputs = torch.cat([self._doubled(x) for x in xs])
         size = len(inputs) // len(xs)
         times = torch.stack(list(timesteps)).repeat_interleave(size).to(inputs.device)
-        conditions = _repeated(dict(self.conditions), size, len(xs))
+        conditions = repeated(dict(self.conditions), size, len(xs))
         outputs = self.unet(inputs, times, **conditions)[0].chunk(len(xs))
         return [self.guided(model_output, xs[0].shape[1]) for model_output in outputs]
 
@@ -237,6 +239,13 @@ class SamplingTrajectory(Trajectory[Nest]):
     ) -> tuple[Tensor, Nest]:
         """The scheduler's own step, with the noise of this step."""
         return self.stepper(step, x, carry, model_output, restored(self.draws[step]))
+
+    def check(self, step: int, y: State, carry: Nest, drift: Drift) -> Checked | None:
+        """Also refuse a model that counts its calls."""
+        found = super().check(step, y, carry, drift)
+        if found is not None:
+            refuse_counting(self.denoiser, lambda: drift(step, y))
+        return found
 
     def error_scale(self, step: int) -> float:
         """The posterior variance at the timestep of a state; 0 at the end."""
@@ -388,13 +397,3 @@ def restored(draws: list[Draw]) -> list[torch.Generator]:
 def _own(value: Any) -> Any:
     """A copied list: `step` shifts the multistep history in place."""
     return list(value) if isinstance(value, list) else value
-
-
-def _repeated(value: Any, size: int, count: int) -> Any:
-    if isinstance(value, dict):
-        return {name: _repeated(child, size, count) for name, child in value.items()}
-    if isinstance(value, (list, tuple)):
-        return type(value)(_repeated(child, size, count) for child in value)
-    if isinstance(value, Tensor) and value.ndim and len(value) == size:
-        return value.repeat(count, *[1] * (value.ndim - 1))
-    return value
