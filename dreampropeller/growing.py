@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import Any, TypeAlias
 
 from dreampropeller.counters import Counters, lengthened
 from dreampropeller.tree import State
 from dreampropeller.verification import NotReproducible, listed, names, require_equal
+
+Lists: TypeAlias = dict[str, tuple[Any, int]]
+"""Lists by path, with their lengths before they grew."""
 
 
 def refuse_growing(
@@ -14,7 +18,8 @@ def refuse_growing(
     counters: Callable[[], Counters],
     again: Callable[[], State],
     noise: Mapping[str, float],
-) -> Counters:
+    lists: Lists | None = None,
+) -> tuple[Counters, Lists]:
     """Evaluate a step once more, and compare what the loss refers to.
 
     A list that has grown may be a log: the step is then evaluated with a longer one,
@@ -25,9 +30,10 @@ def refuse_growing(
         counters: Records what the loss refers to.
         again: Evaluates the step once more, at the same state.
         noise: See `dreampropeller.verification.Probe`.
+        lists: Lists that have grown at another step, which this one may read.
 
     Returns:
-        The record after the evaluation.
+        The record after the evaluation, and all lists that have grown.
 
     Raises:
         NotReproducible: A number or tensor differs, or the loss reads such a list, or
@@ -51,7 +57,7 @@ def refuse_growing(
             "module, or return it as a scalar to log. If nothing reads it, write "
             f"`ignore={listed(changed)}`."
         )
-    grown = before.grown(after)
+    grown = {**(lists or {}), **before.grown(after)}
     if grown:
         with lengthened(grown.values()):
             longer = again()
@@ -62,7 +68,7 @@ def refuse_growing(
             noise,
             lambda: "Each evaluation appends to it, and the loss reads it.",
         )
-    return after
+    return after, grown
 
 
 def refuse_counting(model: object, again: Callable[[], object]) -> None:

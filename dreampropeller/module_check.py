@@ -9,6 +9,7 @@ always be taken back.
 
 from __future__ import annotations
 
+import contextlib
 import types
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 
 from dreampropeller.counters import Counters
-from dreampropeller.growing import refuse_growing
+from dreampropeller.growing import Lists, refuse_growing
 from dreampropeller.guard import displaced
 from dreampropeller.host import ModuleHost
 from dreampropeller.optimizers import Optimizers
@@ -186,16 +187,40 @@ class ModuleLoop:
     def _refuse_counters(self, found: Probe, draws: Callable[[int], Any]) -> None:
         """Refuse numbers that grow with each evaluation, though not used yet."""
         state = found.states[-1]
+        grown: Lists = {}
         for step in dict.fromkeys((found.steps[-1], self._last)):
             again = self._repeated(step, state, draws)
             try:
                 if step != found.steps[-1]:
-                    again()
-                self._refuse_growing(step, again, found.noise)
+                    again()  # what this step alone changes
+                grown = self._refuse_growing(step, again, found.noise, grown)
+                self._refuse_memory(step, again, found.noise)
             except NotReproducible:
                 raise
             except Exception:  # of the loss: the run will meet it, or not
                 return
+
+    def _refuse_memory(
+        self, step: int, again: Callable[[], State], noise: Mapping[str, float]
+    ) -> None:
+        """Refuse that a step sees what an earlier one has kept."""
+        changed = self.captured.changed()
+        if step != self._last or not changed:
+            return
+        after, alone = again(), None
+        self.captured.restore()
+        with contextlib.suppress(Exception):  # which is a difference, too
+            alone = again()
+        require_equal(
+            after,
+            alone or {},
+            f"Step {step} was evaluated after others, and without them",
+            noise,
+            lambda: (
+                f"It sees what an earlier step has left in {names(changed)}: compute "
+                "that before the solve, or from the step."
+            ),
+        )
 
     def _repeated(
         self, step: int, state: State, draws: Callable[[int], Any]
@@ -215,9 +240,13 @@ class ModuleLoop:
         return evaluate
 
     def _refuse_growing(
-        self, step: int, again: Callable[[], State], noise: Mapping[str, float]
-    ) -> None:
-        after = refuse_growing(step, self._counters, again, noise)
+        self,
+        step: int,
+        again: Callable[[], State],
+        noise: Mapping[str, float],
+        lists: Lists,
+    ) -> Lists:
+        after, grown = refuse_growing(step, self._counters, again, noise, lists)
         live = [*after.optimizers, *after.schedulers]
         if live:
             gradients = again()
@@ -230,6 +259,7 @@ class ModuleLoop:
                 noise,
                 lambda: _READS.format(names=names(live)),
             )
+        return grown
 
 
 _READS = (

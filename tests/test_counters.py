@@ -183,6 +183,29 @@ def in_a_list() -> Loss:
     return loss
 
 
+def in_a_list_of_the_first_steps() -> Loss:
+    means: list[Tensor] = []
+
+    def loss(step: int, module: nn.Module) -> Tensor:
+        y = module(torch.randn(8, 4))
+        if step < 4:
+            means.append(y.detach().mean())
+        return (y - torch.stack(means).mean()).square().mean() if step > 4 else y.mean()
+
+    return loss
+
+
+def in_what_the_first_step_left() -> Loss:
+    """A scale that every rank would take from another step."""
+    first: dict[str, Tensor] = {}
+
+    def loss(step: int, module: nn.Module) -> Tensor:
+        found = error(step, module)
+        return found / first.setdefault("loss", found.detach())
+
+    return loss
+
+
 COUNTS: dict[Callable[[], Loss], str] = {
     in_a_class: r"`Progress\.calls` changed although",
     in_an_object: r"`config\.calls`",
@@ -191,6 +214,8 @@ COUNTS: dict[Callable[[], Loss], str] = {
     in_a_backward_pass: r"`Straight\.calls`",
     in_an_average_of_weights: r"`kept\.average.*although step 8",
     in_a_list: r"with a longer `losses`",
+    in_a_list_of_the_first_steps: r"Step 8 .* with a longer `means`",
+    in_what_the_first_step_left: r"Step 8 .* left in `first`",
 }
 
 

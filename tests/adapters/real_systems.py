@@ -147,7 +147,8 @@ def shrink(read: Any, model: str) -> None:
         if read.data_type in ("multiview-camera-datamodule", "co3d-datamodule"):
             continue  # these need a data set, and have one resolution
         # This one hands a single resolution on as it stands in the config.
-        fixed = "dreamcraft3d" in read.data_type and isinstance(section.height, int)
+        fixed = "dreamcraft3d" in read.data_type and "image_path" in section
+        fixed = fixed and isinstance(section.height, int)
         section.height = section.width = 12 if fixed else [12, 16]
         for name in {"sample_height", "sample_width"} & set(section):
             section[name] = [6, 8]

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from dreampropeller.counters import Counters
-from dreampropeller.growing import refuse_growing
+from dreampropeller.growing import Lists, refuse_growing
 from dreampropeller.precision import Precision
 from dreampropeller.rng import set_streams
 from dreampropeller.tree import Nest, State, copy_nest, tensors
@@ -120,6 +120,7 @@ def _refuse_counters(trajectory: LightningTrajectory, found: Probe) -> None:
     def counters() -> Counters:
         return Counters(host.roots, host.module, ignore=host.settings.ignore)
 
+    lists: Lists = {}
     for step in dict.fromkeys((found.steps[-1], trajectory.num_steps - 1)):
 
         def again(step: int = step) -> State:
@@ -127,7 +128,7 @@ def _refuse_counters(trajectory: LightningTrajectory, found: Probe) -> None:
             return copy_nest(drift)
 
         trajectory.probe(step, state, dict)
-        refuse_growing(step, counters, again, found.noise)
+        _, lists = refuse_growing(step, counters, again, found.noise, lists)
 
 
 def _compare_updates(
