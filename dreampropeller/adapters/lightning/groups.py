@@ -72,7 +72,10 @@ class Groups:
     def _watch(self) -> None:
         self._entered = [settings(group) for group in self._groups]
         for group, own in zip(self._groups, self._own, strict=True):
-            own.update(settings(group))
+            now = settings(group)
+            for key in settings(own).keys() - now.keys():
+                del own[key]  # born in a later step
+            own.update(now)
             group.watch()
         self._state = self._optimizer.state
         vars(self._optimizer)["state"] = _Hidden()
