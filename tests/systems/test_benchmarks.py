@@ -25,6 +25,7 @@ import launch
 from benchmarks import (
     batched,
     gpu,
+    growth,
     main_job,
     pareto,
     runs,
@@ -109,6 +110,23 @@ def test_the_main_job_is_measured_once(tmp_path: Path) -> None:
     )
     assert {"volumes.png", "meshes.png"} <= {file.name for file in tmp_path.iterdir()}
     assert len(set(main_job.held_out())) == 16
+
+
+def test_growth_pairs_each_size_with_its_window() -> None:
+    arguments = argparse.Namespace(
+        config=TOYBOX, object="mushroom", window=8, set=["seed=3"]
+    )
+    wanted = growth.jobs(arguments)
+    cells = [(job["size"], job["views"]) for job in wanted[::2]]
+    assert cells == [(32, 1), (32, 4), (64, 4), (32, 16), (128, 4)]
+    cost = {"iterations": 10, "evaluations": 10, "psnr": 20.0, "iou": 0.5}
+    entries = [
+        {**job, **cost, "seconds": 2.0 * job["views"], "iterations": 10 - 8 * (i % 2)}
+        for i, job in enumerate(wanted)
+    ]
+    first, second, *_ = growth.table(entries).splitlines()[2:]
+    assert first.startswith("| 32² | 1 | 0.200 | 1.0× | 2 | 5.0× | 1.00× |")
+    assert "| 4.0× |" in second
 
 
 def in_this_process(
