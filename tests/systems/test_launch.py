@@ -260,17 +260,25 @@ def test_two_ranks_write_one_run_and_equal_one(
 
 
 @pytest.mark.chaos
-def test_ctrl_c_on_two_workers_saves_and_exports(tmp_path: Path) -> None:
+@pytest.mark.parametrize("when", ["starting", "running"])
+def test_ctrl_c_on_two_workers_saves_and_exports(tmp_path: Path, when: str) -> None:
     """The workers that the front door starts itself."""
     with started(tmp_path, "dispatch.num_workers=2") as process:
-        folder = wait_for_steps(tmp_path, process)
+        if when == "running":
+            folder = wait_for_steps(tmp_path, process)
+        else:
+            while not list(tmp_path.rglob("command.txt")):
+                assert process.poll() is None
+                time.sleep(0.01)
+            folder = run_folder(tmp_path)
+            time.sleep(0.5)  # the handler is installed right after
         os.killpg(process.pid, signal.SIGINT)  # a terminal tells the whole group
         output, errors = process.communicate(timeout=240)
     assert process.returncode == 130, errors
     assert "Traceback" not in errors
     assert "iterations" in output
     report = json.loads((folder / "report.json").read_text())
-    assert 0 < report["steps"] < 4000
+    assert 0 < report["steps"] < (4000 if when == "running" else 100)
     assert checkpoint.load(folder / "ckpts").step == report["steps"]
     assert (folder / "turntable.mp4").exists()
 
