@@ -307,7 +307,11 @@ class PicardSolver(Solver):
         proposed = self.window.stride(state.window, passed)
         length, remaining = len(rollout.steps), rollout.remaining
         most = self.threshold.most(state.threshold, length, remaining)
-        return dispatcher.agree([min(proposed, most)])[0]
+        proposed = min(proposed, most)
+        with dispatcher.timer.phase("threshold"):
+            passing = replace(rollout, stride=proposed)
+            limit = self.threshold.limit(state.threshold, passing)
+        return dispatcher.agree([min(proposed, limit)])[0]
 
     def _predict(
         self,

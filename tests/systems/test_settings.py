@@ -96,6 +96,8 @@ def test_thresholds_by_name() -> None:
     assert zero == dp.FixedThreshold(0)
     warm = solver("solver.threshold.warmup=64").threshold
     assert warm == dp.DriftThreshold(warmup=64)
+    single = solver("solver.threshold.sums=false").threshold
+    assert single == dp.DriftThreshold(sums=False)
     relative = ("solver.threshold.value=2", "solver.threshold.relative=true")
     assert solver(f"{name}fixed", *relative).threshold == dp.FixedThreshold(2, True)
     held = ("solver.threshold.hold_every=4", "solver.threshold.memory=2")
