@@ -96,7 +96,7 @@ class DriftThreshold(Threshold[DriftMemory]):
     Limitations:
 
     - The bound does not see how much of a window's path was overshot (`Secant` does),
-      nor what later steps make of an error.
+      nor what later steps make of an error (`PicardSolver` measures whether it grows).
     - Secants are measured over larger distances than those they are applied to, so a
       drift with jumps (an occupancy grid's refresh, a clipped gradient) is rated by its
       average slope. A drift that jumps over a tiny distance gives a secant that is much

@@ -79,6 +79,8 @@ class SolverConfig:
         non_finite: "raise", or "skip" steps whose gradient is not finite.
         acceleration: Acceleration of the fixed-point iteration from past iterations:
             "none", "secant" or "anderson".
+        growth: Whether to measure if the run amplifies or forgets errors; it costs no
+            evaluation.
     """
 
     name: str = "picard"
@@ -96,6 +98,7 @@ class SolverConfig:
     acceleration: dp.Acceleration[Any] | None = field(
         default=None, metadata=named(ACCELERATIONS)
     )
+    growth: bool = True
 
     def __post_init__(self) -> None:
         one_of("name", self.name, ("picard", "sequential", *SAMPLERS))
@@ -135,6 +138,7 @@ class SolverConfig:
             predictor=self.predictor,
             non_finite=non_finite,
             acceleration=self.acceleration,
+            growth=self.growth,
         )
 
 

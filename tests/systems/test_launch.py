@@ -24,6 +24,7 @@ import yaml
 
 import launch
 from dreampropeller import checkpoint
+from dreampropeller.growth import Growths
 from systems import artefacts, build
 from systems.runs.folders import folder_of
 from systems.runs.report.runs import open_run
@@ -131,6 +132,11 @@ def test_a_run_leaves_everything_behind(finished: Path) -> None:
     # The first step alone, then the steps evaluated again say how good guesses were.
     assert strides[0] == 1
     assert any(line.get("measured_drift_error", 0) > 0 for line in lines)
+    rates = [line.get("growth") for line in lines if "stride" in line]
+    growth = Growths.over(rates, strides)
+    assert growth is not None
+    assert report["growth"]["mean"] == pytest.approx(growth.mean, rel=1e-3)
+    assert report["growth"]["says"].endswith("in linear approximation.")
     settings = yaml.safe_load((finished / "config.yaml").read_text())
     assert settings["system"]["prompt_processor"]["prompt"] == "a red mushroom"
     assert settings["system"]["guidance"]["max_step_percent"][3] == 12  # resolved

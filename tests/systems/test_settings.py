@@ -104,6 +104,11 @@ def test_thresholds_by_name() -> None:
     assert solver(*held).threshold == dp.DriftThreshold(hold_every=4, memory=2)
 
 
+def test_the_measurement_of_growth_can_be_turned_off() -> None:
+    assert solver().growth
+    assert not solver("solver.growth=false").growth
+
+
 def test_predictors_by_name_with_their_arguments() -> None:
     assert solver("solver.predictor=auto").predictor == dp.FittedMomentum()
     assert isinstance(solver("solver.predictor=repeat_last").predictor, dp.RepeatLast)
