@@ -83,9 +83,7 @@ class ShardedLoss:
         return self.whole(step, y)
 
 
-def scalars_of(
-    part: Any, index: int
-) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def scalars_of(part: Any, index: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The scalars that a shard differentiates, by name, and those that it logs.
 
     The sum over views has the name "".

@@ -6,16 +6,16 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import dreampropeller as dp
 from dreampropeller.dispatch.batched import deviation
 from dreampropeller.sharded_loss import RATIO
 from dreampropeller.shards import added_up
 from tests.helpers import tree_equal
+from tests.sharded import VIEWS, Scene, split, trajectory, whole_loss
 
 CPU = torch.device("cpu")
-VIEWS = 5
 ROUNDING = 1e-12
 """Double precision; a sum in another order."""
 
@@ -58,64 +58,6 @@ def test_a_shard_draws_the_numbers_that_its_views_have_in_the_whole() -> None:
         assert torch.equal(torch.cat(found), wanted)
     plain = torch.rand(VIEWS, 1, 1, 3, generator=whole.generator(7, "a"))
     assert torch.equal(expected[0], plain)
-
-
-class Scene(nn.Module):
-    """Points, a parameter that only the last view sees, and a buffer that evolves."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.points = nn.Parameter(torch.linspace(-1, 1, 6).double())
-        self.last = nn.Parameter(torch.ones(1).double())
-        self.register_buffer("count", torch.zeros((), dtype=torch.long))
-        self.register_buffer("seen", torch.zeros(6).double())
-
-
-def images(module: Any, step: int, random: dp.StepRandom, views: range) -> Tensor:
-    module.count += 1
-    module.seen[step % 6] = 1.0 + step
-    noise = random.draws(step, "noise").randn(len(views), 6).double()
-    found = (module.points + noise).sin()
-    last = torch.tensor([float(view == VIEWS - 1) for view in views]).double()
-    return found + (last * module.last)[:, None] if any(last) else found
-
-
-def hit(seen: Tensor) -> Tensor:
-    return (seen > 0.2).double()
-
-
-def whole_loss(step: int, module: Any) -> Any:
-    seen = images(module, step, dp.StepRandom(0), range(VIEWS))
-    mean = seen.square().sum() / VIEWS
-    share = (hit(seen) * seen).sum() / hit(seen).sum()
-    loss = mean + 0.5 * share
-    return loss, {"loss": loss, "mean": mean, "share": share}
-
-
-def split(index: int, count: int) -> Any:
-    shard = dp.Shard(index, count)
-    random = dp.ShardRandom(0, shard, lambda step: VIEWS)
-
-    def loss(step: int, module: Any) -> dp.Contribution | None:
-        mine = range(VIEWS)[shard.of(VIEWS)]
-        if not mine:
-            return None
-        seen = images(module, step, random, mine)
-        mean = seen.square().sum() / VIEWS
-        ratio = dp.Ratio(0.5, (hit(seen) * seen).sum(), hit(seen).sum())
-        return dp.Contribution(mean, {"loss": mean, "mean": mean}, {"share": ratio})
-
-    return loss
-
-
-def trajectory(precision: str = "32-true") -> dp.OptimizationTrajectory:
-    return dp.OptimizationTrajectory.from_module(
-        Scene(),
-        dp.ShardedLoss(whole_loss, split),
-        lambda named: torch.optim.Adam(named.values(), lr=0.05),
-        8,
-        precision=precision,
-    )
 
 
 @pytest.mark.parametrize("count", [2, 3, 7])
