@@ -65,6 +65,7 @@ def dispatcher(
         threads=threads,
         timeout=config.timeout,
         heartbeat=config.heartbeat,
+        views=config.views,
     )
     return spread, threads
 

@@ -339,7 +339,7 @@ def load(
     if found.ignored and not problems:
         names = ", ".join(f"`{name}`" for name in found.ignored)
         note(f"without effect here: {names}.")
-    solver = config.solver.resolved(config.dispatch.count)
+    solver = config.solver.resolved(config.dispatch.steps)
     return replace(config, solver=solver, problems=problems)
 
 
