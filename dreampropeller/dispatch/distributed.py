@@ -55,6 +55,9 @@ class DistributedDispatcher(Dispatcher):
             of ranks; needs the trajectory's `make_shard`. Equal to the whole step up
             to the rounding of a sum in another order, and bitwise to every mesh of as
             many columns.
+
+    Attributes:
+        num_bytes: Bytes of drifts that this rank has received so far.
     """
 
     def __init__(
@@ -81,6 +84,7 @@ class DistributedDispatcher(Dispatcher):
         self._threads = threads
         self._fingerprint_every = fingerprint_every
         self._num_calls = 0
+        self.num_bytes = 0
         self._owns_group = False
         self._previous_threads = torch.get_num_threads()
 
@@ -208,7 +212,11 @@ class DistributedDispatcher(Dispatcher):
         if any(count for _, _, count in heard):
             self._layout.learn(new)
         per_rank = -(-len(steps) // self.num_workers)
-        return gather(self._ranks, axis, self._layout, slots, per_rank, device)
+        found, received = gather(
+            self._ranks, axis, self._layout, slots, per_rank, device
+        )
+        self.num_bytes += received
+        return found
 
     def confirm(self, step: int, y: State) -> None:
         """Fail if the accepted states of the ranks differ, before one is recorded.

@@ -53,7 +53,7 @@ def gather(
     slots: list[Slot],
     count: int,
     device: torch.device,
-) -> list[list[tuple[State, Aux]]]:
+) -> tuple[list[list[tuple[State, Aux]]], int]:
     """The slots of every rank of an axis, through one flat buffer per rank.
 
     A mask is sent first, of the entries present in each slot, shape ``(count,
@@ -66,6 +66,9 @@ def gather(
         slots: This rank's slots; the list is emptied.
         count: The largest number of slots of a rank.
         device: Device of the drifts.
+
+    Returns:
+        The slots of each rank in order, and the bytes of those of the others.
     """
     mask = torch.zeros(count, len(layout.entries), dtype=torch.uint8)
     for row, slot in enumerate(slots):
@@ -91,4 +94,5 @@ def gather(
         if part.numel()
     ]
     ranks.finish(pending, device.type == "cuda")
-    return [wire.unpack(*pair) for pair in zip(present, parts, strict=True)]
+    found = [wire.unpack(*pair) for pair in zip(present, parts, strict=True)]
+    return found, sum(sizes) - sizes[axis.index]
