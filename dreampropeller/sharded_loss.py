@@ -101,7 +101,7 @@ def scalars_of(part: Any, index: int) -> tuple[dict[str, Tensor], dict[str, Any]
         )
     scalars, aux = {"": part.loss}, dict(part.aux)
     for name, ratio in part.ratios.items():
-        if ratio.weight:
+        if ratio.weight and ratio.amount.requires_grad:
             scalars[name] = ratio.weight * ratio.amount
         aux |= {f"{RATIO}{name}/{key}": value for key, value in vars(ratio).items()}
     return scalars, aux

@@ -84,7 +84,9 @@ def test_beyond_the_stride_devices_go_to_views() -> None:
     )
     chosen = best(ideal, 32)
     assert (chosen.steps, chosen.views, chosen.window) == (8, 4, 8)
-    costly = replace(ideal, drift={8: 0.85, 1: 0.84})  # a shard costs what the step does
+    costly = replace(
+        ideal, drift={8: 0.85, 1: 0.85}
+    )  # a shard costs what the step does
     assert best(costly, 32).views == 1
 
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from dreampropeller.dispatch.base import Dispatcher
+from dreampropeller.trajectory import Trajectory
 from dreampropeller.tree import Aux, State, all_finite
 from dreampropeller.verification import TOLERANCE, NotReproducible, deviation
 
@@ -23,6 +24,9 @@ class BatchedDispatcher(Dispatcher):
     Raises:
         ValueError: The drift has no `batch`; raised at the first evaluation.
     """
+
+    def __init__(self, trajectory: Trajectory[Any]) -> None:
+        super().__init__(trajectory)  # all views of all steps, in one call
 
     def evaluate(
         self, steps: Sequence[int], ys: Sequence[State]

@@ -24,7 +24,6 @@ from dreampropeller.calibration import with_window
 from dreampropeller.cost_model import Costs, Plan, best, sequential
 from dreampropeller.tree import tensors
 from systems import build
-from systems.distillation import Distillation
 from systems.settings.config import Config
 from systems.settings.reader import ConfigError
 
@@ -119,6 +118,8 @@ def communication(num_bytes: int) -> tuple[float, float]:
 
 def _num_views(system: Any) -> tuple[int, str]:
     """The number of views of a step that can be split, or 1 and the reason."""
+    from systems.distillation import Distillation  # which loads diffusers
+
     if not isinstance(system, Distillation):
         return 1, "its steps have no views to split"
     views = system.num_views(0)
@@ -140,6 +141,8 @@ def _affordable(solver: dp.PicardSolver, seconds: float) -> tuple[int, int]:
 
 def _render(system: Any) -> float | None:
     """Seconds in which the images of a step are rendered, without their gradient."""
+    from systems.distillation import Distillation  # which loads diffusers
+
     if not isinstance(system, Distillation):
         return None
     module = system.module
