@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +13,7 @@ import dreampropeller as dp
 from dreampropeller.verification import NotReproducible, deviation
 from tests import sharded
 from tests.helpers import tree_equal
-from tests.processes import Child, rank_environ
+from tests.processes import group_of
 from tests.sharded import LOOSE, exact, trajectory
 
 ROUNDING = 1e-12
@@ -26,27 +24,12 @@ def inline(views: int) -> Any:
     return functools.partial(dp.InlineDispatcher, views=views)
 
 
-@contextlib.contextmanager
-def four_ranks(port: int, folder: Path, *job: Any) -> Iterator[list[Child]]:
-    """Ranks that run a function, and are ended in any case."""
-    ranks = [
-        Child(*job, output=folder / f"{n}.txt", environ=rank_environ(n, 4, port))
-        for n in range(4)
-    ]
-    try:
-        yield ranks
-    finally:
-        for rank in ranks:
-            rank.end()
-
-
 def test_a_mesh_is_one_process_with_as_many_shards(
     free_port: int, tmp_path: Path
 ) -> None:
     """Bit for bit at any threshold; and the whole step up to a rounding."""
-    with four_ranks(
-        free_port, tmp_path, sharded.solve_on_meshes, str(tmp_path)
-    ) as ranks:
+    job = (sharded.solve_on_meshes, str(tmp_path))
+    with group_of(4, free_port, tmp_path, *job) as ranks:
         for rank in ranks:
             assert rank.wait(120) == 0, rank.said()
     answers = [
@@ -89,7 +72,7 @@ def test_a_mesh_is_one_process_with_as_many_shards(
 def test_a_killed_rank_of_either_axis_is_named_by_all_others(
     who: int, axis: str, free_port: int, tmp_path: Path
 ) -> None:
-    with four_ranks(free_port, tmp_path, sharded.solve_and_lose, who) as ranks:
+    with group_of(4, free_port, tmp_path, sharded.solve_and_lose, who) as ranks:
         ranks[who].wait_for("fault", 90)
         others = [rank for number, rank in enumerate(ranks) if number != who]
         assert [rank.wait(60) for rank in others] == [2, 2, 2], axis

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +22,7 @@ from dreampropeller.cost_model import (
 )
 from tests import sleeping
 from tests.helpers import OrnsteinUhlenbeck
+from tests.processes import group_of
 from tests.rank_pool import RankPool
 
 SHARE = 0.35
@@ -150,12 +152,17 @@ def test_predictions_hold_on_one_worker() -> None:
 
 @pytest.mark.long
 @pytest.mark.parametrize("count", [2, 4, 8])
-def test_predictions_hold_on_several_workers(count: int) -> None:
+def test_predictions_hold_on_several_workers(
+    count: int, free_port: int, tmp_path: Path
+) -> None:
     meshes = {
         2: [(2, 1, 4), (1, 2, 4)],
         4: [(4, 1, 8), (2, 2, 4), (1, 4, 2)],
         8: [(8, 1, 8), (4, 2, 8), (2, 4, 4)],
     }[count]
-    found = dp.launch_workers(sleeping.in_a_group, meshes, 4, num_workers=count)[0]
-    for wanted, seconds in found:
+    job = (sleeping.in_a_group, meshes, 4, str(tmp_path))
+    with group_of(count, free_port, tmp_path, *job) as ranks:
+        for rank in ranks:
+            assert rank.wait(300) == 0, rank.said()
+    for wanted, seconds in json.loads((tmp_path / "found.json").read_text()):
         assert seconds == pytest.approx(wanted, rel=SHARE)
