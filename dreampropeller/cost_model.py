@@ -80,7 +80,7 @@ class Costs:
             return self.drift[known[place]]
         low, high = known[place - 1], known[place]
         share = (views - low) / (high - low)
-        return (1 - share) * self.drift[low] + share * self.drift[high]
+        return self.drift[low] + share * (self.drift[high] - self.drift[low])
 
 
 @dataclass(frozen=True)

@@ -37,7 +37,8 @@ class Observed:
     Attributes:
         strides: Mean accepted steps per iteration, by window up to the solver's.
         rollout: Seconds of the solver itself per step of a window.
-        communication: Seconds of communication per iteration.
+        communication: Least seconds of communication in an iteration: in the others
+            ranks also waited for each other.
     """
 
     strides: dict[int, float] = field(default_factory=dict)
@@ -110,7 +111,7 @@ def observed(iterations: Sequence[Iteration]) -> Observed:
             for size in sorted(sizes)
         },
         statistics.median(own),
-        statistics.median(one.seconds.get("communication", 0.0) for one in used),
+        min(one.seconds.get("communication", 0.0) for one in used),
     )
 
 
