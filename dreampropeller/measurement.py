@@ -174,7 +174,7 @@ def communication(num_bytes: int) -> tuple[float, float]:
     """
     device = local_device()
     solver = PicardSolver(SlidingWindow(2), FixedThreshold(1.0))
-    spread = functools.partial(DistributedDispatcher, timeout=120.0)
+    spread = functools.partial(DistributedDispatcher, timeout=600.0)
     seconds = [
         observe(_Sending(size, device), solver, 8, spread).communication
         for size in (1, num_bytes)

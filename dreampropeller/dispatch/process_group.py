@@ -35,7 +35,7 @@ class Axis:
 
 _CONNECTIONS: set[str] = set()
 """The sockets that `open_group` and `mesh` opened."""
-_GENERATIONS = itertools.count()
+_GENERATIONS, _OPENED = itertools.count(), itertools.count()
 
 
 def local_device() -> torch.device:
@@ -133,16 +133,16 @@ def open_group(timeout: datetime.timedelta, num_gpus: int | None = None) -> None
 
 
 def _keys_of_this_attempt(timeout: datetime.timedelta) -> dict[str, Any]:
-    """Arguments of `init_process_group` that keep the attempts of a launcher apart.
+    """Arguments of `init_process_group` that keep the groups of a launcher apart.
 
     torch shares one store between all of them: without keys of its own, a rank may read
-    where a dead rank of an earlier attempt listened.
+    where a dead rank of an earlier attempt, or a group of an earlier solve, listened.
     """
     store = agent_store()
     if store is None:
         return {}
     store.set_timeout(timeout)
-    prefix = f"dreampropeller/attempt-{attempt()}"
+    prefix = f"dreampropeller/attempt-{attempt()}/group-{next(_OPENED)}"
     return {
         "store": dist.distributed_c10d.PrefixStore(prefix, store),
         "rank": int(os.environ["RANK"]),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -79,6 +80,10 @@ def test_a_plan_measures_what_it_says(
     assert "1 of its views" in lines
     assert "rendering its images takes" in lines
     assert "Measuring 3 iterations of window 16" in capsys.readouterr().out
+    alone = replace(found, costs=replace(costs, bandwidth=float("inf")))
+    assert (
+        "not measured, as two processes could not meet" in list(plan._inputs(alone))[-1]
+    )
 
 
 def test_a_slow_drift_is_measured_less() -> None:
