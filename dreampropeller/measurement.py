@@ -26,6 +26,8 @@ from dreampropeller.window import SlidingWindow
 
 REPEATED = 3
 """Evaluations that are timed, after a first one that is not."""
+_LEAST_SENT = 1 << 23
+"""Bytes whose transfer takes longer than the scatter of a meeting."""
 _ALONE = ("drift", "communication")
 """The phases of an iteration that are not the solver's own."""
 
@@ -37,8 +39,7 @@ class Observed:
     Attributes:
         strides: Mean accepted steps per iteration, by window up to the solver's.
         rollout: Seconds of the solver itself per step of a window.
-        communication: Least seconds of communication in an iteration: in the others
-            ranks also waited for each other.
+        communication: Seconds of communication per iteration.
     """
 
     strides: dict[int, float] = field(default_factory=dict)
@@ -111,7 +112,7 @@ def observed(iterations: Sequence[Iteration]) -> Observed:
             for size in sorted(sizes)
         },
         statistics.median(own),
-        min(one.seconds.get("communication", 0.0) for one in used),
+        statistics.median(one.seconds.get("communication", 0.0) for one in used),
     )
 
 
@@ -175,12 +176,13 @@ def communication(num_bytes: int) -> tuple[float, float]:
     device = local_device()
     solver = PicardSolver(SlidingWindow(2), FixedThreshold(1.0))
     spread = functools.partial(DistributedDispatcher, timeout=600.0)
+    size = max(num_bytes, _LEAST_SENT)
     seconds = [
-        observe(_Sending(size, device), solver, 8, spread).communication
-        for size in (1, num_bytes)
+        observe(_Sending(count, device), solver, 8, spread).communication
+        for count in (1, size)
     ]
     latency = seconds[0] / MEETINGS
-    return latency, num_bytes / max(seconds[1] - seconds[0], 1e-9)
+    return latency, size / max(seconds[1] - seconds[0], 1e-9)
 
 
 def bytes_of(drift: Iterable[torch.Tensor]) -> int:
