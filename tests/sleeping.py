@@ -27,9 +27,16 @@ BYTES = 4096
 
 
 class Sleeping(Trajectory[None]):
-    """A contraction whose drift sleeps for each of its views."""
+    """A contraction whose drift sleeps for each of its views.
+
+    Args:
+        scale: Factor of the known times; the longer, the less another load matters.
+    """
 
     num_steps = 64
+
+    def __init__(self, scale: float = 1.0) -> None:
+        self.scale = scale
 
     def init(self) -> tuple[State, None]:
         return {"x": torch.ones(BYTES // 4)}, None
@@ -41,7 +48,7 @@ class Sleeping(Trajectory[None]):
         views = len(range(VIEWS)[dp.Shard(index, count).of(VIEWS)])
 
         def drift(step: int, y: State) -> Any:
-            time.sleep(FIXED + EACH * views)
+            time.sleep(self.scale * (FIXED + EACH * views))
             return {"x": y["x"] * (-0.01 * views / VIEWS)}, {}
 
         return drift
@@ -56,13 +63,13 @@ def solver(window: int) -> dp.PicardSolver:
     return dp.PicardSolver(dp.SlidingWindow(window), dp.FixedThreshold(1.0))
 
 
-def measured_costs(window: int) -> Costs:
+def measured_costs(window: int, scale: float) -> Costs:
     """As `--plan` measures them, with communication between all ranks of the group."""
-    problem = Sleeping()
+    problem = Sleeping(scale)
     y, _ = problem.init()
     drift = problem.make_drift(CPU)
     whole = measurement.seconds_of(drift, 0, y)[1]
-    seen = measurement.observe(problem, solver(window), 3)
+    seen = measurement.observe(problem, solver(window), 2)
     latency, bandwidth = measurement.communication(BYTES)
     return Costs(
         measurement.drift_by_views(problem, y, VIEWS, whole),
@@ -96,10 +103,10 @@ def bytes_received(views: int, window: int, iterations: int) -> tuple[int, int]:
 
 
 def predict_and_run(
-    meshes: list[tuple[int, int, int]], iterations: int
+    meshes: list[tuple[int, int, int]], iterations: int, scale: float = 1.0
 ) -> list[tuple[float, float]]:
     """Predicted and measured seconds per iteration, for (steps, views, window)."""
-    costs = measured_costs(max(window for *_, window in meshes))
+    costs = measured_costs(max(window for *_, window in meshes), scale)
     found = []
     for steps, views, window in meshes:
         plan = predicted(costs, steps, views, window)
@@ -109,7 +116,7 @@ def predict_and_run(
             seen.append(iteration)
 
         dp.solve(
-            Sleeping(),
+            Sleeping(scale),
             solver(window),
             functools.partial(dp.DistributedDispatcher, views=views, timeout=60.0),
             max_iterations=iterations + 1,
@@ -123,12 +130,12 @@ def predict_and_run(
 
 
 def in_a_group(
-    meshes: list[tuple[int, int, int]], iterations: int, folder: str
+    meshes: list[tuple[int, int, int]], iterations: int, scale: float, folder: str
 ) -> None:
     """`predict_and_run` in a group of its own; rank 0 writes what it found."""
     warnings.simplefilter("ignore")
     torch.distributed.init_process_group("gloo")
-    found = predict_and_run(meshes, iterations)
+    found = predict_and_run(meshes, iterations, scale)
     if torch.distributed.get_rank() == 0:
         Path(folder, "found.json").write_text(json.dumps(found))
     torch.distributed.destroy_process_group()
