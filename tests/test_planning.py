@@ -160,7 +160,7 @@ def test_predictions_hold_on_several_workers(
         4: [(4, 1, 8), (2, 2, 4), (1, 4, 2)],
         8: [(8, 1, 8), (4, 2, 8), (2, 4, 4)],
     }[count]
-    job = (sleeping.in_a_group, meshes, 2, 5.0, str(tmp_path))
+    job = (sleeping.in_a_group, meshes, 5, 5.0, str(tmp_path))
     with group_of(count, free_port, tmp_path, *job) as ranks:
         for rank in ranks:
             assert rank.wait(300) == 0, rank.said()
