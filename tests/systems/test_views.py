@@ -197,6 +197,7 @@ def test_two_workers_share_the_views_of_the_main_job(
 ) -> None:
     """And a run of two columns goes on in one process."""
     settings = [*FEW, VIEWS, "trainer.max_steps=6", f"exp_root_dir={tmp_path}"]
+    settings += ["system.guidance.max_step_percent=0.9"]  # not by the length of the run
     both = ["dispatch.num_workers=2", "dispatch.views=2"]
     assert launch.main(["--config", TOYBOX, "--train", *settings, *both]) == 0
     (folder,) = (tmp_path / "dreamfusion-toybox").iterdir()
