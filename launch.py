@@ -3,19 +3,18 @@ r"""Run a config: make, compare, test or export a 3D object, or sample images.
     python launch.py --config configs/dreamfusion-toybox.yaml --train \
         system.prompt_processor.prompt="a red mushroom"
 
-`--train` makes the object. `--compare` makes it with and without acceleration and
-reports whether that pays. `--test resume=RUN` renders and measures it, and
-`--export resume=RUN` writes its mesh, `--parts resume=RUN` takes the mesh apart by
-colour, and `--render resume=RUN cameras=path.json` films a camera path. `--sample`
-samples images (`configs/sample-toybox.yaml`). `--view RUN` opens a live page of a run,
-`--app` a page to try all this in a browser. `--plan` says what a run would cost, and
-`--doctor` what this machine offers.
+`--train` makes the object (`--fast`: a first look at it). `--compare` makes it with and
+without acceleration and reports whether that pays. `--test resume=RUN` renders and
+measures it, `--export resume=RUN` writes its mesh, `--parts resume=RUN` takes the mesh
+apart by colour, and `--render resume=RUN cameras=path.json` films a camera path.
+`--sample` samples images (`configs/sample-toybox.yaml`). `--view RUN` opens a live page
+of a run, `--app` a page to try all this in a browser. `--plan` says what a run would
+cost, and `--doctor` what this machine offers.
 
 Settings follow as `key=value`; `--settings [SECTION]` lists all settings.
 `dispatch.num_workers=2` starts two processes, and `torchrun launch.py …` and `srun
 python launch.py …` work too (`docs/faults.md`).
-With `backend=threestudio`, config and system are those of a threestudio checkout
-(`docs/threestudio.md`).
+With `backend=threestudio`, config and system are a checkout's (`docs/threestudio.md`).
 """
 
 from __future__ import annotations
@@ -39,6 +38,7 @@ from systems.runs import (
     stages,
     workers,
 )
+from systems.settings import presets
 from systems.threestudio import training
 from systems.threestudio.config import is_asked
 
@@ -49,6 +49,7 @@ def make_parser() -> argparse.ArgumentParser:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--config", type=Path, help="a YAML file; default: the run's")
+    parser.add_argument("--fast", action="store_true", help="the config's first look")
     task = parser.add_mutually_exclusive_group(required=True)
     task.add_argument("--train", action="store_true", help="make the object")
     task.add_argument(
@@ -92,6 +93,8 @@ def main(argv: list[str] | None = None) -> int:
             return 0
         if arguments.doctor:
             return doctor.run(overrides)
+        if arguments.fast:
+            overrides = [*presets.fast(arguments.config), *overrides]
         overrides, named = stages.last_stages(arguments, overrides)
         if stages.is_asked(arguments.config, overrides, named):
             return stages.run(arguments.config, arguments.train, overrides)

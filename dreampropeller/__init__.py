@@ -10,6 +10,11 @@ The public names in five groups: problem, solver, control, dispatch, report;
 from dreampropeller.batched_loss import BatchedLoss as BatchedLoss
 from dreampropeller.optimization import OptimizationTrajectory as OptimizationTrajectory
 from dreampropeller.rng import StepRandom as StepRandom
+from dreampropeller.sharded_loss import Contribution as Contribution
+from dreampropeller.sharded_loss import Ratio as Ratio
+from dreampropeller.sharded_loss import ShardedLoss as ShardedLoss
+from dreampropeller.shards import Shard as Shard
+from dreampropeller.shards import ShardRandom as ShardRandom
 from dreampropeller.trajectory import Drift as Drift
 from dreampropeller.trajectory import Parents as Parents
 from dreampropeller.trajectory import Trajectory as Trajectory

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from dreampropeller.sharded_loss import ShardedLoss
 from dreampropeller.trajectory import Drift
 from dreampropeller.tree import Aux, State
 
@@ -85,6 +86,7 @@ def on_states(loss: Any, module: nn.Module | None) -> BatchedLoss | None:
         module: The module whose loss it is; None: the loss is one of states.
     """
     written = getattr(loss, "__wrapped__", loss)
+    written = written.whole if isinstance(written, ShardedLoss) else written
     if not isinstance(written, BatchedLoss):
         return None
     return written if module is None else written.on_states(module)

@@ -9,9 +9,8 @@ guess, with the same step and random numbers, and the two drifts give a secant.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import chain
 from statistics import median
 
 import torch
@@ -21,10 +20,12 @@ from dreampropeller.component import FULL, Memory
 from dreampropeller.rollout import Evaluation, Rollout
 from dreampropeller.threshold import Threshold
 from dreampropeller.trajectory import Parents
-from dreampropeller.tree import State, is_continuous, moving, norms
+from dreampropeller.tree import State, is_continuous, moving, norms, widened
 
 ROUNDING = 64
 """Units in the last place below which a relative change of a drift is ignored."""
+COUNTED = 4
+"""Secants that an iteration counts as at most: those of one window are akin."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,7 @@ class DriftMemory(Memory):
         measured: Median error measured in this iteration; None if there was none.
         step: The anchor's step.
         fresh: Whether the structure has changed since the last iteration.
+        first: Whether this iteration is the first that measured any secant.
     """
 
     held: dict[int, tuple[State, float]] = field(default_factory=dict, metadata=FULL)
@@ -51,6 +53,7 @@ class DriftMemory(Memory):
     measured: float | None = None
     step: int = 0
     fresh: bool = False
+    first: bool = False
 
 
 @dataclass(frozen=True)
@@ -72,20 +75,28 @@ class DriftThreshold(Threshold[DriftMemory]):
     plain gradient descent.
 
     $\kappa$ is the step's own if it was evaluated twice. Otherwise it is the upper
-    quartile of the secants in the last `memory` iterations that measured any. Timestep,
-    noise and camera make the secants of different steps differ by a factor of two to
-    three, those of one step by 1.3 to 1.5 (one standard deviation, measured, see
-    `docs/results.md`), and they change along a run. While there is no secant, one step
-    is accepted. When everything passes, the last slot is held back at intervals to
-    measure one (`hold_every`), but never in a window of one step, which is
-    `Sequential`; after a jump, slots are held back where that is free. With `Secant`
-    the drifts are the corrected ones, so the remaining error counts.
+    quartile of the secants in the last `memory` iterations that measured any, each of
+    these iterations with the weight of four secants at most. Timestep, noise and camera
+    make the secants of different steps differ by a factor of two to three, those of one
+    step by 1.3 to 1.5 (one standard deviation, measured, see `docs/results.md`), and
+    they change along a run. While there is no secant, one step is accepted; in the
+    first iteration with secants half a window, but at least `hold_every` steps, because
+    they were measured far from the states to come. When everything passes, the last
+    slot is held back at intervals to measure one (`hold_every`), but never in a window
+    of one step, which is `Sequential`; after a jump, slots are held back where that is
+    free. With `Secant` the drifts are the corrected ones, so the remaining error
+    counts.
+
+    Errors of successive steps in one direction add up, while the noise in which each
+    of them is small cancels. With `sums`, δ therefore bounds their sum along the
+    accepted steps, too, relative to the sum of the drifts (Eq. 9b): with gradient
+    descent, relative to the displacement. For drifts that point the same way it follows
+    from the bound on each; where most of a drift is noise it is stricter.
 
     Limitations:
 
-    - Errors of successive steps in the same direction add up, which a bound on a single
-      drift cannot see. A smaller δ reduces the sum: at window 64 and small steps use
-      0.05. Nor does it see how much of a window's path was overshot (`Secant` does).
+    - The bound does not see how much of a window's path was overshot (`Secant` does),
+      nor what later steps make of an error (`PicardSolver` measures whether it grows).
     - Secants are measured over larger distances than those they are applied to, so a
       drift with jumps (an occupancy grid's refresh, a clipped gradient) is rated by its
       average slope. A drift that jumps over a tiny distance gives a secant that is much
@@ -110,12 +121,14 @@ class DriftThreshold(Threshold[DriftMemory]):
         warmup: Number of steps at the start of a run that use δ / 4. While the shape is
             still forming, an error can lead to another shape (measured on
             hash grids, see `docs/results.md`). 0: the same δ from the start.
+        sums: Whether δ also bounds the sum of errors along the accepted steps.
     """
 
     value: float = 0.2
     hold_every: int = 16
     memory: int = 4
     warmup: int = 0
+    sums: bool = True
 
     def __post_init__(self) -> None:
         if not (is_number(self.value) and 0 <= self.value < math.inf):
@@ -153,7 +166,7 @@ class DriftThreshold(Threshold[DriftMemory]):
         own = {step: k for step, k in memory.own.items() if step >= first}
         memory = replace(memory, own=own, step=first, measured=None)
         if self.exact or not memory.held:
-            return replace(memory, age=memory.age + 1)
+            return replace(memory, age=memory.age + 1, first=False)
         secants: list[float] = []
         errors: list[float] = []
         for step, error, distance, noise in self._measurements(memory, evaluation):
@@ -168,6 +181,7 @@ class DriftThreshold(Threshold[DriftMemory]):
             held={},
             secants=found[-self.memory :],
             age=0 if errors else memory.age + 1,
+            first=bool(secants) and not memory.secants,
             measured=median(errors) if errors else None,
         )
 
@@ -209,13 +223,16 @@ class DriftThreshold(Threshold[DriftMemory]):
     def most(self, memory: DriftMemory, length: int, remaining: int) -> int:
         """One step while there is no secant; one slot fewer when a secant is due.
 
-        In the first iteration after a jump, up to half of the slots are held back, as
-        far as this costs no iteration before the next jump.
+        In the first iteration with secants half of a wide window is held back; in the
+        first after a jump up to half, as far as this costs no iteration before the
+        next jump.
         """
         if self.exact:
             return length
         if not memory.secants:
             return 1
+        if memory.first and length < remaining:
+            return min(length, max(self.hold_every, math.ceil(length / 2)))
         if memory.fresh and length < remaining:
             needed = remaining - (math.ceil(remaining / length) - 1) * length
             return max(needed, math.ceil(length / 2))
@@ -223,6 +240,26 @@ class DriftThreshold(Threshold[DriftMemory]):
         every = max(2, math.ceil(self.hold_every / length))
         due = memory.age >= every - 1 and length < remaining
         return max(1, length - 1) if due else length
+
+    def limit(self, memory: DriftMemory, rollout: Rollout) -> int:
+        """The longest stretch whose errors add up to at most δ (Eq. 9b)."""
+        if not self.sums or self.exact or rollout.stride < 2:
+            return rollout.stride
+        slots = range(rollout.stride)
+        drifts = [_moving(rollout.states[i], rollout.used[i]) for i in slots]
+        errors = [0.0, *rollout.errors[: rollout.stride - 1]]  # the anchor is exact
+        bound = self.bound(memory)
+
+        def passes(sums: tuple[dict[str, float], State]) -> bool:
+            error, total = sums
+            relative = _relative(error, norms(total), memory.moved)
+            return relative <= bound or not any(error.values())
+
+        *_, whole = _running_sums(errors, drifts)
+        if passes(whole):
+            return rollout.stride
+        passed = [passes(sums) for sums in _running_sums(errors, drifts)]
+        return max(slot + 1 for slot in slots if passed[slot])
 
     def after(self, memory: DriftMemory, rollout: Rollout) -> DriftMemory:
         """Keep the drifts of the slots that will be evaluated again."""
@@ -263,8 +300,29 @@ class DriftThreshold(Threshold[DriftMemory]):
 def _slope(memory: DriftMemory, step: int) -> float:
     if step in memory.own:
         return memory.own[step]
-    known = sorted(chain.from_iterable(memory.secants))
-    return known[3 * len(known) // 4] if known else math.inf
+    known = sorted(
+        (k, min(1, COUNTED / len(part))) for part in memory.secants for k in part
+    )
+    left = 0.75 * sum(weight for _, weight in known)
+    for secant, weight in known:
+        left -= weight
+        if left < -1e-9:  # rounding
+            return secant
+    return math.inf
+
+
+def _running_sums(
+    errors: Sequence[float], drifts: Sequence[State]
+) -> Iterator[tuple[dict[str, float], State]]:
+    """After each drift, by tensor: the sum of absolute errors, and that of drifts."""
+    error: dict[str, float] = {}
+    total: State = {}
+    for relative, drift in zip(errors, drifts, strict=True):
+        for name, size in norms(drift).items():
+            value = widened(drift[name])
+            error[name] = error.get(name, 0.0) + relative * size
+            total[name] = total[name] + value if name in total else value
+        yield error, total
 
 
 def _moving(y: State, drift: State) -> State:

@@ -41,23 +41,25 @@ class Leaves:
         }
         return cls(y, leaves, view)
 
-    def drift(self, found: Sequence[Tensor | None]) -> tuple[State, State]:
-        """The gradients that exist, and the changes of the buffers.
+    def gradients(self, found: Sequence[Tensor | None]) -> State:
+        """The gradients that exist.
 
         Args:
             found: The gradient of each leaf; None where the loss does not depend on it.
                 A loss that went backward itself has left others in `.grad`.
         """
-        gradients = {  # absent, not zero: a zero would make AdamW decay the parameter
+        return {  # absent, not zero: a zero would make AdamW decay the parameter
             name: gradient
             for (name, leaf), last in zip(self.leaves.items(), found, strict=True)
             if (gradient := _sum(leaf.grad, last)) is not None
         }
-        buffers = buffer_drift(
+
+    def buffers(self) -> State:
+        """The changes of the buffers."""
+        return buffer_drift(
             {name: self.y[name] for name in self.view if name not in self.leaves},
             {name: tensor.detach() for name, tensor in self.view.items()},
         )
-        return gradients, buffers
 
 
 def _sum(one: Tensor | None, two: Tensor | None) -> Tensor | None:

@@ -13,31 +13,28 @@ new values of changed elements (integers: the increment), and the update writes 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from types import MappingProxyType
-from typing import Any, TypeAlias
+from contextlib import nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 from dreampropeller.batched_loss import BatchedDrift, on_states
 from dreampropeller.buffers import updated_buffers
 from dreampropeller.clipping import Clipping
-from dreampropeller.guard import GroupGuard, Guard
 from dreampropeller.host import ModuleHost
 from dreampropeller.identity import Fingerprint, plain, shape_of
-from dreampropeller.leaves import Leaves
+from dreampropeller.loss_gradient import Loss, LossGradient
 from dreampropeller.module_check import ModuleLoop
 from dreampropeller.optimizers import (
     OptimizerFactory,
     Optimizers,
     Params,
     SchedulerFactory,
-    dense,
 )
 from dreampropeller.precision import Precision
-from dreampropeller.rng import StepRandom, set_streams, streams
+from dreampropeller.rng import StepRandom, set_streams
+from dreampropeller.sharded_loss import ShardedLoss, joined
 from dreampropeller.trajectory import Drift, Trajectory
 from dreampropeller.tree import Aux, Nest, State, copy_nest
 from dreampropeller.verification import (
@@ -47,9 +44,6 @@ from dreampropeller.verification import (
     probe,
     second_update,
 )
-
-Loss: TypeAlias = Callable[[int, State], Any]
-"""`(step, y) -> loss` or `(loss, aux)`; new buffer values are written into `y`."""
 
 
 class OptimizationTrajectory(Trajectory[Nest]):
@@ -62,7 +56,8 @@ class OptimizationTrajectory(Trajectory[Nest]):
         loss: ``(step, y)`` returns a scalar loss, or the loss and scalars to log. `y`
             holds parameters that require gradients and buffers; buffers may be changed
             in place or replaced in `y`. A `BatchedLoss` lets `BatchedDispatcher`
-            evaluate a window in one call.
+            evaluate a window in one call, a `ShardedLoss` lets several workers share
+            a step's views.
         params: The initial parameters by name.
         optimizer: Factory of one optimizer or several, called with the parameters by
             name.
@@ -109,6 +104,8 @@ class OptimizationTrajectory(Trajectory[Nest]):
             raise ValueError(f"`num_steps` is {num_steps}: write at least 1.")
         self.num_steps = num_steps
         self._loss = loss
+        written = getattr(loss, "__wrapped__", loss)
+        self._sharded = written if isinstance(written, ShardedLoss) else None
         self._batched = on_states(loss, None if _host is None else _host.module)
         self._random = None if seed is None else StepRandom(seed)
         self._clipping = Clipping(clip_grad_norm, clip_grad_value)
@@ -141,13 +138,10 @@ class OptimizationTrajectory(Trajectory[Nest]):
         }
         device = next(iter(self._initial.values())).device
         self._precision = Precision(str(precision), device)
-        if self._precision.scales and self._optimizers.count > 1:
-            raise ValueError(
-                f"`precision` is {precision!r} with {self._optimizers.count} "
-                "optimizers: a loss scale leaves out the one that overflowed, which is "
-                'not supported. Write `precision="bf16-mixed"`, which needs no scale, '
-                "or put the parameters into the groups of one optimizer."
-            )
+        _check_scale(self._precision, self._optimizers.count)
+        self._gradient = LossGradient(
+            _host, self._optimizers, self._precision, self._random, self._initial.keys()
+        )
 
     @classmethod
     def from_module(
@@ -208,139 +202,71 @@ class OptimizationTrajectory(Trajectory[Nest]):
 
     def make_drift(self, device: torch.device) -> Drift:
         """The gradient of the loss, and the changes of the buffers."""
-        if self._host is not None:
-            self._host.module.to(device)
-            self._host.record()
+        self._settle(device)
         self._repeats = None
         # An optimizer that draws goes on where each step's own loss ended.
         if self._batched is None or self._optimizers.may_draw:
             return self._drift
         return BatchedDrift(self._drift, self._batch)
 
+    def make_shard(self, device: torch.device, index: int, count: int) -> Drift:
+        """See `Trajectory.make_shard`; only with a `ShardedLoss`."""
+        if count == 1:
+            return self.make_drift(device)
+        if self._sharded is None or self._optimizers.may_draw:
+            raise ValueError(
+                f"`{type(self).__name__}` cannot split a step into {count} shards: "
+                + (
+                    "its optimizer draws random numbers where the whole step's loss "
+                    "ends. Use another optimizer"
+                    if self._sharded is not None
+                    else "its loss is no `dreampropeller.ShardedLoss`. Make it one"
+                )
+                + ", or split the window instead, one step per worker (`views=1`)."
+            )
+        self._settle(device)
+        own = self._sharded.shard(index, count)
+
+        def loss(step: int, view: State) -> Any:
+            return own(step, view if self._host is None else self._host.module)
+
+        def once(step: int, y: State) -> tuple[State, Aux]:
+            return self._gradient.drift(step, y, loss, index)
+
+        return lambda step, y: self._now_and_then_twice(once, step, y)
+
+    def join_shards(self, parts: Sequence[tuple[State, Aux]]) -> tuple[State, Aux]:
+        """The sum of the shards' drifts, with quotients of sums taken."""
+        return joined(parts, None if self._sharded is None else self._sharded.join)
+
+    def _settle(self, device: torch.device) -> None:
+        """Bring the module to a device."""
+        if self._host is not None:
+            self._host.module.to(device)
+            self._host.record()
+
     _repeats: Repeats | None = None
     """Repeats an evaluation now and then, once a check has passed."""
 
     def _drift(self, step: int, y: State) -> tuple[State, Aux]:
+        return self._now_and_then_twice(self._drift_once, step, y)
+
+    def _now_and_then_twice(
+        self, once: Drift, step: int, y: State
+    ) -> tuple[State, Aux]:
         if self._repeats is None:
-            return self._drift_once(step, y)
-        return self._repeats.evaluate(self._drift_once, step, y)
+            return once(step, y)
+        return self._repeats.evaluate(once, step, y)
 
     def _drift_once(self, step: int, y: State) -> tuple[State, Aux]:
-        evaluate = self._evaluate if self._host is None else self._evaluate_host
-        return self._finished(y, *evaluate(step, y))
-
-    def _finished(
-        self, y: State, gradients: State, others: State, aux: Mapping[str, Any]
-    ) -> tuple[State, Aux]:
-        """The drift of gradients and buffers, and scalars to log as numbers."""
-        found = self._precision.unscale(gradients.values(), y)
-        drift = {**found, **others}
-        if not Precision.overflowed(found):
-            drift |= {name: dense(name, value) for name, value in gradients.items()}
-        return drift, {
-            key: float(torch.as_tensor(v).detach()) for key, v in aux.items()
-        }
-
-    def _draws(self, step: int) -> AbstractContextManager[None]:
-        """Scope of the random numbers of a step."""
-        return self._random.scope(step) if self._random else nullcontext()
-
-    def _drawn(self) -> State:
-        """The global generators where the loss ended, if an optimizer goes on there."""
-        return streams() if self._random and self._optimizers.may_draw else {}
-
-    def _evaluate(self, step: int, y: State) -> tuple[State, State, Mapping[str, Any]]:
-        """Gradients, changes of the buffers, and scalars to log."""
-        own = self._leaves(y)
-        with self._draws(step), torch.enable_grad():
-            loss, aux = self._scaled_loss(step, y, own.view, own.leaves)
-            leaves = list(own.leaves.values())
-            self._precision.refuse_parts(step, leaves)
-            found = torch.autograd.grad(loss, leaves, allow_unused=True)
-            drawn = self._drawn()
-        gradients, buffers = own.drift(found)
-        return gradients, {**buffers, **drawn}, aux
-
-    def _leaves(self, y: State) -> Leaves:
-        return Leaves.of(y, self._optimizers.trainable, self._initial)
+        return self._gradient.drift(step, y, self._loss)
 
     def _batch(
         self, steps: Sequence[int], ys: Sequence[State]
     ) -> list[tuple[State, Aux]]:
         """The drifts of several steps, by one call and one backward pass."""
         assert self._batched is not None, "only with a `BatchedLoss`"
-        own = [self._leaves(y) for y in ys]
-        guards = [Guard(one.leaves, self._optimizers.trainable) for one in own]
-        with torch.enable_grad():
-            with self._precision.autocast():
-                parts = []
-                for step, one in zip(steps, own, strict=True):
-                    with self._draws(step):
-                        parts.append(self._batched.each(step, one.view))
-                with self._draws(steps[0]):  # leaves the global generators alone
-                    results = self._batched.together(parts)
-            for guard in guards:
-                guard.check()
-            scaled = [
-                self._scaled(*one) for one in zip(steps, ys, results, strict=True)
-            ]
-            losses = [loss for loss, _ in scaled]
-            leaves = [leaf for one in own for leaf in one.leaves.values()]
-            found = iter(torch.autograd.grad(losses, leaves, allow_unused=True))
-        return [
-            self._finished(y, *one.drift([next(found) for _ in one.leaves]), aux)
-            for y, one, (_, aux) in zip(ys, own, scaled, strict=True)
-        ]
-
-    def _evaluate_host(
-        self, step: int, y: State
-    ) -> tuple[State, State, Mapping[str, Any]]:
-        """The same in the module's own tensors, by `backward` as in its loop."""
-        host = self._host
-        assert host is not None, "only with a host"
-        with host.holding(y):
-            guarded = {**host.parameters, **host.frozen}
-            with self._draws(step), torch.enable_grad():
-                loss, aux = self._scaled_loss(step, y, y, guarded)
-                self._backward(step, loss)
-                drawn = self._drawn()
-            return host.gradients(), {**host.buffer_drift(y), **drawn}, aux
-
-    def _scaled_loss(
-        self, step: int, y: State, view: State, guarded: Mapping[str, Tensor]
-    ) -> tuple[Tensor, Mapping[str, Any]]:
-        """The loss to differentiate, and scalars to log."""
-        guard = Guard(guarded, self._optimizers.trainable)
-        groups = GroupGuard(self._reached)
-        with self._precision.autocast():
-            result = self._loss(step, view)
-        guard.check()
-        groups.check(step)
-        return self._scaled(step, y, result)
-
-    def _backward(self, step: int, loss: Tensor) -> None:
-        """Go backward in the module, unless the loss has done so itself."""
-        assert self._host is not None, "only with a host"
-        self._precision.refuse_parts(step, self._host.parameters.values())
-        if loss.requires_grad:
-            loss.backward()
-        elif not self._host.gradients():
-            raise ValueError(
-                f"The loss of step {step} depends on no parameter: return it with its "
-                "graph, without `.item()` or `.detach()`, or go backward in it."
-            )
-
-    def _scaled(
-        self, step: int, y: State, result: Any
-    ) -> tuple[Tensor, Mapping[str, Any]]:
-        """What a loss returned, as the scalar to differentiate and scalars to log."""
-        loss, aux = result if isinstance(result, tuple) else (result, {})
-        if not isinstance(loss, Tensor) or loss.numel() != 1:
-            raise ValueError(
-                f"The loss of step {step} is not a scalar tensor; return "
-                "`loss.mean()`, or a tuple `(loss, aux)`."
-            )
-        return self._precision.scale(loss.sum(), y), aux
+        return self._gradient.several(steps, ys, self._batched)
 
     def update(
         self, step: int, y: State, carry: Nest, drift: State
@@ -370,7 +296,7 @@ class OptimizationTrajectory(Trajectory[Nest]):
             self._make_optimizers,
             self.num_steps - 1,
         )
-        self._reached = loop.reached
+        self._gradient.watch(loop.reached)
         try:
             found = probe(self, step, y, carry, drift, loop.cause)
         except EvaluationFailed:
@@ -379,19 +305,27 @@ class OptimizationTrajectory(Trajectory[Nest]):
         with self._optimizers.observed(host.module, host.ignore):
             second_update(self, found)
         fresh = self._optimizers if step == 0 else None
-        loop.compare(found, carry, self._draws, fresh)
+        loop.compare(found, carry, self._gradient.draws, fresh)
         self._repeats = Repeats(found.noise, loop.cause)
         return found.checked(whole=True)
-
-    _reached: Mapping[str, Optimizer] = MappingProxyType({})
-    """Optimizers that the loss refers to, by path, once a check has looked for them."""
 
     def _loop_gradients(self, step: int, y: State) -> State:
         """The gradients of the loop, on what the module holds."""
         assert self._host is not None, "only with a host"
         with torch.enable_grad():
-            loss, _ = self._scaled_loss(step, y, y, {})
-            self._backward(step, loss)
+            found, _ = self._gradient.scalars(step, y, y, {}, self._loss)
+            self._gradient.backward(step, found[""])
         gradients = self._host.gradients()
         overflow = Precision.overflowed(self._precision.unscale(gradients.values(), y))
         return {} if overflow else gradients
+
+
+def _check_scale(precision: Precision, count: int) -> None:
+    """Refuse a loss scale with several optimizers."""
+    if precision.scales and count > 1:
+        raise ValueError(
+            f'`precision` is "16-mixed" with {count} optimizers: a loss scale leaves '
+            "out the one that overflowed, which is not supported. Write "
+            '`precision="bf16-mixed"`, which needs no scale, or put the parameters '
+            "into the groups of one optimizer."
+        )

@@ -25,9 +25,10 @@ from dreampropeller.carries import Carries
 from dreampropeller.component import Component
 from dreampropeller.dispatch.base import Dispatcher
 from dreampropeller.drift_threshold import DriftThreshold
+from dreampropeller.growth import Growth
 from dreampropeller.predictor import Predictor, as_predictor
 from dreampropeller.rollout import Evaluation, Rollout
-from dreampropeller.solution import Iteration, SolverState, Stats
+from dreampropeller.solution import Iteration, SolverState
 from dreampropeller.solver import NonFinite, Solver, check_non_finite, raise_or_skip
 from dreampropeller.threshold import Threshold
 from dreampropeller.timer import Timer
@@ -63,6 +64,9 @@ class PicardSolver(Solver):
             corrects drifts to the states they are used at; `Anderson` corrects the
             guesses that did not pass, for smooth deterministic drifts. None: the
             published iteration.
+        growth: Whether to measure if errors of guesses grow or are forgotten
+            (`Stats.growth`). It costs no evaluation, and a guess and a drift per slot
+            that is evaluated again; at threshold 0 nothing is measured.
     """
 
     window: Window[Any]
@@ -71,6 +75,7 @@ class PicardSolver(Solver):
     norm: Callable[[State, State], Tensor] = mean_square
     non_finite: NonFinite = "raise"
     acceleration: Acceleration[Any] | None = None
+    growth: bool = True
 
     def __post_init__(self) -> None:
         for name, value, kind, example in (
@@ -110,7 +115,12 @@ class PicardSolver(Solver):
             "window": self.window,
             "predictor": as_predictor(self.predictor),
             "acceleration": self.acceleration or Acceleration(),
+            "growth": Growth() if self._measures_growth else Component(),
         }
+
+    @property
+    def _measures_growth(self) -> bool:
+        return self.growth and self.window.reads_errors and not self.threshold.exact
 
     def init(self, y: State, carry: Any) -> SolverState[Any]:
         """The anchor at step 0, without guesses."""
@@ -170,10 +180,8 @@ class PicardSolver(Solver):
 
         with timer.phase("predict"):
             state = self._predict(trajectory, dispatcher, state, rollout, carries.last)
-        stats = Stats(
-            state.stats.num_evaluations + rollout.length,
-            [*state.stats.strides, stride],
-        )
+        rate = state.growth.rate if state.growth is not None else None
+        stats = state.stats.after(rollout.length, stride, rate)
         after = replace(
             state,
             step=state.step + stride,
@@ -307,7 +315,11 @@ class PicardSolver(Solver):
         proposed = self.window.stride(state.window, passed)
         length, remaining = len(rollout.steps), rollout.remaining
         most = self.threshold.most(state.threshold, length, remaining)
-        return dispatcher.agree([min(proposed, most)])[0]
+        proposed = min(proposed, most)
+        with dispatcher.timer.phase("threshold"):
+            passing = replace(rollout, stride=proposed)
+            limit = self.threshold.limit(state.threshold, passing)
+        return dispatcher.agree([min(proposed, limit)])[0]
 
     def _predict(
         self,

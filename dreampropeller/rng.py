@@ -8,15 +8,67 @@ stream)*: repeated evaluation, another order or another process changes nothing.
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import random
 import struct
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Draws:
+    """Random numbers of a step with an axis over its views.
+
+    Args:
+        generator: Their source; None: the global generator.
+        device: Device of the source.
+        total: Number of views that numbers are drawn for; None: as many as asked.
+        part: The views whose numbers are returned; None: all.
+    """
+
+    generator: torch.Generator | None
+    device: torch.device | str = "cpu"
+    total: int | None = None
+    part: slice | None = None
+
+    def rand(self, *shape: int, axis: int = 0) -> Tensor:
+        """Uniform numbers from 0 to 1.
+
+        Args:
+            *shape: The shape.
+            axis: The axis over the views.
+        """
+        return self._drawn(torch.rand, shape, axis)
+
+    def randn(self, *shape: int, axis: int = 0) -> Tensor:
+        """Normal numbers; arguments as for `rand`."""
+        return self._drawn(torch.randn, shape, axis)
+
+    def randint(self, low: int, high: int, *shape: int, axis: int = 0) -> Tensor:
+        """Integers from `low` to `high` − 1; further arguments as for `rand`."""
+        return self._drawn(functools.partial(torch.randint, low, high), shape, axis)
+
+    def _drawn(
+        self, draw: Callable[..., Tensor], shape: tuple[int, ...], axis: int
+    ) -> Tensor:
+        if self.total is None or self.part is None:
+            return draw(shape, generator=self.generator, device=self.device)
+        asked = len(range(self.total)[self.part])
+        if shape[axis] != asked:
+            raise ValueError(
+                f"Random numbers of shape {shape} were asked for by a shard with "
+                f"{asked} views: axis {axis} is not that of the views. Pass the right "
+                "`axis`, or draw numbers of the step itself from "
+                "`StepRandom.generator`."
+            )
+        whole = (*shape[:axis], self.total, *shape[axis + 1 :])
+        found = draw(whole, generator=self.generator, device=self.device)
+        return found[(slice(None),) * axis + (self.part,)]
 
 
 @dataclass(frozen=True)
@@ -54,6 +106,23 @@ class StepRandom:
                 draw different numbers: draw on CPU what must not depend on the device.
         """
         return torch.Generator(device).manual_seed(self.key(step, stream))
+
+    def draws(
+        self, step: int, stream: str | None, device: torch.device | str = "cpu"
+    ) -> Draws:
+        """Random numbers for each view of a step, of which a shard takes its own.
+
+        Equal to those drawn from `generator` with the same shapes.
+
+        Args:
+            step: The step on the trajectory.
+            stream: Name of the random numbers; None: the global generator, as `scope`
+                has seeded it.
+            device: Device of the numbers.
+        """
+        if stream is None:
+            return Draws(None, device)
+        return Draws(self.generator(step, stream, device), device)
 
     @contextlib.contextmanager
     def scope(self, step: int, stream: str = "global") -> Iterator[None]:

@@ -37,15 +37,28 @@ class Stats:
     Attributes:
         num_evaluations: Number of drifts evaluated (NFE).
         strides: Steps accepted in each iteration.
+        growth: Growth of an error per step in each iteration (`growth.py`); None where
+            it was not measured.
     """
 
     num_evaluations: int = 0
     strides: list[int] = field(default_factory=list)
+    growth: list[float | None] = field(default_factory=list)
 
     @property
     def num_iterations(self) -> int:
         """Number of iterations: the sequential depth of the solve."""
         return len(self.strides)
+
+    def after(self, evaluations: int, stride: int, rate: float | None = None) -> Stats:
+        """The cost after one more iteration."""
+        # Of a run that was begun before growth was recorded, nothing is known.
+        unknown: list[float | None] = [None] * (len(self.strides) - len(self.growth))
+        return Stats(
+            self.num_evaluations + evaluations,
+            [*self.strides, stride],
+            [*self.growth, *unknown, rate],
+        )
 
 
 @dataclass
@@ -63,6 +76,7 @@ class SolverState(Generic[C]):
         window: The window's memory.
         predictor: The predictor's memory.
         acceleration: The acceleration's memory.
+        growth: The memory of what was measured of errors.
         stats: The cost so far.
         run: The name of the run; empty if there is none.
         problem: The trajectory's fingerprint; empty if unknown.
@@ -76,6 +90,7 @@ class SolverState(Generic[C]):
     window: Any = field(default=None, metadata=LEAN)
     predictor: Any = field(default=None, metadata=LEAN)
     acceleration: Any = field(default=None, metadata=LEAN)
+    growth: Any = field(default=None, metadata=LEAN)
     stats: Stats = field(default_factory=Stats, metadata=LEAN)
     run: str = field(default="", metadata=LEAN)
     problem: Fingerprint = field(default_factory=dict, metadata=LEAN)

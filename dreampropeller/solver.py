@@ -19,7 +19,6 @@ from dreampropeller.solution import (
     Result,
     Solution,
     SolverState,
-    Stats,
 )
 from dreampropeller.trajectory import Parents, Trajectory, next_jump
 from dreampropeller.tree import State, all_finite, copy_nest
@@ -103,7 +102,7 @@ class Sequential(Solver):
                 y, carry = trajectory.update(state.step, y, carry, drift)
         else:
             raise_or_skip(self.non_finite, state.step, drift)
-        stats = Stats(state.stats.num_evaluations + 1, [*state.stats.strides, 1])
+        stats = state.stats.after(1, 1)
         after = SolverState(step=state.step + 1, y=y, carry=carry, stats=stats)
         seconds = dispatcher.timer.lap()
         return after, Iteration(state.step, 1, 1, (), None, (aux,), seconds)

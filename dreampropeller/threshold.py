@@ -63,6 +63,16 @@ class Threshold(Component[M], abc.ABC):
         del memory, remaining
         return length
 
+    def limit(self, memory: M, rollout: Rollout) -> int:
+        """The largest number of steps to accept, in view of all of them; default: all.
+
+        Args:
+            memory: The memory after `before`.
+            rollout: The rollout; its stride is the number of steps that passed.
+        """
+        del memory
+        return rollout.stride
+
 
 @dataclass(frozen=True)
 class FixedMemory(Memory):

@@ -12,12 +12,14 @@ $$y_{t+1}, c_{t+1} = \mathrm{update}(t, y_t, c_t, \mathrm{drift}(t, y_t)),
 from __future__ import annotations
 
 import abc
+from collections.abc import Sequence
 from typing import Generic, Protocol, TypeVar, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from dreampropeller.identity import Fingerprint
+from dreampropeller.shards import added_up
 from dreampropeller.tree import Aux, State
 from dreampropeller.verification import Checked, EvaluationFailed, probe
 
@@ -68,11 +70,11 @@ class Trajectory(abc.ABC, Generic[C]):
         """
 
     def make_shard(self, device: torch.device, index: int, count: int) -> Drift:
-        """Build one of several drifts whose sum is the drift; default: refused.
+        """Build one of several drifts that make up the drift; default: refused.
 
-        A step's random numbers are drawn for all its views and then sliced. Parts that
-        are not sums over views (buffers, terms without views) are reported by shard 0
-        only.
+        A step's random numbers are drawn for all its views and then sliced. What is no
+        sum over views (buffers, terms without views) is reported by shard 0 only. A
+        shard without views returns an empty drift.
 
         Args:
             device: Device of the states to evaluate.
@@ -87,8 +89,19 @@ class Trajectory(abc.ABC, Generic[C]):
         raise ValueError(
             f"`{type(self).__name__}` cannot split a step into {count} shards (this "
             f"would be shard {index}): it gives no access to the step's views. Split "
-            "the window instead, one step per worker, or write its `make_shard`."
+            "the window instead, one step per worker (`dispatch.views=1`, `views=1`), "
+            "or write its `make_shard`."
         )
+
+    def join_shards(self, parts: Sequence[tuple[State, Aux]]) -> tuple[State, Aux]:
+        """The drift of a step from those of its shards; default: their sum.
+
+        Called on every rank with the same parts, and deterministic.
+
+        Args:
+            parts: Drift and scalars of each shard, in order. They must not be changed.
+        """
+        return added_up(parts)
 
     @abc.abstractmethod
     def update(self, step: int, y: State, carry: C, drift: State) -> tuple[State, C]:

@@ -39,6 +39,10 @@ from dreampropeller.tree import (
 if TYPE_CHECKING:
     from dreampropeller.trajectory import Drift, Trajectory
 
+TOLERANCE = 0.05
+"""Largest deviation of a batched or split drift from that of the step by itself, as a
+fraction of its norm. In single precision it is about 1e-5; half precision, times a
+guidance scale of 100, reaches a few hundredths."""
 _MOVED = 1e-3
 _TOLERANCE = 1e-5
 _NOISE = 10.0
@@ -245,6 +249,17 @@ def distance(one: Tensor, two: Tensor) -> float:
     if not is_continuous(one) or one.shape != two.shape:
         return 0.0
     return float(torch.linalg.vector_norm((widened(one) - widened(two)).double()))
+
+
+def deviation(found: State, wanted: State) -> float:
+    """The norm of a difference of drifts, as a fraction; infinite if entries differ."""
+    if found.keys() != wanted.keys() or any(
+        found[name].shape != value.shape for name, value in wanted.items()
+    ):
+        return float("inf")
+    off = sum(distance(found[name], value) ** 2 for name, value in wanted.items())
+    size = sum(distance(0 * value, value) ** 2 for value in wanted.values())
+    return (off / size) ** 0.5 if size else off**0.5
 
 
 def _evaluate(drift: Drift, step: int, y: State) -> State:

@@ -110,7 +110,10 @@ def build_problem(config: Config) -> Problem:
 
     check_sections(config)
     try:
-        return problem_type(config)(config)
+        problem = problem_type(config)(config)
+        if config.dispatch.views > 1:
+            problem.check_views(config.dispatch.views)
+        return problem
     except ConfigError:
         raise
     except ValueError as error:

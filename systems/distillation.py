@@ -10,6 +10,8 @@ views guidance then sees at once.
 from __future__ import annotations
 
 import abc
+import copy
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -26,7 +28,28 @@ from systems.guidance.table import GUIDANCES
 from systems.scene.cameras import Views
 from systems.scene.regularisers import REGULARISERS, Regulariser
 from systems.scene.renderers import Rendering
-from systems.settings.schedules import value_at
+from systems.settings.reader import ConfigError
+from systems.settings.schedules import value_at, values_of
+
+_NORMS = ("grad_norm",)
+"""What guidances log that is a norm over all views."""
+_SAME = ("max_timestep", "splats")
+"""What is logged that is the same for all views."""
+_NO_MEANS = (*_NORMS, *_SAME)
+
+
+def join(logged: Sequence[dp.Aux]) -> dp.Aux:
+    """What shards logged, as that of the whole step: means, norms, what is the same."""
+    found: dp.Aux = {}
+    for aux in logged:
+        for name, value in aux.items():
+            if name in _NORMS:
+                found[name] = math.hypot(found.get(name, 0.0), value)
+            elif name in _SAME:
+                found[name] = value
+            else:
+                found[name] = found.get(name, 0.0) + value
+    return found
 
 
 @dataclass(frozen=True)
@@ -96,13 +119,39 @@ class Distillation(System):
         del views
         return seen.rgb.permute(0, 3, 1, 2)
 
+    shard = dp.Shard()
+    """The slice of a step's views that this system has; see `part`."""
+
+    def part(self, shard: dp.Shard) -> Distillation:
+        """This system with a shard of each step's views and their random numbers."""
+        one = copy.copy(self)
+        one.shard = shard
+        one.random = dp.ShardRandom(self.config.seed, shard, self.num_views)
+        return one
+
+    @property
+    def whole_random(self) -> dp.StepRandom:
+        """The random numbers of a step, whatever the shard."""
+        return dp.StepRandom(self.config.seed)
+
+    def num_views(self, step: int) -> int:
+        """The number of views of a training step, all shards together."""
+        return self.cameras.shape(step)[0]
+
     def views(self, step: int) -> Views:
-        """The views of a training step; a pure function of the step."""
+        """All views of a training step; a pure function of the step."""
         return self.cameras.views(step, self.random)
 
-    def look(self, step: int, module: nn.Module) -> Look:
-        """The views of a step and their images, all that a step needs by itself."""
+    def look(self, step: int, module: nn.Module) -> Any:
+        """The views of a step and their images, all that a step needs by itself.
+
+        None if the shard has no views.
+        """
         weight, views = self.weights(step), self.views(step)
+        if self.shard.count > 1:
+            views = views.chosen(self.shard.of(len(views.cameras)))
+            if not len(views.cameras):
+                return None
         with_normals = any(
             term.needs_normals and weight[name] > 0
             for name, term in self.regularisers.items()
@@ -135,6 +184,65 @@ class Distillation(System):
             "opacity": seen.opacity.mean(),
         }
 
+    def contribution(self, look: Any, guidance: Guidance) -> dp.Contribution | None:
+        """A shard's part of the loss of a step; None if it has no views.
+
+        Means over its views count by its share of them; terms with counts that vary are
+        quotients of sums over all shards. Beside it stand the rendering and the number
+        of views of the whole step, which growth needs.
+        """
+        if look is None:
+            return None
+        shown = Shown(look.images, look.views.cameras, look.step)
+        ((sds, logged),) = guidance.several([shown], self.random)
+        weight, seen = self.weights(look.step), look.seen
+        share = len(look.views.cameras) / self.num_views(look.step)
+        terms: dict[str, Tensor] = {}
+        ratios: dict[str, dp.Ratio] = {}
+        for name, term in self.regularisers.items():
+            if term.counts_vary:
+                amount, count = term.amounts(seen).sum(), term.counts(seen).sum()
+                ratios[f"loss_{name}"] = dp.Ratio(weight[name], amount, count)
+            else:
+                terms[name] = share * term(seen)
+        total = weight["sds"] * (share * sds)
+        for name, value in terms.items():
+            if weight[name]:
+                total = total + weight[name] * value
+        log = {
+            "loss": total,
+            "loss_sds": share * sds,
+            **{f"loss_{name}": value for name, value in terms.items()},
+            **{n: v if n in _NO_MEANS else share * v for n, v in logged.items()},
+            "opacity": share * seen.opacity.mean(),
+        }
+        return dp.Contribution(total, log, ratios, (seen, self.num_views(look.step)))
+
+    def check_views(self, count: int) -> None:
+        """See `Problem.check_views`."""
+        sizes = self.cameras.batch_size
+        most = max(sizes) if isinstance(sizes, list) else sizes
+        if count > most:
+            raise ConfigError(
+                f"`dispatch.views` is {count}, and a step has {most} view(s) "
+                f"(`data.batch_size`): write at most {most}, or more views per step."
+            )
+        beside = "3d_normal_smooth"
+        if beside in self.regularisers and any(
+            values_of(vars(self.settings.loss)[f"lambda_{beside}"])
+        ):
+            raise ConfigError(
+                f"`system.loss.lambda_{beside}` draws shifts for all samples of a step "
+                "at once, so that its views cannot be split: write "
+                f"`dispatch.views=1`, or `system.loss.lambda_{beside}=0`."
+            )
+        if not self.is_reproducible:
+            raise ConfigError(
+                "`system.guidance.lora` is `local`, a network that each worker trains "
+                "by itself, so that views cannot be split: write `dispatch.views=1`, "
+                "or `system.guidance.lora=shared`."
+            )
+
     def loss(self, guidance: Guidance) -> Callable[[int, nn.Module], Any]:
         """The loss of a step, a function of step and module.
 
@@ -142,9 +250,22 @@ class Distillation(System):
         then it reads the state itself.
         """
         loss = dp.BatchedLoss(self.look, lambda looks: self.losses(looks, guidance))
-        if self.module is self.scene and self.is_reproducible:
-            return loss
-        return lambda step, module: loss(step, module)
+        batches = self.module is self.scene and self.is_reproducible
+        whole = loss if batches else (lambda step, module: loss(step, module))
+        return dp.ShardedLoss(whole, self.split(guidance), join)
+
+    def split(self, guidance: Guidance) -> Callable[[int, int], dp.BatchedLoss]:
+        """The losses of shards; see `dreampropeller.ShardedLoss`."""
+
+        def shard(index: int, count: int) -> dp.BatchedLoss:
+            part = self.part(dp.Shard(index, count))
+
+            def together(looks: Sequence[Any]) -> list[dp.Contribution | None]:
+                return [part.contribution(look, guidance) for look in looks]
+
+            return dp.BatchedLoss(part.look, together)
+
+        return shard
 
     def trajectory(self) -> dp.Trajectory[Any]:
         """The trajectory of the optimizer on the loss; loads the pretrained model."""

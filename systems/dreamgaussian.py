@@ -21,7 +21,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 import dreampropeller as dp
-from systems.distillation import Distillation
+from systems.distillation import Distillation, join
 from systems.guidance.priors import check
 from systems.guidance.prompts import PROMPT_PROCESSORS, PromptConfig
 from systems.guidance.table import GUIDANCES
@@ -203,9 +203,10 @@ class DreamGaussian(Distillation):
             found = self.losses(looks, guidance)
             return [(*one, look.seen) for one, look in zip(found, looks, strict=True)]
 
-        loss = dp.BatchedLoss(self.look, losses).on_states(self.scene)
+        whole = dp.BatchedLoss(self.look, losses).on_states(self.scene)
+        split = self.split(guidance)
         return GrowingGaussians(
-            loss,
+            dp.ShardedLoss(whole, lambda *of: split(*of).on_states(self.scene), join),
             {n: p for n, p in self.scene.named_parameters() if p.requires_grad},
             self.optimizer,
             self.num_steps,

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -202,8 +202,22 @@ class ImageTo3D(Distillation, abc.ABC):
         guided = super().look(step, module) if freq.guides(step) else None
         if guided is None:
             self.prepare(module, step)
-        reference = self.reference_loss(step, module) if freq.refers(step) else None
+        refers = freq.refers(step) and self.shard.index == 0
+        reference = self.reference_loss(step, module) if refers else None
         return ImageLook(step, guided, reference)
+
+    def contribution(self, look: Any, guidance: Guidance) -> dp.Contribution | None:
+        """See `Distillation.contribution`; the first shard has the reference views."""
+        guided, reference = super().contribution(look.guided, guidance), look.reference
+        if reference is None:
+            return guided
+        views = len(reference.seen.opacity)
+        if guided is None:
+            log = {**reference.log, "loss": reference.value}
+            return dp.Contribution(reference.value, log, {}, (reference.seen, views))
+        total = torch.stack([reference.value, guided.loss]).sum()
+        log = {**reference.log, **guided.aux, "loss": total}
+        return replace(guided, loss=total, aux=log)
 
     def losses(
         self, looks: Sequence[Any], guidance: Guidance
@@ -239,7 +253,7 @@ class ImageTo3D(Distillation, abc.ABC):
     def background(self, module: Any, views: Views, step: int | None) -> Tensor:
         """Colours behind the pixels of views, ``(views, height, width, 3)``."""
         directions = views.cameras.rays(views.height, views.width)[1]
-        return module.background(directions.to(self.device), step, self.random)
+        return module.background(directions.to(self.device), step, self.whole_random)
 
     def _read_depth(self) -> Float[Tensor, "height width"] | None:
         """The depth map that the loss compares with; None: it compares with none."""

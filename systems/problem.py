@@ -115,6 +115,21 @@ class Problem(abc.ABC):
         """Whether a step is a function of its index and state; verified if so."""
         return True
 
+    def check_views(self, count: int) -> None:
+        """Refuse to split a step's views between workers (`dispatch.views`).
+
+        Args:
+            count: The number of shards, at least 2.
+
+        Raises:
+            ConfigError: Says why, and what to write instead.
+        """
+        raise ConfigError(
+            f"`dispatch.views` is {count}, and the steps of a "
+            f"`{self.config.system_type}` have no views to split: write "
+            "`dispatch.views=1`, one step per worker."
+        )
+
     def check_state(self, y: dp.State, where: str | Path) -> None:
         """Refuse a state of another problem, read from `where`.
 

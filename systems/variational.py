@@ -8,6 +8,7 @@ learning rate. With other guidance this adds nothing.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -119,6 +120,14 @@ class Variational(Distillation):
             for _, log in found:
                 del log["loss_sds"]  # the sum of `loss_vsd` and `loss_lora`
         return found
+
+    def contribution(self, look: Any, guidance: Guidance) -> dp.Contribution | None:
+        """See `Distillation.contribution`."""
+        found = super().contribution(look, guidance)
+        if found is None or not self.is_variational:
+            return found
+        log = {name: value for name, value in found.aux.items() if name != "loss_sds"}
+        return replace(found, aux=log)
 
     def check_state(self, y: dp.State, where: str | Path) -> None:
         """See `System.check_state`; the LoRA's shapes are known once it is loaded."""

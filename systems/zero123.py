@@ -130,7 +130,7 @@ class Zero123(ImageTo3D, DreamFusion):
             module.background,
             views,
             step,
-            self.random,
+            self.whole_random,
             with_normals,
         )
 
@@ -163,4 +163,4 @@ class Zero123Gaussians(ImageTo3D, DreamGaussian):
     ) -> SplatRendering:
         """See `ImageTo3D.reference_rendering`."""
         del with_normals
-        return module(views, step, self.random)
+        return module(views, step, self.whole_random)

@@ -9,7 +9,7 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -126,3 +126,24 @@ def rank_environ(rank: int, count: int, port: int) -> dict[str, str]:
         "MASTER_PORT": str(port),
         "GLOO_SOCKET_IFNAME": "lo",
     }
+
+
+@contextlib.contextmanager
+def group_of(
+    count: int, port: int, folder: Path, function: Callable[..., Any], *arguments: Any
+) -> Iterator[list[Child]]:
+    """Ranks that run a function, and are ended in any case."""
+    ranks = [
+        Child(
+            function,
+            *arguments,
+            output=folder / f"{number}.txt",
+            environ=rank_environ(number, count, port),
+        )
+        for number in range(count)
+    ]
+    try:
+        yield ranks
+    finally:
+        for rank in ranks:
+            rank.end()

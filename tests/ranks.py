@@ -147,6 +147,12 @@ def stop_on_rank_zero() -> int:
     return solve(OrnsteinUhlenbeck(), solver, quick, on_iteration=stop).state.step
 
 
+def solve_twice() -> list[State]:
+    """Two solves of one process, each with a process group of its own."""
+    solver = PicardSolver(SlidingWindow(4), FixedThreshold(0))
+    return [solve(OrnsteinUhlenbeck(), solver, quick).value for _ in "ab"]
+
+
 def wait_for_the_end(folder: str) -> None:
     with open(os.path.join(folder, os.environ["RANK"]), "w") as file:
         file.write(str(os.getpid()))

@@ -19,12 +19,11 @@ SCIENCE = {"scipy", "sklearn", "joblib", "threadpoolctl"}
 """What the extra `mixtures` brings."""
 
 LAYERS = {
-    "states": "dreampropeller/{tree,rng,timer,checks,buffers,guard,identity,allocator}"
-    ".py",
-    "problem": "dreampropeller/{trajectory,optim*,batched_loss,leaves,precision,host,"
-    "attributes,lending,verification,module_check,"
-    "reachable,counters,growing,clipping,"
-    "generators,belongings,differential}.py",
+    "states": "dreampropeller/{tree,rng,shards,timer,checks,buffers,guard,identity,"
+    "allocator}.py",
+    "problem": "dreampropeller/{trajectory,optim*,*_loss,loss_gradient,leaves,"
+    "precision,host,attributes,lending,verification,module_check,reachable,counters,"
+    "growing,clipping,generators,belongings,differential}.py",
     "control": "dreampropeller/{component,rollout,carries,window,predictor,"
     "*threshold}.py dreampropeller/acceleration/*",
     "dispatch": "dreampropeller/dispatch/*",

@@ -100,6 +100,12 @@ def test_one_worker_is_enough() -> None:
     assert launch_workers(ranks.stop_on_rank_zero, num_workers=1)[0] >= 9
 
 
+def test_each_solve_may_have_a_group_of_its_own() -> None:
+    """They share the launcher's store, which remembers where the first one listened."""
+    for values in launch_workers(ranks.solve_twice, num_workers=2):
+        assert tree_equal(values, [TOYS["sde"].loop()[-1]] * 2)
+
+
 def test_torchrun_starts_the_same_program(tmp_path: Path) -> None:
     script = tmp_path / "main.py"
     script.write_text(

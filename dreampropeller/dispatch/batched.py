@@ -6,13 +6,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from dreampropeller.dispatch.base import Dispatcher
+from dreampropeller.trajectory import Trajectory
 from dreampropeller.tree import Aux, State, all_finite
-from dreampropeller.verification import NotReproducible, distance
+from dreampropeller.verification import TOLERANCE, NotReproducible, deviation
 
-TOLERANCE = 0.05
-"""Largest deviation of a batched drift from that of the step by itself, as a fraction
-of its norm. In single precision it is about 1e-5; half precision, times a guidance
-scale of 100, reaches a few hundredths."""
+__all__ = ["TOLERANCE", "BatchedDispatcher", "deviation"]
 
 
 class BatchedDispatcher(Dispatcher):
@@ -26,6 +24,9 @@ class BatchedDispatcher(Dispatcher):
     Raises:
         ValueError: The drift has no `batch`; raised at the first evaluation.
     """
+
+    def __init__(self, trajectory: Trajectory[Any]) -> None:
+        super().__init__(trajectory)  # all views of all steps, in one call
 
     def evaluate(
         self, steps: Sequence[int], ys: Sequence[State]
@@ -77,14 +78,3 @@ class BatchedDispatcher(Dispatcher):
                 f"{len(steps)} steps: return one for each, in order."
             )
         return found
-
-
-def deviation(found: State, wanted: State) -> float:
-    """The norm of a difference of drifts, as a fraction; infinite if entries differ."""
-    if found.keys() != wanted.keys() or any(
-        found[name].shape != value.shape for name, value in wanted.items()
-    ):
-        return float("inf")
-    off = sum(distance(found[name], value) ** 2 for name, value in wanted.items())
-    size = sum(distance(0 * value, value) ** 2 for value in wanted.values())
-    return (off / size) ** 0.5 if size else off**0.5

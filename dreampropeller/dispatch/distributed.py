@@ -1,53 +1,31 @@
 """One process per device, on one machine or many, over `torch.distributed` (SPMD).
 
 Every rank runs the same solver. The update is deterministic, so only drifts are sent.
-Slot i of a window is evaluated on rank ``i mod n``, then all drifts are gathered. No
-rank is reserved as a driver. Rank 0 decides the stride and when to stop.
-
-Ranks meet before anything is exchanged. At a meeting each rank announces its next
-action and whether it failed, so a failure anywhere is raised everywhere, with its step,
-rank and traceback, and no rank is left waiting. A rank that dies closes its
-connections; one that is stopped or unreachable is noticed by its heartbeat
-(`dispatch.heartbeat`), however long a drift takes. Either way the others raise an error
-that names it. (GPUs: a rank that is lost in the middle of an NCCL transfer is noticed
-after `timeout`.)
+The ranks form a mesh of rows and columns (`views`): slot i of a window is evaluated by
+row ``i mod rows``, each rank of a row takes its share of the step's views. The shards
+of a row are gathered and added up in their order, then the drifts of all rows are
+gathered. No rank is reserved as a driver. Rank 0 decides the stride and when to stop.
+Faults: `dreampropeller.dispatch.ranks`.
 """
 
 from __future__ import annotations
 
-import contextlib
 import datetime
-import enum
-import json
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from types import TracebackType
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from dreampropeller.dispatch import process_group, wire
-from dreampropeller.dispatch.base import Dispatcher, WorkerError
-from dreampropeller.dispatch.heartbeat import Heartbeat, Interrupted
+from dreampropeller.dispatch.base import Dispatcher
+from dreampropeller.dispatch.gathering import Axis, Layout, gather
+from dreampropeller.dispatch.ranks import Meeting, Ranks
 from dreampropeller.trajectory import Trajectory
 from dreampropeller.tree import Aux, Nest, State, decode, device_of, encode
-
-
-class _Meeting(enum.IntEnum):
-    """The next action of a rank."""
-
-    EVALUATE = 1
-    AGREE = 2
-    SHARE = 3
-    LEAVE = 4
-    COMPARE = 5
-    FAIL = 6
-
-
-_WORD = 8
-"""Number of integers in a meeting's message."""
 
 
 class DistributedDispatcher(Dispatcher):
@@ -73,6 +51,13 @@ class DistributedDispatcher(Dispatcher):
         heartbeat: Seconds without a sign of life after which a rank counts as lost;
             None: no heartbeat. More than any call of a drift that holds Python's
             interpreter lock takes.
+        views: Number of ranks that share the views of a step, a divisor of the number
+            of ranks; needs the trajectory's `make_shard`. Equal to the whole step up
+            to the rounding of a sum in another order, and bitwise to every mesh of as
+            many columns.
+
+    Attributes:
+        num_bytes: Bytes of drifts that this rank has received so far.
     """
 
     def __init__(
@@ -83,8 +68,9 @@ class DistributedDispatcher(Dispatcher):
         threads: int = 1,
         fingerprint_every: int | None = 1,
         heartbeat: float | None = 10.0,
+        views: int = 1,
     ) -> None:
-        super().__init__(trajectory)
+        super().__init__(trajectory, views=views)
         if timeout <= 0:
             raise ValueError(f"`timeout` is {timeout}: write a number of seconds > 0.")
         if threads < 1:
@@ -95,29 +81,28 @@ class DistributedDispatcher(Dispatcher):
             )
         self._timeout = datetime.timedelta(seconds=timeout)
         self._silence = heartbeat
-        self._heartbeat: Heartbeat | None = None
         self._threads = threads
         self._fingerprint_every = fingerprint_every
         self._num_calls = 0
-        self._entries: list[wire.Entry] = []
+        self.num_bytes = 0
         self._owns_group = False
         self._previous_threads = torch.get_num_threads()
-        self._error_was_raised = False
 
     def __enter__(self) -> DistributedDispatcher:
         if not dist.is_initialized():
             process_group.join(self._timeout)
             self._owns_group = True
-        self.rank = dist.get_rank()
-        self.num_workers = dist.get_world_size()
+        try:
+            self._rows, self._columns = process_group.mesh(self.views, self._timeout)
+        except BaseException:
+            self._close_group()
+            raise
+        self.num_workers = len(self._rows.ranks)
+        self._index = self._columns.index
         self._previous_threads = torch.get_num_threads()
         torch.set_num_threads(self._threads)
-        if self._silence is not None and self.num_workers > 1:
-            store = process_group.own_store()
-            self._heartbeat = Heartbeat(
-                store, self.rank, self.num_workers, self._silence
-            )
-            self._heartbeat.start()
+        self._ranks = Ranks(self._timeout, self._silence)
+        self._layout = Layout(self._ranks)
         return self
 
     def __exit__(
@@ -128,24 +113,18 @@ class DistributedDispatcher(Dispatcher):
     ) -> None:
         super().__exit__(kind, error, traceback_)
         try:
-            if error is None:
-                self._meet(_Meeting.LEAVE)  # learn of a rank that failed at the end
-            elif not self._error_was_raised:
-                lines = traceback.format_exception(kind, error, traceback_)
-                self._report_failure("".join(lines), step=None)
-        except WorkerError:
-            if error is None:
-                raise
+            self._ranks.leave(error)
         finally:
             torch.set_num_threads(self._previous_threads)
-            if self._heartbeat is not None:
-                if self._heartbeat.lost:
-                    process_group.hang_up()  # closing the group would wait for it
-                self._heartbeat.stop()
-                self._heartbeat = None
-            if self._owns_group:
-                process_group.close_group()
-                self._owns_group = False
+            self._ranks.close()
+            if not self._owns_group:
+                process_group.close_axes(self._rows, self._columns)
+            self._close_group()
+
+    def _close_group(self) -> None:
+        if self._owns_group:
+            process_group.close_group()
+            self._owns_group = False
 
     def evaluate(
         self, steps: Sequence[int], ys: Sequence[State]
@@ -155,118 +134,89 @@ class DistributedDispatcher(Dispatcher):
         Raises:
             WorkerError: A rank failed or was lost, or the ranks' anchors differ.
         """
-        mine = range(self.rank, len(steps), self.num_workers)
-        with self.timer.phase("drift"), self._interruptible():
+        mine = range(self._rows.index, len(steps), self.num_workers)
+        with self.timer.phase("drift"), self._ranks.interruptible():
             results = [self._evaluate_one(steps[slot], ys[slot]) for slot in mine]
+        device = device_of(ys[0])
+        if self.views > 1:
+            with self.timer.phase("communication"):
+                shards = self._gather(
+                    results, steps, device, self._columns, Meeting.JOIN
+                )
+            with self.timer.phase("drift"):
+                results = [
+                    self._join_one(steps[slot], parts)
+                    for slot, *parts in zip(mine, *shards, strict=False)
+                ]
+        if self.num_workers == 1 < self.views:
+            return results
         with self.timer.phase("communication"):
-            device = device_of(ys[0])
-            return self._gather(results, steps, device)
+            rows = self._gather(results, steps, device, self._rows, Meeting.EVALUATE)
+        n = self.num_workers
+        return [rows[slot % n][slot // n] for slot in range(len(steps))]
 
     def agree(self, numbers: Sequence[int]) -> list[int]:
         """The numbers of rank 0, on every rank."""
         with self.timer.phase("communication"):
-            return self._meet(_Meeting.AGREE, *numbers)[0]
+            return self._ranks.meet(Meeting.AGREE, *numbers)[0]
 
     def share(self, y: State, carry: Nest) -> tuple[State, Nest]:
         """The state and carry of rank 0, on every rank, after a jump."""
-        self._entries = []  # shapes have changed: layouts are exchanged again
-        self._meet(_Meeting.SHARE)
+        self._layout.entries.clear()  # shapes have changed: exchanged again
+        self._ranks.meet(Meeting.SHARE)
         structure, leaves = encode((y, carry))
         places = [(str(t.device.type), str(t.dtype), list(t.shape)) for t in leaves]
-        (message, *_) = self._gather_text(json.dumps([structure, places]))
-        structure, places = json.loads(message)
+        structure, places = self._ranks.gather_json([structure, places])[0]
         device = device_of(leaves)
         received: list[Tensor] = []
         for index, (kind, dtype, shape) in enumerate(places):
-            if self.rank == 0:
+            if self._ranks.rank == 0:
                 leaf = leaves[index].detach().clone().contiguous()
             else:
                 where = torch.device("cpu") if kind == "cpu" else device
                 name = dtype.removeprefix("torch.")
                 leaf = torch.empty(shape, dtype=getattr(torch, name), device=where)
             # As bytes: not every backend supports every type.
-            self._collective(dist.broadcast, wire.as_bytes(leaf), 0)
+            self._ranks.collective(dist.broadcast, wire.as_bytes(leaf), 0)
             received.append(leaf)
         return decode(structure, received)
 
-    @contextlib.contextmanager
-    def _interruptible(self) -> Iterator[None]:
-        """A block that ends with an error when another rank is lost."""
-        if self._heartbeat is None:
-            yield
-            return
-        try:
-            with self._heartbeat.interruptible():
-                yield
-        except Interrupted:
-            self._raise_lost(self._heartbeat.lost)
-
     def _evaluate_one(self, step: int, y: State) -> tuple[State, Aux]:
         try:
-            return self.drift(y)(step, y)
+            return self.shard(y, self._index)(step, y)
         except Exception:
-            self._report_failure(traceback.format_exc(), step)
+            self._ranks.report_failure(traceback.format_exc(), step)
+
+    def _join_one(
+        self, step: int, parts: Sequence[tuple[State, Aux]]
+    ) -> tuple[State, Aux]:
+        try:
+            return self.trajectory.join_shards(parts)
+        except Exception:
+            self._ranks.report_failure(traceback.format_exc(), step)
 
     def _gather(
         self,
         results: list[tuple[State, Aux]],
         steps: Sequence[int],
         device: torch.device,
-    ) -> list[tuple[State, Aux]]:
-        """All ranks' drifts, in slot order, through one flat buffer per rank.
-
-        The layout is sent first if a rank has a new entry, then a mask of the entries
-        present in each slot, shape ``(slots_per_rank, entries)``, then the bytes.
-        """
+        axis: Axis,
+        meeting: Meeting,
+    ) -> list[list[tuple[State, Aux]]]:
+        """The results of every rank of an axis; the layout first if it is new."""
         slots = [wire.entries(drift, aux) for drift, aux in results]
         results.clear()  # the gathered copies are used, here as on the other ranks
-        known = set(self._entries)
-        entries = dict.fromkeys(entry for slot in slots for entry in slot)
-        new = [entry for entry in entries if entry not in known]
-        heard = self._meet(_Meeting.EVALUATE, steps[0], len(steps), len(new))
-        self._require_same([numbers[:2] for numbers in heard], "window")
+        new = self._layout.new(slots)
+        heard = self._ranks.meet(meeting, steps[0], len(steps), len(new))
+        self._ranks.require_same([numbers[:2] for numbers in heard], "window")
         if any(count for _, _, count in heard):
-            self._learn(new)
-
+            self._layout.learn(new)
         per_rank = -(-len(steps) // self.num_workers)
-        mask = torch.zeros(per_rank, len(self._entries), dtype=torch.uint8)
-        for row, slot in enumerate(slots):
-            mask[row] = torch.tensor([entry in slot for entry in self._entries])
-        masks = [torch.empty_like(mask) for _ in range(self.num_workers)]
-        self._collective(dist.all_gather, masks, mask)
-        present = [
-            [
-                [entry for entry, here in zip(self._entries, row, strict=True) if here]
-                for row in rows.tolist()
-            ]
-            for rows in masks
-        ]
-
-        sizes = [wire.size(rows) for rows in present]
-        parts = torch.empty(sum(sizes), dtype=torch.uint8, device=device).split(sizes)
-        wire.pack(present[self.rank], slots, parts[self.rank])
-        slots.clear()
-        # A broadcast from each rank directly into its slot: on gloo an all-gather
-        # copies everything twice more (measured: 2.8 times the seconds at 2 × 200 MB).
-        pending = [
-            self._start(dist.broadcast, part, rank)
-            for rank, part in enumerate(parts)
-            if part.numel()
-        ]
-        for work in pending:
-            self._finish(work, device.type == "cuda")
-        found = [wire.unpack(*pair) for pair in zip(present, parts, strict=True)]
-        n = self.num_workers
-        return [found[slot % n][slot // n] for slot in range(len(steps))]
-
-    def _learn(self, new: Sequence[wire.Entry]) -> None:
-        """Agree on the layout of entries that are new to a rank."""
-        rows = [[e.name, e.is_aux, e.dtype, list(e.shape)] for e in new]
-        for text in self._gather_text(json.dumps(rows)):
-            for name, is_aux, dtype, shape in json.loads(text):
-                entry = wire.Entry(name, is_aux, dtype, tuple(shape))
-                if entry not in self._entries:
-                    self._entries.append(entry)
+        found, received = gather(
+            self._ranks, axis, self._layout, slots, per_rank, device
+        )
+        self.num_bytes += received
+        return found
 
     def confirm(self, step: int, y: State) -> None:
         """Fail if the accepted states of the ranks differ, before one is recorded.
@@ -278,108 +228,11 @@ class DistributedDispatcher(Dispatcher):
         every = self._fingerprint_every
         if every is not None and (self._num_calls - 1) % every == 0:
             with self.timer.phase("communication"):
-                heard = self._meet(_Meeting.COMPARE, step, wire.fingerprint(y))
+                heard = self._ranks.meet(Meeting.COMPARE, step, wire.fingerprint(y))
             advice = (
                 "Seed every process before it makes the model: "
                 "`torch.manual_seed(0)`, the first line of the function that they run."
                 if self._num_calls == 1
                 else "For devices of different makes pass `fingerprint_every=None`."
             )
-            self._require_same(heard, "state", advice)
-
-    def _meet(self, meeting: _Meeting, *numbers: int) -> list[list[int]]:
-        """Announce the next action with a few numbers; return those of all ranks."""
-        word = [int(meeting), len(numbers), *numbers]
-        mine = torch.tensor(word + [0] * (_WORD - len(word)), dtype=torch.int64)
-        heard = [torch.empty_like(mine) for _ in range(self.num_workers)]
-        self._collective(dist.all_gather, heard, mine)
-        words = [word.tolist() for word in heard]
-        if any(word[0] == _Meeting.FAIL for word in words):
-            self._raise_failure("")
-        self._require_same([[_Meeting(word[0]).name] for word in words], "next action")
-        return [word[2 : 2 + word[1]] for word in words]
-
-    def _require_same(self, heard: list[Any], what: str, advice: str = "") -> None:
-        different = [rank for rank, said in enumerate(heard) if said != heard[0]]
-        if not different:
-            return
-        self._error_was_raised = True
-        raise WorkerError(
-            f"The ranks have come apart: rank {different[0]} has another {what} than "
-            f"rank 0 ({heard[different[0]]}, not {heard[0]}). Every rank must call "
-            "`solve` with the same arguments, from the same state, with the same "
-            f"versions and thread count. {advice}".rstrip()
-        )
-
-    def _report_failure(self, text: str, step: int | None) -> NoReturn:
-        """Report this rank's failure to the other ranks, and raise it here too."""
-        word = torch.tensor([int(_Meeting.FAIL), *[0] * (_WORD - 1)])
-        heard = [torch.empty_like(word) for _ in range(self.num_workers)]
-        self._collective(dist.all_gather, heard, word)
-        where = f"rank {self.rank}" + ("" if step is None else f", step {step}")
-        self._raise_failure(f"On {where}:\n{text}")
-
-    def _raise_failure(self, text: str) -> NoReturn:
-        """Exchange the failed ranks' texts and raise them everywhere."""
-        texts = [text for text in self._gather_text(text) if text]
-        self._error_was_raised = True
-        raise WorkerError("\n".join(["A worker failed.", *texts]))
-
-    def _gather_text(self, text: str) -> list[str]:
-        mine = torch.frombuffer(bytearray(text.encode() or b" "), dtype=torch.uint8)
-        lengths = [torch.empty(1, dtype=torch.int64) for _ in range(self.num_workers)]
-        self._collective(dist.all_gather, lengths, torch.tensor([mine.numel()]))
-        size = max(int(length) for length in lengths)
-        padded = torch.full((size,), ord(" "), dtype=torch.uint8)
-        padded[: mine.numel()] = mine
-        received = [torch.empty_like(padded) for _ in range(self.num_workers)]
-        self._collective(dist.all_gather, received, padded)
-        return [bytes(block.tolist()).decode().strip() for block in received]
-
-    def _collective(self, operation: Callable[..., Any], *arguments: Any) -> None:
-        """Run a collective; a lost rank raises an error that names it."""
-        on_gpu = any(isinstance(one, Tensor) and one.is_cuda for one in arguments)
-        self._finish(self._start(operation, *arguments), on_gpu)
-
-    def _start(self, operation: Callable[..., Any], *arguments: Any) -> Any:
-        """Start a collective."""
-        try:
-            return operation(*arguments, async_op=True)
-        except (RuntimeError, ValueError) as error:
-            self._raise_lost(self._diagnose(), error)
-
-    def _finish(self, work: Any, on_gpu: bool) -> None:
-        """Wait for a collective, as long as every rank is alive."""
-        # NCCL gives a collective up when a wait with a time of its own ends.
-        heartbeat = None if on_gpu else self._heartbeat
-        try:
-            while heartbeat is not None and not heartbeat.lost:
-                try:
-                    work.wait(datetime.timedelta(seconds=heartbeat.interval))
-                    return
-                except RuntimeError:  # noqa: PERF203, once per interval
-                    if work.is_completed():
-                        raise
-            if heartbeat is None:
-                work.wait()
-                return
-        except (RuntimeError, ValueError) as error:
-            self._raise_lost(self._diagnose(), error)
-        self._raise_lost(heartbeat.lost)
-
-    def _diagnose(self) -> str:
-        return "" if self._heartbeat is None else self._heartbeat.diagnose()
-
-    def _raise_lost(self, who: str, cause: Exception | None = None) -> NoReturn:
-        """Raise the loss of a rank on this one."""
-        self._error_was_raised = True
-        seconds = self._timeout.total_seconds()
-        who = who or (
-            "it died, or did not answer within "
-            f"`timeout` = {seconds:g} s (raise it if a drift takes longer)"
-        )
-        reason = f" Cause: {str(cause).splitlines()[0]}" if str(cause or "") else ""
-        raise WorkerError(
-            f"Rank {self.rank} lost contact with another rank: {who}. The last "
-            f"checkpoint is intact.{reason}"
-        ) from cause
+            self._ranks.require_same(heard, "state", advice)

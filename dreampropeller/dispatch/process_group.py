@@ -7,6 +7,8 @@ import datetime
 import itertools
 import os
 import socket
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,9 +17,25 @@ import torch.distributed as dist
 from dreampropeller.dispatch import slurm
 from dreampropeller.dispatch.base import WorkerError
 
+
+@dataclass(frozen=True)
+class Axis:
+    """The ranks along one axis of the mesh, as one of them sees them.
+
+    Args:
+        group: Their process group; None: all ranks, or this one alone.
+        ranks: Their numbers in the default group, in order.
+        index: The position of this rank among them.
+    """
+
+    group: Any
+    ranks: Sequence[int]
+    index: int
+
+
 _CONNECTIONS: set[str] = set()
-"""The sockets that `open_group` opened."""
-_GENERATIONS = itertools.count()
+"""The sockets that `open_group` and `mesh` opened."""
+_GENERATIONS, _OPENED = itertools.count(), itertools.count()
 
 
 def local_device() -> torch.device:
@@ -115,16 +133,16 @@ def open_group(timeout: datetime.timedelta, num_gpus: int | None = None) -> None
 
 
 def _keys_of_this_attempt(timeout: datetime.timedelta) -> dict[str, Any]:
-    """Arguments of `init_process_group` that keep the attempts of a launcher apart.
+    """Arguments of `init_process_group` that keep the groups of a launcher apart.
 
     torch shares one store between all of them: without keys of its own, a rank may read
-    where a dead rank of an earlier attempt listened.
+    where a dead rank of an earlier attempt, or a group of an earlier solve, listened.
     """
     store = agent_store()
     if store is None:
         return {}
     store.set_timeout(timeout)
-    prefix = f"dreampropeller/attempt-{attempt()}"
+    prefix = f"dreampropeller/attempt-{attempt()}/group-{next(_OPENED)}"
     return {
         "store": dist.distributed_c10d.PrefixStore(prefix, store),
         "rank": int(os.environ["RANK"]),
@@ -165,6 +183,58 @@ def agent_store() -> Any:
     return make(host, port, is_master=False)
 
 
+def mesh(views: int, timeout: datetime.timedelta) -> tuple[Axis, Axis]:
+    """The axes of this rank in the mesh ``(steps, views)`` of all ranks.
+
+    Args:
+        views: Number of columns.
+        timeout: Time that ranks wait for each other.
+
+    Returns:
+        The ranks of this rank's column, over which the steps of a window are spread,
+        and those of its row, over which the views of a step are.
+
+    Raises:
+        ValueError: The ranks do not fill such a mesh.
+        WorkerError: The ranks did not meet.
+    """
+    rank, size = dist.get_rank(), dist.get_world_size()
+    if size % views:
+        fits = ", ".join(str(n) for n in range(1, size + 1) if size % n == 0)
+        raise ValueError(
+            f"`views` is {views}, and {size} ranks do not divide into rows of as many: "
+            f"write one of {fits}, or start another number of ranks."
+        )
+    numbers = torch.arange(size).view(-1, views)
+    if views in (1, size):  # one axis has all ranks, the other this one alone
+        every, alone = Axis(None, range(size), rank), Axis(None, [rank], 0)
+        return (every, alone) if views == 1 else (alone, every)
+    before = set(_sockets().values())
+    try:
+        axes = [_axis(lines.tolist(), rank, timeout) for lines in (numbers.T, numbers)]
+    except RuntimeError as error:
+        raise WorkerError(
+            f"The groups of a mesh of {size // views} × {views} ranks could not be "
+            f"made: a rank ended meanwhile. Cause: {str(error).splitlines()[0]}"
+        ) from error
+    _CONNECTIONS.update(set(_sockets().values()) - before)
+    return axes[0], axes[1]
+
+
+def _axis(lines: list[list[int]], rank: int, timeout: datetime.timedelta) -> Axis:
+    """Make the groups of parallel lines of the mesh; returns that of a rank."""
+    groups = [dist.new_group(line, timeout=timeout) for line in lines]
+    number = next(n for n, line in enumerate(lines) if rank in line)
+    return Axis(groups[number], lines[number], lines[number].index(rank))
+
+
+def close_axes(*axes: Axis) -> None:
+    """Close the groups that `mesh` made beside a group of the user's own."""
+    for axis in axes:
+        if axis.group is not None:
+            dist.destroy_process_group(axis.group)
+
+
 def close_group() -> None:
     """Close the group that `open_group` made."""
     dist.destroy_process_group()
@@ -183,7 +253,7 @@ def own_store() -> Any:
 
 
 def hang_up() -> None:
-    """End the connections that `open_group` made, once a rank is lost.
+    """End the connections that `open_group` and `mesh` made, once a rank is lost.
 
     A collective that waits for a stopped rank keeps a gloo group from being closed
     until its time-out; without connections it fails at once. (gloo has no `abort`.)

@@ -26,6 +26,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from dreampropeller.adapters.diffusers.guidance import guided
+from dreampropeller.rng import Draws
 from systems.extras import dtype_argument
 from systems.guidance.embeddings import (
     TEXT_PARTS,
@@ -105,14 +106,14 @@ class Prior:
     def encode(
         self,
         images: Sequence[Float[Tensor, "views 3 height width"]],
-        generators: Sequence[torch.Generator],
+        draws: Sequence[Draws],
     ) -> list[Float[Tensor, "views channels rows columns"]]:
         """Encode images in [0, 1] into the model's space; differentiable.
 
         Args:
             images: Images of several steps, of any size; they are resized to the
                 model's resolution.
-            generators: Sources of the autoencoder's noise for each step, on the CPU.
+            draws: Sources of the autoencoder's noise for each step, on the CPU.
         """
         found = [_resized(one * 2 - 1, self.side) for one in images]
         if self.takes_conditions:
@@ -122,12 +123,12 @@ class Prior:
         latent = self.vae.encode(torch.cat(found).to(self.dtype)).latent_dist
         sizes = [len(x) for x in found]
         means, spreads = latent.mean.split(sizes), latent.std.split(sizes)
-        drawn = [
-            mean + spread * torch.randn(mean.shape, generator=generator).to(mean)
-            for mean, spread, generator in zip(means, spreads, generators, strict=True)
+        found = [
+            mean + spread * drawn.randn(*mean.shape).to(mean)
+            for mean, spread, drawn in zip(means, spreads, draws, strict=True)
         ]
         scale = self.vae.config["scaling_factor"]
-        return [(x * scale).to(images[0].dtype) for x in drawn]
+        return [(x * scale).to(images[0].dtype) for x in found]
 
     def add_noise(self, x: Tensor, noise: Tensor, t: Int[Tensor, " views"]) -> Tensor:
         """$x_t$ of a clean x."""

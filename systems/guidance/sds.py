@@ -166,7 +166,7 @@ class ScoreDistillation(Guidance):
         """See `Guidance.several`: the model is called once for all views."""
         xs = self.prior.encode(
             [one.images for one in shown],
-            [random.generator(one.step, "latent") for one in shown],
+            [random.draws(one.step, "latent") for one in shown],
         )
         pairs = list(zip(xs, shown, strict=True))
         t = [self.timestep(x, one.step, random) for x, one in pairs]
@@ -254,12 +254,12 @@ class ScoreDistillation(Guidance):
     def timestep(self, x: Tensor, step: int, random: StepRandom) -> Tensor:
         """The timesteps of a step, one per view."""
         low, high = self.timesteps(step)
-        generator = random.generator(step, "timestep")
-        return torch.randint(low, high + 1, (len(x),), generator=generator).to(x.device)
+        drawn = random.draws(step, "timestep").randint(low, high + 1, len(x))
+        return drawn.to(x.device)
 
     def noise(self, x: Tensor, step: int, random: StepRandom) -> Tensor:
         """The noise of a step."""
-        return torch.randn(x.shape, generator=random.generator(step, "noise")).to(x)
+        return random.draws(step, "noise").randn(*x.shape).to(x)
 
     def timesteps(self, step: int) -> tuple[int, int]:
         """Smallest and largest timestep at a step."""

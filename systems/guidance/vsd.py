@@ -200,16 +200,14 @@ class VariationalScoreDistillation(ScoreDistillation):
     ) -> Float[Tensor, ""]:
         """The LoRA's loss on images in the model's space."""
         count = self.config.lora_n_timestamp_samples
-        x, words = x.repeat(count, 1, 1, 1), self._words(count * len(x))
-        t = torch.randint(
-            0,
-            self.lora.prior.num_timesteps,
-            (len(x),),
-            generator=random.generator(step, "lora-timestep"),
-        ).to(x.device)
-        noise = torch.randn(x.shape, generator=random.generator(step, "lora-noise")).to(
-            x
+        most, own = self.lora.prior.num_timesteps, x.shape
+        drawn = random.draws(step, "lora-timestep").randint(
+            0, most, count, len(x), axis=1
         )
+        t = drawn.flatten().to(x.device)
+        drawn = random.draws(step, "lora-noise").randn(count, *own, axis=1)
+        noise = drawn.flatten(0, 1).to(x)
+        x, words = x.repeat(count, 1, 1, 1), self._words(count * len(x))
         dice = torch.rand(1, generator=random.generator(step, "lora-camera"))
         known = not self.config.lora_cfg_training or float(dice) >= BLIND
         conditions = self.lora.conditions(cameras, known)

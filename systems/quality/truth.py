@@ -4,7 +4,10 @@ With ground truth: peak signal-to-noise ratio, structural similarity and the
 intersection over union of silhouettes, over 16 fixed views independent of the training,
 
 $$\mathrm{PSNR} = -10 \log_{10} \operatorname{mean} (x - x^*)^2, \qquad
-  \mathrm{IoU} = |A \cap B| / |A \cup B|.$$
+  \mathrm{IoU} = |A \cap B| / |A \cup B|,$$
+
+over all pixels, and over those of either silhouette alone (a grey image has a PSNR of
+17.5 dB over all pixels, because most of them are background).
 
 Without ground truth: CLIP score and R-precision (`systems.quality.clip`), if a CLIP
 model is available.
@@ -23,6 +26,7 @@ from torch import Tensor
 import dreampropeller as dp
 from systems.quality.clip import ClipError, clip_score, read_prompts
 from systems.scene.cameras import Cameras, Views
+from systems.toybox.classifier import FILE, SECOND_FILE
 from systems.toybox.classifier import load as load_classifier
 from systems.toybox.objects import COLOURS, OBJECTS
 from systems.toybox.truth import Truth, truth
@@ -34,7 +38,7 @@ NUM_VIEWS = 16
 GREY = 0.5
 """Midway between black and white, distinct from every body colour."""
 SIZE = 32
-"""Image size of the embedded prior; rendered at twice this size and averaged."""
+"""Side of the images compared, by default; rendered at twice this size and averaged."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +47,7 @@ class Quality:
 
     Attributes:
         psnr: PSNR over all pixels of all views, dB.
+        union_psnr: The same over the pixels of either silhouette.
         ssim: Mean structural similarity, from −1 to 1.
         iou: IoU of the silhouettes of all views together, from 0 to 1.
         right_colour: Fraction of views in which the classifier sees the right colour.
@@ -52,6 +57,7 @@ class Quality:
     """
 
     psnr: float
+    union_psnr: float
     ssim: float
     iou: float
     right_colour: float
@@ -61,7 +67,7 @@ class Quality:
 
     def figures(self) -> dict[str, float]:
         """The figures, rounded."""
-        names = ("psnr", "ssim", "iou", "right_colour", "right_object")
+        names = ("psnr", "union_psnr", "ssim", "iou", "right_colour", "right_object")
         return {name: round(getattr(self, name), 4) for name in names}
 
 
@@ -109,13 +115,14 @@ def against_truth(system: System, y: dp.State, wanted: Truth) -> Quality:
         y: The state.
         wanted: The ground truth.
     """
-    views = fixed_views()
+    size = system.config.quality.size
+    views = fixed_views(2 * size)
     seen = [system.render(y, views.one(i), grey=GREY) for i in range(NUM_VIEWS)]
     images, opacity = (
         torch.nn.functional.avg_pool2d(torch.cat(part), 2)
         for part in zip(*seen, strict=True)
     )
-    exact = wanted.render(views.cameras, SIZE)
+    exact = wanted.render(views.cameras, size)
     goal = exact.over(torch.full((3,), GREY))
     return measure(images, opacity, goal, exact.mask, wanted)
 
@@ -130,27 +137,35 @@ def measure(
     """Compare images with the ground truth, both over the same grey."""
     from skimage.metrics import structural_similarity
 
-    error = float((images - goal).square().mean())
+    error = (images - goal).square()
     similar: list[Any] = [
         structural_similarity(a.numpy(), b.numpy(), channel_axis=0, data_range=1.0)
         for a, b in zip(images, goal, strict=True)
     ]
     inside, should = opacity > 0.5, mask > 0.5
-    union = int((inside | should).sum())
-    classified = load_classifier().classify(images)
+    union = inside | should
+    known = FILE if images.shape[-1] == SIZE else SECOND_FILE
+    classified = load_classifier(known).classify(images)
 
     def share(found: Tensor, right: int) -> float:
         return float((found == right).float().mean())
 
     return Quality(
-        psnr=-10 * math.log10(max(error, 1e-12)),
+        psnr=_decibels(error),
+        union_psnr=_decibels(error[union.expand_as(error)]),
         ssim=float(sum(similar) / len(similar)),
-        iou=int((inside & should).sum()) / union if union else 0.0,
+        iou=int((inside & should).sum()) / max(int(union.sum()), 1),
         right_colour=share(classified.colours, list(COLOURS).index(wanted.colour)),
         right_object=share(classified.objects, list(OBJECTS).index(wanted.name)),
         images=images,
         wanted=goal,
     )
+
+
+def _decibels(squares: Tensor) -> float:
+    """PSNR of squared errors; 0 dB where there are none."""
+    mean = float(squares.mean()) if squares.numel() else 1.0
+    return -10 * math.log10(max(mean, 1e-12))
 
 
 def by_clip(system: System, y: dp.State) -> dict[str, float] | str:

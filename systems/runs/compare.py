@@ -150,7 +150,8 @@ def _runs(config: Config) -> dict[str, list[str]]:
         f"checkpoint.every_n_train_steps={every}",
         f"checkpoint.keep={2 * POINTS}",
     ]
-    plain = [*both, "solver.name=sequential", "dispatch.num_workers=1"]
+    alone = ["dispatch.num_workers=1", "dispatch.views=1"]
+    plain = [*both, "solver.name=sequential", *alone]
     return {
         "sequential": plain,
         "accelerated": both,

@@ -28,6 +28,7 @@ import dreampropeller as dp
 from dreampropeller import checkpoint, identity
 from systems.files import CHECKPOINTS, CONFIG, named, written
 from systems.problem import Problem
+from systems.runs.stopping import forget
 from systems.settings.config import Config, load
 from systems.settings.reader import ConfigError, to_section
 
@@ -46,6 +47,7 @@ def open_folder(config: Config, folder: Path | None = None) -> Path:
     if folder is None:
         folder = make(config) if config.resume is None else folder_of(config.resume)
     checkpoint.lock(folder)
+    forget(folder)
     write_setup(folder, config)
     print(f"Writing to {folder}")
     return folder

@@ -6,12 +6,14 @@ import math
 import shlex
 import statistics
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 
 import dreampropeller as dp
+from dreampropeller.growth import Growths
 from systems.extras import command
 from systems.problem import Problem
 from systems.runs import folders, history
@@ -47,6 +49,7 @@ def report_of(
     return {
         "result": solution.result.value,
         **counted,
+        "growth": _growth(stats),
         **seconds,
         "workers": config.dispatch.count,
         "threads": torch.get_num_threads(),
@@ -56,6 +59,12 @@ def report_of(
         "solver": to_section(config.solver),
         "environment": folders.environment(),
     }
+
+
+def _growth(stats: dp.Stats) -> dict[str, Any] | None:
+    """Whether the run forgets or amplifies errors; None if it was not measured."""
+    found = Growths.over(stats.growth, stats.strides)
+    return None if found is None else {**asdict(found), "says": found.sentence}
 
 
 def summary(folder: Path, problem: Problem, report: dict[str, Any]) -> str:
@@ -77,6 +86,8 @@ def summary(folder: Path, problem: Problem, report: dict[str, Any]) -> str:
                 "On one worker the sequential run is faster: it takes "
                 f"{report['steps']} evaluations (`solver.name=sequential`)."
             )
+        if report.get("growth"):
+            lines.append(report["growth"]["says"])
     lines += [*problem.summary(report), *report.get("notes", [])]
     return "\n".join([*lines, *next_steps(folder, problem, report)])
 

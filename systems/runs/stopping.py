@@ -22,6 +22,12 @@ SAME_SIGNAL = 2.0
 """Seconds within which signals count as one: a launcher repeats the terminal's."""
 
 
+def forget(folder: Path) -> None:
+    """Remove the requests to an earlier run in a folder."""
+    for name in (STOP, PAUSE):
+        (folder / name).unlink(missing_ok=True)
+
+
 class Stop:
     """A request to stop, granted after the current iteration.
 
@@ -46,14 +52,13 @@ class Stop:
 
     @contextmanager
     def listening(self) -> Iterator[Stop]:
-        """Handle the signals inside the block; files from before are ignored.
+        """Handle the signals inside the block.
+
+        A file that is there already counts: it was written while ranks started.
 
         Raises:
             KeyboardInterrupt: A second signal arrived: stop at once.
         """
-        for file in self._files or ():
-            file.unlink(missing_ok=True)
-            file.with_name(PAUSE).unlink(missing_ok=True)
         previous = {
             number: signal.signal(number, self._hear)
             for number in (signal.SIGINT, signal.SIGTERM)

@@ -8,6 +8,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable
+from multiprocessing import resource_tracker
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -23,6 +24,9 @@ from systems.settings.reader import ConfigError
 
 _FOLDER = "dreampropeller/folder"
 """Key of the run's folder in torchrun's store."""
+
+_PASSED_ON = (signal.SIGINT, signal.SIGTERM)
+"""Signals that the launching process passes on to rank 0."""
 
 
 def dispatcher(
@@ -61,6 +65,7 @@ def dispatcher(
         threads=threads,
         timeout=config.timeout,
         heartbeat=config.heartbeat,
+        views=config.views,
     )
     return spread, threads
 
@@ -115,6 +120,10 @@ def start(
     outcome: list[Any] = []
 
     def launch() -> None:
+        # Ranks inherit the mask: a terminal's Ctrl-C must not end them as they start.
+        # The tracker first, because its start unblocks the signals.
+        resource_tracker.ensure_running()
+        signal.pthread_sigmask(signal.SIG_BLOCK, _PASSED_ON)
         try:
             outcome.extend(
                 dp.launch_workers(
@@ -137,7 +146,7 @@ def start(
         asked.append(number)
         stop.write_text(signal.Signals(number).name)
 
-    previous = {n: signal.signal(n, pass_on) for n in (signal.SIGINT, signal.SIGTERM)}
+    previous = {n: signal.signal(n, pass_on) for n in _PASSED_ON}
     try:
         # Not in the main thread, where torch's launcher would end ranks on a signal.
         thread = threading.Thread(target=launch)
@@ -154,8 +163,9 @@ def start(
 
 
 def _quietly(function: Callable[..., int], *arguments: Any) -> int:
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in _PASSED_ON:
         signal.signal(number, signal.SIG_IGN)  # the launching process passes them on
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _PASSED_ON)
     return function(*arguments)
 
 

@@ -160,9 +160,8 @@ class Random(Background):
         if step is None:
             return directions.new_tensor(self.config.eval_color).expand_as(directions)
         low, high = self.config.range
-        generator = random.generator(step, "background")
         channels = 1 if self.config.grey else 3
-        drawn = torch.rand(len(directions), 1, 1, channels, generator=generator)
+        drawn = random.draws(step, "background").rand(len(directions), 1, 1, channels)
         return (low + (high - low) * drawn).to(directions).expand_as(directions)
 
 
@@ -181,8 +180,7 @@ class BlackOrWhite(Background):
         """See `Background.forward`."""
         if step is None:
             return torch.ones_like(directions)
-        generator = random.generator(step, "background")
-        drawn = torch.rand(len(directions), 1, 1, 1, generator=generator)
+        drawn = random.draws(step, "background").rand(len(directions), 1, 1, 1)
         white = drawn >= self.config.black_prob
         return white.to(directions).expand_as(directions)
 
@@ -212,9 +210,9 @@ class Environment(Background):
 
 def _augment(colours: Tensor, share: float, step: int, random: StepRandom) -> Tensor:
     """Replace the background by a random solid colour in a fraction of the views."""
-    generator = random.generator(step, "background")
-    dice = torch.rand(len(colours), 1, 1, 1, generator=generator).to(colours)
-    drawn = torch.rand(len(colours), 1, 1, 3, generator=generator).to(colours)
+    draws = random.draws(step, "background")
+    dice = draws.rand(len(colours), 1, 1, 1).to(colours)
+    drawn = draws.rand(len(colours), 1, 1, 3).to(colours)
     return torch.where(dice < share, drawn, colours)
 
 

@@ -137,7 +137,10 @@ class Views:
 
     def one(self, number: int) -> Views:
         """A single view by its index."""
-        part = slice(number, number + 1)
+        return self.chosen(slice(number, number + 1))
+
+    def chosen(self, part: slice) -> Views:
+        """Some of the views."""
         return Views(
             self.cameras.chosen(part), self.light[part], self.height, self.width
         )

@@ -5,7 +5,7 @@ Each is a quotient of two sums over views,
 $$R = \sum_v a_v \Big/ \sum_v n_v,$$
 
 with differentiable amounts $a_v$ and constant counts $n_v$, so that views can be split
-over devices: shards sum their amounts and divide by the total count.
+over devices: shards sum their amounts, and their total is divided by the total count.
 """
 
 from __future__ import annotations
@@ -24,6 +24,9 @@ class Regulariser(abc.ABC):
     """A term of the loss computed from a rendering."""
 
     needs_normals = False
+    counts_vary = False
+    """Whether $n_v$ depends on what the views show; otherwise it is the same for all,
+    and R is a mean over views."""
 
     @abc.abstractmethod
     def amounts(self, seen: Rendering) -> Float[Tensor, " views"]:
@@ -47,6 +50,7 @@ class Orientation(Regulariser):
     """
 
     needs_normals = True
+    counts_vary = True
 
     def amounts(self, seen: Rendering) -> Float[Tensor, " views"]:
         """Squared cosines of normals that face away, weighted by visibility."""
@@ -86,6 +90,8 @@ class Eikonal(Regulariser):
     References:
         A. Gropp et al., 2020, arXiv 2002.10099, Eq. 2.
     """
+
+    counts_vary = True
 
     def amounts(self, seen: Rendering) -> Float[Tensor, " views"]:
         """The squared deviation, summed per view."""
@@ -171,6 +177,7 @@ class NormalSmoothness3D(Regulariser):
     """
 
     needs_normals = True
+    counts_vary = True
 
     def amounts(self, seen: Rendering) -> Float[Tensor, " views"]:
         """The absolute differences, summed per view; zeros if they were not asked."""

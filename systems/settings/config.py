@@ -22,6 +22,7 @@ from dreampropeller.predictor import PREDICTORS
 from systems.settings.checks import at_least, between, one_of
 from systems.settings.dispatch import DispatchConfig
 from systems.settings.notes import note
+from systems.settings.presets import take
 from systems.settings.reader import ConfigError, named, read, section_name
 from systems.settings.upstream import DATA_TYPES, resolvers, translate
 from systems.settings.yaml_files import apply, missing, open_yaml, to_mapping
@@ -78,6 +79,8 @@ class SolverConfig:
         non_finite: "raise", or "skip" steps whose gradient is not finite.
         acceleration: Acceleration of the fixed-point iteration from past iterations:
             "none", "secant" or "anderson".
+        growth: Whether to measure if the run amplifies or forgets errors; it costs no
+            evaluation.
     """
 
     name: str = "picard"
@@ -95,6 +98,7 @@ class SolverConfig:
     acceleration: dp.Acceleration[Any] | None = field(
         default=None, metadata=named(ACCELERATIONS)
     )
+    growth: bool = True
 
     def __post_init__(self) -> None:
         one_of("name", self.name, ("picard", "sequential", *SAMPLERS))
@@ -134,6 +138,7 @@ class SolverConfig:
             predictor=self.predictor,
             non_finite=non_finite,
             acceleration=self.acceleration,
+            growth=self.growth,
         )
 
 
@@ -200,13 +205,20 @@ class QualityConfig:
     Args:
         truth: Prompt of the toybox object that is the ground truth; null: the system's
             own prompt, if it has one.
+        size: Side in pixels of the images compared with the ground truth: 32 or 64,
+            as the toybox's classifiers see them.
         clip: CLIP model on the hub or in a local folder; null: no CLIP scores.
         prompts: Text file with the candidate prompts of R-precision, one per line.
     """
 
     truth: str | None = None
+    size: int = 32
     clip: str | None = None
     prompts: str = "configs/prompts.txt"
+
+    def __post_init__(self) -> None:
+        if self.size not in (32, 64):
+            raise ValueError(f"`size` is {self.size}: write 32 or 64.")
 
 
 @dataclass(frozen=True)
@@ -310,6 +322,7 @@ def load(
         ConfigError: The file cannot be read, or a setting cannot be used.
     """
     config = open_yaml(path)
+    take(config)
     override(config, overrides)
     with resolvers():
         absent = missing(config, open_yaml(known) if known else None)
@@ -326,7 +339,7 @@ def load(
     if found.ignored and not problems:
         names = ", ".join(f"`{name}`" for name in found.ignored)
         note(f"without effect here: {names}.")
-    solver = config.solver.resolved(config.dispatch.count)
+    solver = config.solver.resolved(config.dispatch.steps)
     return replace(config, solver=solver, problems=problems)
 
 

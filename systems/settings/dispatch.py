@@ -34,6 +34,10 @@ class DispatchConfig:
             solver's own window.
         elastic: Whether a guess that a dead actor leaves behind shortens the window
             instead of being evaluated again; Ray only.
+        views: Number of processes that share the views of each step, a divisor of
+            `num_workers`; the others take further steps of the window: `num_workers`
+            is steps × views. Equal to the whole step up to rounding. `--plan` predicts
+            what pays.
     """
 
     num_workers: int = 1
@@ -45,6 +49,7 @@ class DispatchConfig:
     ray_address: str | None = None
     elastic: bool = False
     batch: str = "never"
+    views: int = 1
 
     def __post_init__(self) -> None:
         one_of("backend", self.backend, ("processes", "ray"))
@@ -67,10 +72,28 @@ class DispatchConfig:
         at_least("num_workers", self.num_workers, 1)
         at_least("timeout", self.timeout, 1)
         at_least("max_restarts", self.max_restarts, 0)
+        at_least("views", self.views, 1)
+        if self.views > 1 and self.backend == "ray":
+            raise ValueError(
+                f"`views={self.views}` needs processes: write `backend=processes`, or "
+                "`views=1`."
+            )
+        if self.count % self.views:
+            raise ValueError(
+                f"`views` is {self.views}, and there are {self.count} worker(s): their "
+                "number is steps × views, so write "
+                f"`num_workers={self.views * -(-self.count // self.views)}`, or "
+                "`views=1`."
+            )
         if self.heartbeat is not None:
             at_least("heartbeat", self.heartbeat, 1)
         if self.threads is not None:
             at_least("threads", self.threads, 1)
+
+    @property
+    def steps(self) -> int:
+        """Number of steps that are evaluated at the same time."""
+        return self.count // self.views
 
     @property
     def count(self) -> int:

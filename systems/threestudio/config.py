@@ -67,7 +67,7 @@ def split(
             "evaluated in their own tensors, one state at a time: leave it out."
         )
     return (
-        replace(ours, solver=ours.solver.resolved(ours.dispatch.count)),
+        replace(ours, solver=ours.solver.resolved(ours.dispatch.steps)),
         config,
         [setting for setting in overrides if setting not in own],
     )

@@ -17,7 +17,7 @@ import dreampropeller as dp
 from dreampropeller import checkpoint, identity
 from dreampropeller.adapters.threestudio import ThreestudioTrajectory
 from systems.runs import recorder
-from systems.runs.stopping import STOP
+from systems.runs.stopping import STOP, forget
 from systems.settings.reader import ConfigError, to_section
 from systems.threestudio.config import BackendConfig
 
@@ -104,6 +104,7 @@ class Recorder(recorder.Recorder):
         configs = self._folder / "configs"
         configs.mkdir(parents=True, exist_ok=True)
         checkpoint.lock(self._folder)
+        forget(self._folder)
         other = checkpoint.run_of(self._folder / "ckpts" / _STATES)
         parsed = configs / "parsed.yaml"
         unsaved = not other and not run and parsed.exists()

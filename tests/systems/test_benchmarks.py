@@ -25,6 +25,8 @@ import launch
 from benchmarks import (
     batched,
     gpu,
+    growth,
+    main_job,
     pareto,
     runs,
     sampling,
@@ -34,7 +36,7 @@ from benchmarks import (
     tune,
     wallclock,
 )
-from systems import build
+from systems import build, quality
 from systems.settings.config import load
 from tests.systems.scenes import SMALL, TOYBOX, small
 
@@ -71,31 +73,60 @@ def test_batched_drifts_are_measured_beside_single_ones() -> None:
     assert len(batched.table(rows).splitlines()) == 4
 
 
-def test_meshes_are_measured_from_their_files(tmp_path: Path) -> None:
-    """And a state that is there is not solved again: here one of a plain ball."""
-    from safetensors.torch import save_file
-
+def test_a_mesh_is_measured_from_its_file(tmp_path: Path) -> None:
     system = build(
         load(TOYBOX, [*SMALL, "system.prompt_processor.prompt=a red sphere"])
     )
+    truth = quality.truth_of(system)
+    assert truth is not None
     y = system.trajectory().init()[0]
     side = torch.linspace(-1.1, 1.1, 8)
     radius = torch.cartesian_prod(side, side, side).norm(dim=-1).reshape(8, 8, 8)
     # Raw density 10 · 10 · (0.65 − r) before softplus: ln 2 at the true radius.
     y["geometry.grid"][0, 0] = 10 * (0.65 - radius) - (1 - radius / 0.8)
-    save_file(y, tmp_path / "state.safetensors")
-    (tmp_path / "a_red_sphere").mkdir()
-    (tmp_path / "state.safetensors").rename(
-        tmp_path / "a_red_sphere" / "state.safetensors"
+    found, strip = main_job.mesh_of(system, y, truth, tmp_path)
+    assert found["bodies"] == 1
+    assert found["iou_3d"] > 0.7  # the grid is coarse
+    diagonal = 3**0.5 * 1.3  # of the box around a ball of radius 0.65
+    assert found["chamfer_share"] == pytest.approx(
+        found["chamfer"] / diagonal, rel=0.05
     )
+    assert len(strip) == main_job.SIDES + 1
+    y["geometry.grid"][0, 0] = -100.0
+    assert main_job.mesh_of(system, y, truth, tmp_path)[0]["iou_3d"] == 0
+
+
+def test_the_main_job_is_measured_once(tmp_path: Path) -> None:
     sizes = [s for s in SMALL if "prompt" not in s]
-    done = command("meshes", "--count", "1", "--to", str(tmp_path), "--set", *sizes)
-    assert done.returncode == 0, done.stderr
-    entry = json.loads(done.stdout.splitlines()[0])
-    assert entry["bodies"] == 1
-    assert entry["iou_3d"] > 0.7  # the grid is coarse
-    assert "one body in 1 of 1" in (tmp_path / "table.md").read_text()
-    assert (tmp_path / "sheet.png").exists()
+    words = ("main_job", "--objects", "sphere", "--workers", "1", "--to", str(tmp_path))
+    for _ in range(2):  # the second reads the log
+        done = command(*words, "--set", *sizes)
+        assert done.returncode == 0, done.stderr
+    lines = (tmp_path / "runs.jsonl").read_text().split("\n")
+    (entry,) = [json.loads(line) for line in lines if line]
+    table = (tmp_path / "table.md").read_text()
+    assert (
+        f"| a red sphere | {entry['psnr']:.1f} | {entry['union_psnr']:.1f} |" in table
+    )
+    assert {"volumes.png", "meshes.png"} <= {file.name for file in tmp_path.iterdir()}
+    assert len(set(main_job.held_out())) == 16
+
+
+def test_growth_pairs_each_size_with_its_window() -> None:
+    arguments = argparse.Namespace(
+        config=TOYBOX, object="mushroom", window=8, set=["seed=3"]
+    )
+    wanted = growth.jobs(arguments)
+    cells = [(job["size"], job["views"]) for job in wanted[::2]]
+    assert cells == [(32, 1), (32, 4), (64, 4), (32, 16), (128, 4)]
+    cost = {"iterations": 10, "evaluations": 10, "psnr": 20.0, "iou": 0.5}
+    entries = [
+        {**job, **cost, "seconds": 2.0 * job["views"], "iterations": 10 - 8 * (i % 2)}
+        for i, job in enumerate(wanted)
+    ]
+    first, second, *_ = growth.table(entries).splitlines()[2:]
+    assert first.startswith("| 32² | 1 | 0.200 | 1.0× | 2 | 5.0× | 1.00× |")
+    assert "| 4.0× |" in second
 
 
 def in_this_process(

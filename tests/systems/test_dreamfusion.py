@@ -182,10 +182,11 @@ def test_film_can_be_read_back(tmp_path: Path) -> None:
     assert np.allclose(film.mean((1, 2, 3)), [0, 128, 255], atol=6)
 
 
-def test_quality_of_the_truth_itself_is_perfect() -> None:
+@pytest.mark.parametrize("size", [32, 64])
+def test_quality_of_the_truth_itself_is_perfect(size: int) -> None:
     wanted = truth("a green tree")
     views = quality.fixed_views()
-    exact = wanted.render(views.cameras, quality.SIZE)
+    exact = wanted.render(views.cameras, size)
     goal = exact.over(torch.full((3,), quality.GREY))
     same = quality.measure(goal, exact.mask, goal, exact.mask, wanted)
     assert same.psnr >= 100
@@ -198,6 +199,8 @@ def test_quality_of_the_truth_itself_is_perfect() -> None:
     error = float((shifted - goal).square().mean())
     assert nothing.psnr == pytest.approx(-10 * math.log10(error))
     assert nothing.iou == 0.0
+    inside = (shifted - goal)[(exact.mask > 0.5).expand_as(goal)].square().mean()
+    assert nothing.union_psnr == pytest.approx(-10 * math.log10(float(inside)))
     other = quality.measure(goal, exact.mask, goal, exact.mask, truth("a red car"))
     assert other.right_colour == 0.0
     assert other.right_object < 0.2

@@ -24,6 +24,7 @@ import yaml
 
 import launch
 from dreampropeller import checkpoint
+from dreampropeller.growth import Growths
 from systems import artefacts, build
 from systems.runs.folders import folder_of
 from systems.runs.report.runs import open_run
@@ -131,6 +132,11 @@ def test_a_run_leaves_everything_behind(finished: Path) -> None:
     # The first step alone, then the steps evaluated again say how good guesses were.
     assert strides[0] == 1
     assert any(line.get("measured_drift_error", 0) > 0 for line in lines)
+    rates = [line.get("growth") for line in lines if "stride" in line]
+    growth = Growths.over(rates, strides)
+    assert growth is not None
+    assert report["growth"]["mean"] == pytest.approx(growth.mean, rel=1e-3)
+    assert report["growth"]["says"].endswith("in linear approximation.")
     settings = yaml.safe_load((finished / "config.yaml").read_text())
     assert settings["system"]["prompt_processor"]["prompt"] == "a red mushroom"
     assert settings["system"]["guidance"]["max_step_percent"][3] == 12  # resolved
@@ -260,17 +266,25 @@ def test_two_ranks_write_one_run_and_equal_one(
 
 
 @pytest.mark.chaos
-def test_ctrl_c_on_two_workers_saves_and_exports(tmp_path: Path) -> None:
+@pytest.mark.parametrize("when", ["starting", "running"])
+def test_ctrl_c_on_two_workers_saves_and_exports(tmp_path: Path, when: str) -> None:
     """The workers that the front door starts itself."""
     with started(tmp_path, "dispatch.num_workers=2") as process:
-        folder = wait_for_steps(tmp_path, process)
+        if when == "running":
+            folder = wait_for_steps(tmp_path, process)
+        else:
+            while not list(tmp_path.rglob("command.txt")):
+                assert process.poll() is None
+                time.sleep(0.01)
+            folder = run_folder(tmp_path)
+            time.sleep(0.5)  # the handler is installed right after
         os.killpg(process.pid, signal.SIGINT)  # a terminal tells the whole group
         output, errors = process.communicate(timeout=240)
     assert process.returncode == 130, errors
     assert "Traceback" not in errors
     assert "iterations" in output
     report = json.loads((folder / "report.json").read_text())
-    assert 0 < report["steps"] < 4000
+    assert 0 < report["steps"] < (4000 if when == "running" else 100)
     assert checkpoint.load(folder / "ckpts").step == report["steps"]
     assert (folder / "turntable.mp4").exists()
 

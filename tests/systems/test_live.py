@@ -31,7 +31,7 @@ from systems.runs import recorder
 from systems.runs.live import beside, reading
 from systems.runs.live.address import Address
 from systems.runs.live.page import Page
-from systems.runs.stopping import Stop
+from systems.runs.stopping import Stop, forget
 from systems.scene.gaussians import ply
 from systems.settings.reader import ConfigError
 from tests.systems.scenes import SMALL, TOYBOX
@@ -189,9 +189,15 @@ def test_a_pause_waits_until_it_is_over_or_a_stop_is_asked_for(tmp_path: Path) -
     pause.touch()
     Stop([stop], patience=0.3).wait()  # other ranks wait no longer
     assert not pause.exists()
+    stop.touch()
     pause.touch()
-    with Stop([stop]).listening():
-        assert not pause.exists()  # one from before is over
+    forget(tmp_path)  # an earlier run's
+    with Stop([stop]).listening() as now:
+        assert not now.asked()
+        assert not pause.exists()
+    stop.touch()
+    with Stop([stop]).listening() as now:  # asked for while ranks started
+        assert now.asked()
 
 
 def free_port() -> int:

@@ -1,52 +1,102 @@
-"""`--plan` gives the bounds that follow from window, jumps and workers."""
+"""`--plan` measures on this machine, and predicts for 1 to 64 devices."""
 
 from __future__ import annotations
 
 import re
+from dataclasses import replace
+from typing import Any
 
 import pytest
 
 import launch
+from dreampropeller.cost_model import Costs
 from systems.runs import plan
-from tests.helpers import TOYS, OrnsteinUhlenbeck
-from tests.systems.scenes import SMALL, TOYBOX
+from systems.runs.plan import Measured
+from tests.systems.scenes import SMALL, TOYBOX, small
+
+COSTS = Costs(
+    drift={4: 0.4, 2: 0.2, 1: 0.1},
+    rollout=0.0,
+    strides={1: 1.0, 2: 2.0, 4: 4.0, 8: 4.0},
+    segments=[40],
+    num_bytes=10**6,
+    latency=0.0,
+    bandwidth=1e9,
+)
 
 
-class Jumping(OrnsteinUhlenbeck):
-    """Jumps at every multiple of five."""
-
-    num_steps = 23
-
-    def next_jump(self, step: int) -> int:
-        return step - step % 5 + 5
+def planned(*words: str) -> int:
+    return launch.main(["--config", TOYBOX, "--plan", *SMALL, *words])
 
 
-def test_windows_end_at_jumps_and_at_the_last_step() -> None:
-    trajectory = Jumping()
-    assert plan.windows(trajectory, 8) == [5, 5, 5, 5, 3]
-    assert plan.windows(trajectory, 3) == [3, 2] * 4 + [3]
-    toy = TOYS["network-adamw"].make()
-    assert sum(plan.windows(toy, 4)) == toy.num_steps
-
-
-def test_a_plan_has_one_evaluation_and_what_follows(
+def test_a_plan_has_a_line_for_each_number_of_devices(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(plan, "_time", lambda *_: (1.0, 0.5))
-    words = [*SMALL, "dispatch.num_workers=2"]
-    assert launch.main(["--config", TOYBOX, "--plan", *words]) == 0
+    """Four steps at once are all that a window accepts: further devices take views."""
+    monkeypatch.setattr(plan, "measure", lambda *_: Measured(COSTS, 1.0, 0.1, ""))
+    assert planned("dispatch.num_workers=8") == 0
     found = capsys.readouterr().out
-    assert "Sequential: 40 evaluations, 20 s." in found
-    assert "Window 8: at least 5 iterations, at most 8.00x fewer than steps." in found
-    assert "on 2 workers: 10 s at best, plus" in found
-    assert "on 8 workers: 2.5 s at best, plus" in found
-    monkeypatch.undo()
-    assert launch.main(["--config", TOYBOX, "--plan", *SMALL]) == 0
-    found = capsys.readouterr().out
-    assert re.search(
-        r"A step: \S+ s \(median of 3; the first took \S+ s; \d+ thread", found
+    assert "Predicted (nothing below was run):" in found
+    rows = dict(re.findall(r"^ +(\d+) +(\d+ × \d+) +[\d–]+ +", found, re.MULTILINE))
+    assert list(rows) == ["1", "2", "4", "8", "16", "32", "64"]
+    assert rows["1"] == "1 × 1"
+    assert rows["16"] == rows["64"] == "4 × 4"
+    assert "The sequential run on one device takes 16 s (40 evaluations)." in found
+    (best,) = re.findall(r"^Best for 8 devices.*write `(.*)`\.", found, re.MULTILINE)
+    chosen = best.split()
+    assert "dispatch.num_workers=8" in chosen
+    config = small(*chosen, "data.batch_size=4").config
+    assert config.dispatch.steps * config.dispatch.views == 8
+
+
+def test_a_plan_measures_what_it_says(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Shards of two views, strides up to twice the window, and rendering."""
+    asked: list[int] = []
+
+    def communication(num_bytes: int) -> tuple[float, float]:
+        asked.append(num_bytes)
+        return 1e-3, 1e8
+
+    monkeypatch.setattr(plan, "communication", communication)
+    system = small("data.batch_size=2", "solver.window={name: sliding, size: 2}")
+    trajectory = system.trajectory()
+    monkeypatch.setattr(plan, "ITERATIONS", 3)
+    before = trajectory.init()[0]
+    found = plan.measure(system, trajectory)
+    costs = found.costs
+    assert sorted(costs.drift) == [1, 2]
+    assert costs.drift[1] < 1.2 * costs.drift[2]
+    assert costs.strides[1] == 1.0
+    assert max(costs.strides) == 16
+    assert 1 <= costs.strides[16] <= 16
+    assert costs.num_steps == 40
+    assert asked == [costs.num_bytes]
+    assert costs.num_bytes > 4 * sum(v.numel() for v in before.values()) / 2
+    assert found.render is not None
+    assert 0 < found.render < 2 * costs.drift[2]
+    lines = "\n".join(plan._inputs(found))
+    assert "1 of its views" in lines
+    assert "rendering its images takes" in lines
+    assert "Measuring 3 iterations of window 16" in capsys.readouterr().out
+    alone = replace(found, costs=replace(costs, bandwidth=float("inf")))
+    assert (
+        "not measured, as two processes could not meet" in list(plan._inputs(alone))[-1]
     )
-    assert "On one worker the sequential run is faster" in found
+
+
+def test_a_slow_drift_is_measured_less() -> None:
+    solver: Any = small().solver()
+    assert plan._affordable(solver, 0.01) == (16, plan.ITERATIONS)
+    assert plan._affordable(solver, 1.0) == (8, plan.ITERATIONS)
+    assert plan._affordable(solver, 100.0) == (8, 2)
+
+
+def test_what_cannot_be_split_is_planned_without_views() -> None:
+    assert plan._num_views(small())[0] == 1
+    assert plan._num_views(small("data.batch_size=4")) == (4, "")
+    assert plan._num_views(object()) == (1, "its steps have no views to split")
 
 
 def test_images_have_no_plan(capsys: pytest.CaptureFixture[str]) -> None:

@@ -28,6 +28,7 @@ from transformers import (
 import dreampropeller as dp
 from dreampropeller import StepRandom
 from dreampropeller.adapters.diffusers.guidance import guided
+from dreampropeller.rng import Draws
 from systems import build
 from systems.guidance import priors
 from systems.guidance.priors import ModelError, Prior, Words
@@ -216,9 +217,7 @@ def test_latents_come_from_the_autoencoder_and_keep_their_noise(
 ) -> None:
     prior, _ = priors.load(str(stable_diffusion), ["a"], "", CPU)
     images = torch.rand(2, 3, 20, 20, requires_grad=True)
-    draw = [
-        prior.encode([images], [StepRandom(0).generator(4, "latent")])[0] for _ in "ab"
-    ]
+    draw = [prior.encode([images], [StepRandom(0).draws(4, "latent")])[0] for _ in "ab"]
     assert torch.equal(draw[0], draw[1])
     assert draw[0].shape == (2, 4, 8, 8)
     draw[0].square().sum().backward()
@@ -400,7 +399,7 @@ def test_the_second_priors_space_is_blocks_of_pixels(second: Path) -> None:
     prior, words = priors.load(str(second), ["a red teapot"], "blurry", CPU)
     assert words.prompt_embeds.shape == (1, 16, 96)
     images = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
-    (x,) = prior.encode([images], [torch.Generator()])
+    (x,) = prior.encode([images], [Draws(torch.Generator())])
     assert x.shape == (2, 12, 32, 32)
     assert torch.equal(to_images(x), images * 2 - 1)
     t = torch.tensor([300, 700])

@@ -1,4 +1,4 @@
-"""DreamFusion, growing Gaussians and VSD on Ray: the same bits as one process."""
+"""DreamFusion, growing Gaussians, VSD on ranks and on Ray: the bits of one process."""
 
 from __future__ import annotations
 
@@ -18,7 +18,6 @@ from tests.systems import prolific, scenes
 from tests.systems.gaussians import runs
 from tests.systems.test_priors import stable_diffusion as stable_diffusion
 
-pytest.importorskip("ray")
 pytestmark = [pytest.mark.chaos, pytest.mark.filterwarnings("ignore")]
 
 LOOSE = dp.PicardSolver(
@@ -72,6 +71,7 @@ def test_a_system_on_two_actors_one_of_them_killed_equals_one_process(
     monkeypatch: pytest.MonkeyPatch,
     stable_diffusion: Path,
 ) -> None:
+    pytest.importorskip("ray")
     from dreampropeller.dispatch.ray import RayDispatcher
 
     monkeypatch.chdir(prolific.ROOT)
@@ -84,3 +84,35 @@ def test_a_system_on_two_actors_one_of_them_killed_equals_one_process(
     assert tree_equal(found.value, alone.value)
     assert tree_equal(found.carry, alone.carry)
     assert found.stats == alone.stats
+
+
+def on_rank(
+    make: Callable[[Path], dp.Trajectory[Any]], models: Path, cache: Path
+) -> tuple[Any, Any, dp.Stats]:
+    """The value, carry and figures of a solve, on each rank."""
+    os.chdir(prolific.ROOT)
+    os.environ["XDG_CACHE_HOME"] = str(cache)
+    torch.set_num_threads(1)
+    spread = functools.partial(dp.DistributedDispatcher, timeout=240.0)
+    found = dp.solve(make(models), LOOSE, spread, check=False)
+    return found.value, found.carry, found.stats
+
+
+@pytest.mark.parametrize("make", [dreamfusion, gaussians, vsd])
+def test_a_system_on_two_and_three_ranks_equals_one_process(
+    make: Callable[[Path], dp.Trajectory[Any]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    stable_diffusion: Path,
+) -> None:
+    monkeypatch.chdir(prolific.ROOT)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    alone = dp.solve(make(stable_diffusion), LOOSE, check=False)
+    arguments = (make, stable_diffusion, tmp_path / "cache")
+    for count in (2, 3):
+        ranks = dp.launch_workers(on_rank, *arguments, num_workers=count)
+        assert len(ranks) == count
+        for value, carry, stats in ranks:
+            assert tree_equal(value, alone.value)
+            assert tree_equal(carry, alone.carry)
+            assert stats == alone.stats

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from systems.scene.backgrounds import EnvironmentConfig, SolidConfig
 from systems.scene.materials import PointLightConfig
 from systems.settings.checks import at_least, check_range
 from systems.settings.config import Config, SolverConfig, load
+from systems.settings.presets import fast
 from systems.settings.reader import ConfigError, read, to_section
 from systems.settings.schedules import check_schedule, value_at
 
@@ -94,10 +96,17 @@ def test_thresholds_by_name() -> None:
     assert zero == dp.FixedThreshold(0)
     warm = solver("solver.threshold.warmup=64").threshold
     assert warm == dp.DriftThreshold(warmup=64)
+    single = solver("solver.threshold.sums=false").threshold
+    assert single == dp.DriftThreshold(sums=False)
     relative = ("solver.threshold.value=2", "solver.threshold.relative=true")
     assert solver(f"{name}fixed", *relative).threshold == dp.FixedThreshold(2, True)
     held = ("solver.threshold.hold_every=4", "solver.threshold.memory=2")
     assert solver(*held).threshold == dp.DriftThreshold(hold_every=4, memory=2)
+
+
+def test_the_measurement_of_growth_can_be_turned_off() -> None:
+    assert solver().growth
+    assert not solver("solver.growth=false").growth
 
 
 def test_predictors_by_name_with_their_arguments() -> None:
@@ -278,3 +287,21 @@ def test_everything_that_is_wrong_is_said_at_once() -> None:
     assert str(caught.value).splitlines()[1:] == [
         f"- {problem}" for problem in caught.value.problems
     ]
+
+
+def test_fast_settings_come_before_those_of_the_command_line(tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    plain = Path("configs/dreamfusion-toybox.yaml").read_text(encoding="utf-8")
+    plain = plain.replace("\nfast:", "\n_fast:").split("\n_fast:")[0]
+    file.write_text(f"{plain}\nfast: [trainer.max_steps=7, seed=5]\n")
+    prompt = "system.prompt_processor.prompt=a red mushroom"
+    assert load(file, [prompt]).trainer.max_steps == 200  # only where it is asked for
+    found = load(file, [*fast(file), prompt, "seed=6"])
+    assert (found.trainer.max_steps, found.seed) == (7, 6)
+    file.write_text(f"{plain}\nfast: {{trainer.max_steps: 7}}\n")
+    with pytest.raises(ConfigError, match="`fast` must be a list of overrides"):
+        load(file, [prompt])
+    with pytest.raises(ConfigError, match="has no `fast` section: leave `--fast` out"):
+        fast(Path("configs/dreamfusion-sd.yaml"))
+    with pytest.raises(ConfigError, match="`--fast` chooses the settings of a new run"):
+        fast(None)

@@ -66,6 +66,10 @@ def command() -> Iterator[ModuleType]:
             ["plan", "data.image=a.png"],
             ["--config", IMAGE, "--plan", "data.image=a.png"],
         ),
+        (
+            ["train", "a cube", "--fast"],
+            ["--fast", "--config", TOYBOX, "--train", f"{PROMPT}=a cube"],
+        ),
         (["settings"], ["--settings"]),
         (["settings", "solver.window"], ["--settings", "solver.window"]),
         (

@@ -179,6 +179,8 @@ def make_parser() -> argparse.ArgumentParser:
             help="a YAML file, or the name of a packaged config (`configs` lists "
             f"them); default: {task.config or 'that of the run'}",
         )
+        if task.config is not None:
+            one.add_argument("--fast", action="store_true", help="only a first look")
     return parser
 
 
@@ -199,6 +201,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         words = [*arguments.words, *rest]
         translated = translate(arguments.task, words, arguments.config)
+        if getattr(arguments, "fast", False):
+            translated = ["--fast", *translated]
     except UsageError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -141,6 +141,7 @@ def rows(comparison: Mapping[str, Any]) -> list[list[str]]:
         add(title, [run[name] for run in runs], form)
     for title, name, form in (
         ("PSNR, dB", "psnr", "{:.2f}"),
+        ("… within the silhouettes", "union_psnr", "{:.2f}"),
         ("SSIM", "ssim", "{:.3f}"),
         ("IoU", "iou", "{:.3f}"),
         ("right colour", "right_colour", "{:.0%}"),

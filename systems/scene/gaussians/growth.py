@@ -129,8 +129,9 @@ def seen(
     radii: Int[Tensor, "views splats 2"],
     height: int,
     width: int,
+    total: int | None = None,
 ) -> State:
-    """The statistics of one step.
+    """The statistics of one step, or of some of its views.
 
     Args:
         gradient: Gradient of the loss, a mean over the views, with respect to the
@@ -138,13 +139,14 @@ def seen(
         radii: Half sides of the boxes in pixels, 0 for splats that are not seen.
         height: Height of the images in pixels.
         width: Width of the images in pixels.
+        total: Number of views of the step; default: those that are here.
 
     Returns:
         The sum over views of the gradient's norm, the number of views that saw the
         splat, and its largest size as a share of the image.
     """
     visible = (radii > 0).all(-1)
-    scale = gradient.new_tensor([width / 2, height / 2]) * len(gradient)
+    scale = gradient.new_tensor([width / 2, height / 2]) * (total or len(gradient))
     norms = (gradient * scale).norm(dim=-1)
     sizes = radii.amax(-1).to(gradient) / max(height, width)
     return {

@@ -11,6 +11,7 @@ statistics, and is passed to the solver.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -34,7 +35,9 @@ class GrowingGaussians(dp.OptimizationTrajectory):
 
     Args:
         loss: ``(step, y)`` returns a loss, which is a mean over views, scalars to log,
-            and the rendering; or a `BatchedLoss` of such.
+            and the rendering; or a `BatchedLoss` of such; or a `ShardedLoss` of one of
+            them, whose contributions have `seen`: the rendering, and the number of
+            views of the whole step.
         params: The initial parameters, those of the splats with a prefix.
         optimizer: Factory of the optimizer, called with the parameters by name.
         num_steps: The number of steps.
@@ -74,7 +77,7 @@ class GrowingGaussians(dp.OptimizationTrajectory):
         self._max_splats = max_splats
         self._prefix = prefix
         self._keyed = dp.StepRandom(seed)
-        self._watched: dict[int, tuple[SplatRendering, Tensor]] = {}
+        self._watched: dict[int, tuple[SplatRendering, Tensor, int]] = {}
 
         def watched(found: list[Any]) -> list[tuple[Tensor, Mapping[str, Any]]]:
             self._watched.clear()  # what a failed evaluation left
@@ -97,10 +100,19 @@ class GrowingGaussians(dp.OptimizationTrajectory):
             rates[self._means] = decay or _constant
             return torch.optim.lr_scheduler.LambdaLR(one, rates)
 
+        def watching(whole: Any) -> Any:
+            if isinstance(whole, dp.BatchedLoss):
+                return whole.then(watched)
+            return lambda step, y: watched([whole(step, y)])[0]
+
+        if isinstance(loss, dp.ShardedLoss):
+            own: Any = dp.ShardedLoss(
+                watching(loss.whole), self._watching_part(loss.shard), loss.join
+            )
+        else:
+            own = watching(loss)
         super().__init__(
-            loss.then(watched)
-            if isinstance(loss, dp.BatchedLoss)
-            else lambda step, y: watched([loss(step, y)])[0],
+            own,
             params,
             made,
             num_steps,
@@ -120,14 +132,57 @@ class GrowingGaussians(dp.OptimizationTrajectory):
         return y, {**carry, "seen": growth.nothing_seen(len(means), means)}
 
     def _watch(
-        self, slot: int, aux: Mapping[str, Any], rendered: SplatRendering
+        self,
+        slot: int,
+        aux: Mapping[str, Any],
+        rendered: SplatRendering,
+        total: int | None = None,
     ) -> Mapping[str, Any]:
         """Keep the gradient of the means in pixels, which growth needs."""
+        total = total or len(rendered.means)
         if self.config.strategy == "densify" and rendered.means.requires_grad:
             rendered.means.register_hook(
-                lambda gradient: self._watched.update({slot: (rendered, gradient)})
+                lambda gradient: self._watched.update(
+                    {slot: (rendered, gradient, total)}
+                )
             )
         return {**aux, "splats": float(rendered.means.shape[1])}
+
+    def _watching_part(self, shard: Callable[..., Any]) -> Callable[..., Any]:
+        """The losses of shards whose renderings are watched."""
+
+        def watching(index: int, count: int) -> Any:
+            part = shard(index, count)
+
+            def loss(step: int, y: State) -> dp.Contribution | None:
+                self._watched.clear()
+                found = part(step, y)
+                if found is None:
+                    return None
+                return replace(found, aux=self._watch(0, found.aux, *found.seen))
+
+            return loss
+
+        return watching
+
+    def make_shard(self, device: torch.device, index: int, count: int) -> dp.Drift:
+        """See `Trajectory.make_shard`; with the statistics of the shard's views."""
+        drift = super().make_shard(device, index, count)
+        if count == 1:
+            return drift
+        return lambda step, y: self._with_statistics([drift(step, y)])[0]
+
+    def join_shards(self, parts: Sequence[tuple[State, Aux]]) -> tuple[State, Aux]:
+        """Gradients and statistics added up, and the largest of the sizes."""
+        size = SEEN + "size"
+        sizes = [drift[size] for drift, _ in parts if size in drift]
+        others = [
+            ({n: v for n, v in drift.items() if n != size}, aux) for drift, aux in parts
+        ]
+        drift, aux = super().join_shards(others)
+        if sizes:
+            drift[size] = torch.stack(sizes).amax(0)
+        return drift, aux
 
     def _drift(self, step: int, y: State) -> tuple[State, Aux]:
         return self._with_statistics([super()._drift(step, y)])[0]
@@ -141,8 +196,8 @@ class GrowingGaussians(dp.OptimizationTrajectory):
         self, found: list[tuple[State, Aux]]
     ) -> list[tuple[State, Aux]]:
         """Drifts with what was watched in their backward pass."""
-        for slot, (rendered, gradient) in self._watched.items():
-            statistics = growth.seen(gradient, rendered.radii, *rendered.size)
+        for slot, (rendered, gradient, total) in self._watched.items():
+            statistics = growth.seen(gradient, rendered.radii, *rendered.size, total)
             found[slot][0].update({SEEN + n: v for n, v in statistics.items()})
         self._watched.clear()  # the rendering holds the loss's graph
         return found

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -85,6 +85,7 @@ class _Rays:
     directions: Tensor
     light: Tensor
     jitter: Tensor  # shift of a ray's samples, as a fraction of a sample, (rays, 1)
+    shifts: Callable[[], Tensor] | None  # draws those of nerfacc's marching
 
 
 @dataclass(frozen=True)
@@ -173,10 +174,13 @@ class VolumeRenderer(Renderer):
             part.expand(*shape, 3).reshape(-1, 3).to(device)
             for part in (origins, directions, light)
         ]
-        jitter = torch.full((len(flat[0]), 1), 0.5, device=device)
+        jitter, shifts = torch.full((len(flat[0]), 1), 0.5, device=device), None
         if step is not None and self.config.randomized:
-            generator = random.generator(step, "samples")
-            jitter = torch.rand(jitter.shape, generator=generator).to(device)
+            sizes = (shape[0], shape[1] * shape[2])
+            drawn = random.draws(step, "samples").rand(*sizes)
+            jitter = drawn.reshape(-1, 1).to(device)
+            # What nerfacc would draw where it marches, for the views of a shard.
+            shifts = functools.partial(random.draws(step, None, device).rand, *sizes)
         material = material.at(step, random)
         shading = material.shading(step, random)
         beside = None
@@ -186,7 +190,13 @@ class VolumeRenderer(Renderer):
         pieces = zip(*(part.split(chunk) for part in (*flat, jitter)), strict=True)
         parts = [
             self._rays(
-                geometry, material, _Rays(*piece), shading, step, with_normals, beside
+                geometry,
+                material,
+                _Rays(*piece, shifts=shifts),
+                shading,
+                step,
+                with_normals,
+                beside,
             )
             for piece in pieces
         ]
@@ -238,7 +248,7 @@ class VolumeRenderer(Renderer):
         """What `Rendering` holds, over rays; `beside` draws shifts of normals."""
         count = len(rays.origins)
         if rays.origins.is_cuda and self.config.grid_prune and _can_march():
-            samples = self._march(rays, step is not None and self.config.randomized)
+            samples = self._march(rays, rays.shifts)
         else:
             samples = self._cut(rays)
         directions = rays.directions[samples.rays]
@@ -301,7 +311,7 @@ class VolumeRenderer(Renderer):
         return Samples(begin, begin + size, number, chosen, dense)
 
     @torch.no_grad()
-    def _march(self, rays: _Rays, randomized: bool) -> Samples:
+    def _march(self, rays: _Rays, shifts: Callable[[], Tensor] | None) -> Samples:
         """Nerfacc's marching through our grid; CUDA only."""
         side, radius = self.config.occupancy.resolution, self.config.radius
         box = torch.tensor([-radius] * 3 + [radius] * 3)
@@ -311,8 +321,10 @@ class VolumeRenderer(Renderer):
         number, begin, end = grid.sampling(
             rays.origins,
             rays.directions,
+            t_min=None
+            if shifts is None
+            else shifts().flatten() * self.config.step_size,
             render_step_size=self.config.step_size,
-            stratified=randomized,
         )
         return Samples(begin, end, number.long(), None, (len(rays.origins), 0))
 
