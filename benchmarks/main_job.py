@@ -108,6 +108,7 @@ def mesh_of(
         none = {"iou_3d": 0.0, "chamfer_share": 1.0, "bodies": 0}
         return none, torch.cat([torch.ones_like(beside)] * SIDES + [beside])
     mesh = load_glb(save_mesh(surface, folder)[0])
+    mesh.metadata["level"] = surface.metadata.get("level")
     figures = quality.measure_mesh(mesh, wanted).figures()
     figures["chamfer_share"] = round(figures["chamfer"] / diagonal, 5)
     return figures, torch.cat([render_mesh(mesh, around)[0], beside])

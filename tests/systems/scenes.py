@@ -15,6 +15,8 @@ from systems.settings.config import load
 TOYBOX = "configs/dreamfusion-toybox.yaml"
 SMALL = (
     "system.prompt_processor.prompt=a red mushroom",
+    "system.guidance.pretrained_model_name_or_path=toybox",
+    "quality.size=32",
     "trainer.max_steps=40",
     "data.batch_size=1",
     "data.width=16",
