@@ -13,6 +13,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import functools
+import itertools
 import sys
 import types
 from collections.abc import Collection, Iterable, Iterator, Mapping
@@ -38,8 +39,11 @@ _CODE = (type, types.FunctionType, types.MethodType, functools.partial)
 _NUMBERS = (bool, int, float, complex, np.generic)
 _QUIET = frozenset(("torch", "numpy", "random", "threading", "dreampropeller"))
 _QUIET |= {"logging", "tqdm", "rich", "torchmetrics", "wandb", "mlflow"}
-_QUIET |= {"tensorboard", "tensorboardX"}
+_QUIET |= {"tensorboard", "tensorboardX", "comet_ml", "neptune", "clearml", "aim"}
+_QUIET |= {"swanlab"}
 """Packages whose objects only observe, or are handled elsewhere."""
+_AGAIN = "\0"
+"""Between a path and a number, where several values have the same path."""
 _TABLES = frozenset(name for name in vars(nn.Module()) if "hooks" not in name)
 """Attributes of every module that are compared elsewhere."""
 
@@ -96,13 +100,19 @@ class Counters:
         """Paths that were to be ignored and that the walk did not meet."""
         return sorted(self._ignore - self._ignored)
 
+    @property
+    def met(self) -> set[str]:
+        """Paths that were to be ignored and that the walk met."""
+        return self._ignored
+
     def changed(self, now: Counters) -> list[str]:
         """Paths of the numbers and tensors that differ in a later record."""
-        return [
-            path
+        found = [
+            path.partition(_AGAIN)[0]
             for path, value in now._values.items()
             if path in self._values and not _same(self._values[path], value)
         ]
+        return list(dict.fromkeys(found))
 
     def grown(self, now: Counters) -> dict[str, tuple[Any, int]]:
         """Lists that have grown in a later record, with their former lengths."""
@@ -114,12 +124,17 @@ class Counters:
         }
 
     def _visit(self, path: str, value: Any, depth: int) -> None:
+        # A weak proxy of what is gone, or attributes that are computed.
+        with contextlib.suppress(ReferenceError, KeyError):
+            self._look(path, value, depth)
+
+    def _look(self, path: str, value: Any, depth: int) -> None:
         if path in self._ignore or path.rpartition(".")[2] in self._ignore:
             self._ignored |= {path, path.rpartition(".")[2]} & self._ignore
             return
         if isinstance(value, _NUMBERS):
             if self._records:
-                self._values[path] = value
+                self._note(path, value)
             return
         if isinstance(value, Tensor):
             if self._records and id(value) not in self._state:
@@ -135,14 +150,22 @@ class Counters:
             deeper = not isinstance(child, nn.Module)  # networks are deep
             self._visit(name, child, depth + deeper)
 
+    def _note(self, path: str, value: Any) -> None:
+        """Record a value; closures of two functions may use one name."""
+        number = 1
+        name = path
+        while name in self._values:
+            number += 1
+            name = f"{path}{_AGAIN}{number}"
+        self._values[name] = value
+
     def _note_tensor(self, path: str, value: Tensor) -> None:
         if value.is_inference() or value.layout is not torch.strided:
             return
         if value.numel() and value.untyped_storage().data_ptr() in self._memory:
             return
-        flat, stride = value.detach().reshape(-1), max(1, value.numel() // _SAMPLE)
-        large = value._version if stride > 1 else 0
-        self._values[path] = (value.shape, value.dtype, large, flat[::stride].clone())
+        large = value._version if value.numel() >= 2 * _SAMPLE else 0
+        self._note(path, (value.shape, value.dtype, large, _sample(value.detach())))
 
     def _children(self, path: str, value: Any) -> Iterator[tuple[str, Any]]:
         """Names and values inside of a value."""
@@ -150,7 +173,7 @@ class Counters:
             yield from self._items(path, value)
         elif isinstance(value, np.ndarray):
             if value.dtype.kind in "biufc" and value.size <= _SAMPLE and self._records:
-                self._values[path] = value.copy()
+                self._note(path, value.copy())
         elif isinstance(value, functools.partial):
             inner = [value.func, *value.args, *value.keywords.values()]
             yield from ((path, one) for one in inner)
@@ -162,11 +185,16 @@ class Counters:
         elif isinstance(value, type):
             if not is_library(value.__module__):
                 yield from _attributes(path, value)
+        elif isinstance(value, itertools.count):
+            if self._records:
+                self._note(path, repr(value))
         elif self._enters(path, value):
             yield from _attributes(path, value, id(value) in self._hosts)
             yield from ((_join(path, o.__name__), o) for o in type(value).__mro__)
 
     def _items(self, path: str, value: Any) -> Iterator[tuple[str, Any]]:
+        if isinstance(value, (dict, set)) and self._records:
+            self._note(path, len(value))
         if len(value) > _LARGE and isinstance(value, (dict, tuple, set)):
             return
         if isinstance(value, (list, collections.deque)):
@@ -185,7 +213,9 @@ class Counters:
 
     def _enters(self, path: str, value: Any) -> bool:
         """Whether the attributes of an object and its class are looked at."""
-        if not hasattr(value, "__dict__") or isinstance(value, types.ModuleType):
+        slots = hasattr(value, "__slots__") and not is_library(type(value).__module__)
+        known = slots or hasattr(value, "__dict__")
+        if not known or isinstance(value, types.ModuleType):
             return False
         if isinstance(value, Optimizer):
             self.optimizers[path] = value
@@ -220,10 +250,10 @@ def lengthened(lists: Iterable[tuple[Any, int]]) -> Iterator[None]:
     """
     lists = [*lists]
     before = [(one, [*one]) for one, _ in lists]
-    for one, length in lists:
-        grown = [*one][length:]
-        one.extend(_varied(item, n) for n in range(_LARGE) for item in grown)
     try:
+        for one, length in lists:
+            grown = [*one][length:]
+            one.extend(_varied(item, n) for n in range(_LARGE) for item in grown)
         yield
     finally:
         for one, items in before:
@@ -231,9 +261,23 @@ def lengthened(lists: Iterable[tuple[Any, int]]) -> Iterator[None]:
             one.extend(items)
 
 
+def _sample(value: Tensor) -> Tensor:
+    """A copy of a tensor's entries, of a large one of `_SAMPLE` of them, flat."""
+    stride = max(1, value.numel() // _SAMPLE)
+    if stride == 1 or value.is_contiguous():
+        return value.reshape(-1)[::stride].clone()
+    index = torch.arange(0, value.numel(), stride, device=value.device)
+    places = []
+    for size in reversed(value.shape):
+        places.append(index % size)
+        index = index // size
+    return value[tuple(reversed(places))]
+
+
 def _varied(item: Any, n: int) -> Any:
     number = isinstance(item, (float, int)) and not isinstance(item, bool)
-    if number or (isinstance(item, Tensor) and item.is_floating_point()):
+    small = isinstance(item, Tensor) and item.is_floating_point() and item.numel() == 1
+    if number or small:  # of an image a thousand references are enough
         return item * (1 + n % 7 / 4) + n % 3
     return item
 
@@ -241,16 +285,30 @@ def _varied(item: Any, n: int) -> Any:
 def _attributes(path: str, value: Any, host: bool = False) -> Iterator[tuple[str, Any]]:
     """The attributes of an object or class; `host`: without registered tensors."""
     module = isinstance(value, nn.Module)
-    for name, child in [*vars(value).items()]:
+    for name, child in _own(value):
         if module and name in ("_parameters", "_buffers", "_modules"):
             if name == "_modules" or not host:
                 yield from ((_join(path, n), one) for n, one in child.items())
-        elif not (module and name in _TABLES) and not name.startswith("__"):
+        elif name == "__wrapped__" or not (
+            (module and name in _TABLES) or name.startswith("__")
+        ):
             if isinstance(child, (staticmethod, classmethod)):
                 child = child.__func__
             elif isinstance(child, property):
                 child = child.fget
             yield _join(path, name), child
+
+
+def _own(value: Any) -> list[tuple[str, Any]]:
+    """Attributes of an object by name, those in slots included."""
+    found = dict(getattr(value, "__dict__", {}))
+    if not isinstance(value, type):
+        for owner in type(value).__mro__:
+            slots = vars(owner).get("__slots__", ())
+            for name in (slots,) if isinstance(slots, str) else slots:
+                if hasattr(value, name):
+                    found.setdefault(name, getattr(value, name))
+    return [*found.items()]
 
 
 def _referred(function: types.FunctionType) -> Iterator[tuple[str, Any]]:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, TypeAlias
 
 from dreampropeller.counters import Counters, lengthened
 from dreampropeller.tree import State
 from dreampropeller.verification import NotReproducible, listed, names, require_equal
 
+_SHOWN = 5
+"""Paths named one by one; of more, the objects that hold them."""
 Lists: TypeAlias = dict[str, tuple[Any, int]]
 """Lists by path, with their lengths before they grew."""
 
@@ -19,6 +21,7 @@ def refuse_growing(
     again: Callable[[], State],
     noise: Mapping[str, float],
     lists: Lists | None = None,
+    elsewhere: Collection[str] = (),
 ) -> tuple[Counters, Lists]:
     """Evaluate a step once more, and compare what the loss refers to.
 
@@ -31,6 +34,7 @@ def refuse_growing(
         again: Evaluates the step once more, at the same state.
         noise: See `dreampropeller.verification.Probe`.
         lists: Lists that have grown at another step, which this one may read.
+        elsewhere: Names to ignore that belong to an optimizer or scheduler.
 
     Returns:
         The record after the evaluation, and all lists that have grown.
@@ -42,20 +46,22 @@ def refuse_growing(
     before = counters()
     drift = again()
     after = counters()
-    unknown = sorted({*before.unknown()} & {*after.unknown()})
+    unknown = {*before.unknown()} & {*after.unknown()} - {*elsewhere}
     if unknown:
         raise NotReproducible(
-            f"`ignore` names {names(unknown)}, which neither the module nor the loss "
-            "refers to: write the name as the check gives it."
+            f"`ignore` names {names(unknown)}, which neither the module nor the loss, "
+            "optimizer or scheduler refers to: write the name as the check gives it."
         )
     changed = before.changed(after)
     if changed:
+        owners = {path.split(".")[0].split("[")[0] for path in changed}
+        short = changed if len(changed) <= _SHOWN else sorted(owners)
         raise NotReproducible(
             f"{names(changed)} changed although step {step} was evaluated again: a "
-            "count or an average of evaluations, of which a solve makes others than "
-            "the loop. Compute it from the step, register it as a buffer of the "
-            "module, or return it as a scalar to log. If nothing reads it, write "
-            f"`ignore={listed(changed)}`."
+            "count, an average or the time of evaluations, of which a solve makes "
+            "others than the loop. Compute it from the step, register it as a buffer "
+            "of the module, or return it as a scalar to log. If nothing reads it, "
+            f"write `ignore={listed(short)}`."
         )
     grown = {**(lists or {}), **before.grown(after)}
     if grown:

@@ -65,7 +65,7 @@ class GroupGuard:
 
     def __init__(self, optimizers: Mapping[str, Optimizer]) -> None:
         self._seen = [
-            (path, one, [settings(group) for group in one.param_groups])
+            (path, one, [_kept(group) for group in one.param_groups])
             for path, one in optimizers.items()
         ]
 
@@ -140,3 +140,11 @@ def _is_number(value: Any) -> bool:
     if isinstance(value, Tensor):
         return value.numel() == 1
     return isinstance(value, (bool, int, float))
+
+
+def _kept(group: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a group as they are now; tensors may change in place."""
+    return {
+        key: value.clone() if isinstance(value, Tensor) else value
+        for key, value in settings(group).items()
+    }

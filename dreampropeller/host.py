@@ -20,6 +20,17 @@ from dreampropeller.optimizers import dense
 from dreampropeller.tree import State
 
 
+def names_of(ignore: Collection[str]) -> tuple[str, ...]:
+    """Names to ignore.
+
+    Raises:
+        TypeError: They are one string.
+    """
+    if isinstance(ignore, str):
+        raise TypeError(f'`ignore` is a string: write `ignore=("{ignore}",)`.')
+    return tuple(ignore)
+
+
 class ModuleHost:
     """A module whose trainable parameters and buffers are a state.
 
@@ -37,9 +48,7 @@ class ModuleHost:
     """
 
     def __init__(self, module: nn.Module, ignore: Collection[str] = ()) -> None:
-        if isinstance(ignore, str):
-            raise TypeError(f'`ignore` is a string: write `ignore=("{ignore}",)`.')
-        self.module, self.ignore = module, tuple(ignore)
+        self.module, self.ignore = module, names_of(ignore)
         named = dict(module.named_parameters())
         self.parameters = {n: p for n, p in named.items() if p.requires_grad}
         if not self.parameters:

@@ -209,6 +209,11 @@ class LossGradient:
         if shard is None:
             scalar, aux = self._scaled(step, y, result)
             return {"": scalar}, aux
+        if any(t.requires_grad and t.grad is not None for t in guarded.values()):
+            raise ValueError(
+                f"The loss of shard {shard} goes backward itself: return the sum of "
+                "all parts in the `Contribution`."
+            )
         scalars, aux = scalars_of(result, shard)
         scaled = {n: self._scaled(step, y, one)[0] for n, one in scalars.items()}
         return scaled, aux

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
@@ -67,6 +67,7 @@ class ModuleLoop:
     ) -> None:
         self._host, self._backward, self._clip = host, backward, clip
         self._make, self._last = optimizers, last
+        self.elsewhere: Collection[str] = ()
         self.captured = Reachable(loss, host.module)
         bound = isinstance(loss, types.MethodType)
         self._roots = {"": host.module, "self" if bound else "loss": loss}
@@ -246,7 +247,9 @@ class ModuleLoop:
         noise: Mapping[str, float],
         lists: Lists,
     ) -> Lists:
-        after, grown = refuse_growing(step, self._counters, again, noise, lists)
+        after, grown = refuse_growing(
+            step, self._counters, again, noise, lists, self.elsewhere
+        )
         live = [*after.optimizers, *after.schedulers]
         if live:
             gradients = again()

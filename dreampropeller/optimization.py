@@ -233,7 +233,13 @@ class OptimizationTrajectory(Trajectory[Nest]):
         def once(step: int, y: State) -> tuple[State, Aux]:
             return self._gradient.drift(step, y, loss, index)
 
-        return lambda step, y: self._now_and_then_twice(once, step, y)
+        def repeated(step: int, y: State) -> tuple[State, Aux]:
+            # Noise was measured of whole drifts, whose entries a shard's differ from.
+            exact = self._repeats is None or self._repeats.is_exact
+            return (self._now_and_then_twice if exact else _once)(once, step, y)
+
+        self._repeats = None
+        return repeated
 
     def join_shards(self, parts: Sequence[tuple[State, Aux]]) -> tuple[State, Aux]:
         """The sum of the shards' drifts, with quotients of sums taken."""
@@ -304,6 +310,7 @@ class OptimizationTrajectory(Trajectory[Nest]):
             return None
         with self._optimizers.observed(host.module, host.ignore):
             second_update(self, found)
+        loop.elsewhere = self._optimizers.ignored
         fresh = self._optimizers if step == 0 else None
         loop.compare(found, carry, self._gradient.draws, fresh)
         self._repeats = Repeats(found.noise, loop.cause)
@@ -318,6 +325,10 @@ class OptimizationTrajectory(Trajectory[Nest]):
         gradients = self._host.gradients()
         overflow = Precision.overflowed(self._precision.unscale(gradients.values(), y))
         return {} if overflow else gradients
+
+
+def _once(drift: Drift, step: int, y: State) -> tuple[State, Aux]:
+    return drift(step, y)
 
 
 def _check_scale(precision: Precision, count: int) -> None:

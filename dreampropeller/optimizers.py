@@ -179,6 +179,9 @@ class Optimizers:
             ],
         }
 
+    ignored: Collection[str] = ()
+    """Names to ignore that the last `observed` met."""
+
     @contextlib.contextmanager
     def observed(
         self, host: nn.Module | None, ignore: Collection[str] = ()
@@ -193,6 +196,7 @@ class Optimizers:
         roots = {type(one).__name__: one for one in owners}
         before = Counters(roots, host, carried=True, ignore=ignore)
         yield
+        self.ignored = before.met
         changed = before.changed(before.again())
         if changed:
             raise NotReproducible(

@@ -99,7 +99,9 @@ def scalars_of(part: Any, index: int) -> tuple[dict[str, Tensor], dict[str, Any]
             f"The loss of shard {index} returned a `{type(part).__name__}`: return "
             "`dreampropeller.Contribution(loss, aux)`, or None where it has no views."
         )
-    scalars, aux = {"": part.loss}, dict(part.aux)
+    # A shard whose rays hit nothing has a constant loss.
+    scalars = {"": part.loss} if part.loss.requires_grad else {}
+    aux = dict(part.aux)
     for name, ratio in part.ratios.items():
         if ratio.weight and ratio.amount.requires_grad:
             scalars[name] = ratio.weight * ratio.amount

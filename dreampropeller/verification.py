@@ -209,6 +209,11 @@ class Repeats:
     def __init__(self, noise: Mapping[str, float], cause: Cause) -> None:
         self._noise, self._cause, self._count = noise, cause, 0
 
+    @property
+    def is_exact(self) -> bool:
+        """Whether evaluations are compared bitwise: no noise was measured."""
+        return not any(self._noise.values())
+
     def evaluate(self, drift: Drift, step: int, y: State) -> tuple[State, Aux]:
         """Evaluate a drift, and now and then once more.
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+import itertools
 import types
 from collections.abc import Callable
 from typing import Any
@@ -14,6 +17,7 @@ from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import Dataset
 
 import dreampropeller as dp
+from dreampropeller.counters import Counters, lengthened
 from dreampropeller.verification import NotReproducible
 from tests.helpers import tree_equal
 
@@ -206,6 +210,64 @@ def in_what_the_first_step_left() -> Loss:
     return loss
 
 
+def in_two_closures_of_one_name() -> Loss:
+    def counter() -> Callable[[], int]:
+        count = 0
+
+        def call() -> int:
+            nonlocal count
+            count += 1
+            return count
+
+        return call
+
+    def still() -> Callable[[], int]:
+        count = 0
+        return lambda: count
+
+    calls, constant = counter(), still()
+
+    def loss(step: int, module: nn.Module) -> Tensor:
+        late = calls() + constant() > LATER
+        return error(step, module) * (2 if late else 1)
+
+    return loss
+
+
+def in_slots() -> Loss:
+    @dataclasses.dataclass(slots=True)
+    class Slotted:
+        calls: int = 0
+
+    progress = Slotted()
+
+    def loss(step: int, module: nn.Module) -> Tensor:
+        progress.calls += 1
+        return error(step, module) * (2 if progress.calls > LATER else 1)
+
+    return loss
+
+
+def in_a_cached_function() -> Loss:
+    calls = itertools.count()
+
+    @functools.lru_cache(maxsize=1)
+    def scale(call: int) -> float:
+        return 2.0 if call > LATER else 1.0
+
+    return lambda step, module: error(step, module) * scale(next(calls))
+
+
+def in_a_set() -> Loss:
+    seen: set[object] = set()
+
+    def loss(step: int, module: nn.Module) -> Tensor:
+        seen.add(object())
+        return error(step, module) * (2 if len(seen) > LATER else 1)
+
+    return loss
+
+
 COUNTS: dict[Callable[[], Loss], str] = {
     in_a_class: r"`Progress\.calls` changed although",
     in_an_object: r"`config\.calls`",
@@ -213,6 +275,10 @@ COUNTS: dict[Callable[[], Loss], str] = {
     in_a_data_set: r"`data\.seen`",
     in_a_backward_pass: r"`Straight\.calls`",
     in_an_average_of_weights: r"`kept\.average.*although step 8",
+    in_two_closures_of_one_name: r"`count` changed",
+    in_slots: r"`progress\.calls`",
+    in_a_cached_function: r"`calls`",
+    in_a_set: r"`seen` changed",
     in_a_list: r"with a longer `losses`",
     in_a_list_of_the_first_steps: r"Step 8 .* with a longer `means`",
     in_what_the_first_step_left: r"Step 8 .* left in `first`",
@@ -322,3 +388,33 @@ def test_a_schedule_that_counts_elsewhere() -> None:
 
     with pytest.raises(NotReproducible, match=r"An update changed `calls\.count`"):
         solved(error, scheduler=lambda one: LambdaLR(one, factor))
+
+
+def test_the_way_out_for_a_schedule_that_only_counts() -> None:
+    calls = {"count": 0}
+
+    def factor(_: int) -> float:
+        calls["count"] += 1
+        return 1.0
+
+    def schedule(one: Any) -> LambdaLR:
+        return LambdaLR(one, factor)
+
+    found = solved(error, scheduler=schedule, ignore=("calls.count",))
+    assert tree_equal(found.value, solved(error).value)
+
+
+def test_a_log_of_images_is_not_copied_a_thousand_times() -> None:
+    images = [torch.zeros(3, 8, 8), torch.ones(3, 8, 8)]
+    with lengthened([(images, 1)]):
+        assert len(images) > 1000
+        assert len({id(image) for image in images}) == 2
+    assert len(images) == 2
+
+
+def test_a_large_view_of_few_entries_is_sampled_where_it_lies() -> None:
+    wide = torch.zeros(20000, 1).expand(20000, 5000)  # 400 MB if it were copied
+    before = Counters({"loss": {"wide": wide}})
+    assert not before.changed(before.again())
+    wide[0, 0] = 1.0
+    assert before.changed(before.again()) == ["loss.wide"]

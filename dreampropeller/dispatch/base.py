@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from dreampropeller.precision import Precision
 from dreampropeller.timer import Timer
 from dreampropeller.trajectory import Drift, Trajectory
 from dreampropeller.tree import Aux, Nest, State, all_finite, device_of
@@ -97,8 +98,9 @@ class Dispatcher(abc.ABC):
         except torch.OutOfMemoryError:
             return
         self._drift = None  # not needed any more
+        overflow = any(map(Precision.overflowed, (found, wanted)))
         off = deviation(found, wanted)
-        if all(all_finite([found, wanted])) and not off <= TOLERANCE:
+        if all(all_finite([found, wanted])) and not (overflow or off <= TOLERANCE):
             raise NotReproducible(
                 f"The drift of step {step} in {self.views} shards deviates from that "
                 f"of the whole step by {off:.2g} of its norm, above {TOLERANCE:g}: "

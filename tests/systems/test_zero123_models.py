@@ -15,6 +15,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from dreampropeller.rng import Draws
 from systems.guidance import zero123_checkpoint, zero123_prior
 from systems.guidance.priors import ModelError, Prior
 from systems.guidance.zero123_checkpoint import load_checkpoint
@@ -247,7 +248,7 @@ def test_images_are_encoded_as_scaled_latents_of_the_models_size(
     prior: Zero123Prior,
 ) -> None:
     images = random("render", 2, 3, 40, 40)
-    (found,) = Prior.encode(prior, [images], [torch.Generator().manual_seed(1)])
+    (found,) = Prior.encode(prior, [images], [Draws(torch.Generator().manual_seed(1))])
     large = torch.nn.functional.interpolate(images, (SIDE, SIDE), mode="bilinear")
     latent = prior.pipeline.vae.encode(large * 2 - 1).latent_dist
     noise = torch.randn(
@@ -585,7 +586,7 @@ def test_threestudios_own_guidance_agrees(
     prior.show(image, reference)
     conditions = prior.conditions(views)
     rendered = oracle.images().requires_grad_(True)
-    (latents,) = prior.encode([rendered], [oracle.posterior()])
+    (latents,) = prior.encode([rendered], [Draws(oracle.posterior())])
     t = torch.tensor(oracle.TIMESTEPS)
     noisy = prior.add_noise(latents.detach(), oracle.noise(), t)
     words = torch.zeros(2, 1, 1)

@@ -19,7 +19,7 @@ import torch
 
 from dreampropeller.adapters.lightning import verification
 from dreampropeller.adapters.lightning.host import Host, Keyed, Settings
-from dreampropeller.host import steady
+from dreampropeller.host import names_of, steady
 from dreampropeller.identity import Fingerprint, plain, shape_of
 from dreampropeller.trajectory import Drift, Parents, Trajectory
 from dreampropeller.tree import Aux, Nest, State, copy_nest
@@ -94,7 +94,7 @@ class LightningTrajectory(Trajectory[Nest]):
             gradient_clip_algorithm=gradient_clip_algorithm,
             device=device,
             random=random,
-            ignore=tuple(ignore),
+            ignore=names_of(ignore),
         )
         self.num_steps = num_steps
         self.host = Host() if host is None else host

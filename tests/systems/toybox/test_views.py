@@ -111,17 +111,17 @@ def test_conditions_are_mixed_and_left_out_as_documented(views: ViewSet) -> None
 
     assert not (absolute & relative).any()
     assert not (relative & ~image).any()
-    assert share(captioned) == pytest.approx(0.65 * 0.9, abs=0.03)
-    assert share(image) == pytest.approx(0.35 * 0.9 + 0.15, abs=0.03)
-    assert share(absolute) == pytest.approx((0.5 + 0.075) * 0.85, abs=0.03)
-    assert share(relative) == pytest.approx((0.35 * 0.9 + 0.075) * 0.85, abs=0.03)
+    assert share(captioned) == pytest.approx(0.9 * 0.9, abs=0.03)
+    assert share(image) == pytest.approx(0.1 * 0.9 + 0.05, abs=0.03)
+    assert share(absolute) == pytest.approx((0.85 + 0.025) * 0.85, abs=0.03)
+    assert share(relative) == pytest.approx((0.1 * 0.9 + 0.025) * 0.85, abs=0.03)
     # Whatever is not given is zero, and nothing else is.
     given = made.references.abs().amax((1, 2, 3)) > 0
     assert torch.equal(given, image)
     assert (made.labels[~absolute][:, : 1 + CAMERA] == 0).all()
     assert (made.labels[~relative][:, 1 + CAMERA : -1] == 0).all()
     normals = sum("normal map" in text for text in made.captions) / len(made.captions)
-    assert normals == pytest.approx(0.5 * 0.9 * 0.12, abs=0.02)
+    assert normals == pytest.approx(0.85 * 0.9 * 0.12, abs=0.02)
 
 
 def test_a_reference_shows_the_same_object_over_the_same_background(
