@@ -26,7 +26,8 @@ from torch import Tensor
 import dreampropeller as dp
 from systems.quality.clip import ClipError, clip_score, read_prompts
 from systems.scene.cameras import Cameras, Views
-from systems.toybox.classifier import FILE, SECOND_FILE
+from systems.toybox.captions import FIRST_COLOURS, FIRST_OBJECTS
+from systems.toybox.classifier import FILE, SECOND_FILE, Classification
 from systems.toybox.classifier import load as load_classifier
 from systems.toybox.objects import COLOURS, OBJECTS
 from systems.toybox.truth import Truth, truth
@@ -144,8 +145,7 @@ def measure(
     ]
     inside, should = opacity > 0.5, mask > 0.5
     union = inside | should
-    known = FILE if images.shape[-1] == SIZE else SECOND_FILE
-    classified = load_classifier(known).classify(images)
+    classified = _classified(images, wanted)
 
     def share(found: Tensor, right: int) -> float:
         return float((found == right).float().mean())
@@ -160,6 +160,16 @@ def measure(
         images=images,
         wanted=goal,
     )
+
+
+def _classified(images: Tensor, wanted: Truth) -> Classification:
+    """What the first classifier sees in small images, or the second in others."""
+    first = wanted.name in FIRST_OBJECTS and wanted.colour in FIRST_COLOURS
+    if images.shape[-1] == SIZE and first and wanted.finish == "plain":
+        return load_classifier(FILE).classify(images)
+    sides = (2 * SIZE, 2 * SIZE)
+    large = torch.nn.functional.interpolate(images, sides, mode="bilinear")
+    return load_classifier(SECOND_FILE).classify(large)
 
 
 def _decibels(squares: Tensor) -> float:

@@ -182,9 +182,12 @@ def test_film_can_be_read_back(tmp_path: Path) -> None:
     assert np.allclose(film.mean((1, 2, 3)), [0, 128, 255], atol=6)
 
 
-@pytest.mark.parametrize("size", [32, 64])
-def test_quality_of_the_truth_itself_is_perfect(size: int) -> None:
-    wanted = truth("a green tree")
+@pytest.mark.parametrize(
+    ("prompt", "size"),
+    [("a green tree", 32), ("a green tree", 64), ("a white duck", 32)],
+)
+def test_quality_of_the_truth_itself_is_perfect(prompt: str, size: int) -> None:
+    wanted = truth(prompt)
     views = quality.fixed_views()
     exact = wanted.render(views.cameras, size)
     goal = exact.over(torch.full((3,), quality.GREY))
