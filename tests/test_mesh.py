@@ -68,7 +68,13 @@ def test_a_mesh_is_one_process_with_as_many_shards(
         assert "write one of 1, 2, 4, or start another number" in mesh, rank
 
 
-@pytest.mark.parametrize(("who", "axis"), [(1, "of the same row"), (2, "of another")])
+@pytest.mark.parametrize(
+    ("who", "axis"),
+    [
+        (1, "of the same row"),
+        pytest.param(2, "of another", marks=pytest.mark.long),
+    ],
+)
 def test_a_killed_rank_of_either_axis_is_named_by_all_others(
     who: int, axis: str, free_port: int, tmp_path: Path
 ) -> None:
