@@ -117,7 +117,7 @@ class Counters:
     def grown(self, now: Counters) -> dict[str, tuple[Any, int]]:
         """Lists that have grown in a later record, with their former lengths."""
         return {
-            path: (now._seen[one], before)
+            path.replace(_AGAIN, " "): (now._seen[one], before)
             for path, (one, length) in now._lists.items()
             for was, before in [self._lists.get(path, (one, length))]
             if was == one and before < length
@@ -151,13 +151,8 @@ class Counters:
             self._visit(name, child, depth + deeper)
 
     def _note(self, path: str, value: Any) -> None:
-        """Record a value; closures of two functions may use one name."""
-        number = 1
-        name = path
-        while name in self._values:
-            number += 1
-            name = f"{path}{_AGAIN}{number}"
-        self._values[name] = value
+        """Record a value."""
+        self._values[_unused(path, self._values)] = value
 
     def _note_tensor(self, path: str, value: Tensor) -> None:
         if value.is_inference() or value.layout is not torch.strided:
@@ -198,7 +193,7 @@ class Counters:
         if len(value) > _LARGE and isinstance(value, (dict, tuple, set)):
             return
         if isinstance(value, (list, collections.deque)):
-            self._lists[path] = id(value), len(value)
+            self._lists[_unused(path, self._lists)] = id(value), len(value)
             if len(value) > _LARGE:
                 return
         if isinstance(value, dict):
@@ -340,6 +335,12 @@ def global_names(code: types.CodeType) -> Iterator[str]:
     for inner in code.co_consts:
         if isinstance(inner, types.CodeType):
             yield from global_names(inner)
+
+
+def _unused(path: str, known: Mapping[str, Any]) -> str:
+    """A key for a path: closures of two functions may use one name."""
+    keys = (f"{path}{_AGAIN}{n}" if n else path for n in itertools.count())
+    return next(key for key in keys if key not in known)
 
 
 def _join(path: str, name: object) -> str:

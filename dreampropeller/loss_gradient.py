@@ -65,9 +65,9 @@ class LossGradient:
         Args:
             step: The step.
             y: The state.
-            loss: The loss, in whose place a host's ignores the state.
-            shard: Index of the shard whose loss it is; None: the whole step's. What is
-                no sum over views is left to the first shard.
+            loss: The loss; a host's reads the module instead of the state.
+            shard: Index of the shard whose loss it is; None: the whole step's. The
+                first shard alone reports what is not a sum over views.
         """
         evaluate = self._evaluate if self.host is None else self._evaluate_host
         drift, aux = self._finished(y, *evaluate(step, y, loss, shard))

@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dreampropeller.count_check import Lists, refuse_growing
 from dreampropeller.counters import Counters
-from dreampropeller.growing import Lists, refuse_growing
 from dreampropeller.guard import displaced
 from dreampropeller.host import ModuleHost
 from dreampropeller.optimizers import Optimizers

@@ -220,7 +220,7 @@ class OptimizationTrajectory(Trajectory[Nest]):
                     "its optimizer draws random numbers where the whole step's loss "
                     "ends. Use another optimizer"
                     if self._sharded is not None
-                    else "its loss is no `dreampropeller.ShardedLoss`. Make it one"
+                    else "its loss is not a `dreampropeller.ShardedLoss`. Make it one"
                 )
                 + ", or split the window instead, one step per worker (`views=1`)."
             )
@@ -233,13 +233,13 @@ class OptimizationTrajectory(Trajectory[Nest]):
         def once(step: int, y: State) -> tuple[State, Aux]:
             return self._gradient.drift(step, y, loss, index)
 
-        def repeated(step: int, y: State) -> tuple[State, Aux]:
+        def now_and_then_twice(step: int, y: State) -> tuple[State, Aux]:
             # Noise was measured of whole drifts, whose entries a shard's differ from.
-            exact = self._repeats is None or self._repeats.is_exact
-            return (self._now_and_then_twice if exact else _once)(once, step, y)
+            if self._repeats is not None and not self._repeats.is_exact:
+                return once(step, y)
+            return self._now_and_then_twice(once, step, y)
 
-        self._repeats = None
-        return repeated
+        return now_and_then_twice
 
     def join_shards(self, parts: Sequence[tuple[State, Aux]]) -> tuple[State, Aux]:
         """The sum of the shards' drifts, with quotients of sums taken."""
@@ -325,10 +325,6 @@ class OptimizationTrajectory(Trajectory[Nest]):
         gradients = self._host.gradients()
         overflow = Precision.overflowed(self._precision.unscale(gradients.values(), y))
         return {} if overflow else gradients
-
-
-def _once(drift: Drift, step: int, y: State) -> tuple[State, Aux]:
-    return drift(step, y)
 
 
 def _check_scale(precision: Precision, count: int) -> None:

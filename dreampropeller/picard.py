@@ -25,7 +25,7 @@ from dreampropeller.carries import Carries
 from dreampropeller.component import Component
 from dreampropeller.dispatch.base import Dispatcher
 from dreampropeller.drift_threshold import DriftThreshold
-from dreampropeller.growth import Growth
+from dreampropeller.error_growth import Growth
 from dreampropeller.predictor import Predictor, as_predictor
 from dreampropeller.rollout import Evaluation, Rollout
 from dreampropeller.solution import Iteration, SolverState

@@ -37,8 +37,8 @@ class Stats:
     Attributes:
         num_evaluations: Number of drifts evaluated (NFE).
         strides: Steps accepted in each iteration.
-        growth: Growth of an error per step in each iteration (`growth.py`); None where
-            it was not measured.
+        growth: Growth of an error per step in each iteration (`error_growth.py`); None
+            where it was not measured.
     """
 
     num_evaluations: int = 0

@@ -72,9 +72,9 @@ class Trajectory(abc.ABC, Generic[C]):
     def make_shard(self, device: torch.device, index: int, count: int) -> Drift:
         """Build one of several drifts that make up the drift; default: refused.
 
-        A step's random numbers are drawn for all its views and then sliced. What is no
-        sum over views (buffers, terms without views) is reported by shard 0 only. A
-        shard without views returns an empty drift.
+        A step's random numbers are drawn for all its views and then sliced. What is
+        not a sum over views (buffers, terms without views) is reported by shard 0
+        only. A shard without views returns an empty drift.
 
         Args:
             device: Device of the states to evaluate.

@@ -268,6 +268,31 @@ def in_a_set() -> Loss:
     return loss
 
 
+def in_two_lists_of_one_name() -> Loss:
+    def meter() -> Callable[[float], float]:
+        losses: list[float] = []
+
+        def mean(value: float) -> float:
+            losses.append(value)
+            return sum(losses) / len(losses)
+
+        return mean
+
+    def log() -> Callable[[float], None]:
+        losses: list[float] = []
+        return losses.append
+
+    mean, note = meter(), log()
+
+    def loss(step: int, module: nn.Module) -> Tensor:
+        found = error(step, module)
+        note(found.item())
+        scale = mean(found.item()) if step > 5 else 1.0
+        return found * scale
+
+    return loss
+
+
 COUNTS: dict[Callable[[], Loss], str] = {
     in_a_class: r"`Progress\.calls` changed although",
     in_an_object: r"`config\.calls`",
@@ -279,6 +304,7 @@ COUNTS: dict[Callable[[], Loss], str] = {
     in_slots: r"`progress\.calls`",
     in_a_cached_function: r"`calls`",
     in_a_set: r"`seen` changed",
+    in_two_lists_of_one_name: r"with a longer `losses`",
     in_a_list: r"with a longer `losses`",
     in_a_list_of_the_first_steps: r"Step 8 .* with a longer `means`",
     in_what_the_first_step_left: r"Step 8 .* left in `first`",

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import dreampropeller as dp
 from dreampropeller.dispatch.batched import deviation
 from dreampropeller.sharded_loss import RATIO
 from dreampropeller.shards import added_up
+from dreampropeller.verification import NotReproducible
 from tests.helpers import tree_equal
 from tests.sharded import VIEWS, Scene, split, trajectory, whole_loss
 
@@ -115,7 +117,7 @@ def test_parts_are_added_in_their_order_and_left_alone() -> None:
 @pytest.mark.parametrize(
     ("loss", "message"),
     [
-        (whole_loss, "its loss is no `dreampropeller.ShardedLoss`"),
+        (whole_loss, "its loss is not a `dreampropeller.ShardedLoss`"),
         (
             dp.ShardedLoss(whole_loss, lambda index, count: whole_loss),
             r"returned a `tuple`: return `dreampropeller.Contribution",
@@ -139,3 +141,59 @@ def test_a_batch_still_finds_the_loss_of_a_sharded_one() -> None:
         3,
     )
     assert hasattr(problem.make_drift(CPU), "batch")
+
+
+def test_a_shard_is_repeated_now_and_then_after_a_check() -> None:
+    """As a whole step is: the check's verdict outlives the building of shards."""
+    ticks = iter(range(10**6))  # whose place cannot be read
+    torch.manual_seed(0)
+    module = nn.Linear(3, 1)
+    data = torch.randn(4, 3)
+
+    def part(index: int, count: int) -> Any:
+        own = dp.Shard(index, count).of(4)
+
+        def loss(step: int, module: Any) -> dp.Contribution:
+            late = 1e-3 * max(next(ticks) - 400, 0)
+            return dp.Contribution(module(data[own]).square().sum() / 4 * (1 + late))
+
+        return loss
+
+    def whole(step: int, module: Any) -> Tensor:
+        return module(data).square().mean()
+
+    made = dp.OptimizationTrajectory.from_module(
+        module,
+        dp.ShardedLoss(whole, part),
+        lambda named: torch.optim.SGD(named.values(), lr=1e-3),
+        num_steps=300,
+    )
+    spread = functools.partial(dp.InlineDispatcher, views=2)
+    with pytest.raises(NotReproducible, match="twice in a row"):
+        dp.solve(made, dp.Sequential(), spread)
+
+
+def test_a_shard_without_a_hit_and_one_that_goes_backward() -> None:
+    torch.manual_seed(0)
+    module = nn.Linear(3, 1)
+
+    def split(loss: Any) -> Any:
+        return dp.OptimizationTrajectory.from_module(
+            module,
+            dp.ShardedLoss(
+                lambda step, m: loss(m).loss, lambda i, n: lambda s, m: loss(m)
+            ),
+            lambda named: torch.optim.SGD(named.values()),
+            num_steps=2,
+        )
+
+    constant = split(lambda m: dp.Contribution(torch.zeros(())))
+    y, _ = constant.init()
+    assert constant.make_shard(CPU, 0, 2)(0, y) == ({}, {})
+
+    def backward(m: Any) -> dp.Contribution:
+        m(torch.ones(1, 3)).sum().backward()
+        return dp.Contribution(m(torch.ones(1, 3)).sum())
+
+    with pytest.raises(ValueError, match="shard 1 goes backward itself"):
+        split(backward).make_shard(CPU, 1, 2)(0, y)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 import dreampropeller as dp
-from dreampropeller.growth import Growths
+from dreampropeller.error_growth import Growths
 from systems.extras import command
 from systems.problem import Problem
 from systems.runs import folders, history

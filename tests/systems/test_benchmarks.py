@@ -24,8 +24,8 @@ import dreampropeller as dp
 import launch
 from benchmarks import (
     batched,
+    cost,
     gpu,
-    growth,
     main_job,
     pareto,
     runs,
@@ -116,15 +116,20 @@ def test_growth_pairs_each_size_with_its_window() -> None:
     arguments = argparse.Namespace(
         config=TOYBOX, object="mushroom", window=8, set=["seed=3"]
     )
-    wanted = growth.jobs(arguments)
+    wanted = cost.jobs(arguments)
     cells = [(job["size"], job["views"]) for job in wanted[::2]]
     assert cells == [(32, 1), (32, 4), (64, 4), (32, 16), (128, 4)]
-    cost = {"iterations": 10, "evaluations": 10, "psnr": 20.0, "iou": 0.5}
+    figures = {"iterations": 10, "evaluations": 10, "psnr": 20.0, "iou": 0.5}
     entries = [
-        {**job, **cost, "seconds": 2.0 * job["views"], "iterations": 10 - 8 * (i % 2)}
+        {
+            **job,
+            **figures,
+            "seconds": 2.0 * job["views"],
+            "iterations": 10 - 8 * (i % 2),
+        }
         for i, job in enumerate(wanted)
     ]
-    first, second, *_ = growth.table(entries).splitlines()[2:]
+    first, second, *_ = cost.table(entries).splitlines()[2:]
     assert first.startswith("| 32² | 1 | 0.200 | 1.0× | 2 | 5.0× | 1.00× |")
     assert "| 4.0× |" in second
 

@@ -15,6 +15,7 @@ from dreampropeller import checkpoint
 from systems import make_system, quality
 from systems.dreamfusion import DreamFusion
 from systems.images import save_video
+from systems.settings.config import load
 from systems.settings.reader import ConfigError
 from systems.toybox.truth import truth
 from tests.helpers import tree_equal
@@ -241,3 +242,19 @@ def test_five_lines_of_a_notebook() -> None:
     frames = list(system.turntable(solution.value, 4))
     assert len(mesh.faces) > 50
     assert [tuple(frame.shape) for frame in frames] == [(3, 16, 16)] * 4
+
+
+def test_the_main_job_as_shipped_runs_on_the_second_prior() -> None:
+    """In small: what the other tests replace by the first prior, for their time."""
+    own = load(TOYBOX, ["system.prompt_processor.prompt=a white duck"])
+    prior = own.system["guidance"]["pretrained_model_name_or_path"]
+    assert (prior, own.quality.size) == ("toybox2", 64)
+    system = small(
+        "system.prompt_processor.prompt=a white duck",
+        f"system.guidance.pretrained_model_name_or_path={prior}",
+        "quality.size=64",
+        "trainer.max_steps=2",
+    )
+    solution = dp.solve(system.trajectory(), system.solver())
+    found = quality.against_truth(system, solution.value, truth("a white duck"))
+    assert found.images.shape[-1] == 64

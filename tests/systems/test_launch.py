@@ -24,7 +24,7 @@ import yaml
 
 import launch
 from dreampropeller import checkpoint
-from dreampropeller.growth import Growths
+from dreampropeller.error_growth import Growths
 from systems import artefacts, build
 from systems.runs.folders import folder_of
 from systems.runs.report.runs import open_run

@@ -291,8 +291,10 @@ def test_everything_that_is_wrong_is_said_at_once() -> None:
 
 def test_fast_settings_come_before_those_of_the_command_line(tmp_path: Path) -> None:
     file = tmp_path / "mine.yaml"
-    plain = Path("configs/dreamfusion-toybox.yaml").read_text(encoding="utf-8")
-    plain = plain.replace("\nfast:", "\n_fast:").split("\n_fast:")[0]
+    shipped = Path("configs/dreamfusion-toybox.yaml")
+    look = load(shipped, [*fast(shipped), "system.prompt_processor.prompt=a red mug"])
+    assert (look.trainer.max_steps, look.dispatch.num_workers) == (60, 2)
+    plain = shipped.read_text(encoding="utf-8").split("\nfast:")[0]
     file.write_text(f"{plain}\nfast: [trainer.max_steps=7, seed=5]\n")
     prompt = "system.prompt_processor.prompt=a red mushroom"
     assert load(file, [prompt]).trainer.max_steps == 200  # only where it is asked for

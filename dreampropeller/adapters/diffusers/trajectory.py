@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 
 from dreampropeller.adapters.diffusers.guidance import guided, repeated
-from dreampropeller.growing import refuse_counting
+from dreampropeller.count_check import refuse_counting
 from dreampropeller.identity import Fingerprint, plain, shape_of
 from dreampropeller.trajectory import Drift, Trajectory
 from dreampropeller.tree import Aux, Nest, State

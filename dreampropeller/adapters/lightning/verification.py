@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from dreampropeller.count_check import Lists, refuse_growing
 from dreampropeller.counters import Counters
-from dreampropeller.growing import Lists, refuse_growing
 from dreampropeller.precision import Precision
 from dreampropeller.rng import set_streams
 from dreampropeller.tree import Nest, State, copy_nest, tensors

@@ -1,6 +1,6 @@
 """The growth of cost: one prompt with larger images and with more views per step.
 
-`python -m benchmarks.growth` solves a prompt sequentially and at a window, at 32², 64²
+`python -m benchmarks.cost` solves a prompt sequentially and at a window, at 32², 64²
 and 128² pixels and with 1, 4 and 16 views, and writes a table: seconds per drift, how
 many times fewer iterations the window takes, and the quality of both. An interrupted
 benchmark resumes from its log.
@@ -75,7 +75,7 @@ def main() -> None:
     parser.add_argument("--window", type=int, default=8)
     parser.add_argument("--workers", type=int, default=1, help="processes of 1 thread")
     parser.add_argument("--set", nargs="*", default=[], help="further settings")
-    runs.add_places(parser, "growth")
+    runs.add_places(parser, "cost")
     arguments = parser.parse_args()
     log = arguments.to / "runs.jsonl"
     entries = runs.run_all(jobs(arguments), log, arguments.workers)

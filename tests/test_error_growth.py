@@ -20,7 +20,7 @@ from dreampropeller import (
     checkpoint,
     solve,
 )
-from dreampropeller.growth import Growths
+from dreampropeller.error_growth import Growths
 from tests.helpers import TOYS, noise, tree_equal
 
 RATE = 0.02
