@@ -100,7 +100,7 @@ def test_a_split_that_is_not_the_step_is_refused_in_one_process_too() -> None:
         lambda named: torch.optim.SGD(named.values(), lr=0.1),
         2,
     )
-    with pytest.raises(ValueError, match="its loss is no `dreampropeller"):
+    with pytest.raises(ValueError, match="its loss is not a `dreampropeller"):
         dp.solve(plain, exact(2), inline(2))
     with pytest.raises(ValueError, match="`views` is 0: write at least 1"):
         dp.InlineDispatcher(plain, views=0)
