@@ -65,7 +65,8 @@ class PicardSolver(Solver):
             guesses that did not pass, for smooth deterministic drifts. None: the
             published iteration.
         growth: Whether to measure if errors of guesses grow or are forgotten
-            (`Stats.growth`). It costs no evaluation, and a guess and a drift per slot
+            (`Stats.growth`), where the threshold measures guesses itself and so keeps
+            their drifts anyway. It costs no evaluation, and one more state per slot
             that is evaluated again; at threshold 0 nothing is measured.
     """
 
@@ -120,7 +121,12 @@ class PicardSolver(Solver):
 
     @property
     def _measures_growth(self) -> bool:
-        return self.growth and self.window.reads_errors and not self.threshold.exact
+        return (
+            self.growth
+            and self.threshold.measures_guesses
+            and self.window.reads_errors
+            and not self.threshold.exact
+        )
 
     def init(self, y: State, carry: Any) -> SolverState[Any]:
         """The anchor at step 0, without guesses."""
