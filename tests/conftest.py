@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests import typechecker as typechecker  # named in pyproject.toml
+from tests import typechecker as typechecker  # before the package is imported
 from tests.rank_pool import RankPool
 
 

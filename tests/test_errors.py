@@ -102,7 +102,7 @@ def test_bad_settings_are_refused_when_they_are_made(
 )
 def test_unknown_choices_are_refused_with_the_known_ones(make: Any) -> None:
     # Written as a user's program runs it, without the tests' own type checker.
-    with pytest.raises(Exception, match=r"write|Type-check"):
+    with pytest.raises(Exception, match=r"write|violates type hint"):
         make("nonsense")
 
 

@@ -1,5 +1,21 @@
-"""The run-time type checker of the tests: an int is a float, as Python has it."""
+"""Checks annotated functions of `dreampropeller` at run time, in every test.
 
-from beartype import BeartypeConf, beartype
+An int is a float, as Python has it. Imported before the package.
+"""
 
-check = beartype(conf=BeartypeConf(is_pep484_tower=True))
+from beartype import BeartypeConf
+from beartype.claw import beartype_package
+
+beartype_package(
+    "dreampropeller",
+    conf=BeartypeConf(
+        is_pep484_tower=True,
+        claw_is_pep526=False,
+        # They name types that are imported for the static checker alone.
+        claw_skip_package_names=(
+            "dreampropeller.adapters.lightning.verification",
+            "dreampropeller.dispatch.ray",
+            "dreampropeller.verification",
+        ),
+    ),
+)
