@@ -32,7 +32,7 @@ from dreampropeller.dispatch.process_group import local_device
 from dreampropeller.trajectory import Drift
 from tests.helpers import TOYS, OrnsteinUhlenbeck, make_growing
 
-WINDOWS = (2, 64)
+WINDOWS = (16,)
 STEPS = 12
 ADAPTIVE = PicardSolver(AdaptiveWindow(2, 6, 2), DriftThreshold(0.2), "auto")
 ACCELERATED = {
@@ -116,7 +116,9 @@ class Failing(OrnsteinUhlenbeck):
 
 def solve_failing(how: str) -> None:
     warnings.simplefilter("ignore")
-    dispatcher = functools.partial(DistributedDispatcher, timeout=2.0)
+    dispatcher = functools.partial(
+        DistributedDispatcher, timeout=2.0 if how == "hang" else 30.0
+    )
     if how == "different-window":
         size = 4 + int(os.environ["RANK"])
         solver = PicardSolver(SlidingWindow(size), FixedThreshold(0))

@@ -169,7 +169,7 @@ def test_a_lean_checkpoint_is_small_and_goes_on(
             lambda step, y: ((y["x"] - step / 9) ** 2).sum(),
             {"x": torch.zeros(9000)},
             lambda params: torch.optim.Adam(params.values(), lr=0.3),
-            40,
+            24,
         )
 
     def size(lean: bool) -> float:
@@ -187,7 +187,7 @@ def test_a_lean_checkpoint_is_small_and_goes_on(
     exact = PicardSolver(SlidingWindow(8), DriftThreshold(0), **options)
     ends = [solve(make(), exact, state=one).value for one in (state, half.state)]
     assert tree_equal(*ends)
-    assert solve(make(), solver, state=state).state.step == 40
+    assert solve(make(), solver, state=state).state.step == 24
 
 
 def test_views_of_the_same_memory_are_stored_once(tmp_path: Path) -> None:

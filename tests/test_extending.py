@@ -142,8 +142,13 @@ class Block(Window[Depth]):
         return Depth(0 if rollout.stride else memory.count + 1)
 
 
-@pytest.mark.parametrize("acceleration", [None, Secant(), Anderson(), Anderson(2, 2)])
-@pytest.mark.parametrize("name", TOYS)
+@pytest.mark.parametrize(
+    ("name", "acceleration"),
+    [
+        *((name, None) for name in TOYS),
+        *(("network-adamw", one) for one in (Secant(), Anderson(), Anderson(2, 2))),
+    ],
+)
 def test_a_block_accepts_nothing_until_its_depth(
     name: str, acceleration: Acceleration[Any] | None, tmp_path: Path
 ) -> None:

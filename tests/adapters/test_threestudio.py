@@ -118,7 +118,13 @@ def test_drifts_do_not_depend_on_their_order(name: str) -> None:
         assert aux == forward[step][1]
 
 
-@pytest.mark.parametrize("name", SYSTEMS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(n, marks=pytest.mark.long) if n.startswith("prolific") else n
+        for n in SYSTEMS
+    ],
+)
 def test_a_loose_run_is_short_and_its_resume_uninterrupted(
     name: str, tmp_path: Path
 ) -> None:

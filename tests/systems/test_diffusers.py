@@ -96,7 +96,11 @@ def check(whole: Any, prompt: Any, arguments: dict[str, Any]) -> None:
         assert "step" not in vars(whole.scheduler)
 
 
-@pytest.mark.parametrize("name", SCHEDULERS)
+@pytest.mark.parametrize(
+    "name",
+    ["ddpm", "ddim-noisy", "dpm++3"]
+    + [pytest.param(n, marks=pytest.mark.long) for n in ("ddim", "dpm++", "sde-dpm++")],
+)
 def test_stable_diffusion_bit_by_bit(sd: Any, name: str) -> None:
     whole, arguments = sd(name)
     check(whole, ["a", "b"], arguments)
@@ -126,7 +130,9 @@ def test_a_generator_a_picture_and_none_at_all(sd: Any) -> None:
     assert (made == own).all()
 
 
-@pytest.mark.parametrize("guidance_scale", [1.0, 7.0])
+@pytest.mark.parametrize(
+    "guidance_scale", [pytest.param(1.0, marks=pytest.mark.long), 7.0]
+)
 def test_deep_floyd_keeps_its_learned_variance(
     request: pytest.FixtureRequest, guidance_scale: float
 ) -> None:
@@ -198,7 +204,7 @@ def trajectory(whole: Any, form: Any = "semi-linear", **settings: Any) -> Any:
     )
 
 
-@pytest.mark.parametrize("name", ["ddpm", "ddim", "ddim-noisy"])
+@pytest.mark.parametrize("name", ["ddpm", "ddim-noisy"])
 def test_both_forms_are_the_same_recurrence(sd: Any, name: str) -> None:
     settings = SCHEDULERS[name][2]
     whole, _ = sd(name)
@@ -211,8 +217,9 @@ def test_both_forms_are_the_same_recurrence(sd: Any, name: str) -> None:
     assert tree_equal(dp.solve(published, exact).value, one)
 
 
-@pytest.mark.parametrize("acceleration", [None, dp.Anderson(order=2)])
-@pytest.mark.parametrize("name", ["ddpm", "dpm++3"])
+@pytest.mark.parametrize(
+    ("name", "acceleration"), [("ddpm", None), ("dpm++3", dp.Anderson(order=2))]
+)
 def test_a_resumed_solve_is_the_uninterrupted_one(
     sd: Any, name: str, acceleration: dp.Anderson | None, tmp_path: Path
 ) -> None:
