@@ -18,6 +18,7 @@ from systems.guidance.ism import IntervalScoreMatching, ISMConfig
 from systems.guidance.perpendicular import blended, perpendicular
 from systems.guidance.priors import Words
 from systems.guidance.prompts import PromptConfig
+from systems.guidance.refine import RefineConfig, Refinement
 from systems.guidance.sdi import ScoreDistillationInversion, SDIConfig
 from systems.guidance.sds import (
     GuidanceConfig,
@@ -106,6 +107,18 @@ def test_score_distillation_through_inversion() -> None:
     kappa = (x_t - alpha * X) / sigma
     wanted = sigma**2 * (guided(x_t, t, 3.0) - kappa)
     assert torch.allclose(direction(made), wanted, atol=1e-5)
+
+
+def test_refinement() -> None:
+    """Two DDIM steps from the noisy image to a clean one."""
+    made = make(Refinement, RefineConfig("", 3.0, refine_n_steps=2, refine_weight=0.5))
+    t, drawn = made.timestep(X, STEP, RANDOM), made.noise(X, STEP, RANDOM)
+    (alpha, sigma), (alpha_h, sigma_h) = scales(t), scales(t // 2)
+    x_t = alpha * X + sigma * drawn
+    first = guided(x_t, t, 3.0)
+    x_h = alpha_h * (x_t - sigma * first) / alpha + sigma_h * first
+    clean = (x_h - sigma_h * guided(x_h, t // 2, 3.0)) / alpha_h
+    assert torch.allclose(direction(made), 0.5 * (X - clean), atol=1e-5)
 
 
 def test_inversion_follows_the_flow_of_a_gaussian() -> None:
