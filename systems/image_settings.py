@@ -24,11 +24,12 @@ class ImagePromptConfig(PromptConfig):
     view_dependent: bool = False
 
     def __post_init__(self) -> None:
-        if self.view_dependent:
-            raise ValueError(
-                "`view_dependent` has no effect beside an image, whose camera says "
-                "the view: leave it out."
-            )
+        for name in ("view_dependent", "use_perp_neg"):
+            if getattr(self, name):
+                raise ValueError(
+                    f"`{name}` has no effect beside an image, whose camera says the "
+                    "view: leave it out."
+                )
 
 
 IMAGE_PROMPTS = {"dummy-prompt-processor": ImagePromptConfig}

@@ -23,22 +23,24 @@ from systems.scene.cameras import Cameras
 from systems.toybox.conditions import Conditions
 
 MATRIX = 16
-"""Entries of a camera-to-world matrix."""
+"""Entries of a camera's matrix."""
+NEAR, FAR = 0.01, 100.0
+"""Distances of the clipping planes of `to_clip_space`, as in threestudio."""
 
 
 class Lora(nn.Module):
     """Noise prediction by a U-Net with a trained LoRA, given the camera of the view.
 
-    The camera enters the class embedding: as the camera-to-world matrix through a
-    small trained network, or in the model's own format if it takes cameras. Its
-    trainable parameters are those of the LoRA and of that network.
+    The camera enters the class embedding: as a matrix through a small trained network,
+    or in the model's own format if it takes cameras. Its trainable parameters are those
+    of the LoRA and of that network.
 
     Args:
         prior: The model to adapt; it is not changed.
         rank: Rank r.
         alpha: Scale α of the LoRA; α = r leaves it unscaled.
         targets: Endings of the names of the adapted layers, such as "to_q".
-        camera: Condition on the camera: "extrinsics", or "none".
+        camera: Condition on the camera: "extrinsics", "mvp" or "none".
 
     Raises:
         ValueError: A target matches no layer that can be adapted, or the camera cannot
@@ -66,7 +68,7 @@ class Lora(nn.Module):
             init_lora_weights="gaussian",
         )
         self.unet: Any = inject_adapter_in_model(config, unet)
-        self._projects = camera == "extrinsics" and not prior.takes_conditions
+        self._projects = camera != "none" and not prior.takes_conditions
         self._camera = camera
         if self._projects:
             self.unet.class_embedding = _Projection(_embedding_width(unet))
@@ -101,7 +103,8 @@ class Lora(nn.Module):
             return Conditions.of(len(cameras), self.unet.config["sample_size"], seen)
         if not self._projects:
             return None
-        matrix = camera_to_world(cameras).flatten(1)
+        matrix = (to_clip_space if self._camera == "mvp" else camera_to_world)(cameras)
+        matrix = matrix.flatten(1)
         return Conditions(matrix if known else 0 * matrix, None)
 
     def output(
@@ -152,6 +155,27 @@ def camera_to_world(cameras: Cameras) -> Float[Tensor, "views 4 4"]:
     matrix[:, :3] = torch.stack([right, up, -forward, position], -1)
     matrix[:, 3, 3] = 1
     return matrix
+
+
+def to_clip_space(cameras: Cameras) -> Float[Tensor, "views 4 4"]:
+    r"""From world to clip space, P (camera-to-world)⁻¹, where y points down.
+
+    With field of view φ, width over height a, near plane n and far plane f
+
+    $$P = \begin{pmatrix} \cot(\varphi/2)/a & & & \\ & -\cot(\varphi/2) & & \\
+      & & -\frac{f + n}{f - n} & -\frac{2fn}{f - n} \\ & & -1 & \end{pmatrix}$$
+
+    (threestudio's `mvp_mtx`).
+    """
+    scale = 1 / torch.tan(cameras.fov.deg2rad() / 2)
+    aspect = torch.ones_like(scale) if cameras.aspect is None else cameras.aspect
+    projection = torch.zeros(len(cameras), 4, 4)
+    projection[:, 0, 0] = scale / aspect
+    projection[:, 1, 1] = -scale
+    projection[:, 2, 2] = -(FAR + NEAR) / (FAR - NEAR)
+    projection[:, 2, 3] = -2 * FAR * NEAR / (FAR - NEAR)
+    projection[:, 3, 2] = -1
+    return projection @ torch.linalg.inv(camera_to_world(cameras))
 
 
 def _embedding_width(unet: Any) -> int:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TypeAlias
 
 from systems.scene.cameras import Cameras
 from systems.settings.checks import between
 
 VIEWS = ("front", "side", "back", "overhead")
+Decay: TypeAlias = tuple[float, float, float]
+"""a, b and c of a weight $a e^{-b r} + c$."""
 
 
 @dataclass(frozen=True)
@@ -25,6 +28,17 @@ class PromptConfig:
         front_threshold: Azimuth up to which a view counts as a front view, in degrees.
         back_threshold: Angle from the back up to which a view counts as a back view,
             in degrees.
+        use_perp_neg: Perpendicular negative prompts for the other views, in every
+            guidance by text (`systems.guidance.perpendicular`); the pretrained model's
+            prediction in variational score distillation. The prompts are interpolated
+            by the azimuth, whatever the two thresholds, and `guidance_rescale` has no
+            effect.
+        perp_neg_f_fs: a, b, c of the front prompt's weight $a e^{-b r} + c$ against a
+            view between front (r = 1) and side.
+        perp_neg_f_sf: The same of the side prompt, with 1 − r.
+        perp_neg_f_sb: The same of the side prompt against a view between side (r = 1)
+            and back.
+        perp_neg_f_fsb: The same of the front prompt against it.
     """
 
     prompt: str
@@ -34,11 +48,21 @@ class PromptConfig:
     overhead_threshold: float = 60.0
     front_threshold: float = 45.0
     back_threshold: float = 45.0
+    use_perp_neg: bool = False
+    perp_neg_f_fs: Decay = (4.0, 0.5, -2.426)
+    perp_neg_f_sf: Decay = (4.0, 0.5, -2.426)
+    perp_neg_f_sb: Decay = (1.0, 0.5, -0.606)
+    perp_neg_f_fsb: Decay = (1.0, 0.5, 0.967)
 
     def __post_init__(self) -> None:
         if not self.prompt.strip():
             raise ValueError(
                 "`prompt` is empty: say what to make, for example `a red mushroom`."
+            )
+        if self.use_perp_neg and not self.view_dependent:
+            raise ValueError(
+                "`use_perp_neg` sets views against each other, and the prompt names "
+                "none: write `view_dependent=true`, or leave it out."
             )
         between("overhead_threshold", self.overhead_threshold, 0, 90)
         between("front_threshold", self.front_threshold, 0, 180)

@@ -11,16 +11,17 @@ moves it towards images that are likely under the prompt $c$ (SDS; B. Poole et a
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from dreampropeller import StepRandom
+from systems.guidance import perpendicular
 from systems.guidance.base import Guidance, Log, Shown
 from systems.guidance.priors import Prior, Words, load
-from systems.guidance.prompts import PromptConfig
+from systems.guidance.prompts import VIEWS, PromptConfig
 from systems.scene.cameras import Cameras
 from systems.settings.checks import at_least, between, one_of
 from systems.settings.schedules import (
@@ -233,6 +234,8 @@ class ScoreDistillation(Guidance):
             cameras: Cameras of the images.
             scale: Guidance scale; default: the config's.
         """
+        if self.prompts.use_perp_neg:
+            return self._against_other_views(noisy, t, cameras, scale)
         return self.prior.noise(
             noisy,
             t,
@@ -241,6 +244,28 @@ class ScoreDistillation(Guidance):
             self.config.scale if scale is None else scale,
             self.config.guidance_rescale,
             self.prior.conditions(cameras),
+        )
+
+    def _against_other_views(
+        self, noisy: Tensor, t: Tensor, cameras: Cameras, scale: float | None
+    ) -> Float[Tensor, "views channels rows columns"]:
+        """See `systems.guidance.perpendicular`.
+
+        The scale is here the same in threestudio's convention and in diffusers'.
+        """
+        without = self.words.negative_prompt_embeds
+        conditions = self.prior.conditions(cameras)
+
+        def noise(words: Tensor) -> Tensor:
+            return self.prior.noise(noisy, t, words, without, 1.0, 0.0, conditions)
+
+        return perpendicular.guided(
+            noise,
+            self.words.prompt_embeds[: len(VIEWS)],
+            self.blank(noisy, t, cameras),
+            self.prompts,
+            cameras,
+            self.config.guidance_scale if scale is None else scale,
         )
 
     def blank(
@@ -285,6 +310,15 @@ class StableDiffusionGuidance(ScoreDistillation):
     """SDS with threestudio's convention and defaults for Stable Diffusion."""
 
     Config = StableDiffusionConfig
+
+
+class PerpendicularNegatives(ScoreDistillation):
+    """SDS with `use_perp_neg`."""
+
+    def __init__(
+        self, config: GuidanceConfig, prior: Prior, words: Words, prompts: PromptConfig
+    ) -> None:
+        super().__init__(config, prior, words, replace(prompts, use_perp_neg=True))
 
 
 class DeepFloydGuidance(ScoreDistillation):

@@ -5,11 +5,11 @@ from collections.abc import Mapping
 from systems.guidance.base import Guidance
 from systems.guidance.csd import ClassifierScoreDistillation
 from systems.guidance.ism import IntervalScoreMatching
-from systems.guidance.perpendicular import PerpendicularNegatives
 from systems.guidance.refine import Refinement
 from systems.guidance.sdi import ScoreDistillationInversion
 from systems.guidance.sds import (
     DeepFloydGuidance,
+    PerpendicularNegatives,
     ScoreDistillation,
     StableDiffusionGuidance,
 )

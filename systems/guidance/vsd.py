@@ -60,7 +60,9 @@ class VSDConfig(GuidanceConfig):
             which guidance by the camera needs.
         lora_n_timestamp_samples: Number of timesteps per view that train the LoRA.
         camera_condition_type: Condition of the LoRA on the camera: "extrinsics" (the
-            matrix; toybox2 takes the camera in its own format), or "none".
+            camera-to-world matrix), "mvp" (from world to clip space, which includes the
+            field of view), or "none". A model that takes cameras itself, as toybox2,
+            gets them in its own format.
         lora_rank: Rank of the LoRA.
         lora_alpha: Scale of the LoRA; null: the rank, which leaves it unscaled.
         lora_targets: Endings of the names of the adapted layers.
@@ -85,9 +87,8 @@ class VSDConfig(GuidanceConfig):
         at_least("guidance_scale_lora", self.guidance_scale_lora, 0)
         at_least("lora_n_timestamp_samples", self.lora_n_timestamp_samples, 1)
         at_least("lora_rank", self.lora_rank, 1)
-        one_of(
-            "camera_condition_type", self.camera_condition_type, ("extrinsics", "none")
-        )
+        kinds = ("extrinsics", "mvp", "none")
+        one_of("camera_condition_type", self.camera_condition_type, kinds)
         one_of("lora", self.lora, ("shared", "local"))
 
 

@@ -32,6 +32,7 @@ class Cameras:
         shift: Offset of the position, shape ``(views, 3)``; None: zero.
         centre: Point looked at, shape ``(views, 3)``; None: the origin.
         tilt: Offset of the upward direction, shape ``(views, 3)``; None: zero.
+        aspect: Width over height of the images, shape ``(views,)``; None: 1.
     """
 
     azimuth: Float[Tensor, " views"]
@@ -41,6 +42,7 @@ class Cameras:
     shift: Float[Tensor, "views 3"] | None = None
     centre: Float[Tensor, "views 3"] | None = None
     tilt: Float[Tensor, "views 3"] | None = None
+    aspect: Float[Tensor, " views"] | None = None
 
     def __len__(self) -> int:
         return len(self.azimuth)
@@ -60,11 +62,14 @@ class Cameras:
         for one in fields(cls):
             values = [getattr(cameras, one.name) for cameras in several]
             if any(value is not None for value in values):
-                zeros = [
-                    cameras.azimuth.new_zeros(len(cameras), 3) for cameras in several
+                missing = [
+                    torch.ones_like(cameras.fov)
+                    if one.name == "aspect"
+                    else cameras.fov.new_zeros(len(cameras), 3)
+                    for cameras in several
                 ]
                 filled = [
-                    z if v is None else v for v, z in zip(values, zeros, strict=True)
+                    m if v is None else v for v, m in zip(values, missing, strict=True)
                 ]
                 joined[one.name] = torch.cat(filled)
         return cls(**joined)
@@ -301,6 +306,7 @@ class RandomCameras:
             else None,
             centre=self.center_perturb * normal(n, 3) if self.center_perturb else None,
             tilt=self.up_perturb * normal(n, 3) if self.up_perturb else None,
+            aspect=None if width == height else torch.full((n,), width / height),
         )
         return Views(cameras, self._light(cameras, random, step), height, width)
 

@@ -161,10 +161,6 @@ SETTINGS: Mapping[str, Mapping[str, tuple[Any, ...]]] = {
         "return_comp_normal": ANY,
     },
     "system.prompt_processor": {
-        "perp_neg_f_fs": ANY,  # no effect without `use_perp_neg`, like the next
-        "perp_neg_f_fsb": ANY,
-        "perp_neg_f_sb": ANY,
-        "perp_neg_f_sf": ANY,
         "pretrained_model_name_or_path_prompt_debiasing": ANY,
         "prompt_back": (None,),
         "prompt_debiasing_mask_ids": ANY,
@@ -173,7 +169,6 @@ SETTINGS: Mapping[str, Mapping[str, tuple[Any, ...]]] = {
         "prompt_side": (None,),
         "spawn": ANY,
         "use_cache": ANY,
-        "use_perp_neg": NO,
         "use_prompt_debiasing": NO,
         "view_dependent_prompt_front": NO,
     },

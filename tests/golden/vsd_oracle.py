@@ -31,6 +31,11 @@ CASES: dict[str, dict[str, Any]] = {
     "two models": {},
     "one model": {"guidance_scale_lora": 1.5, "lora_n_timestamp_samples": 2},
 }
+WIDE = {"width": 96, "height": 64}
+ANGLES = {"azimuth": (-30.0, 120.0, 10.0), "elevation": (0.0, 20.0, 80.0)}
+"""Between front and side, between side and back, and overhead, in degrees."""
+TIMESTEPS, SCALE = (100, 500, 900), 7.5
+"""Of the perpendicular negative prompts."""
 UNET: dict[str, Any] = {
     "sample_size": 64,
     "in_channels": 4,
@@ -81,6 +86,11 @@ def words(kind: str) -> Tensor:
 def images() -> Tensor:
     """Rendered images from 0 to 1, shape ``(VIEWS, 3, SIZE, SIZE)``."""
     return 0.5 + values("images", (VIEWS, 3, SIZE, SIZE), 0.5)
+
+
+def latents() -> Tensor:
+    """Noisy latents of the views in `ANGLES`."""
+    return values("latents", (len(TIMESTEPS), 4, 8, 8), 2.0).double()
 
 
 def probe(name: str, gradient: Tensor) -> Tensor:
@@ -167,16 +177,11 @@ def main(folder: Path) -> None:
     data: Any = importlib.import_module("threestudio.data.uncond")
     save_file: Any = importlib.import_module("safetensors.torch").save_file
     write_pipelines(folder)
-    torch.manual_seed(0)
-    config = data.RandomCameraDataModuleConfig(
-        batch_size=VIEWS, camera_perturb=0.0, center_perturb=0.0, up_perturb=0.0
-    )
-    batch = data.RandomCameraIterableDataset(config).collate(None)
-    batch["c2w"] = batch["c2w"].double()
-    kept = {
-        n: batch[n].float() for n in ("elevation", "azimuth", "camera_distances", "c2w")
-    }
-    found = {name: tensor.clone() for name, tensor in kept.items()}
+    batch, wide = views(data), views(data, **WIDE)
+    names = ("elevation", "azimuth", "camera_distances", "c2w")
+    found = {name: batch[name].float().clone() for name in names}
+    found |= {name: wide[name].float().clone() for name in ("fovy", "mvp_mtx")}
+    found["perp neg/noise"] = perpendicular(threestudio, folder / "base")
     kind = threestudio.find("stable-diffusion-vsd-guidance")
     for case, settings in CASES.items():
         other = "other" if case == "two models" else "base"
@@ -194,6 +199,51 @@ def main(folder: Path) -> None:
         for name, tensor in gradients(guidance, batch).items():
             found[f"{case}/{name}"] = tensor.detach().clone().contiguous()
     save_file(found, FILE)
+
+
+def views(data: Any, **size: int) -> dict[str, Tensor]:
+    """The cameras of a step, the same for any size, and what goes with them."""
+    torch.manual_seed(0)
+    config = data.RandomCameraDataModuleConfig(
+        batch_size=VIEWS, camera_perturb=0.0, center_perturb=0.0, up_perturb=0.0, **size
+    )
+    # Elevations of points on the sphere: threestudio tosses an unseeded coin.
+    with mock.patch("random.random", return_value=1.0):
+        batch = data.RandomCameraIterableDataset(config).collate(None)
+    return batch | {"c2w": batch["c2w"].double()}
+
+
+def perpendicular(threestudio: Any, model: Path) -> Tensor:
+    """The pretrained model's noise in variational score distillation, `use_perp_neg`.
+
+    By the unified guidance: the one of VSD alone does not read that setting. One view
+    at a time: of several, it gives the negative prompts of one the images of another.
+    """
+    processor = threestudio.find("stable-diffusion-prompt-processor")
+    with (
+        mock.patch.object(processor, "prepare_text_embeddings"),
+        mock.patch.object(processor, "load_from_cache", lambda _, text: words(text)[0]),
+    ):
+        prompts = processor({"prompt": "a", "use_perp_neg": True})()
+    guidance = threestudio.find("stable-diffusion-unified-guidance")(
+        {
+            "guidance_type": "vsd",
+            "pretrained_model_name_or_path": str(model),
+            "guidance_scale": SCALE,
+            "half_precision_weights": False,
+        }
+    )
+    guidance.pipe.unet.double()
+    found = []
+    for i, (x, t) in enumerate(zip(latents(), TIMESTEPS, strict=True)):
+        camera = {
+            name: torch.tensor(angles[i : i + 1]) for name, angles in ANGLES.items()
+        }
+        one = {**camera, "camera_distances": torch.ones(1)}
+        found.append(
+            guidance.get_eps_pretrain(x[None], torch.tensor([t]), prompts, **one)
+        )
+    return torch.cat(found)
 
 
 def gradients(guidance: Any, batch: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -235,7 +235,7 @@ def test_their_file_runs_and_equals_ours(
         ("system.guidance.lora=own", "write shared or local"),
         ("system.guidance.lora_targets=to_q", r"write \[a text, …\]"),
         ("system.guidance.lora_rank=0", "`lora_rank` is 0: write 1 or more"),
-        ("system.guidance.camera_condition_type=mvp", "write extrinsics or none"),
+        ("system.guidance.camera_condition_type=c2w", "extrinsics or mvp or none"),
         ("system.optimizer.params.guidance=null", "`params.guidance` is `None`"),
         ("data.resolution_milestones=[]", "one more for each milestone"),
         ("data.resolution_milestones=[3,3]", "write rising steps"),

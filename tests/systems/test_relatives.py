@@ -15,11 +15,17 @@ from systems import build
 from systems.guidance.csd import ClassifierScoreDistillation
 from systems.guidance.inversion import invert, rising
 from systems.guidance.ism import IntervalScoreMatching, ISMConfig
-from systems.guidance.perpendicular import PerpendicularNegatives, perpendicular
+from systems.guidance.perpendicular import blended, perpendicular
 from systems.guidance.priors import Words
 from systems.guidance.prompts import PromptConfig
+from systems.guidance.refine import RefineConfig, Refinement
 from systems.guidance.sdi import ScoreDistillationInversion, SDIConfig
-from systems.guidance.sds import GuidanceConfig, ScoreDistillation
+from systems.guidance.sds import (
+    GuidanceConfig,
+    PerpendicularNegatives,
+    ScoreDistillation,
+    StableDiffusionConfig,
+)
 from systems.scene.cameras import Cameras
 from systems.settings.config import load
 from systems.settings.reader import ConfigError
@@ -103,6 +109,18 @@ def test_score_distillation_through_inversion() -> None:
     assert torch.allclose(direction(made), wanted, atol=1e-5)
 
 
+def test_refinement() -> None:
+    """Two DDIM steps from the noisy image to a clean one."""
+    made = make(Refinement, RefineConfig("", 3.0, refine_n_steps=2, refine_weight=0.5))
+    t, drawn = made.timestep(X, STEP, RANDOM), made.noise(X, STEP, RANDOM)
+    (alpha, sigma), (alpha_h, sigma_h) = scales(t), scales(t // 2)
+    x_t = alpha * X + sigma * drawn
+    first = guided(x_t, t, 3.0)
+    x_h = alpha_h * (x_t - sigma * first) / alpha + sigma_h * first
+    clean = (x_h - sigma_h * guided(x_h, t // 2, 3.0)) / alpha_h
+    assert torch.allclose(direction(made), 0.5 * (X - clean), atol=1e-5)
+
+
 def test_inversion_follows_the_flow_of_a_gaussian() -> None:
     r"""To $\\alpha m + \\sqrt{v} (x - m) / s$, with an error of first order."""
     t = torch.tensor([400, 700])
@@ -134,7 +152,7 @@ def test_perpendicular_negative_prompts() -> None:
     elevation = torch.tensor([0.0, 0.0, 80.0])
     cameras = Cameras(angles, elevation, 0 * angles + 2, 0 * angles + 50)
     mixed = torch.tensor([[2 / 3, 1 / 3, 0, 0], [0, 2 / 3, 1 / 3, 0], [0, 0, 0, 1.0]])
-    assert torch.allclose(made.mixed(cameras), mixed)
+    assert torch.allclose(blended(made.prompts, cameras), mixed)
     t, x = torch.tensor([100, 500, 900]), torch.randn(3, 3, 4, 4)
     alpha, sigma = scales(t)
     # In units of the slope of the noise in the mean, deltas are the prompts themselves.
@@ -169,6 +187,29 @@ def test_perpendicular_negative_prompts() -> None:
     x, y = torch.randn(2, 2, 3, 4, 4)
     left = perpendicular(x, y)
     assert torch.allclose((left * y).flatten(1).sum(1), torch.zeros(2), atol=1e-4)
+
+
+def test_a_prompts_setting_asks_every_guidance_for_them() -> None:
+    """Where scales count from 0 too, as threestudio: it does not add 1 here."""
+    words, plain = Words(WORDS, torch.zeros(1, 1, 3)), PromptConfig("a")
+    wanted = direction(perp_neg())
+    prompts = PromptConfig("a", use_perp_neg=True)
+    for config in (GuidanceConfig("", 3.0), StableDiffusionConfig("", 3.0)):
+        asked = ScoreDistillation(config, prior(3), words, prompts)
+        assert torch.equal(direction(asked), wanted)
+        other = ScoreDistillation(config, prior(3), words, plain)
+        assert not torch.allclose(direction(other), wanted, atol=1e-2)
+    # Weights of zero leave the interpolated prompt alone.
+    names = ("perp_neg_f_fs", "perp_neg_f_sf", "perp_neg_f_sb", "perp_neg_f_fsb")
+    zero: dict[str, Any] = dict.fromkeys(names, (0.0, 0.0, 0.0))
+    off = PromptConfig("a", use_perp_neg=True, **zero)
+    without = ScoreDistillation(GuidanceConfig("", 3.0), prior(3), words, off)
+    t = torch.tensor([300, 600])
+    alpha, sigma = scales(t)
+    means = (blended(off, CAMERAS) @ WORDS[:, 0])[..., None, None]
+    slope = -sigma * alpha / spread(t)
+    found = without.predict(X, t, CAMERAS) - noise(X, t, 0.0)
+    assert torch.allclose(found, (3 * slope * means).expand_as(X), atol=1e-5)
 
 
 def test_perpendicular_negatives_need_view_words() -> None:

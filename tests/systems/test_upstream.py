@@ -215,7 +215,7 @@ UNSUPPORTED = {
     "system.scheduler": {"name": "ExponentialLR", "args": {"gamma": 0.9}},
     "system.renderer.estimator": "importance",
     "system.guidance.use_sjc": True,
-    "system.prompt_processor.use_perp_neg": True,
+    "system.prompt_processor.use_prompt_debiasing": True,
     "system.loss.lambda_z_variance": [0, 0.0, 1.0, 100],
     "system.background.dir_encoding_config": {"otype": "Frequency"},
 }

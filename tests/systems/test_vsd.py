@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from dreampropeller import StepRandom
-from systems.guidance.lora import Lora, camera_to_world
+from systems.guidance.lora import Lora, camera_to_world, to_clip_space
 from systems.guidance.priors import Prior, Words
 from systems.guidance.prompts import PromptConfig
 from systems.guidance.vsd import VariationalScoreDistillation, VSDConfig
@@ -71,8 +71,10 @@ def upstream_name(name: str) -> str:
 
 
 def views(found: dict[str, Tensor]) -> Cameras:
-    elevation, azimuth = found["elevation"], found["azimuth"]
-    return Cameras(azimuth, elevation, found["camera_distances"], 0 * azimuth + 50)
+    names = ("azimuth", "elevation", "camera_distances", "fovy")
+    azimuth, elevation, distance, fov = (found[name] for name in names)
+    aspect = torch.full_like(fov, oracle.WIDE["width"] / oracle.WIDE["height"])
+    return Cameras(azimuth, elevation, distance, fov.rad2deg(), aspect=aspect)
 
 
 @pytest.mark.parametrize("case", oracle.CASES)
@@ -87,6 +89,8 @@ def test_gradients_are_threestudios(case: str, threestudio: dict[str, Tensor]) -
     made, cameras = guidance(case), views(threestudio)
     matrix = camera_to_world(cameras)
     assert torch.allclose(matrix, threestudio["c2w"], atol=1e-6)
+    clip = to_clip_space(cameras)
+    assert torch.allclose(clip, threestudio["mvp_mtx"], atol=1e-6)
     images, named = oracle.images().double().requires_grad_(True), made.parameters()
     loss, log = made(images, cameras, oracle.STEP, StepRandom(oracle.SEED))
     image, *learned = torch.autograd.grad(loss, [images, *named.values()])
@@ -102,6 +106,30 @@ def test_gradients_are_threestudios(case: str, threestudio: dict[str, Tensor]) -
         size = wanted[:, :1] if name == "learned" else wanted.norm()
         assert ((value - wanted) / size).norm() <= 1e-5, name
     assert len(found["learned"]) > 30
+
+
+def test_perpendicular_negatives_are_threestudios(
+    threestudio: dict[str, Tensor],
+) -> None:
+    """Of the pretrained model's noise, from its own prompts of the views."""
+    prompts = PromptConfig("a", use_perp_neg=True)
+    texts = [*prompts.texts(), prompts.prompt]
+    made = VariationalScoreDistillation(
+        VSDConfig("", guidance_scale=oracle.SCALE),
+        pretrained("base ", "epsilon"),
+        Words(torch.cat(list(map(oracle.words, texts))), oracle.words("")),
+        prompts,
+    )
+    azimuth, elevation = map(torch.tensor, oracle.ANGLES.values())
+    one = torch.ones(3)
+    with torch.no_grad():
+        found = made.predict(
+            oracle.latents(),
+            torch.tensor(oracle.TIMESTEPS),
+            Cameras(azimuth, elevation, 2 * one, 50 * one),
+        )
+    wanted = threestudio["perp neg/noise"]
+    assert ((found - wanted).norm() / wanted.norm()) <= 1e-5
 
 
 GIVEN, WITHOUT = 0.6, -0.2
@@ -209,8 +237,9 @@ def test_a_model_without_a_free_class_embedding_is_refused() -> None:
 def test_the_camera_is_hidden_in_a_tenth_of_the_steps() -> None:
     unet: Any = UNet2DConditionModel(**{**oracle.UNET, "time_embedding_dim": 32})
     pipeline = SimpleNamespace(unet=unet, scheduler=DDPMScheduler())
+    kind = "mvp"  # that of the extrinsics is compared with threestudio's gradients
     made = VariationalScoreDistillation(
-        VSDConfig("", lora_n_timestamp_samples=2),
+        VSDConfig("", lora_n_timestamp_samples=2, camera_condition_type=kind),
         Prior(pipeline, CPU),
         Words(torch.zeros(2, 1, oracle.WIDTH), torch.zeros(1, 1, oracle.WIDTH)),
         PromptConfig("a", view_dependent=False),
@@ -222,7 +251,7 @@ def test_the_camera_is_hidden_in_a_tenth_of_the_steps() -> None:
     )[1]
     for step in range(400):
         made.lora_loss(torch.zeros(2, 4, 2, 2), CAMERAS, step, StepRandom(0))
-    matrix = camera_to_world(CAMERAS).flatten(1).repeat(2, 1)
+    matrix = to_clip_space(CAMERAS).flatten(1).repeat(2, 1)
     hidden = [not labels.any() for labels in seen]
     assert all(h or torch.equal(m, matrix) for h, m in zip(hidden, seen, strict=True))
     assert 20 <= sum(hidden) <= 60

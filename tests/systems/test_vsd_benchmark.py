@@ -19,6 +19,7 @@ def entry(job: dict[str, Any], iterations: int, psnr: float) -> dict[str, Any]:
     return {
         **job,
         **figures,
+        "right_finish": 0.75,
         **{"chamfer": None, "saturation": 0.25, "cpu_seconds": 3.0},
         **{"iterations": iterations, "evaluations": 120, "strides": [50, 50]},
     }
