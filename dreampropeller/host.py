@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from dreampropeller.attributes import Attributes
 from dreampropeller.buffers import buffer_drift
-from dreampropeller.lending import lent
+from dreampropeller.lending import lent, overlapping
 from dreampropeller.optimizers import dense
 from dreampropeller.tree import State
 
@@ -44,7 +44,7 @@ class ModuleHost:
         parameters: Its trainable parameters, by name.
 
     Raises:
-        ValueError: No parameter requires gradients.
+        ValueError: No parameter requires gradients, or one shares its memory.
     """
 
     def __init__(self, module: nn.Module, ignore: Collection[str] = ()) -> None:
@@ -54,6 +54,7 @@ class ModuleHost:
         if not self.parameters:
             raise ValueError("No parameter of `module` requires gradients.")
         self.frozen = {n: p for n, p in named.items() if n not in self.parameters}
+        refuse_views(self.parameters, self.buffers())
         self.record()
 
     @property
@@ -162,6 +163,27 @@ class ModuleHost:
             name: value.clone() if after.get(name) is value else value
             for name, value in changed.items()
         }
+
+
+def refuse_views(
+    parameters: Mapping[str, Tensor], buffers: Mapping[str, Tensor]
+) -> None:
+    """Refuse a parameter that moves with another, or takes a buffer along."""
+    shared = overlapping({**parameters, **buffers})
+    if shared is None or not parameters.keys() & set(shared):
+        return
+    one, two = shared
+    if two in parameters:
+        raise ValueError(
+            f"Parameters `{one}` and `{two}` share their memory without being one "
+            "object, and a state holds each by itself. Tie them by one object: "
+            f"`module.{two} = module.{one}`."
+        )
+    raise ValueError(
+        f"Buffer `{two}` is a view of parameter `{one}`, which would move with it, and "
+        "a state holds each by itself. Compute it from the parameter where it is read, "
+        "or register a copy (`.clone()`)."
+    )
 
 
 class Flags:

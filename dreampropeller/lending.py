@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Iterator, Mapping
 
 import torch
@@ -54,6 +55,50 @@ def lent(
             tensor.data = own[name]
         for name, value in saved.items():
             own[name].copy_(value)
+
+
+def overlapping(tensors: Mapping[str, Tensor]) -> tuple[str, str] | None:
+    """The names of two tensors that share entries; None: there are none.
+
+    Neighbours in one memory, such as the weights of a recurrent network on a GPU, do
+    not share entries.
+    """
+    owners: dict[int, list[str]] = {}
+    for name, tensor in tensors.items():
+        if tensor.layout is torch.strided and tensor.numel():
+            memory = tensor.untyped_storage().data_ptr()
+            owners.setdefault(memory, []).append(name)
+    for names in owners.values():
+        for one, two in itertools.combinations(names, 2):
+            if _meet(tensors[one], tensors[two]):
+                return one, two
+    return None
+
+
+def _meet(one: Tensor, two: Tensor) -> bool:
+    """Whether two tensors of one memory have an entry in common."""
+    ranges = [_range(one), _range(two)]
+    if max(begin for begin, _ in ranges) >= min(end for _, end in ranges):
+        return False
+    return bool(torch.isin(_places(one), _places(two)).any())
+
+
+def _range(tensor: Tensor) -> tuple[int, int]:
+    """The first byte of a tensor's memory, and the one after the last."""
+    extent = sum(
+        (n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True)
+    )
+    begin = tensor.data_ptr()
+    return begin, begin + (extent + 1) * tensor.element_size()
+
+
+def _places(tensor: Tensor) -> Tensor:
+    """The addresses of a tensor's entries."""
+    found = torch.tensor(tensor.data_ptr())
+    for size, stride in zip(tensor.shape, tensor.stride(), strict=True):
+        steps = torch.arange(size) * stride * tensor.element_size()
+        found = found[..., None] + steps
+    return found.flatten()
 
 
 def _exchanges(tensor: Tensor, value: Tensor) -> bool:
