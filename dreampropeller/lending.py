@@ -57,21 +57,26 @@ def lent(
             own[name].copy_(value)
 
 
-def overlapping(tensors: Mapping[str, Tensor]) -> tuple[str, str] | None:
-    """The names of two tensors that share entries; None: there are none.
+def overlapping(
+    ones: Mapping[str, Tensor], twos: Mapping[str, Tensor]
+) -> tuple[str, str] | None:
+    """The names of two tensors that share entries, one of each; None: there are none.
 
-    Neighbours in one memory, such as the weights of a recurrent network on a GPU, do
-    not share entries.
+    Neighbours in one memory do not share entries.
     """
-    owners: dict[int, list[str]] = {}
-    for name, tensor in tensors.items():
-        if tensor.layout is torch.strided and tensor.numel():
-            memory = tensor.untyped_storage().data_ptr()
-            owners.setdefault(memory, []).append(name)
-    for names in owners.values():
-        for one, two in itertools.combinations(names, 2):
-            if _meet(tensors[one], tensors[two]):
-                return one, two
+    strided = [
+        {name: t for name, t in tensors.items() if t.layout is torch.strided}
+        for tensors in (ones, twos)
+    ]
+    memory = [
+        {name: t.untyped_storage().data_ptr() for name, t in tensors.items()}
+        for tensors in strided
+    ]
+    if not set(memory[0].values()) & set(memory[1].values()) - {0}:
+        return None
+    for one, two in itertools.product(*strided):
+        if memory[0][one] == memory[1][two] and _meet(strided[0][one], strided[1][two]):
+            return one, two
     return None
 
 

@@ -44,7 +44,7 @@ class Guesses:
             raise
         except _OF_VALUES as error:
             bad = {n: one for n, one in y.items() if one.is_floating_point()}
-            if slot == 0 or not bad:
+            if slot == 0 or not bad or _is_refusal(error):
                 raise
             self._tell(step, error)
         name = min(bad, key=lambda name: bad[name].numel())
@@ -58,3 +58,12 @@ class Guesses:
                 "An error of the step itself ends the solve when it comes to it.",
                 *(step, type(error).__name__, error),
             )
+
+
+def _is_refusal(error: Exception) -> bool:
+    """Whether the error was raised here, and not in the loss or a library."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    where = "" if trace is None else trace.tb_frame.f_globals.get("__name__", "")
+    return where.startswith("dreampropeller.")
