@@ -18,7 +18,7 @@ from dreampropeller.trajectory import Drift
 from dreampropeller.tree import Aux, State, copy_nest
 from dreampropeller.verification import NotReproducible, names, require_equal
 
-_FIRST, _EVERY = 16, 8
+_FIRST, _EVERY = 8, 50
 """Evaluations after which the loss is looked at, and those between two looks."""
 _ALWAYS, _GROWTH = 6, 3
 """What is left each time is tried six times, then the 18th, 54th, 162nd … time."""
