@@ -68,11 +68,13 @@ class Attributes:
                 and not _is_frozen(child)
             ]
 
-    def restore(self) -> None:
-        """Restore every attribute."""
-        for one in self._owners:
-            if one.is_untouched():
-                continue
+    def touched(self) -> list[_Owner]:
+        """The objects with an attribute that differs from the record."""
+        return [one for one in self._owners if not one.is_untouched()]
+
+    def restore(self, touched: Iterable[_Owner] | None = None) -> None:
+        """Restore every attribute, of all objects or of those that are known."""
+        for one in self.touched() if touched is None else touched:
             table = vars(one.owner)  # not `setattr`: properties and modules interfere
             for name, _ in self._plain(one.path, one.owner):
                 if name not in one.notes:
@@ -83,12 +85,10 @@ class Attributes:
                 if name not in table or not note.holds(table[name]):
                     table[name] = note.restored()
 
-    def changed(self) -> list[str]:
+    def changed(self, touched: Iterable[_Owner] | None = None) -> list[str]:
         """Names of the attributes that differ from the record."""
         names: list[str] = []
-        for one in self._owners:
-            if one.is_untouched():
-                continue
+        for one in self.touched() if touched is None else touched:
             now = dict(self._plain(one.path, one.owner))
             prefix = f"{one.path}." if one.path else ""
             for name in {**one.notes, **now}:

@@ -52,7 +52,9 @@ def refuse_growing(
             f"`ignore` names {names(unknown)}, which neither the module nor the loss, "
             "optimizer or scheduler refers to: write the name as the check gives it."
         )
-    changed = before.changed(after)
+    changed = _counts(before.changed(after), after)
+    if accumulation(changed, after):
+        raise NotReproducible(accumulation(changed, after))
     if changed:
         owners = {path.split(".")[0].split("[")[0] for path in changed}
         short = changed if len(changed) <= _SHOWN else sorted(owners)
@@ -75,6 +77,39 @@ def refuse_growing(
             lambda: "Each evaluation appends to it, and the loss reads it.",
         )
     return after, grown
+
+
+def accumulation(changed: Collection[str], met: Counters) -> str:
+    """Why parts of an update cannot be counted, if `accelerate` counts them.
+
+    Args:
+        changed: Paths that an evaluation has changed.
+        met: What the loss refers to.
+    """
+    for path, steps in _accelerators(met):
+        if steps > 1 and f"{path}.step" in changed:
+            return (
+                f"The loss uses `{path}.accumulate`, which counts its calls: an update "
+                f"is made after {steps} of them. Here a step is one update: write "
+                "`gradient_accumulation_steps=1`, or leave `accumulate` out, and "
+                f"return the mean of the losses of the {steps} batches of a step."
+            )
+    return ""
+
+
+def _accelerators(met: Counters) -> list[tuple[str, int]]:
+    """Path and parts per update of each object of `accelerate`."""
+    return [
+        (path, getattr(one, "gradient_accumulation_steps", 1))
+        for path, one in met.others.items()
+        if type(one).__name__ == "Accelerator"
+    ]
+
+
+def _counts(changed: list[str], met: Counters) -> list[str]:
+    """The paths without a count of `accelerate` by which every call is an update."""
+    whole = [f"{path}.step" for path, steps in _accelerators(met) if steps == 1]
+    return [path for path in changed if path not in whole]
 
 
 def refuse_counting(model: object, again: Callable[[], object]) -> None:

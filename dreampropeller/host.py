@@ -9,13 +9,13 @@ its own values again, also after an error.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 
 from torch import Tensor, nn
 
 from dreampropeller.attributes import Attributes
 from dreampropeller.buffers import buffer_drift
-from dreampropeller.lending import lent
+from dreampropeller.lending import lent, overlapping
 from dreampropeller.optimizers import dense
 from dreampropeller.tree import State
 
@@ -42,18 +42,31 @@ class ModuleHost:
         module: The module.
         ignore: Likewise.
         parameters: Its trainable parameters, by name.
+        watch: Told which attributes an evaluation has changed; whether to keep them.
+        left: Names and a record of those kept last.
 
     Raises:
-        ValueError: No parameter requires gradients.
+        ValueError: No parameter requires gradients, or one has no shape yet, or a
+            buffer is a view of one.
     """
+
+    watch: Callable[[list[str]], bool] | None = None
+    left: tuple[list[str], Attributes] | None = None
 
     def __init__(self, module: nn.Module, ignore: Collection[str] = ()) -> None:
         self.module, self.ignore = module, names_of(ignore)
         named = dict(module.named_parameters())
+        lazy = [n for n, p in named.items() if nn.parameter.is_lazy(p)]
+        if lazy:
+            raise ValueError(
+                f"Parameter `{lazy[0]}` has no shape yet: call the module once, as "
+                "before an optimizer is made."
+            )
         self.parameters = {n: p for n, p in named.items() if p.requires_grad}
         if not self.parameters:
             raise ValueError("No parameter of `module` requires gradients.")
         self.frozen = {n: p for n, p in named.items() if n not in self.parameters}
+        refuse_views(self.parameters, self.buffers())
         self.record()
 
     @property
@@ -64,9 +77,14 @@ class ModuleHost:
     def record(self) -> None:
         """Record flags and plain attributes, which an evaluation must leave alone."""
         self._flags = Flags(self.module)
+        self.attributes = self._attributes()
+        self.watch, self.left = None, None
+
+    def _attributes(self) -> Attributes:
+        """A record of the attributes as they are now."""
         state = [*self.module.parameters(), *self.module.buffers()]
         skip = ("training", *self.ignore)
-        self.attributes = Attributes({"": self.module}, skip=skip, state=state)
+        return Attributes({"": self.module}, skip=skip, state=state)
 
     def buffers(self) -> dict[str, Tensor]:
         """The buffers by name, as the module holds them now."""
@@ -95,8 +113,17 @@ class ModuleHost:
                 parameter.grad = gradients[name]
             for owner, key, buffer in own:
                 owner._buffers[key] = buffer
-            self.attributes.restore()
+            self._put_back()
             self._flags.restore()
+
+    def _put_back(self) -> None:
+        """Put the attributes back; record first what is left in them, if asked for."""
+        touched = self.attributes.touched()
+        if touched and self.watch is not None:
+            changed = self.attributes.changed(touched)
+            if changed and self.watch(changed):
+                self.left = changed, self._attributes()
+        self.attributes.restore(touched)
 
     @contextlib.contextmanager
     def untouched(self) -> Iterator[None]:
@@ -162,6 +189,19 @@ class ModuleHost:
             name: value.clone() if after.get(name) is value else value
             for name, value in changed.items()
         }
+
+
+def refuse_views(
+    parameters: Mapping[str, Tensor], buffers: Mapping[str, Tensor]
+) -> None:
+    """Refuse a buffer that moves with a parameter."""
+    shared = overlapping(parameters, buffers)
+    if shared is not None:
+        raise ValueError(
+            f"Buffer `{shared[1]}` is a view of parameter `{shared[0]}` and would move "
+            "with it, but a state holds each by itself. Compute it from the parameter "
+            "where it is read, or register a copy (`.clone()`)."
+        )
 
 
 class Flags:

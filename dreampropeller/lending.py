@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Iterator, Mapping
 
 import torch
@@ -54,6 +55,55 @@ def lent(
             tensor.data = own[name]
         for name, value in saved.items():
             own[name].copy_(value)
+
+
+def overlapping(
+    ones: Mapping[str, Tensor], twos: Mapping[str, Tensor]
+) -> tuple[str, str] | None:
+    """The names of two tensors that share entries, one of each; None: there are none.
+
+    Neighbours in one memory do not share entries.
+    """
+    strided = [
+        {name: t for name, t in tensors.items() if t.layout is torch.strided}
+        for tensors in (ones, twos)
+    ]
+    memory = [
+        {name: t.untyped_storage().data_ptr() for name, t in tensors.items()}
+        for tensors in strided
+    ]
+    if not set(memory[0].values()) & set(memory[1].values()) - {0}:
+        return None
+    for one, two in itertools.product(*strided):
+        if memory[0][one] == memory[1][two] and _meet(strided[0][one], strided[1][two]):
+            return one, two
+    return None
+
+
+def _meet(one: Tensor, two: Tensor) -> bool:
+    """Whether two tensors of one memory have an entry in common."""
+    ranges = [_range(one), _range(two)]
+    if max(begin for begin, _ in ranges) >= min(end for _, end in ranges):
+        return False
+    return bool(torch.isin(_places(one), _places(two)).any())
+
+
+def _range(tensor: Tensor) -> tuple[int, int]:
+    """The first byte of a tensor's memory, and the one after the last."""
+    extent = sum(
+        (n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True)
+    )
+    begin = tensor.data_ptr()
+    return begin, begin + (extent + 1) * tensor.element_size()
+
+
+def _places(tensor: Tensor) -> Tensor:
+    """The addresses of a tensor's entries."""
+    found = torch.tensor(tensor.data_ptr())
+    for size, stride in zip(tensor.shape, tensor.stride(), strict=True):
+        steps = torch.arange(size) * stride * tensor.element_size()
+        found = found[..., None] + steps
+    return found.flatten()
 
 
 def _exchanges(tensor: Tensor, value: Tensor) -> bool:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dreampropeller.count_check import Lists, refuse_growing
+from dreampropeller.count_check import Lists, accumulation, refuse_growing
 from dreampropeller.counters import Counters
 from dreampropeller.guard import displaced
 from dreampropeller.host import ModuleHost
@@ -83,7 +83,7 @@ class ModuleLoop:
         """What evaluations have changed, as a sentence."""
         changed = self.captured.changed()
         if changed:
-            return (
+            return accumulation(changed, self._counters()) or (
                 f"An evaluation changed {names(changed)}, which the loss refers to: a "
                 "step must not depend on the evaluations before it. Draw from torch's "
                 "global generators, which are seeded for each step, take counts from "

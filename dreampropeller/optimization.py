@@ -24,6 +24,7 @@ from dreampropeller.buffers import updated_buffers
 from dreampropeller.clipping import Clipping
 from dreampropeller.host import ModuleHost
 from dreampropeller.identity import Fingerprint, plain, shape_of
+from dreampropeller.leftovers import Leftovers
 from dreampropeller.loss_gradient import Loss, LossGradient
 from dreampropeller.module_check import ModuleLoop
 from dreampropeller.optimizers import (
@@ -313,7 +314,9 @@ class OptimizationTrajectory(Trajectory[Nest]):
         loop.elsewhere = self._optimizers.ignored
         fresh = self._optimizers if step == 0 else None
         loop.compare(found, carry, self._gradient.draws, fresh)
-        self._repeats = Repeats(found.noise, loop.cause)
+        last = self.num_steps - 1
+        leftovers = Leftovers(host, loop.captured, last, found.noise)
+        self._repeats = Repeats(found.noise, loop.cause, leftovers.evaluate)
         return found.checked(whole=True)
 
     def _loop_gradients(self, step: int, y: State) -> State:

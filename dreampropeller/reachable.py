@@ -8,15 +8,16 @@ the culprit can be named, and put back afterwards where that is possible.
 from __future__ import annotations
 
 import abc
+import contextlib
 import functools
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from torch import Tensor, nn
 
 from dreampropeller.attributes import Attributes, Note
-from dreampropeller.counters import global_names
+from dreampropeller.counters import global_names, is_library
 
 _DEPTH = 4
 _LARGE = 1000
@@ -33,17 +34,14 @@ class Reachable:
 
     def __init__(self, function: Callable[..., Any], module: nn.Module) -> None:
         self._seen: set[int] = {id(one) for one in module.modules()}
-        self._seen |= {id(one) for one in [*module.parameters(), *module.buffers()]}
+        self._state = [*module.parameters(), *module.buffers()]
+        self._seen |= {id(one) for one in self._state}
         self._places: list[tuple[str, _Place, Note]] = []
         self._tensors: list[tuple[str, Tensor, int]] = []
         self._iterators: list[str] = []
         self._objects: dict[str, object] = {}
         self._walk(function, 0)
-        # Tensors are not copied: a captured data set may be large.
-        apart = [tensor for _, tensor, _ in self._tensors]
-        self._attributes = Attributes(
-            self._objects, state=[*module.parameters(), *module.buffers(), *apart]
-        )
+        self._attributes = self._attributes_now()
 
     def changed(self) -> list[str]:
         """Names of what differs from the record."""
@@ -63,6 +61,30 @@ class Reachable:
             if not note.holds(place.get()):
                 place.set(note.restored())
         self._attributes.restore()
+
+    @contextlib.contextmanager
+    def as_recorded(self) -> Iterator[None]:
+        """What was recorded, inside the block; what stands there now after it."""
+        now = [
+            (place, Note(place.get(), frozenset()))
+            for _, place, note in self._places
+            if not note.holds(place.get())
+        ]
+        attributes = self._attributes_now() if self._attributes.touched() else None
+        self.restore()
+        try:
+            yield
+        finally:
+            for place, note in now:
+                place.set(note.restored())
+            if attributes is not None:
+                attributes.restore()
+
+    def _attributes_now(self) -> Attributes:
+        """A record of the objects' attributes."""
+        # Tensors are not copied: a captured data set may be large.
+        state = [*self._state, *(tensor for _, tensor, _ in self._tensors)]
+        return Attributes(self._objects, follow=_is_users, state=state)
 
     def _walk(self, function: Any, depth: int) -> None:
         if depth > _DEPTH or id(function) in self._seen:
@@ -88,9 +110,14 @@ class Reachable:
         )
         for name, cell in cells:
             self._visit(name, _Cell(cell), depth)
-        for name in global_names(function.__code__):
-            if name in function.__globals__:
+        names = {*global_names(function.__code__)}
+        for name in sorted(names & function.__globals__.keys()):
+            value = function.__globals__[name]
+            if not isinstance(value, types.ModuleType):
                 self._visit(name, _Key(function.__globals__, name), depth)
+            elif not is_library(value.__name__):
+                for inner in sorted(names & vars(value).keys()):
+                    self._visit(f"{name}.{inner}", _Key(vars(value), inner), depth)
         for number, value in enumerate(function.__defaults__ or ()):
             self._visit(f"default {number}", _Fixed(value), depth)
 
@@ -173,6 +200,14 @@ class _Key(_Place):
 
     def set(self, value: Any) -> None:
         self._table[self._key] = value
+
+
+def _is_users(value: object) -> bool:
+    """Whether an object is of a class of the user's own."""
+    return not isinstance(value, type) and (
+        isinstance(value, types.SimpleNamespace)
+        or not is_library(type(value).__module__)
+    )
 
 
 def _size(value: object) -> int:

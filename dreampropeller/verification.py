@@ -204,10 +204,17 @@ class Repeats:
     Args:
         noise: See `Probe`.
         cause: Names what evaluations have changed.
+        evaluate: Evaluates a drift; default: calls it.
     """
 
-    def __init__(self, noise: Mapping[str, float], cause: Cause) -> None:
+    def __init__(
+        self,
+        noise: Mapping[str, float],
+        cause: Cause,
+        evaluate: Callable[[Drift, int, State], tuple[State, Aux]] | None = None,
+    ) -> None:
         self._noise, self._cause, self._count = noise, cause, 0
+        self._evaluate = evaluate or (lambda drift, step, y: drift(step, y))
 
     @property
     def is_exact(self) -> bool:
@@ -220,7 +227,7 @@ class Repeats:
         Raises:
             NotReproducible: The two differ; names the entries.
         """
-        found, aux = drift(step, y)
+        found, aux = self._evaluate(drift, step, y)
         self._count += 1
         if self._count % _EVERY == 0:
             found = copy_nest(found)

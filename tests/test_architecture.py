@@ -23,7 +23,7 @@ LAYERS = {
     "allocator}.py",
     "problem": "dreampropeller/{trajectory,optim*,*_loss,loss_gradient,leaves,"
     "precision,host,attributes,lending,verification,module_check,reachable,counters,"
-    "count_check,clipping,generators,belongings,differential}.py",
+    "count_check,clipping,generators,belongings,leftovers,differential}.py",
     "control": "dreampropeller/{component,rollout,carries,window,predictor,"
     "*threshold}.py dreampropeller/acceleration/*",
     "dispatch": "dreampropeller/dispatch/*",

@@ -70,7 +70,10 @@ def test_failure_is_heard_on_every_rank() -> None:
         "different-start": r"rank 1 has another state",
         "different-window": r"rank 1 has another window",
     }
-    first, second = launch_workers(ranks.hear_failures, list(expected), num_workers=2)
+    kinds = ["guess", *expected]
+    first, second = launch_workers(ranks.hear_failures, kinds, num_workers=2)
+    exact = str(TOYS["sde"].loop()[-1]["x"].tolist())
+    assert first.pop(0) == second.pop(0) == exact, "at a guess alone"
     for on_0, on_1, message in zip(first, second, expected.values(), strict=True):
         assert re.search(f"(?s)WorkerError.*{message}", on_0), on_0
         # The rank that failed in its own update raises what it was.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 from collections.abc import Callable
 from typing import Any
 
@@ -165,6 +166,104 @@ class Warmed:
 
     def __init__(self, inner: torch.optim.Optimizer) -> None:
         self.inner = inner
+
+
+def accumulating(steps: int) -> Callable[[int, Any], Tensor]:
+    accelerate: Any = importlib.import_module("accelerate")
+    accelerator = accelerate.Accelerator(cpu=True, gradient_accumulation_steps=steps)
+
+    def loss(step: int, module: nn.Module) -> Tensor:
+        with accelerator.accumulate(module):
+            found = error(step, module)
+            accelerator.backward(found)
+        if accelerator.sync_gradients:
+            accelerator.clip_grad_norm_(module.parameters(), 0.5)
+        return found.detach()
+
+    return loss
+
+
+def test_accumulation_of_accelerate_is_the_loops_or_is_refused() -> None:
+    wanted = hand_written(accumulating(1), net())
+    assert tree_equal(solved(accumulating(1)).value, wanted)
+    with pytest.raises(
+        NotReproducible, match=r"`accelerator\.accumulate`.* after 2 of"
+    ):
+        solved(accumulating(2))
+
+
+class Contrast(nn.Module):
+    """A queue of keys with a place, as momentum contrast keeps it."""
+
+    queue: Tensor
+    place: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer = nn.Linear(4, 3)
+        self.register_buffer("queue", torch.randn(3, 8))
+        self.register_buffer("place", torch.zeros(1, dtype=torch.long))
+
+    def forward(self, x: Tensor) -> Tensor:
+        keys = self.layer(x)
+        found = (keys @ self.queue.clone()).logsumexp(1).mean() - keys.mean()
+        with torch.no_grad():
+            place = int(self.place)
+            self.queue[:, place : place + 4] = keys.T
+            self.place[0] = (place + 4) % 8
+        return found
+
+
+def scattered(step: int, module: Any) -> Tensor:
+    """Needs a matrix that is positive definite, as it is on the way."""
+    weight = module[0].weight
+    matrix = torch.eye(4) - weight.T @ weight
+    return error(step, module) - torch.linalg.cholesky(matrix).diagonal().log().sum()
+
+
+@pytest.mark.parametrize(
+    ("loss", "module", "rate"),
+    [
+        (lambda step, module: module(torch.randn(4, 4)), Contrast, 0.01),
+        (scattered, net, 0.08),
+    ],
+)
+def test_what_fails_at_a_guess_alone_cuts_the_window(
+    loss: Any, module: Any, rate: float, caplog: pytest.LogCaptureFixture
+) -> None:
+    def descent(params: Any) -> torch.optim.Optimizer:
+        return torch.optim.SGD(params.values(), rate, momentum=0.9)
+
+    wanted = hand_written(loss, module(), descent)
+    found = solved(loss, module(), optimizer=descent).value
+    assert tree_equal({name: found[name] for name in wanted}, wanted)
+    assert "failed at a guess" in caplog.text
+
+
+class Alias(nn.Module):
+    """A buffer in a parameter's memory."""
+
+    def __init__(self, rows: slice) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+        memory = torch.cat([self.layer.weight.data, torch.ones(4, 4)])
+        self.layer.weight.data = memory[:4]
+        self.register_buffer("rows", memory[rows])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x).tanh()
+
+
+def test_a_buffer_that_moves_with_a_parameter_is_refused() -> None:
+    with pytest.raises(
+        ValueError, match=r"Buffer `rows` is a view of .*layer\.weight`"
+    ):
+        solved(error, Alias(slice(3, 5)))
+    module = Alias(slice(4, 6))  # its neighbour
+    wanted = hand_written(error, copy.deepcopy(module))
+    found = solved(error, module).value
+    assert tree_equal({name: found[name] for name in wanted}, wanted)
 
 
 @pytest.mark.parametrize("solver", [dp.Sequential(), EXACT])

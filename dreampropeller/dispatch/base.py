@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from dreampropeller.dispatch.guesses import Guesses
 from dreampropeller.precision import Precision
 from dreampropeller.timer import Timer
 from dreampropeller.trajectory import Drift, Trajectory
@@ -45,6 +46,7 @@ class Dispatcher(abc.ABC):
         self.views = views
         self.timer = Timer()
         self._drift: Drift | None = None
+        self._guesses = Guesses()
         self._shards: dict[int, Drift] = {}
 
     def __enter__(self) -> Dispatcher:
@@ -144,7 +146,10 @@ class InlineDispatcher(Dispatcher):
     ) -> list[tuple[State, Aux]]:
         """Evaluate one after another; exceptions of the drift are not wrapped."""
         with self.timer.phase("drift"):
-            return [self._one(step, y) for step, y in zip(steps, ys, strict=True)]
+            return [
+                self._guesses.evaluate(self._one, slot, step, y)
+                for slot, (step, y) in enumerate(zip(steps, ys, strict=True))
+            ]
 
     def _one(self, step: int, y: State) -> tuple[State, Aux]:
         if self.views == 1:

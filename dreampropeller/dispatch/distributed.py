@@ -136,7 +136,7 @@ class DistributedDispatcher(Dispatcher):
         """
         mine = range(self._rows.index, len(steps), self.num_workers)
         with self.timer.phase("drift"), self._ranks.interruptible():
-            results = [self._evaluate_one(steps[slot], ys[slot]) for slot in mine]
+            results = [self._evaluate_one(i, steps[i], ys[i]) for i in mine]
         device = device_of(ys[0])
         if self.views > 1:
             with self.timer.phase("communication"):
@@ -181,9 +181,12 @@ class DistributedDispatcher(Dispatcher):
             received.append(leaf)
         return decode(structure, received)
 
-    def _evaluate_one(self, step: int, y: State) -> tuple[State, Aux]:
+    def _evaluate_one(self, slot: int, step: int, y: State) -> tuple[State, Aux]:
         try:
-            return self.shard(y, self._index)(step, y)
+            drift = self.shard(y, self._index)
+            # A part of a step cannot be left out of the sum.
+            slot = slot if self.views == 1 else 0
+            return self._guesses.evaluate(drift, slot, step, y)
         except Exception:
             self._ranks.report_failure(traceback.format_exc(), step)
 

@@ -24,6 +24,7 @@ import torch
 
 from dreampropeller.dispatch import wire
 from dreampropeller.dispatch.base import Dispatcher, WorkerError
+from dreampropeller.dispatch.guesses import Guesses
 from dreampropeller.dispatch.process_group import local_device
 from dreampropeller.trajectory import Drift, Trajectory
 from dreampropeller.tree import Aux, State, device_of
@@ -44,17 +45,18 @@ class _Replica:
         self._trajectory = make()
         self._device = local_device()
         self._drift: Drift | None = None
+        self._guesses = Guesses()
 
     def ready(self) -> int:
         """The process, once the replica is built."""
         return os.getpid()
 
-    def evaluate(self, step: int, message: Message) -> Message:
-        """A drift, from a guess."""
+    def evaluate(self, slot: int, step: int, message: Message) -> Message:
+        """The drift of a slot, from a guess."""
         y, _ = _unpacked(message, self._device)
         if self._drift is None:
             self._drift = self._trajectory.make_drift(self._device)
-        return _packed(*self._drift(step, y))
+        return _packed(*self._guesses.evaluate(self._drift, slot, step, y))
 
 
 class _Worker:
@@ -217,7 +219,7 @@ class RayDispatcher(Dispatcher):
             if id(worker) not in at_work and self._is_ready(worker):
                 slot = window.waiting.pop(0)
                 guess = _packed(window.ys[slot], {})
-                ref = worker.actor.evaluate.remote(window.steps[slot], guess)
+                ref = worker.actor.evaluate.remote(slot, window.steps[slot], guess)
                 self._busy[ref], window.running[ref] = worker, slot
 
     def _receive(self, ref: Any, window: _Window) -> None:

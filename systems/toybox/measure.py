@@ -131,6 +131,11 @@ def answers(
     return torch.cat(made)
 
 
+_AZIMUTH = "azimuth, median error in degrees"
+_WITHIN = "azimuth within 30 degrees"
+_OVERLAP = "mask IoU, mean"
+
+
 def combinations(
     asked: Sequence[Question], images: Tensor, classifier: Classifier
 ) -> dict[str, float]:
@@ -162,9 +167,14 @@ def combinations(
 
 def cameras(
     asked: Sequence[Question], images: Tensor, classifier: Classifier
-) -> dict[str, float]:
-    """Azimuth of objects with a front, and overlap with the ground-truth mask."""
+) -> dict[str, float | None]:
+    """Azimuth of objects with a front, and overlap with the ground-truth mask.
+
+    None where no object has a front.
+    """
     kept = [i for i, q in enumerate(asked) if q.asked.name in WITH_FRONT]
+    if not kept:
+        return {"samples": 0, _AZIMUTH: None, _WITHIN: None, _OVERLAP: None}
     chosen = [asked[i] for i in kept]
     seen = classifier.classify(images[kept])
     assert seen.azimuths is not None
@@ -177,9 +187,9 @@ def cameras(
     )
     return {
         "samples": len(kept),
-        "azimuth, median error in degrees": round(float(error.median()), 2),
-        "azimuth within 30 degrees": round(float((error < 30).double().mean()), 4),
-        "mask IoU, mean": round(float(overlap.mean()), 4),
+        _AZIMUTH: round(float(error.median()), 2),
+        _WITHIN: round(float((error < 30).double().mean()), 4),
+        _OVERLAP: round(float(overlap.mean()), 4),
     }
 
 

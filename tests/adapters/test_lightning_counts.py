@@ -48,6 +48,24 @@ class AddsAGroup(Plain):
             self.trainer.optimizers[0].add_param_group(added)
 
 
+class SetsAWeight(Plain):
+    weight = 1.0
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        if self.global_step == 9:
+            self.weight = 3.0
+        return super().training_step(batch, batch_idx) * self.weight
+
+
+class KeepsItsBest(Plain):
+    best = 1e9
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        found = super().training_step(batch, batch_idx)
+        self.best = min(self.best, found.item())
+        return found * (2 if self.best < 3 else 1)
+
+
 @pytest.mark.filterwarnings("ignore")
 def test_a_count_that_nothing_reads_is_named_and_may_be_ignored() -> None:
     wanted = fit(Counts(), ordered())
@@ -62,6 +80,8 @@ def test_a_count_that_nothing_reads_is_named_and_may_be_ignored() -> None:
         (AveragesAside, r"`aside\[0\]\.weight` changed"),
         (Stops, r"set `trainer\.should_stop`"),
         (AddsAGroup, "added or removed a group of the optimizer"),
+        (SetsAWeight, "earlier ones have left in `weight`"),
+        (KeepsItsBest, "the step before had changed: `best`"),
     ],
 )
 def test_what_a_solve_would_do_otherwise_is_refused(

@@ -56,8 +56,9 @@ def write(folder: Path, blocks: int = 6) -> None:
             norm_num_groups=4,
             time_embedding_dim=1280,  # what VSD hard-codes for its camera embedding
             layers_per_block=1,
-            down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+            # Attention at the lower resolution, for speed.
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+            up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
             cross_attention_dim=32,
             attention_head_dim=2,
             sample_size=8,

@@ -359,8 +359,9 @@ def test_each_artefact_by_itself(
     out = tmp_path / "out"
     out.mkdir()
     (out / "part-mesh.obj").symlink_to("/dev/full")
-    system = build(load(finished / "config.yaml"))
+    system = build(load(finished / "config.yaml", ["quality.clip=/nowhere"]))
     y = checkpoint.load(finished / "ckpts").y
+    y["geometry.grid"] = torch.full_like(y["geometry.grid"], 9.0)  # all is full
     report = artefacts.write(out, system, y)
     assert {path.name for path in out.iterdir()} == {
         "mesh.glb",
@@ -371,6 +372,9 @@ def test_each_artefact_by_itself(
     assert f"`{out / 'mesh.obj'}` cannot be written: No space left" in report["mesh"]
     assert "Free some space" in report["mesh"]
     assert report["quality"]["psnr"] > 0
+    unused, collapsed = report["notes"]
+    assert "`quality.clip` was not used: the ground truth" in unused
+    assert collapsed.startswith("Collapsed, or not there yet")
     assert report["mesh_quality"]["bodies"] == 1
     said = "\n".join(system.summary(report))
     assert "Turntable failed: videos need ffmpeg" in said

@@ -27,7 +27,7 @@ from dreampropeller.attributes import Attributes
 from dreampropeller.buffers import buffer_drift, updated_buffers
 from dreampropeller.dispatch.process_group import local_device
 from dreampropeller.guard import Guard
-from dreampropeller.host import steady
+from dreampropeller.host import refuse_views, steady
 from dreampropeller.lending import lent
 from dreampropeller.optimizers import dense
 from dreampropeller.precision import Precision
@@ -253,8 +253,7 @@ class Host:
         """Set up the module in Lightning's order, up to the first step."""
         self.refuse(module)
         self.module, self.settings = module, settings
-        device = settings.device
-        self.device = local_device() if device is None else torch.device(device)
+        self.device = torch.device(settings.device or local_device())
         self.random: Keyed = settings.random or StepRandom(settings.seed)
         self.precision = Precision(str(settings.precision), self.device)
         self._logged: dict[str, Any] = {}
@@ -274,6 +273,7 @@ class Host:
             module.configure_model()
         self.attach()  # what `configure_model` added, too
         owned = {id(one) for one in self.configure()}
+        refuse_views(self.parameters, dict(module.named_buffers()))
         module.on_fit_start()
         module.on_train_start()
         module.zero_grad(set_to_none=True)

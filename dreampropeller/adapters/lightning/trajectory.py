@@ -19,6 +19,7 @@ import torch
 
 from dreampropeller.adapters.lightning import verification
 from dreampropeller.adapters.lightning.host import Host, Keyed, Settings
+from dreampropeller.adapters.lightning.leftovers import Leftovers
 from dreampropeller.host import names_of, steady
 from dreampropeller.identity import Fingerprint, plain, shape_of
 from dreampropeller.trajectory import Drift, Parents, Trajectory
@@ -147,8 +148,15 @@ class LightningTrajectory(Trajectory[Nest]):
         found = verification.check(self, step, y, carry, drift)
         if found is None:
             return None
-        self._repeats = Repeats(found.noise, self._cause)
+        last = self.num_steps - 1
+        leftovers = Leftovers(self.host, self._as_left, last, found.noise)
+        self._repeats = Repeats(found.noise, self._cause, leftovers.evaluate)
         return found.checked(whole=True)
+
+    def _as_left(self, step: int, y: State) -> State:
+        """A drift, with the attributes as the evaluation before has left them."""
+        with self.host.kept(y):
+            return copy_nest(self.probe(step, y, dict, restore=False)[0])
 
     def _cause(self) -> str:
         changed = self.host.attributes.changed()

@@ -251,6 +251,9 @@ def test_score_counts_what_was_seen() -> None:
     assert groups["trained pairs"] == {"prompts": 8, "object": 0.875, "colour": 1.0}
     assert groups["held-out pairs"] == {"prompts": 2, "object": 1.0, "colour": 1.0}
     assert report["mistakes"] == [["sphere", "cube", 1]]
+    few = evaluate.score(asked[:1], Classification(objects[:1], colours[:1]))
+    shown = json.loads(json.dumps(few, allow_nan=False))  # NaN is no JSON
+    assert shown["groups"]["held-out pairs"]["object"] is None
 
 
 class _Oracle(classifier.Classifier):
@@ -292,7 +295,13 @@ def test_truths_are_measured_as_perfect() -> None:
     seen = measure.cameras(asked, images, classifier)
     assert seen["azimuth, median error in degrees"] == pytest.approx(10, abs=0.01)
     assert seen["azimuth within 30 degrees"] == 1
-    assert seen["mask IoU, mean"] > 0.93
+    overlap = seen["mask IoU, mean"]
+    assert overlap is not None
+    assert overlap > 0.93
+    round_ones = [i for i, q in enumerate(asked) if not _front(q)]
+    few = [asked[i] for i in round_ones]
+    nothing = measure.cameras(few, images[round_ones], classifier)
+    assert nothing == {"samples": 0, **dict.fromkeys([*seen][1:])}
 
 
 def test_figures_of_new_views_compare_with_the_copy() -> None:
