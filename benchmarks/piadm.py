@@ -13,7 +13,7 @@ import argparse
 import json
 import math
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -32,9 +32,16 @@ def target(dim: int) -> GaussianMixtureScore:
 
 
 def measure(
-    dim: int, kind: Literal["sde", "ode"], tolerance: float, samples: int
+    dim: int,
+    kind: Literal["sde", "ode"],
+    tolerance: float,
+    samples: int,
+    guess: int = 1,
 ) -> dict[str, str | int | float]:
-    """Depth, rounds, calls and states in memory, and the sequential steps."""
+    """Depth, rounds, calls and the sequential steps.
+
+    The depth is sought from `guess` on, downwards if that is enough.
+    """
     step = min(1.0, 2 / dim if kind == "sde" else 1 / math.sqrt(dim))
     grid = Grid(horizon=math.log(dim / 0.1) + 2, step=step, stop=1e-2)
     source = torch.Generator().manual_seed(0)
@@ -44,22 +51,33 @@ def measure(
     ends = [0, *trajectory.boundaries]
     longest = int(np.diff(ends).max())
     exact = piadm(score, start, grid, kind, form="sequential").value["x"]
-    for depth in range(1, longest + 1):
+    found: dict[int, tuple[Any, float]] = {}
+
+    def enough(depth: int) -> bool:
         end = piadm(score, start, grid, kind, depth=depth)
-        error = float((end.value["x"] - exact).square().mean())
-        if error <= tolerance:
-            return {
-                "kind": kind,
-                "dim": dim,
-                "blocks": len(trajectory.boundaries),
-                "steps_per_block": longest,
-                "depth": depth,
-                "rounds": end.stats.num_iterations,
-                "calls": end.stats.num_evaluations,
-                "sequential": trajectory.num_steps,
-                "error": error,
-            }
-    raise AssertionError("the full depth is exact")
+        found[depth] = end.stats, float((end.value["x"] - exact).square().mean())
+        return found[depth][1] <= tolerance
+
+    depth = min(guess, longest)
+    if enough(depth):
+        while depth > 1 and enough(depth - 1):
+            depth -= 1
+    else:
+        depth += 1
+        while not enough(depth):  # the full depth is exact
+            depth += 1
+    stats, error = found[depth]
+    return {
+        "kind": kind,
+        "dim": dim,
+        "blocks": len(trajectory.boundaries),
+        "steps_per_block": longest,
+        "depth": depth,
+        "rounds": stats.num_iterations,
+        "calls": stats.num_evaluations,
+        "sequential": trajectory.num_steps,
+        "error": error,
+    }
 
 
 def fit(rows: list[dict[str, float]]) -> dict[str, str | int | float]:
@@ -87,17 +105,34 @@ def main() -> None:
     parser.add_argument("--to", type=Path)
     args = parser.parse_args()
     torch.set_num_threads(1)
+    known = read(args.to)
     for kind in args.kinds:
-        rows = []
+        rows: list[Any] = []
         for dim in args.dims:
-            rows.append(measure(dim, kind, args.tolerance, args.samples))
+            old = [row for row in known if (row["kind"], row.get("dim")) == (kind, dim)]
+            guess = rows[-1]["depth"] if rows else 1
+            rows += old[-1:] or [
+                measure(dim, kind, args.tolerance, args.samples, guess)
+            ]
             print(rows[-1], flush=True)
-        lines = [*rows, {"kind": kind, **fit(rows)}]
-        print(lines[-1], flush=True)
-        if args.to is not None:
-            args.to.parent.mkdir(parents=True, exist_ok=True)
-            with args.to.open("a") as file:
-                file.writelines(json.dumps(line) + "\n" for line in lines)
+            if not old:
+                write(args.to, rows[-1])
+        print({"kind": kind, **fit(rows)}, flush=True)
+
+
+def read(log: Path | None) -> list[Any]:
+    """The rows of a log; a benchmark continues where it ends."""
+    if log is None or not log.exists():
+        return []
+    return [json.loads(line) for line in log.read_text("utf-8").splitlines()]
+
+
+def write(log: Path | None, row: dict[str, Any]) -> None:
+    """Append a row."""
+    if log is not None:
+        log.parent.mkdir(parents=True, exist_ok=True)
+        with log.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
 
 
 if __name__ == "__main__":

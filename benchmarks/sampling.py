@@ -7,6 +7,8 @@ Diffusion pipeline (one-block autoencoder, latents compared), with
   window and tolerance, all as batched calls;
 - DPM-Solver++, against its sequential run;
 - windows × tolerances × forms × {plain, Anderson acceleration};
+- rounds at equal error: wider windows, Anderson and guesses
+  from the clean image; and `Speculative`, whose samples have the sequential law;
 - 64 prompts, classified by the toybox classifier.
 
 Every run is a line of the log, `runs.jsonl` in the folder `--to`; an interrupted
@@ -43,7 +45,7 @@ from torch import Tensor
 
 import dreampropeller as dp
 from benchmarks import runs
-from dreampropeller.adapters.diffusers import sample
+from dreampropeller.adapters.diffusers import CleanImage, Speculative, sample
 from systems.toybox import classifier
 from systems.toybox import pipeline as toybox
 from systems.toybox.evaluate import prompts
@@ -52,6 +54,8 @@ from systems.toybox.objects import COLOURS, OBJECTS
 PROMPT = "a blue mug, side view"
 GUIDANCE_SCALE = 3.0
 ANDERSON = " + Anderson"
+CLEAN = " + clean image"
+SPECULATIVE = "speculative"
 METHODS = tuple(
     form + how for how in ("", ANDERSON) for form in ("published", "semi-linear")
 )
@@ -136,12 +140,20 @@ class Bench:
             if iteration.begin == 0:  # before it, the pipeline's own call is recorded
                 del state, self.calls[:-1]
 
+        method = job["method"]
+        if method == SPECULATIVE:
+            how: dict[str, Any] = {"solver": Speculative(job["window"])}
+        else:
+            how = {
+                "window": job["window"],
+                "tolerance": job["tolerance"],
+                "form": method.split(" + ")[0],
+                "acceleration": dp.Anderson() if ANDERSON in method else None,
+                "predictor": CleanImage() if CLEAN in method else None,
+            }
         return sample(
             whole,
-            window=job["window"],
-            tolerance=job["tolerance"],
-            form=job["method"].removesuffix(ANDERSON),
-            acceleration=dp.Anderson() if job["method"].endswith(ANDERSON) else None,
+            **how,
             dispatcher=dp.BatchedDispatcher,
             on_iteration=forget,
             **self.arguments(job),
@@ -187,6 +199,8 @@ def jobs() -> Iterator[Job]:
     yield from classified(0, 32)
     yield from grid()
     yield from against_published(0, ("ddpm-1000",))
+    yield from equal_error("ddim-50", DDIM_50)
+    yield from equal_error("ddpm-1000", DDPM_1000)
     yield from classified(32, 64)
     for samplers in (("ddim-100", "ddpm-100"), ("ddpm-1000",)):
         for seed in (1, 2):
@@ -202,6 +216,39 @@ def against_published(seed: int, samplers: Sequence[str]) -> Iterator[Job]:
         yield {**one, "method": "sequential", "window": 1, "tolerance": 0.0}
         for method in ("diffusers", "semi-linear", "published", METHODS[-1]):
             yield {**one, "method": method, "window": window, "tolerance": 0.1}
+
+
+DDPM_1000: tuple[tuple[str, int, float], ...] = (
+    ("semi-linear" + CLEAN, 64, 0.1),
+    ("semi-linear" + CLEAN + ANDERSON, 128, 0.1),
+    ("published", 64, 1.0),
+    (SPECULATIVE, 32, 0.0),
+    ("semi-linear" + CLEAN + ANDERSON, 256, 0.1),
+    (SPECULATIVE, 64, 0.0),
+    (SPECULATIVE, 16, 0.0),
+)
+DDIM_50: tuple[tuple[str, int, float], ...] = tuple(
+    (method, window, tolerance)
+    for method, window in (
+        ("published", 8),
+        ("semi-linear", 8),
+        ("published", 16),
+        ("semi-linear" + ANDERSON, 16),
+        ("semi-linear" + ANDERSON, 50),
+    )
+    for tolerance in (0.03, 0.1)
+)
+"""Method, window, tolerance; 50 is all steps at once."""
+
+
+def equal_error(sampler: str, runs: Iterable[tuple[str, int, float]]) -> Iterator[Job]:
+    """Fewest rounds for an error: a red mushroom, for DDIM three seeds."""
+    for seed in range(3 if sampler == "ddim-50" else 1):
+        one: Job = {"part": "rounds", "sampler": sampler, "seed": seed}
+        one |= {"prompt": "a red mushroom"}
+        yield {**one, "method": "sequential", "window": 1, "tolerance": 0.0}
+        for method, window, tolerance in runs:
+            yield {**one, "method": method, "window": window, "tolerance": tolerance}
 
 
 def multistep() -> Iterator[Job]:
@@ -380,7 +427,9 @@ def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     runs.add_places(parser, "sampling")
-    parser.add_argument("--parts", nargs="*", help="published multistep grid prompts")
+    parser.add_argument(
+        "--parts", nargs="*", help="published multistep grid rounds prompts"
+    )
     parser.add_argument("--hours", type=float, default=2.0)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
@@ -389,7 +438,7 @@ def main() -> None:
     log.parent.mkdir(parents=True, exist_ok=True)
     work(log, wanted, arguments.hours)
     entries = read(log)
-    for part in ("published", "multistep"):
+    for part in ("published", "multistep", "rounds"):
         print(f"{part}\n\n{table(entries, part)}\n")
     print(f"grid: iterations / error\n\n{crossed(entries)}\n")
     print(agreement(entries))

@@ -219,6 +219,26 @@ def test_depth_grows_much_slower_than_the_steps_of_a_block(kind: Kind) -> None:
     assert many / few < (long / short) ** 0.75
 
 
+@pytest.mark.parametrize("kind", ["sde", "ode"])
+def test_errors_fall_faster_with_every_iteration_and_long_blocks_need_more(
+    kind: Kind,
+) -> None:
+    """As (L h)^k / k!: the reason for blocks of length O(1)."""
+    start, score = noise(4, 4), two(4)
+
+    def errors(block: float, depths: tuple[int, ...]) -> list[float]:
+        grid = Grid(horizon=2.5, step=0.1, block=block, stop=0.5)
+        exact = piadm(score, start, grid, kind, form="sequential").value["x"]
+        ends = [piadm(score, start, grid, kind, depth=depth) for depth in depths]
+        return [float((end.value["x"] - exact).square().mean()) for end in ends]
+
+    logs = [math.log(error) for error in errors(2.0, (1, 3, 5, 7))]
+    gains = [a - b for a, b in itertools.pairwise(logs)]
+    assert gains == sorted(gains)  # concave
+    short, middle, long = (errors(block, (3,))[0] for block in (0.5, 1.0, 2.0))
+    assert short < middle / 3 < long / 9
+
+
 def test_denoiser_score_is_that_of_the_predicted_noise() -> None:
     alphas = torch.linspace(0.999, 0.01, 50).double()
     mixture = two(2)

@@ -100,11 +100,14 @@ def subcluster_pass(
 
     `shared["halves"]` holds the two sub-components of every cluster, one `Params` for
     the left ones and one for the right; `best` takes the likeliest label instead.
+    For every pair of clusters in `shared["pairs"]`, `pair_q` is the log probability
+    that their two components alone divide the points of both as the labels do.
     """
     logits = weighted(
         family, block, shared["params"], shared["log_weights"], points["group"]
     )
     key, size = (shared["seed"], shared["sweep"]), logits.shape[1]
+    kept = logits.clone() if shared["pairs"] else logits  # `choose` overwrites it
     if shared["best"]:
         labels = logits.argmax(0).cpu()
     else:
@@ -129,8 +132,22 @@ def subcluster_pass(
         "label": labels,
         "sub": sub,
         "log_q": log_q,
+        "pair_q": _divisions(kept, order, [0, *ends], shared["pairs"]),
         "statistics": family.statistics(block, 2 * labels + sub, num),
     }
+
+
+def _divisions(
+    logits: Tensor, order: Tensor, ends: list[int], pairs: list[tuple[int, int]]
+) -> Tensor:
+    """Log probability of the present division of each pair's points, ``(pairs,)``."""
+    found = torch.zeros(len(pairs), dtype=torch.float64)
+    for at, pair in enumerate(pairs):
+        for side, k in enumerate(pair):
+            own = order[ends[k] : ends[k + 1]].to(logits.device)
+            apart = logits[pair[1 - side], own] - logits[k, own]
+            found[at] -= torch.nn.functional.softplus(apart.double()).sum().cpu()
+    return found
 
 
 def side_pass(

@@ -9,13 +9,11 @@ $$H = \frac{p(z')}{p(z)} \frac{f(X_l) f(X_r)}{f(X)\, q}, \qquad \text{for the Di
 
 where $q$ is the probability of the sub-labels drawn. The published code leaves $q$ out,
 and so never cuts a set that looks like one broad Gaussian (50 overlapping clusters in
-two dimensions: 1 found). Two clusters merge with $1/H$ in which $q$ is the probability
-that a *random* division finds them, as published,
-
-$$q = \frac{\Gamma(\alpha)}{\Gamma(\alpha + n)}
-  \frac{\Gamma(n_b + \alpha/2)\, \Gamma(n_c + \alpha/2)}{\Gamma(\alpha/2)^2},$$
-
-or 1 where one cluster has at most a fiftieth of the other's points.
+two dimensions: 1 found). Two clusters merge with $1/H$ at their labels, in which $q$ is
+the probability that their two components, drawn in this sweep, divide their points so.
+As $f(X_l) f(X_r)\, p(z') / q$ estimates the evidence of two components, both moves
+compare it with that of one. The published merge takes the probability of a *random*
+division for $q$, and so never joins two halves of a Gaussian.
 
 All clusters propose in the same sweep, and a cluster that loses its points is deleted.
 This mixes fast and **does not leave the posterior invariant**: `ExactChain` does.
@@ -35,7 +33,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy.special import betaln
 from torch import Tensor
 
 from dreampropeller.mixtures.blocks import Blocks
@@ -72,6 +69,7 @@ class SubclusterChain(Chain):
         self.tries = np.zeros(self.num_clusters, int)
         self.since = np.zeros(self.num_clusters, int)  # sweeps since the last move
         self.log_q = [0.0] * self.num_clusters
+        self.pair_q: dict[tuple[int, int], float] = {}  # of the pairs that may merge
         self.moved = 0  # the last sweep in which a split or merge was accepted
 
     def statistics(self) -> Statistics:
@@ -84,7 +82,7 @@ class SubclusterChain(Chain):
         rng = self.rng("sweep")
         self.prior.resample(self.counts(), rng)
         self.family.resample(self.statistics(), rng)
-        self._assign(rng, best)
+        self._assign(rng, moves, best)
         self._remove_empty()
         if moves:
             before = self.num_clusters
@@ -96,8 +94,9 @@ class SubclusterChain(Chain):
                 self.moved = self.sweeps + 1
         self.record()
 
-    def _assign(self, rng: np.random.Generator, best: bool) -> None:
+    def _assign(self, rng: np.random.Generator, moves: bool, best: bool) -> None:
         whole = self.statistics()
+        pairs = self._pairs(whole) if moves else []
         log_weights = self.prior.log_weights(self.counts(), rng)
         params = self.family.draw(whole, rng)
         halves, log_halves = self._halves(whole, rng)
@@ -108,6 +107,7 @@ class SubclusterChain(Chain):
             log_weights=log_weights,
             halves=halves,
             log_halves=log_halves,
+            pairs=pairs,
             best=best,
         )
         self.labels = torch.cat([result["label"] for result in found])
@@ -115,6 +115,8 @@ class SubclusterChain(Chain):
         self.sums = total([result["statistics"] for result in found])
         log_q = total([{"log_q": result["log_q"]} for result in found])["log_q"]
         self.log_q = log_q.tolist()
+        pair_q = total([{"pair_q": result["pair_q"]} for result in found])["pair_q"]
+        self.pair_q = dict(zip(pairs, pair_q.tolist(), strict=True))
         self.age += 1
         self.since += 1
 
@@ -151,38 +153,63 @@ class SubclusterChain(Chain):
         self.labels = to[self.labels]
         self.sums = take(self.sums, torch.stack([2 * keep, 2 * keep + 1], 1).ravel())
         self.log_q = [self.log_q[k] for k in keep.tolist()]
+        self.pair_q = {
+            (int(to[a]), int(to[b])): value
+            for (a, b), value in self.pair_q.items()
+            if sizes[a] > 0 and sizes[b] > 0
+        }
         for name in _PER_CLUSTER:
             setattr(self, name, getattr(self, name)[keep.numpy()])
         self.num_clusters = len(keep)
         self.prior.remove(keep.tolist())
 
+    def _pairs(self, whole: Statistics) -> list[tuple[int, int]]:
+        """The pairs that would merge if their division were certain ($q = 1$)."""
+        ready = np.flatnonzero(self.since + 1 >= SETTLE)
+        if len(ready) < 2:
+            return []
+        first, second = (ready[side] for side in np.triu_indices(len(ready), 1))
+        odds = self._merge_odds(whole, self.counts(), first, second)
+        close = odds > 0
+        return list(zip(first[close].tolist(), second[close].tolist(), strict=True))
+
+    def _merge_odds(
+        self,
+        whole: Statistics,
+        cells: np.ndarray,
+        first: np.ndarray,
+        second: np.ndarray,
+    ) -> np.ndarray:
+        r"""$\ln (1/H)$ of merging pairs, with $q = 1$, shape ``(pairs,)``."""
+        f = self.family.log_marginal(whole).numpy()
+        gain = _marginal_of_unions(self, whole, first, second) - f[first] - f[second]
+        prior = [
+            self.prior.merge_ratio(a, b, cells[:, a], cells[:, b])
+            for a, b in zip(first.tolist(), second.tolist(), strict=True)
+        ]
+        return gain - prior
+
     def _merges(
         self, counts: np.ndarray, rng: np.random.Generator
     ) -> list[tuple[int, int]]:
         """The pairs that merge; a cluster is in at most one."""
-        ready = np.flatnonzero(self.since >= SETTLE)
-        if len(ready) < 2:
+        if not self.pair_q:
             return []
-        first, second = (ready[side] for side in np.triu_indices(len(ready), 1))
-        whole = self.statistics()
-        f = self.family.log_marginal(whole).numpy()
-        union = _marginal_of_unions(self, whole, first, second)
-        gain = union - f[first] - f[second]
-        chance = np.log(1 - rng.random(len(first)))
+        first, second = np.array(list(self.pair_q)).T
         cells = counts.reshape(self.groups, -1, 2).sum(2)
+        odds = self._merge_odds(self.statistics(), cells, first, second)
+        odds = odds + np.array(list(self.pair_q.values()))
+        chance = np.log(1 - rng.random(len(first)))
         sizes = cells.sum(0).tolist()
         joined: list[tuple[int, int]] = []
         hosts: set[int] = set()
         used: set[int] = set()
-        for at in np.argsort(-gain):
+        for at in np.argsort(-odds):
             a, b = int(first[at]), int(second[at])
-            ratio = gain[at] - self.prior.merge_ratio(a, b, cells[:, a], cells[:, b])
             if sizes[a] < sizes[b]:
                 a, b = b, a
             tiny = sizes[b] <= TINY * sizes[a]
-            if not tiny:
-                ratio += _log_random_division(sizes[a], sizes[b], self.prior.mass)
-            if chance[at] >= ratio or used & {a, b}:
+            if not chance[at] < odds[at] or used & {a, b}:  # NaN must not pass
                 continue
             if b in hosts or (a in hosts and not tiny):
                 continue
@@ -299,9 +326,3 @@ def _marginal_of_unions(
         pair = add(take(whole, one), take(whole, two))
         found.append(chain.family.log_marginal(pair).numpy())
     return np.concatenate(found)
-
-
-def _log_random_division(left: int, right: int, mass: float) -> float:
-    """Probability of a division by a Dirichlet–multinomial of mass/2 and mass/2."""
-    whole = betaln(left + mass / 2, right + mass / 2) - betaln(mass / 2, mass / 2)
-    return float(whole)

@@ -20,7 +20,7 @@ from dreampropeller.mixtures.priors import (
     HierarchicalDirichletProcess,
     PartitionPrior,
 )
-from dreampropeller.mixtures.subclusters import SubclusterChain
+from dreampropeller.mixtures.subclusters import SETTLE, SubclusterChain
 from tests.rank_pool import RankPool
 
 METHODS = ["subcluster", "exact"]
@@ -141,8 +141,21 @@ def test_known_clusters_are_found_from_one_and_from_thirty(
 ) -> None:
     x, truth = gaussians(10_000, dim, 10)
     found = DPMixture(n_sweeps=100, init_components=start).fit(x)
-    # From thirty, some Gaussians may stay in two parts for long.
-    assert nmi(truth, found.labels_) > (0.98 if start == 1 else 0.95)
+    assert nmi(truth, found.labels_) > 0.98
+    assert found.n_components_ == 10
+
+
+def test_halves_of_a_gaussian_merge_and_two_gaussians_do_not() -> None:
+    x = np.random.default_rng(0).normal(size=(1000, 2))
+    coin = np.arange(1000) % 2
+    halves, both = x[:, 0] > 0, x + 6 * coin[:, None]
+    for points, labels, expected in ((x, halves, 1), (both, coin == 1, 2)):
+        blocks = Blocks(NIW().resolve(points), points)
+        group, start = torch.zeros(1000).long(), torch.from_numpy(labels)
+        chain = SubclusterChain(blocks, DirichletProcess(1.0), group, 0, start)
+        for _ in range(SETTLE + 4):
+            chain.sweep()
+        assert chain.num_clusters == expected
 
 
 def test_exact_finds_few_clusters_too() -> None:

@@ -104,7 +104,7 @@ def test_density_integrates_to_one() -> None:
 
 
 def test_sampled_points_have_the_density_of_the_fit() -> None:
-    model = DPMixture(n_sweeps=40).fit(X)
+    model = DPMixture(n_sweeps=30).fit(X)
     drawn, labels = model.sample(2000)
     common = [k for k in range(model.n_components_) if (model.labels_ == k).sum() > 5]
     assert len(common) == 2

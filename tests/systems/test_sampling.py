@@ -13,6 +13,7 @@ from PIL import Image
 
 import dreampropeller as dp
 import launch
+from dreampropeller.adapters.diffusers import sample, solver_for
 from systems.sampling import ACCEPTED, EMPTY, TRIED, Strip
 from systems.toybox import pipeline as toybox
 from tests.rank_pool import RankPool
@@ -58,6 +59,54 @@ def test_a_prompt_becomes_a_picture_a_strip_and_figures(
     width = pixels(folder / "strip.png").shape[1]
     assert width == 5 * 34  # four steps and the sample
     assert (folder / "config.yaml").exists()
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["piadm-ode", "speculative", pytest.param("piadm-sde", marks=pytest.mark.long)],
+)
+def test_the_solvers_of_samplers_draw(tmp_path: Path, name: str) -> None:
+    """Two blocks of two steps at full depth are the sequential sample."""
+    scheduler = "ddim" if name == "piadm-ode" else "ddpm"
+    settings = [f"system.sampler.scheduler={scheduler}", "solver.window.size=2"]
+    own = [f"solver.name={name}", *settings]
+    if name == "speculative":
+        assert draw(tmp_path, *own) == 0
+        assert sum(made(tmp_path)[1]["strides"]) == 4
+        return
+    assert draw(tmp_path / "blocks", *own, "solver.depth=2") == 0
+    assert draw(tmp_path / "exact", *settings, "solver.threshold.value=0") == 0
+    (blocks, report), (exact, _) = made(tmp_path / "blocks"), made(tmp_path / "exact")
+    assert torch.equal(*(pixels(at / "sample.png") for at in (blocks, exact)))
+    assert report["strides"] == [0, 2, 0, 2]
+
+
+@pytest.mark.long
+def test_a_sliding_window_is_closer_than_blocks_at_fewer_evaluations() -> None:
+    """DDIM-20: blocks of ten steps, iterated four times; they take fewer rounds."""
+    prior = toybox.load()
+    prior.set_progress_bar_config(disable=True)
+
+    def drawn(solver: dp.Solver) -> tuple[torch.Tensor, dp.Stats]:
+        found: list[Any] = []
+        images = sample(
+            prior,
+            "a blue mug",
+            num_inference_steps=20,
+            solver=solver,
+            generator=torch.Generator().manual_seed(0),
+            on_solution=found.append,
+            check=False,
+            output_type="pt",
+        ).images
+        return images, found[0].stats
+
+    exact, _ = drawn(dp.Sequential())
+    block, given = drawn(dp.PicardSolver(dp.BlockWindow(10, 4), dp.FixedThreshold(0)))
+    slid, taken = drawn(solver_for(10, 0.03))
+    assert taken.num_evaluations < given.num_evaluations == 80
+    assert taken.num_iterations > given.num_iterations == 8
+    assert (slid - exact).square().mean() < (block - exact).square().mean()
 
 
 def test_two_ranks_draw_the_same(tmp_path: Path, two_ranks: RankPool) -> None:

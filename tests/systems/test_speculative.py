@@ -80,11 +80,12 @@ def trajectory(made: Any, count: int, seed: int, **settings: Any) -> SamplingTra
 
 def energy_distance(a: Tensor, b: Tensor) -> float:
     """2 E|A − B| − E|A − A'| − E|B − B'|, zero for equal laws."""
-    return float(
-        2 * torch.cdist(a, b).mean()
-        - torch.cdist(a, a).mean()
-        - torch.cdist(b, b).mean()
-    )
+    return 2 * mean_distance(a, b) - mean_distance(a, a) - mean_distance(b, b)
+
+
+def mean_distance(a: Tensor, b: Tensor) -> float:
+    rows = [torch.cdist(part, b).double().sum() for part in a.split(1000)]
+    return float(torch.stack(rows).sum() / len(a) / len(b))
 
 
 def drawn(runs: int, count: int, solver: Any) -> tuple[Tensor, float]:
@@ -110,6 +111,20 @@ def test_the_law_is_that_of_the_sequential_sampler(
     monkeypatch.setattr(Transitions, "uniforms", zeros)  # ln 0: every draft passes
     wrong, _ = drawn(20, 50, Speculative(6))
     assert energy_distance(wrong, expected) > 0.02
+
+
+@pytest.mark.long
+def test_ten_thousand_samples_have_the_law() -> None:
+    """The figure of `docs/sampling.md`, beside that of another sequential sample."""
+    expected, other = drawn(1, 20_000, Sequential())[0].split(10_000)
+    found, stride = drawn(200, 50, Speculative(6))
+    chance = energy_distance(other, expected)
+    distance = energy_distance(found, expected)
+    print(
+        f"energy distance {distance:.1e}, {chance:.1e} by chance, stride {stride:.2f}"
+    )
+    assert stride > 1.05
+    assert distance < 3 * chance + 1e-4
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
