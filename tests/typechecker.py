@@ -11,8 +11,10 @@ beartype_package(
     conf=BeartypeConf(
         is_pep484_tower=True,
         claw_is_pep526=False,
-        # They name types that are imported for the static checker alone.
+        # They name types that are imported for the static checker alone, or stand in
+        # for a U-Net's `forward` and do not return what it does.
         claw_skip_package_names=(
+            "dreampropeller.adapters.diffusers.loop",
             "dreampropeller.adapters.lightning.verification",
             "dreampropeller.dispatch.ray",
             "dreampropeller.verification",
