@@ -103,6 +103,7 @@ def _accelerators(met: Counters) -> list[tuple[str, int]]:
         (path, getattr(one, "gradient_accumulation_steps", 1))
         for path, one in met.others.items()
         if type(one).__name__ == "Accelerator"
+        and type(one).__module__.split(".")[0] == "accelerate"
     ]
 
 

@@ -46,8 +46,8 @@ class ModuleHost:
         left: Names and a record of those kept last.
 
     Raises:
-        ValueError: No parameter requires gradients, or one has no shape yet, or a
-            buffer is a view of one.
+        ValueError: No parameter requires gradients, or one or a buffer has no
+            shape yet, or a buffer is a view of one.
     """
 
     watch: Callable[[list[str]], bool] | None = None
@@ -56,10 +56,12 @@ class ModuleHost:
     def __init__(self, module: nn.Module, ignore: Collection[str] = ()) -> None:
         self.module, self.ignore = module, names_of(ignore)
         named = dict(module.named_parameters())
-        lazy = [n for n, p in named.items() if nn.parameter.is_lazy(p)]
+        tensors = {**named, **self.buffers()}
+        lazy = [n for n, one in tensors.items() if nn.parameter.is_lazy(one)]
         if lazy:
+            kind = "Parameter" if lazy[0] in named else "Buffer"
             raise ValueError(
-                f"Parameter `{lazy[0]}` has no shape yet: call the module once, as "
+                f"{kind} `{lazy[0]}` has no shape yet: call the module once, as "
                 "before an optimizer is made."
             )
         self.parameters = {n: p for n, p in named.items() if p.requires_grad}

@@ -11,6 +11,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
+import torch
+
 from dreampropeller.attributes import Attributes
 from dreampropeller.host import ModuleHost
 from dreampropeller.reachable import Reachable
@@ -66,7 +68,7 @@ def require_unread(
     """
     try:
         again = other()
-    except NotReproducible:
+    except (NotReproducible, torch.OutOfMemoryError):
         raise
     except Exception:  # which is a difference, too
         again = {}
@@ -150,6 +152,8 @@ class Leftovers:
         with self._captured.as_recorded():
             try:
                 alone = copy_nest(drift(step, y)[0])
+            except torch.OutOfMemoryError:
+                raise
             except Exception:  # it needs what is left
                 alone = {}
         return lambda: alone, changed

@@ -11,7 +11,7 @@ import abc
 import contextlib
 import functools
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Set
 from typing import Any
 
 from torch import Tensor, nn
@@ -40,6 +40,7 @@ class Reachable:
         self._tensors: list[tuple[str, Tensor, int]] = []
         self._iterators: list[str] = []
         self._objects: dict[str, object] = {}
+        self._members: set[tuple[int, str]] = set()
         self._walk(function, 0)
         self._attributes = self._attributes_now()
 
@@ -108,25 +109,25 @@ class Reachable:
         cells = zip(
             function.__code__.co_freevars, function.__closure__ or (), strict=True
         )
-        for name, cell in cells:
-            self._visit(name, _Cell(cell), depth)
         names = {*global_names(function.__code__)}
+        for name, cell in cells:
+            self._visit(name, _Cell(cell), depth, names)
         for name in sorted(names & function.__globals__.keys()):
-            value = function.__globals__[name]
-            if not isinstance(value, types.ModuleType):
-                self._visit(name, _Key(function.__globals__, name), depth)
-            elif not is_library(value.__name__):
-                for inner in sorted(names & vars(value).keys()):
-                    self._visit(f"{name}.{inner}", _Key(vars(value), inner), depth)
+            self._visit(name, _Key(function.__globals__, name), depth, names)
         for number, value in enumerate(function.__defaults__ or ()):
             self._visit(f"default {number}", _Fixed(value), depth)
 
-    def _visit(self, name: str, place: _Place, depth: int) -> None:
+    def _visit(
+        self, name: str, place: _Place, depth: int, names: Set[str] = frozenset()
+    ) -> None:
         try:
             value = place.get()
         except ValueError:  # an empty cell
             return
-        if isinstance(value, (type, types.ModuleType)) or id(value) in self._seen:
+        if isinstance(value, (type, types.ModuleType)):
+            self._visit_members(name, value, depth, names)
+            return
+        if id(value) in self._seen:
             return
         if isinstance(value, (types.FunctionType, types.MethodType, functools.partial)):
             if getattr(value, "__module__", "").split(".")[0] != "torch":
@@ -153,6 +154,23 @@ class Reachable:
                 for inner, tensor in vars(value).items()
                 if isinstance(tensor, Tensor) and id(tensor) not in self._seen
             ]
+
+    def _visit_members(
+        self, path: str, owner: type | types.ModuleType, depth: int, names: Set[str]
+    ) -> None:
+        """What the code names of a user's module, and the values of a class."""
+        is_class = isinstance(owner, type)
+        if depth > _DEPTH or is_library(
+            owner.__module__ if is_class else owner.__name__
+        ):
+            return
+        for name in sorted(names & vars(owner).keys()):
+            if is_class and hasattr(vars(owner)[name], "__get__"):
+                continue  # a method or a property
+            if (id(owner), name) not in self._members:
+                self._members.add((id(owner), name))
+                place = _Member(owner, name)
+                self._visit(f"{path}.{name}", place, depth + 1, names)
 
     def _record_module(self, name: str, module: nn.Module) -> None:
         self._seen.add(id(module))
@@ -200,6 +218,17 @@ class _Key(_Place):
 
     def set(self, value: Any) -> None:
         self._table[self._key] = value
+
+
+class _Member(_Place):
+    def __init__(self, owner: type | types.ModuleType, name: str) -> None:
+        self._owner, self._name = owner, name
+
+    def get(self) -> Any:
+        return vars(self._owner)[self._name]
+
+    def set(self, value: Any) -> None:
+        setattr(self._owner, self._name, value)
 
 
 def _is_users(value: object) -> bool:

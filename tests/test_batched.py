@@ -62,6 +62,36 @@ def test_a_drift_without_a_batch_is_refused_with_a_reason() -> None:
             dp.solve(TOYS[name].make(), SOLVER, dp.BatchedDispatcher)
 
 
+class Narrow(Elementwise):
+    """A batch that fails where a step is not at its exact state, or always."""
+
+    def __init__(self, only_guesses: bool) -> None:
+        super().__init__()
+        self.only_guesses = only_guesses
+
+    def make_drift(self, device: torch.device) -> Any:
+        drift = super().make_drift(device)
+        exact, whole = TOYS["sde"].loop()[5]["x"], drift.batch
+
+        def batch(steps: Sequence[int], ys: Sequence[State]) -> Any:
+            for step, y in zip(steps, ys, strict=True):
+                off = not torch.allclose(y["x"], exact, rtol=1e-9)
+                if step == 5 and (off or not self.only_guesses):
+                    raise IndexError("out of range")
+            return whole(steps, ys)
+
+        drift.batch = batch
+        return drift
+
+
+def test_what_fails_at_a_guess_alone_cuts_the_window_of_a_batch() -> None:
+    solver = dp.PicardSolver(dp.SlidingWindow(4), dp.FixedThreshold(0))
+    found = dp.solve(Narrow(True), solver, dp.BatchedDispatcher, check=False)
+    torch.testing.assert_close(found.value["x"], TOYS["sde"].loop()[-1]["x"])
+    with pytest.raises(IndexError, match="out of range"):
+        dp.solve(Narrow(False), solver, dp.BatchedDispatcher, check=False)
+
+
 def test_a_batch_of_the_wrong_length_is_refused() -> None:
     class Short(Elementwise):
         def make_drift(self, device: torch.device) -> Any:

@@ -79,6 +79,21 @@ def setting_of_a_module() -> Loss:
     return loss
 
 
+class Phase:
+    weight = 1.0
+
+
+def setting_of_a_class() -> Loss:
+    Phase.weight = 1.0
+
+    def loss(step: int, module: nn.Module) -> Tensor:
+        if step == AT:
+            Phase.weight = 3.0
+        return error(step, module) * Phase.weight
+
+    return loss
+
+
 def weights_to_stay_near() -> Loss:
     anchor: list[Tensor] = []
 
@@ -129,6 +144,7 @@ def dropout_of_module(step: int, module: Any) -> Tensor:
         (nested_setting, r"config\.train\.weight"),
         (global_setting, "PHASE"),
         (setting_of_a_module, r"SETTINGS\.weight"),
+        (setting_of_a_class, r"Phase\.weight"),
         (weights_to_stay_near, "anchor"),
         (order_of_an_epoch, "orders"),
         (lambda: best_of_module, "best"),

@@ -192,6 +192,42 @@ def test_accumulation_of_accelerate_is_the_loops_or_is_refused() -> None:
         solved(accumulating(2))
 
 
+class Accelerator:
+    """No more than a name in common with that of `accelerate`."""
+
+    step = 0
+
+    def count(self) -> None:
+        self.step += 1
+
+
+def test_a_count_of_a_namesake_is_refused() -> None:
+    accelerator = Accelerator()
+
+    def loss(step: int, module: nn.Module) -> Tensor:
+        accelerator.count()
+        return error(step, module)
+
+    with pytest.raises(NotReproducible, match=r"accelerator\.step"):
+        solved(loss)
+
+
+class Waiting(nn.Module):
+    """A buffer gets its shape from the first call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net, self.norm = net(), nn.LazyBatchNorm1d(affine=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(self.norm(x))
+
+
+def test_a_buffer_without_a_shape_is_refused_by_name() -> None:
+    with pytest.raises(ValueError, match=r"Buffer `norm\.running_mean` has no shape"):
+        solved(error, Waiting())
+
+
 class Contrast(nn.Module):
     """A queue of keys with a place, as momentum contrast keeps it."""
 

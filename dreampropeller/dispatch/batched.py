@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from dreampropeller.dispatch.base import Dispatcher
+from dreampropeller.dispatch.guesses import OF_VALUES, is_of_values
 from dreampropeller.trajectory import Trajectory
 from dreampropeller.tree import Aux, State, all_finite
 from dreampropeller.verification import TOLERANCE, NotReproducible, deviation
@@ -31,10 +32,26 @@ class BatchedDispatcher(Dispatcher):
     def evaluate(
         self, steps: Sequence[int], ys: Sequence[State]
     ) -> list[tuple[State, Aux]]:
-        """Evaluate in one call; exceptions of the drift are not wrapped."""
+        """Evaluate in one call; exceptions of the drift are not wrapped.
+
+        Where a call fails, each step is evaluated in a call of its own, so that a guess
+        that makes it fail only cuts the window.
+        """
         drift = self.drift(ys[0])
         with self.timer.phase("drift"):
-            return self._batch(drift, steps, ys)
+            try:
+                return self._batch(drift, steps, ys)
+            except OF_VALUES as error:
+                if len(steps) == 1 or not is_of_values(error):
+                    raise
+
+            def alone(step: int, y: State) -> tuple[State, Aux]:
+                return self._batch(drift, [step], [y])[0]
+
+            return [
+                self._guesses.evaluate(alone, slot, step, y)
+                for slot, (step, y) in enumerate(zip(steps, ys, strict=True))
+            ]
 
     def verify(self, step: int, y: State) -> None:
         """Compare a batch of two steps with each by itself, up to `TOLERANCE`."""

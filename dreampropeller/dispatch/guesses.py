@@ -14,16 +14,19 @@ from dreampropeller.trajectory import Drift
 from dreampropeller.tree import Aux, State
 from dreampropeller.verification import NotReproducible
 
-_OF_VALUES = (AssertionError, IndexError, ValueError, RuntimeError)
+OF_VALUES = (AssertionError, IndexError, ValueError, RuntimeError)
 """Errors that the values of a state may cause; others end the solve at once."""
 _log = logging.getLogger(__name__)
 
 
 class Guesses:
-    """Evaluates the slots of windows; the first failure at a guess is logged."""
+    """Evaluates the slots of windows; failures at guesses are logged, ever more rarely.
+
+    A loop that fails at every guess advances one step at a time, which should be seen.
+    """
 
     def __init__(self) -> None:
-        self._has_told = False
+        self._times, self._next = 0, 1
 
     def evaluate(
         self, drift: Drift, slot: int, step: int, y: State
@@ -40,30 +43,36 @@ class Guesses:
         """
         try:
             return drift(step, y)
-        except (NotReproducible, torch.OutOfMemoryError):
-            raise
-        except _OF_VALUES as error:
-            bad = {n: one for n, one in y.items() if one.is_floating_point()}
-            if slot == 0 or not bad or _is_refusal(error):
+        except OF_VALUES as error:
+            bad = {  # an empty tensor cannot show that it is not finite
+                name: one
+                for name, one in y.items()
+                if one.is_floating_point() and one.numel()
+            }
+            if slot == 0 or not bad or not is_of_values(error):
                 raise
             self._tell(step, error)
         name = min(bad, key=lambda name: bad[name].numel())
         return {name: torch.full_like(bad[name], torch.nan)}, {}
 
     def _tell(self, step: int, error: Exception) -> None:
-        if not self._has_told:
-            self._has_told = True
+        self._times += 1
+        if self._times == self._next:
+            self._next *= 10
             _log.warning(
-                "Step %d failed at a guess (%s: %s), and its window is cut before it. "
-                "An error of the step itself ends the solve when it comes to it.",
-                *(step, type(error).__name__, error),
+                "Step %d failed at a guess (%s: %s), and its window is cut before it "
+                "(failures so far: %d). An error of the step itself ends the solve "
+                "when it comes to it.",
+                *(step, type(error).__name__, error, self._times),
             )
 
 
-def _is_refusal(error: Exception) -> bool:
-    """Whether the error was raised here, and not in the loss or a library."""
+def is_of_values(error: Exception) -> bool:
+    """Whether values may have caused an error of `OF_VALUES`, raised by others."""
+    if isinstance(error, (NotReproducible, torch.OutOfMemoryError)):
+        return False
     trace = error.__traceback__
     while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next
     where = "" if trace is None else trace.tb_frame.f_globals.get("__name__", "")
-    return where.startswith("dreampropeller.")
+    return not where.startswith("dreampropeller.")

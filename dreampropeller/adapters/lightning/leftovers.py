@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
+
 from dreampropeller.adapters.lightning.host import Host
 from dreampropeller.leftovers import Due, require_unread
 from dreampropeller.trajectory import Drift
@@ -44,6 +46,8 @@ class Leftovers:
             return drift(step, y)
         try:
             left = copy_nest(self._as_left(step, y))
+        except torch.OutOfMemoryError:
+            raise
         except Exception:  # which is a difference, too
             left = {}
         found, aux = drift(step, y)
