@@ -224,8 +224,9 @@ def main() -> None:
         keep(text(args.sweeps))
     else:
         grid = itertools.product(args.points, args.dims, args.clusters)
-        old = args.to is not None and args.to.exists()
-        known = [json.loads(line) for line in args.to.open()] if old else []
+        known = []
+        if args.to is not None and args.to.exists():
+            known = [json.loads(line) for line in args.to.open()]
         for n, dim, num in grid:
             for row in compare(n, dim, num, tuple(args.components), known):
                 keep([row])
