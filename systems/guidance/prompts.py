@@ -61,8 +61,9 @@ class PromptConfig:
             )
         if self.use_perp_neg and not self.view_dependent:
             raise ValueError(
-                "`use_perp_neg` sets views against each other, and the prompt names "
-                "none: write `view_dependent=true`, or leave it out."
+                "Perpendicular negative prompts (`use_perp_neg`, or "
+                "`perp-neg-guidance`) set views against each other, and the prompt "
+                "names none: write `view_dependent=true`, or leave them out."
             )
         between("overhead_threshold", self.overhead_threshold, 0, 90)
         between("front_threshold", self.front_threshold, 0, 180)
