@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import re
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 import launch
+from dreampropeller import measurement
 from dreampropeller.cost_model import Costs
+from systems.dreamfusion import DreamFusion
 from systems.runs import plan
 from systems.runs.plan import Measured
 from tests.systems.scenes import SMALL, TOYBOX, small
@@ -52,8 +55,23 @@ def test_a_plan_has_a_line_for_each_number_of_devices(
 def test_a_plan_measures_what_it_says(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Shards of two views, strides up to twice the window, and rendering."""
+    """Shards of two views, strides up to twice the window, and rendering.
+
+    The clock counts rendered views: seconds depend on what else the machine does.
+    """
     asked: list[int] = []
+    clock = 0.0
+    rendering = DreamFusion.rendering
+
+    def counted(self: Any, module: Any, views: Any, *rest: Any) -> Any:
+        nonlocal clock
+        clock += 0.01 * len(views.cameras)
+        return rendering(self, module, views, *rest)
+
+    monkeypatch.setattr(DreamFusion, "rendering", counted)
+    monkeypatch.setattr(
+        measurement, "time", SimpleNamespace(perf_counter=lambda: clock)
+    )
 
     def communication(num_bytes: int) -> tuple[float, float]:
         asked.append(num_bytes)
@@ -66,16 +84,14 @@ def test_a_plan_measures_what_it_says(
     before = trajectory.init()[0]
     found = plan.measure(system, trajectory)
     costs = found.costs
-    assert sorted(costs.drift) == [1, 2]
-    assert costs.drift[1] < 1.2 * costs.drift[2]
+    assert costs.drift == pytest.approx({1: 0.01, 2: 0.02})
     assert costs.strides[1] == 1.0
     assert max(costs.strides) == 16
     assert 1 <= costs.strides[16] <= 16
     assert costs.num_steps == 40
     assert asked == [costs.num_bytes]
     assert costs.num_bytes > 4 * sum(v.numel() for v in before.values()) / 2
-    assert found.render is not None
-    assert 0 < found.render < 2 * costs.drift[2]
+    assert found.render == pytest.approx(0.02)
     lines = "\n".join(plan._inputs(found))
     assert "1 of its views" in lines
     assert "rendering its images takes" in lines
