@@ -11,11 +11,12 @@ import re
 import signal
 import socket
 import subprocess
+import sys
 import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +79,9 @@ class Trial:
         words: Sequence[str] = (),
         faulty: dict[int, list[Fault]] | None = None,
         count: int = 1,
-        function: Callable[..., int] = faults.run,  # or `launched`, which takes all
+        function: Callable[
+            ..., int
+        ] = faults.run,  # others take the faults of all ranks
     ) -> list[Child]:
         """Start the ranks of a run; one rank is a run without ranks."""
         self.port = free_port()
@@ -93,7 +96,7 @@ class Trial:
                 Child(
                     function,
                     [*self.words, *words],
-                    plan if function is launched else plan.get(rank, []),
+                    plan.get(rank, []) if function is faults.run else plan,
                     output=self.folder / f"said-{len(self.children)}",
                     environ={**common, **environ},
                 )
@@ -511,6 +514,18 @@ def restarted(trial: Trial) -> None:
     trial.compare()
 
 
+def torchrun_restarts(trial: Trial) -> None:
+    """`torchrun --max-restarts=1 …` starts both ranks again after one was killed."""
+    trial.words.append(f"--log-dir={trial.folder / 'logs'}")  # else left in /tmp
+    victim, at = trial.random.randrange(2), trial.random.randint(6, 10)
+    (child,) = trial.start(
+        faulty={victim: [trial.fault("kill", "drift", at)]}, function=under_torchrun
+    )
+    assert child.wait(3 * LIMIT) == 0, trial.said()
+    trial.hears("Restart 1, from step")
+    trial.compare()
+
+
 def launcher_killed(trial: Trial) -> None:
     """The launcher is killed: its ranks end, and the last state is saved."""
     (child,) = trial.start(
@@ -558,6 +573,18 @@ def faulty_work(
     return runs.work(config, folder, leads)
 
 
+def under_torchrun(words: list[str], faulty: dict[int, list[Fault]]) -> int:
+    """`torchrun launch.py`, with the faults of its ranks in the environment."""
+    ((rank, (fault,)),) = faulty.items()
+    environ = {"CHAOS_RANK": str(rank), "CHAOS_FAULT": json.dumps(asdict(fault))}
+    *words, log = words
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"]
+    torchrun += ["--max-restarts=1", "--rdzv-backend=c10d", log]
+    torchrun += ["--rdzv-endpoint=127.0.0.1:0", "-m", "tests.chaos.under_torchrun"]
+    command = [*torchrun, *words]
+    return subprocess.run(command, env=os.environ | environ, check=False).returncode
+
+
 @functools.cache
 def can_mount() -> bool:
     with tempfile.TemporaryDirectory() as folder:
@@ -598,8 +625,13 @@ KINDS: dict[str, Callable[[Trial], None]] = {
     "two runs in one folder": two_runs,
     "a port is taken": port_taken,
     "a rank is killed, restarted": restarted,
+    "a rank is killed, restarted by torchrun": torchrun_restarts,
     "the launcher is killed": launcher_killed,
 }
 """Every kind of fault."""
-LAUNCHED = ("a rank is killed, restarted", "the launcher is killed")
+LAUNCHED = (
+    "a rank is killed, restarted",
+    "a rank is killed, restarted by torchrun",
+    "the launcher is killed",
+)
 """Kinds that start new interpreters, which takes most of their time."""
