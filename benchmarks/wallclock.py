@@ -10,6 +10,7 @@ hide it with `CUDA_VISIBLE_DEVICES=` to measure the CPU.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import re
@@ -28,6 +29,7 @@ CONFIG = "configs/dreamfusion-toybox.yaml"
 WINDOWS = (2, 4, 8)
 WORKERS = (1, 2)
 THREADS = (1, 2)
+VIEWS = (1,)
 Round = dict[str, dict[str, Any]]
 SEQUENTIAL = "sequential, 1 thread"
 
@@ -36,8 +38,12 @@ def ways(
     windows: Sequence[int] = WINDOWS,
     workers: Sequence[int] = WORKERS,
     threads: Sequence[int] = THREADS,
+    views: Sequence[int] = VIEWS,
 ) -> dict[str, list[str]]:
-    """The variants and their settings; no worker without a step of the window."""
+    """The variants and their settings; no worker without a step of the window.
+
+    The views of a step can be split, too: `views` are numbers of columns.
+    """
     found = {
         f"sequential, {_count(count, 'thread')}": [
             "solver.name=sequential",
@@ -46,14 +52,18 @@ def ways(
         ]
         for count in threads
     }
-    for window in windows:
-        for count in workers:
-            if count <= window:
-                found[f"window {window}, {_count(count, 'worker')} of 1 thread"] = [
-                    f"solver.window.size={window}",
-                    f"dispatch.num_workers={count}",
-                    "dispatch.threads=1",
-                ]
+    for window, count, columns in itertools.product(windows, workers, views):
+        rows, left = divmod(count, columns)
+        if left == 0 and rows <= window:
+            name = f"window {window}, {_count(count, 'worker')} of 1 thread"
+            if columns > 1:
+                name += f", views in {columns}"
+            found[name] = [
+                f"solver.window.size={window}",
+                f"dispatch.num_workers={count}",
+                f"dispatch.views={columns}",
+                "dispatch.threads=1",
+            ]
     return found
 
 
@@ -98,7 +108,7 @@ def table(rounds: list[Round]) -> str:
 
     for name, report in rounds[0].items():
         seconds = statistics.median(entry[name]["solving_seconds"] for entry in rounds)
-        alone = re.sub(r"\d+ workers", "1 worker", name)
+        alone = re.sub(r"\d+ workers", "1 worker", name).partition(", views")[0]
         quality = report["quality"]
         psnr = f"{quality['psnr']:.2f}" if isinstance(quality, dict) else "–"
         lines.append(
@@ -123,12 +133,17 @@ def main() -> None:
         default=list(THREADS),
         help="of sequential runs",
     )
+    parser.add_argument(
+        "--views", type=int, nargs="+", default=list(VIEWS), help="`dispatch.views`"
+    )
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--set", nargs="*", default=[], help="further settings")
     parser.add_argument("--to", type=Path, default=Path("outputs/wallclock"))
     arguments = parser.parse_args()
     settings = [f"system.prompt_processor.prompt={arguments.prompt}", *arguments.set]
-    chosen = ways(arguments.windows, arguments.workers, arguments.threads)
+    chosen = ways(
+        arguments.windows, arguments.workers, arguments.threads, arguments.views
+    )
     rounds: list[Round] = []
     text = ""
     with tqdm(total=arguments.rounds * len(chosen), unit="run") as bar:

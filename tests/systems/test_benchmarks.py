@@ -369,6 +369,8 @@ def test_wallclock_compares_within_a_round() -> None:
     named = wallclock.ways([2, 8], [1, 2, 8], [1])
     assert "window 8, 8 workers of 1 thread" in named
     assert "window 2, 8 workers of 1 thread" not in named
+    split = wallclock.ways([1], [2], [1], [1, 2])
+    assert list(split)[1:] == ["window 1, 2 workers of 1 thread, views in 2"]
 
 
 @pytest.mark.long
