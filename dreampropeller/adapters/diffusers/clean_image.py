@@ -52,7 +52,7 @@ class CleanImage(Predictor[LastOutput]):
         del memory
         last = len(rollout.steps) - 1
         return LastOutput(
-            rollout.steps[last], rollout.states[last]["x"], rollout.used[last]["x"]
+            rollout.steps[last], rollout.states[last]["x"], rollout.corrected[last]["x"]
         )
 
     def extend(
