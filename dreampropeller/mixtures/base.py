@@ -22,6 +22,7 @@ from dreampropeller.mixtures.multinomial import Multinomial
 from dreampropeller.mixtures.passes import predict_pass
 from dreampropeller.mixtures.priors import PartitionPrior
 from dreampropeller.mixtures.random import generator
+from dreampropeller.mixtures.states import write
 
 
 class Mixture(ClusterMixin, BaseEstimator):
@@ -58,13 +59,14 @@ class Mixture(ClusterMixin, BaseEstimator):
         family = as_prior(self.prior).resolve(x)
         seed = int(check_random_state(self.random_state).randint(2**31 - 1))
         with opened(family, x, self.n_jobs, self.device) as blocks:
+            mark = fitting.mark_of(settings, blocks, prior, group, seed)
             chain = fitting.start(settings, blocks, prior, group, seed)
             state = getattr(self, "state_", None) if self.warm_start else None
-            fitting.run(chain, settings, self.checkpoint, state)
-        self._keep(chain)
+            state = fitting.run(chain, settings, mark, self.checkpoint, state)
+        self._keep(chain, state)
 
-    def _keep(self, chain: Chain) -> None:
-        self.state_ = chain.state()
+    def _keep(self, chain: Chain, state: dict[str, Any]) -> None:
+        self.state_ = state
         self.family_, self.partition_ = chain.family, chain.prior
         self.statistics_ = chain.statistics()
         self.labels_ = chain.labels.numpy().copy()
@@ -97,9 +99,9 @@ class Mixture(ClusterMixin, BaseEstimator):
         return self.family_.simulate(params, index, rng)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the chain's state; `checkpoint=path` resumes from it."""
+        """Write the chain's state; `checkpoint=path` resumes it on the same points."""
         check_is_fitted(self)
-        fitting.write(self.state_, Path(path))
+        write(self.state_, Path(path))
 
     def _drawn(
         self, n_samples: int, weights: np.ndarray

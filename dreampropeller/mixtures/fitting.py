@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from scipy import sparse
+from sklearn.exceptions import ConvergenceWarning
 from torch import Tensor
 
 from dreampropeller.mixtures.blocks import Blocks
@@ -19,6 +19,14 @@ from dreampropeller.mixtures.exact import ExactChain
 from dreampropeller.mixtures.inputs import at_least
 from dreampropeller.mixtures.priors import PartitionPrior
 from dreampropeller.mixtures.random import generator
+from dreampropeller.mixtures.states import (
+    Mark,
+    differing,
+    digest,
+    prior_mark,
+    read,
+    write,
+)
 from dreampropeller.mixtures.subclusters import SubclusterChain
 
 FINAL = 5
@@ -75,24 +83,60 @@ def start(
     return ExactChain(blocks, prior, group, seed, labels, settings.n_proposals)
 
 
+def mark_of(
+    settings: Settings, blocks: Blocks, prior: PartitionPrior, group: Tensor, seed: int
+) -> Mark:
+    """What determines a chain; called before its first sweep."""
+    mark = {
+        "data": digest(blocks.x),
+        "groups": digest(group),
+        "random_state": str(seed),
+        "method": settings.method,
+        "prior": prior_mark(blocks.family),
+        "init_components": str(settings.init_components),
+        **{name: repr(value) for name, value in prior.settings.items()},
+    }
+    if settings.method == "exact":
+        mark["n_proposals"] = str(settings.n_proposals)
+        if settings.n_proposals is None:
+            mark["burn_in"] = str(settings.burn_in)  # it ends where they are frozen
+    return mark
+
+
 def run(
     chain: Chain,
     settings: Settings,
+    mark: Mark,
     checkpoint: str | os.PathLike[str] | None,
     state: dict[str, Any] | None,
-) -> None:
-    """Sweep until the settings end the run, from a saved state if there is one."""
+) -> dict[str, Any]:
+    """Sweep until the settings end the run, from a saved state if there is one.
+
+    Args:
+        chain: A chain at its start.
+        settings: When to stop.
+        mark: The mark of the chain, see `mark_of`.
+        checkpoint: A file for the state, which need not exist yet.
+        state: The state of the last fit, to go on from for `n_sweeps` more.
+
+    Returns:
+        The last state.
+    """
     path = Path(checkpoint) if checkpoint is not None else None
     if state is not None:
-        _check(chain, state["labels"])
-        chain.load(state)
+        _continue(chain, state, mark)
     first = chain.sweeps
-    mark = fingerprint(chain)
-    if path is not None and path.exists():
-        saved = read(path, mark)
-        _check(chain, saved["labels"])
+    saved = read(path, mark) if path is not None else None
+    # A file of the last fit is older than the state that this one continues.
+    if saved is not None and (state is None or saved["first"] >= first):
         chain.load(saved)
-        first = saved.get("first", first)
+        first = saved["first"]
+        _warn_if_quiet(chain, settings, saved)
+
+    def present() -> dict[str, Any]:
+        n_sweeps = settings.n_sweeps
+        return {**chain.state(), "first": first, "n_sweeps": n_sweeps, "mark": mark}
+
     end = _end(chain, settings, first)
     while chain.sweeps < end:
         if isinstance(chain, ExactChain):
@@ -104,10 +148,11 @@ def run(
             left = end - chain.sweeps
             chain.sweep(moves=left > FINAL, best=left == 1)
         if path is not None and (chain.sweeps - first) % EVERY == 0:
-            write({**chain.state(), "first": first, "mark": mark}, path)
+            write(present(), path)
         end = _end(chain, settings, first)
     if path is not None:
-        write({**chain.state(), "first": first, "mark": mark}, path)
+        write(present(), path)
+    return present()
 
 
 def _end(chain: Chain, settings: Settings, first: int) -> int:
@@ -119,44 +164,35 @@ def _end(chain: Chain, settings: Settings, first: int) -> int:
     return min(last, quiet)
 
 
-def _check(chain: Chain, labels: Tensor) -> None:
-    if len(labels) != len(chain.labels):
+def _continue(chain: Chain, state: dict[str, Any], mark: Mark) -> None:
+    """Load the last fit's state into a chain whose settings may have changed."""
+    if len(state["labels"]) != len(chain.labels):
         raise ValueError(
-            f"The state to continue from has {len(labels)} points and the data "
-            f"{len(chain.labels)}: pass the same points, or start anew."
+            f"The state to continue from has {len(state['labels'])} points and the "
+            f"data {len(chain.labels)}: pass the same points, or write "
+            "`warm_start=False`."
         )
+    names = differing(state["mark"], mark)
+    for name in ("method", "prior"):
+        old, new = (m[name].split("/")[0] for m in (state["mark"], mark))
+        if old != new:
+            raise ValueError(
+                f"`warm_start` continues a chain whose `{name}` is {old!r}, and it is "
+                f"now {new!r}: write the same, or `warm_start=False`."
+            )
+    chain.load(state)
+    if "data" in names or "prior" in names:
+        chain.refresh()  # sums are kept relative to the prior's mean
 
 
-def fingerprint(chain: Chain) -> str:
-    """The values that a resumed chain must share: data, seed and method."""
-    x = chain.blocks.x
-    parts = [x.data, x.indices, x.indptr] if sparse.issparse(x) else [x]
-    digest = hashlib.blake2b(digest_size=8)
-    for part in parts:
-        digest.update(np.ascontiguousarray(part).tobytes())
-    digest.update(chain.group.numpy().tobytes())
-    digest.update(f"{x.shape}/{chain.seed}/{type(chain).__name__}".encode())
-    return digest.hexdigest()
-
-
-def write(state: dict[str, Any], path: Path) -> None:
-    """Save a state; the file appears complete or not at all."""
-    beside = path.with_name(path.name + ".part")
-    torch.save(state, beside)
-    os.replace(beside, path)
-
-
-def read(path: Path, mark: str) -> dict[str, Any]:
-    """Load a state of the same chain."""
-    try:
-        state = torch.load(path, weights_only=True)
-    except Exception as error:
-        raise ValueError(
-            f"`{path}` is not a state of a mixture: write another `checkpoint`."
-        ) from error
-    if state.get("mark", mark) != mark:
-        raise ValueError(
-            f"`{path}` belongs to other data, another `random_state` or another "
-            "`method`: write another `checkpoint`, or delete the file."
+def _warn_if_quiet(chain: Chain, settings: Settings, saved: dict[str, Any]) -> None:
+    """Say so if more sweeps are asked for and the chain had stopped before its end."""
+    first, asked = saved["first"], settings.n_sweeps
+    if asked > saved["n_sweeps"] and _end(chain, settings, first) <= chain.sweeps:
+        warnings.warn(
+            f"The chain in `checkpoint` stopped at sweep {chain.sweeps}, after "
+            f"`patience`={settings.patience} sweeps without a split or merge, as it "
+            f"would with `n_sweeps`={asked}: write `patience=None` for all sweeps.",
+            ConvergenceWarning,
+            stacklevel=2,
         )
-    return state
