@@ -17,7 +17,7 @@ from dreampropeller.mixtures import fitting
 from dreampropeller.mixtures.blocks import opened
 from dreampropeller.mixtures.chain import Chain
 from dreampropeller.mixtures.family import join
-from dreampropeller.mixtures.inputs import Dirichlet, as_prior
+from dreampropeller.mixtures.inputs import Dirichlet, as_prior, at_least, check_counts
 from dreampropeller.mixtures.multinomial import Multinomial
 from dreampropeller.mixtures.passes import predict_pass
 from dreampropeller.mixtures.priors import PartitionPrior
@@ -45,7 +45,7 @@ class Mixture(ClusterMixin, BaseEstimator):
 
     def _array(self, x: Any, *, reset: bool, least: int = 1) -> Any:
         counts = isinstance(as_prior(self.prior), Dirichlet)
-        return validate_data(
+        x = validate_data(
             self,
             x,
             reset=reset,
@@ -53,6 +53,9 @@ class Mixture(ClusterMixin, BaseEstimator):
             dtype=np.float64,
             ensure_min_samples=least,
         )
+        if counts:
+            check_counts(x)
+        return x
 
     def _run(self, x: Any, group: Tensor, prior: PartitionPrior) -> None:
         settings = fitting.settings_of(self)
@@ -107,6 +110,7 @@ class Mixture(ClusterMixin, BaseEstimator):
         self, n_samples: int, weights: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray]:
         """Points and labels of the present clusters."""
+        n_samples = at_least(n_samples, 1, "n_samples")
         seed = int(check_random_state(self.random_state).randint(2**31 - 1))
         rng = generator(seed, 0, "sample")
         labels = rng.choice(self.n_components_, n_samples, p=weights)

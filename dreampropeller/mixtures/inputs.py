@@ -123,12 +123,6 @@ class Dirichlet:
 
     def resolve(self, x: Any) -> Family:
         """The family for data with as many columns."""
-        least = x.min() if x.shape[0] else 0
-        if least < 0:
-            raise ValueError(
-                f"Negative values in data: the smallest is {least:.3g}, and counts are "
-                "at least 0. For real-valued data write `prior=NIW()`."
-            )
         a = np.asarray(self.a, float)
         a = np.full(x.shape[1], float(a)) if a.ndim == 0 else a
         if a.shape != (x.shape[1],):
@@ -188,6 +182,32 @@ def at_least(value: Any, least: int, name: str) -> int:
             f"`{name}` is {value!r}: write an integer of at least {least}."
         )
     return int(value)
+
+
+def as_weights(weights: Any, shape: tuple[int, int]) -> np.ndarray:
+    """Weights of groups, ``(groups, clusters)``, whose rows sum to 1."""
+    weights = np.asarray(weights, float)
+    if weights.shape != shape:
+        raise ValueError(
+            f"`weights` has shape {weights.shape}: {shape} is needed, a row per group "
+            "and a column per cluster as `transform` returns."
+        )
+    if not ((weights >= 0).all() and np.allclose(weights.sum(1), 1, atol=1e-6)):
+        raise ValueError(
+            "The rows of `weights` are not probabilities: write numbers of at least 0 "
+            "whose rows sum to 1, as `transform` returns."
+        )
+    return weights
+
+
+def check_counts(x: Any) -> None:
+    """Refuse negative counts, dense or sparse."""
+    least = x.min()
+    if least < 0:
+        raise ValueError(
+            f"Negative values in data: the smallest is {least:.3g}, and counts are "
+            "at least 0. For real-valued data write `prior=NIW()`."
+        )
 
 
 def stack(groups: list[Any]) -> Any:

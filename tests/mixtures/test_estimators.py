@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import subprocess
 import sys
 from collections.abc import Callable
@@ -23,6 +24,22 @@ REASONS = {
 }
 X = np.random.default_rng(0).normal(size=(60, 2)) + 9 * (np.arange(60) % 2)[:, None]
 COUNTS = np.random.default_rng(0).poisson(2.0, (20, 4))
+
+
+@functools.cache
+def topics() -> HDPMixture:
+    model = HDPMixture(prior="multinomial", n_sweeps=4, burn_in=1)
+    return model.fit([COUNTS[:10], COUNTS[10:]])
+
+
+@functools.cache
+def planes() -> HDPMixture:
+    return HDPMixture(n_sweeps=4, burn_in=1).fit([X[:30], X[30:]])
+
+
+@functools.cache
+def documents() -> DPMixture:
+    return DPMixture(prior="multinomial", n_sweeps=9).fit(COUNTS)
 
 
 def expected(estimator: DPMixture) -> dict[str, str]:
@@ -79,7 +96,38 @@ BAD: dict[str, tuple[Callable[[], Any], str]] = {
     "jobs": (lambda: DPMixture(n_jobs="all").fit(X), "'ranks'"),
     "no list": (lambda: HDPMixture().fit(X), "a list of arrays"),
     "one point in all": (lambda: HDPMixture().fit([[[1.0, 2.0]]]), "at least 2"),
-    "columns": (lambda: HDPMixture().fit([X, X[:, :1]]), "the same number"),
+    "columns": (
+        lambda: HDPMixture().fit([X, X[:, :1]]),
+        "Group 1: X has 1 features.*expecting 2",
+    ),
+    "columns of counts": (
+        lambda: topics().predict([COUNTS, COUNTS[:, :2]]),
+        "Group 1: X has 2 features.*expecting 4",
+    ),
+    "columns of a new group": (
+        lambda: planes().score_samples([X[:, :1]]),
+        "Group 0: X has 1 features.*expecting 2",
+    ),
+    "nan in a group": (
+        lambda: HDPMixture().fit([X, [[0.0, np.nan]]]),
+        "Group 1: .*NaN",
+    ),
+    "empty group": (lambda: planes().transform([X, X[:0]]), "Group 1: .*0 sample"),
+    "negative in a query": (lambda: topics().predict([-COUNTS]), "Group 0: Negative"),
+    "negative density": (
+        lambda: documents().score_samples(-COUNTS),
+        "Negative values in data.*write `prior=NIW",
+    ),
+    "group of a sample": (lambda: planes().sample(group=7), "`group` is 7.*0 to 1"),
+    "size of a sample": (lambda: planes().sample(-1), "`n_samples` is -1"),
+    "shape of weights": (
+        lambda: planes().score_samples([X], weights=np.ones((2, 1))),
+        r"shape \(2, 1\).*`transform`",
+    ),
+    "negative weights": (
+        lambda: planes().score_samples([X], -planes().transform([X])),
+        "not probabilities.*sum to 1",
+    ),
     "group": (lambda: HDPMixture(0.0).fit([X]), "`gamma` is 0.0"),
 }
 
