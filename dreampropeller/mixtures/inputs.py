@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from scipy import sparse
 
+from dreampropeller.checks import is_number, is_whole
 from dreampropeller.mixtures.family import Family
 from dreampropeller.mixtures.gaussian import DiagonalGaussian, FullGaussian
 from dreampropeller.mixtures.multinomial import Multinomial
@@ -24,8 +25,9 @@ class NIW:
     Args:
         mean: $m$, shape ``(dim,)``; by default the data's mean.
         kappa: $\kappa$; the smaller, the farther apart clusters may lie.
-        nu: $\nu$, above ``dim - 1``; by default ``2 dim + 2``. For diagonal components
-            the degrees of freedom per dimension, above 0, by default 4.
+        nu: $\nu$, above ``dim - 1``, without `psi` above ``dim + 1``; by default
+            ``2 dim + 2``. For diagonal components the degrees of freedom per dimension,
+            above 0, without `psi` above 2; by default 4.
         psi: $\Psi$, shape ``(dim, dim)``, or ``(dim,)`` for diagonal components. By
             default it is $\tau$ times the scale at which the expected covariance is
             the data's, and $\tau$ in $[10^{-4}, 1]$ is sampled with the labels.
@@ -46,13 +48,8 @@ class NIW:
                 f"`covariance` is {self.covariance!r}: write 'full' or 'diagonal'."
             )
         full = self.covariance == "full"
-        least = dim - 1 if full else 0
-        nu = self.nu if self.nu is not None else (2 * dim + 2 if full else 4.0)
-        if not (math.isfinite(nu) and nu > least):
-            raise ValueError(f"`nu` is {nu}: write a number above {least}.")
-        if not (math.isfinite(self.kappa) and self.kappa > 0):
-            raise ValueError(f"`kappa` is {self.kappa}: write a number above 0.")
-        mean = x.mean(0) if self.mean is None else np.asarray(self.mean, float)
+        nu, kappa = self._nu(dim, full), above(self.kappa, 0, "kappa")
+        mean = x.mean(0) if self.mean is None else as_floats(self.mean, "mean")
         if mean.shape != (dim,):
             raise ValueError(f"`mean` has shape {mean.shape}: the data needs ({dim},).")
         if self.psi is None:
@@ -63,11 +60,21 @@ class NIW:
         scale = 1.0 if self.psi is None else None
         return kind(
             torch.from_numpy(mean.copy()),
-            self.kappa,
+            kappa,
             nu,
             torch.from_numpy(psi.copy()),
             scale,
         )
+
+    def _nu(self, dim: int, full: bool) -> float:
+        """Degrees of freedom; the default `psi` needs a mean of the covariance."""
+        if self.nu is None:
+            return 2.0 * dim + 2 if full else 4.0
+        least = dim - 1 if full else 0
+        if self.psi is not None:
+            return above(self.nu, least, "nu")
+        own = f", or one above {least} and your own `psi`"
+        return above(self.nu, dim + 1 if full else 2, "nu", own)
 
     def _spread(self, x: np.ndarray) -> np.ndarray:
         constant = np.flatnonzero(np.ptp(x, axis=0) <= 1e-12 * np.abs(x).max(0))
@@ -95,17 +102,21 @@ def _outer_deviation(covariance: np.ndarray) -> np.ndarray:
 
 
 def _matrix(psi: Any, dim: int, full: bool) -> np.ndarray:
-    psi = np.asarray(psi, float)
+    psi = as_floats(psi, "psi")
     shape = (dim, dim) if full else (dim,)
     if psi.ndim == 0:
         psi = psi * (np.eye(dim) if full else np.ones(dim))
     if psi.shape != shape:
         raise ValueError(f"`psi` has shape {psi.shape}: the data needs {shape}.")
-    least = np.linalg.eigvalsh(psi)[0] if full else psi.min()
-    if not (np.isfinite(psi).all() and least > 0):
+    if full and np.abs(psi - psi.T).max() > 1e-10 * np.abs(psi).max():
         raise ValueError(
-            f"`psi` has a smallest eigenvalue of {least:.3g}: write a symmetric matrix "
-            "whose eigenvalues are all above 0."
+            "`psi` is not symmetric: write `(psi + psi.T) / 2` if that is meant."
+        )
+    values = np.linalg.eigvalsh(psi) if full else psi
+    if values.min() <= 1e-14 * values.max() * full:  # else Cholesky factors fail
+        raise ValueError(
+            f"`psi` has a smallest eigenvalue of {values.min():.3g}: write a symmetric "
+            "matrix whose eigenvalues are all above 0."
         )
     return psi
 
@@ -123,11 +134,11 @@ class Dirichlet:
 
     def resolve(self, x: Any) -> Family:
         """The family for data with as many columns."""
-        a = np.asarray(self.a, float)
+        a = as_floats(self.a, "a")
         a = np.full(x.shape[1], float(a)) if a.ndim == 0 else a
         if a.shape != (x.shape[1],):
             raise ValueError(f"`a` has shape {a.shape}: needed is ({x.shape[1]},).")
-        if not (np.isfinite(a).all() and (a > 0).all()):
+        if not (a > 0).all():
             raise ValueError(f"`a` has the entry {a.min():.3g}: write numbers above 0.")
         return Multinomial(torch.from_numpy(a.copy()))
 
@@ -158,11 +169,7 @@ def as_concentration(value: Any, name: str) -> Concentration:
     """A number above 0, or shape and rate of a Gamma prior."""
     pair = value if isinstance(value, (tuple, list)) else (value,)
     good = len(pair) in (1, 2) and all(
-        isinstance(v, (int, float, np.number))
-        and not isinstance(v, bool)
-        and math.isfinite(v)
-        and v > 0
-        for v in pair
+        is_number(v) and math.isfinite(v) and v > 0 for v in pair
     )
     if not good:
         raise ValueError(
@@ -174,10 +181,29 @@ def as_concentration(value: Any, name: str) -> Concentration:
     return float(pair[0])
 
 
+def above(value: Any, least: float, name: str, otherwise: str = "") -> float:
+    """A finite number above `least`."""
+    if not (is_number(value) and math.isfinite(value) and value > least):
+        raise ValueError(
+            f"`{name}` is {value!r}: write a number above {least}{otherwise}."
+        )
+    return float(value)
+
+
+def as_floats(value: Any, name: str) -> np.ndarray:
+    """Finite numbers, of any shape."""
+    try:
+        found = np.asarray(value, float)
+    except (TypeError, ValueError):
+        found = np.array(np.nan)
+    if not np.isfinite(found).all():
+        raise ValueError(f"`{name}` is {value!r}: write finite numbers.")
+    return found
+
+
 def at_least(value: Any, least: int, name: str) -> int:
     """An integer setting, not below `least`."""
-    good = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
-    if not good or value < least:
+    if not is_whole(value) or value < least:
         raise ValueError(
             f"`{name}` is {value!r}: write an integer of at least {least}."
         )

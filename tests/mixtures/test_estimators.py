@@ -89,7 +89,35 @@ BAD: dict[str, tuple[Callable[[], Any], str]] = {
         "smallest eigenvalue of -1",
     ),
     "psi shape": (lambda: DPMixture(prior=NIW(psi=np.eye(3))).fit(X), r"\(2, 2\)"),
-    "nu": (lambda: DPMixture(prior=NIW(nu=1.0)).fit(X), "above 1"),
+    "psi not symmetric": (
+        lambda: DPMixture(prior=NIW(psi=[[1.0, 0.5], [0.0, 1.0]])).fit(X),
+        r"not symmetric: write `\(psi \+ psi.T\) / 2`",
+    ),
+    "psi singular": (
+        lambda: DPMixture(prior=NIW(psi=np.ones((2, 2)))).fit(X),
+        "smallest eigenvalue",
+    ),
+    "psi of nan": (
+        lambda: DPMixture(prior=NIW(psi=[[np.nan, 0], [0, 1]])).fit(X),
+        "`psi` is .*finite",
+    ),
+    "mean": (
+        lambda: DPMixture(prior=NIW(mean=[0.0, np.nan])).fit(X),
+        "`mean` is .*finite",
+    ),
+    "nu": (lambda: DPMixture(prior=NIW(nu=1.0, psi=1.0)).fit(X), "above 1"),
+    "nu without psi": (
+        lambda: DPMixture(prior=NIW(nu=2)).fit(X),
+        "`nu` is 2: write a number above 3, or one above 1 and your own `psi`",
+    ),
+    "nu of diagonals": (
+        lambda: DPMixture(prior=NIW(covariance="diagonal", nu=1)).fit(X),
+        "`nu` is 1: write a number above 2, or one above 0",
+    ),
+    "kappa": (
+        lambda: DPMixture(prior=NIW(kappa="x")).fit(X),  # pyright: ignore[reportArgumentType]
+        "`kappa` is 'x': write a number above 0",
+    ),
     "a": (lambda: DPMixture(prior=Dirichlet(0.0)).fit(COUNTS), "numbers above 0"),
     "sweeps": (lambda: DPMixture(n_sweeps=0).fit(X), "`n_sweeps` is 0"),
     "patience": (lambda: DPMixture(patience=2).fit(X), "`patience` is 2"),
