@@ -17,7 +17,13 @@ from dreampropeller.mixtures import fitting
 from dreampropeller.mixtures.blocks import opened
 from dreampropeller.mixtures.chain import Chain
 from dreampropeller.mixtures.family import join
-from dreampropeller.mixtures.inputs import Dirichlet, as_prior, at_least, check_counts
+from dreampropeller.mixtures.inputs import (
+    Dirichlet,
+    as_jobs,
+    as_prior,
+    at_least,
+    check_counts,
+)
 from dreampropeller.mixtures.multinomial import Multinomial
 from dreampropeller.mixtures.passes import predict_pass
 from dreampropeller.mixtures.priors import PartitionPrior
@@ -58,13 +64,13 @@ class Mixture(ClusterMixin, BaseEstimator):
         return x
 
     def _run(self, x: Any, group: Tensor, prior: PartitionPrior) -> None:
-        settings = fitting.settings_of(self)
+        settings, jobs = fitting.settings_of(self), as_jobs(self.n_jobs)
         family = as_prior(self.prior).resolve(x)
         seed = int(check_random_state(self.random_state).randint(2**31 - 1))
-        with opened(family, x, self.n_jobs, self.device) as blocks:
+        with opened(family, x, jobs, self.device) as blocks:
             mark = fitting.mark_of(settings, blocks, prior, group, seed)
-            chain = fitting.start(settings, blocks, prior, group, seed)
             state = getattr(self, "state_", None) if self.warm_start else None
+            chain = fitting.start(settings, blocks, prior, group, seed)
             state = fitting.run(chain, settings, mark, self.checkpoint, state)
         self._keep(chain, state)
 
@@ -87,7 +93,14 @@ class Mixture(ClusterMixin, BaseEstimator):
         with opened(self.family_, x, None, self.device) as blocks:
             points = {"group": torch.from_numpy(group)}
             found = blocks.map(predict_pass, points, shared)
-        return torch.cat(found, 1).T.double().numpy()
+        logs = torch.cat(found, 1).T.double().numpy()
+        lost = np.flatnonzero(~np.isfinite(logs[:, :-1].max(1)))
+        if len(lost):
+            raise ValueError(
+                f"Row {lost[0]} lies so far from every cluster that its density is "
+                "lost in single precision: leave it out."
+            )
+        return logs
 
     def _points(self, labels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         """A point from each label's component, whose parameters are drawn once."""

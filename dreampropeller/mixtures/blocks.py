@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from dreampropeller.mixtures.family import Block, Family
+from dreampropeller.mixtures.inputs import as_device
 
 SIZE = 16384
 """Points in a block: many enough to hide Python, few enough to be shared out."""
@@ -167,7 +168,7 @@ def _remote(
 
 @contextlib.contextmanager
 def opened(
-    family: Family, x: Any, n_jobs: int | str | None, device: str = "cpu"
+    family: Family, x: Any, n_jobs: int | str | None, device: Any = "cpu"
 ) -> Iterator[Blocks]:
     """The blocks of a fit, in one thread per process while it lasts.
 
@@ -182,12 +183,18 @@ def opened(
 
     from threadpoolctl import threadpool_limits
 
+    device = as_device(device)
     if n_jobs == "ranks":
+        if not torch.distributed.is_initialized():
+            raise ValueError(
+                "`n_jobs` is 'ranks' and there is no `torch.distributed` group: call "
+                "`init_process_group` first, or write a number of processes."
+            )
         blocks: Blocks = RankBlocks(family, x, device)
     else:
         assert not isinstance(n_jobs, str)
-        jobs = n_jobs if n_jobs and n_jobs > 0 else (os.cpu_count() or 1)
-        jobs = 1 if n_jobs is None else jobs
+        jobs = 1 if n_jobs is None else n_jobs
+        jobs = jobs if jobs > 0 else (os.cpu_count() or 1)
         many = jobs > 1 and x.shape[0] > SIZE
         blocks = (
             JobBlocks(family, x, jobs, device) if many else Blocks(family, x, device)

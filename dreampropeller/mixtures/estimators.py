@@ -34,7 +34,7 @@ class DPMixture(Mixture):
             scipy sparse), or "full", "diagonal", "multinomial"; None is "full".
         method: "subcluster", the published sampler, fast and approximate, or "exact",
             whose split and merge leave the posterior invariant.
-        n_sweeps: Largest number of sweeps.
+        n_sweeps: Largest number of sweeps; "subcluster" needs 9.
         burn_in: Number of sweeps before which "subcluster" does not stop early, and
             after which the number of proposals of "exact" is frozen.
         patience: Number of sweeps without a split or merge after which "subcluster"
@@ -45,11 +45,12 @@ class DPMixture(Mixture):
         random_state: The seed. The same seed gives the same labels for any `n_jobs`.
         n_jobs: Number of processes, -1 for one per core, or "ranks" for those of the
             default group of `torch.distributed`, whose ranks all call `fit` with all
-            points.
+            points and the same parameters.
         device: Device of the densities: "cpu", "cuda", "cuda:1".
         checkpoint: A file that `fit` writes its state to every 25 sweeps, and resumes
-            from, bit for bit, if it exists.
-        warm_start: Continue the chain of the last `fit` by `n_sweeps` more.
+            from, bit for bit, if it exists; one of other points or settings is refused.
+        warm_start: Continue the chain of the last `fit` by `n_sweeps` more, with the
+            present settings, of which `method` and the kind of `prior` must stay.
 
     Attributes:
         labels_: Labels of the last sweep, shape ``(points,)``.

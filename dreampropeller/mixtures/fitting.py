@@ -27,7 +27,7 @@ from dreampropeller.mixtures.states import (
     read,
     write,
 )
-from dreampropeller.mixtures.subclusters import SubclusterChain
+from dreampropeller.mixtures.subclusters import SETTLE, SubclusterChain
 
 FINAL = 5
 """Last sweeps of "subcluster", without moves; the very last takes likeliest labels."""
@@ -55,20 +55,39 @@ def settings_of(estimator: Any) -> Settings:
             "sampler or 'exact' for the one that leaves the posterior invariant."
         )
     patience, proposals = estimator.patience, estimator.n_proposals
-    jobs = estimator.n_jobs
-    if jobs is not None and jobs != "ranks" and (not isinstance(jobs, int) or not jobs):
-        raise ValueError(
-            f"`n_jobs` is {jobs!r}: write a number of processes, -1 for one per core, "
-            "or 'ranks' inside a `torch.distributed` group."
-        )
-    return Settings(
+    path = estimator.checkpoint
+    if not (path is None or isinstance(path, (str, os.PathLike))):
+        raise ValueError(f"`checkpoint` is {path!r}: write the path of a file.")
+    settings = Settings(
         estimator.method,
         at_least(estimator.n_sweeps, 1, "n_sweeps"),
         at_least(estimator.burn_in, 0, "burn_in"),
         None if patience is None else at_least(patience, FINAL + 1, "patience"),
-        None if proposals is None else at_least(proposals, 0, "n_proposals"),
+        # Without proposals the number of clusters would stay as it is.
+        None if proposals is None else at_least(proposals, 1, "n_proposals"),
         at_least(estimator.init_components, 1, "init_components"),
     )
+    if settings.method == "subcluster":
+        _check_length(settings)
+    return settings
+
+
+def _check_length(settings: Settings) -> None:
+    """Refuse runs of "subcluster" that end before a cluster may split."""
+    least, quiet = SETTLE + FINAL, settings.burn_in + (settings.patience or 0)
+    why = (
+        f"'subcluster' splits after {SETTLE} sweeps at the earliest, and not in the "
+        f"last {FINAL}"
+    )
+    if settings.n_sweeps < least:
+        raise ValueError(
+            f"`n_sweeps` is {settings.n_sweeps}: write at least {least}, because {why}."
+        )
+    if settings.patience is not None and quiet < least:
+        raise ValueError(
+            f"`burn_in` and `patience` add up to {quiet}: write at least {least} "
+            f"together, because {why}."
+        )
 
 
 def start(
@@ -138,6 +157,7 @@ def run(
         return {**chain.state(), "first": first, "n_sweeps": n_sweeps, "mark": mark}
 
     end = _end(chain, settings, first)
+    _warn_if_never_frozen(chain, settings, end)
     while chain.sweeps < end:
         if isinstance(chain, ExactChain):
             if chain.sweeps >= settings.burn_in:
@@ -193,6 +213,20 @@ def _warn_if_quiet(chain: Chain, settings: Settings, saved: dict[str, Any]) -> N
             f"The chain in `checkpoint` stopped at sweep {chain.sweeps}, after "
             f"`patience`={settings.patience} sweeps without a split or merge, as it "
             f"would with `n_sweeps`={asked}: write `patience=None` for all sweeps.",
+            ConvergenceWarning,
+            stacklevel=2,
+        )
+
+
+def _warn_if_never_frozen(chain: Chain, settings: Settings, end: int) -> None:
+    """Say so if the number of proposals of "exact" follows the clusters to the end."""
+    if not isinstance(chain, ExactChain) or chain.proposals or chain.frozen:
+        return
+    if end <= settings.burn_in:
+        warnings.warn(
+            f"`burn_in` is {settings.burn_in} and the chain ends at sweep {end}: the "
+            "number of proposals is never fixed, so the labels are not a draw from the "
+            "posterior. Write a smaller `burn_in`, or `n_proposals`.",
             ConvergenceWarning,
             stacklevel=2,
         )

@@ -16,6 +16,13 @@ from dreampropeller.mixtures.gaussian import DiagonalGaussian, FullGaussian
 from dreampropeller.mixtures.multinomial import Multinomial
 from dreampropeller.mixtures.priors import Concentration
 
+LARGEST = 1e30
+"""Of real-valued data: single precision ends at 3e38."""
+FARTHEST = 1e15
+"""From the prior's mean, in its scales: the square still fits into single precision."""
+MOST = 1e15
+"""Of a count: up to here every whole number has its own float64."""
+
 
 @dataclass(frozen=True)
 class NIW:
@@ -35,8 +42,8 @@ class NIW:
     """  # noqa: D205
 
     mean: Any = None
-    kappa: float = 0.05
-    nu: float | None = None
+    kappa: Any = 0.05
+    nu: Any = None
     psi: Any = None
     covariance: str = "full"
 
@@ -48,6 +55,7 @@ class NIW:
                 f"`covariance` is {self.covariance!r}: write 'full' or 'diagonal'."
             )
         full = self.covariance == "full"
+        check_magnitude(x)
         nu, kappa = self._nu(dim, full), above(self.kappa, 0, "kappa")
         mean = x.mean(0) if self.mean is None else as_floats(self.mean, "mean")
         if mean.shape != (dim,):
@@ -56,6 +64,7 @@ class NIW:
             psi = self._spread(x) * (nu - dim - 1 if full else nu - 2)
         else:
             psi = _matrix(self.psi, dim, full)
+        _check_distances(np.abs(x - mean).max(0), psi.diagonal() if full else psi, nu)
         kind = FullGaussian if full else DiagonalGaussian
         scale = 1.0 if self.psi is None else None
         return kind(
@@ -94,6 +103,18 @@ class NIW:
                 "`prior=NIW(covariance='diagonal')` or `NIW(psi=...)`."
             )
         return covariance
+
+
+def _check_distances(farthest: np.ndarray, psi: np.ndarray, nu: float) -> None:
+    """Refuse points whose squared distance, in units of the prior's, overflows."""
+    ratio = farthest / np.sqrt(psi / nu)
+    column = int(ratio.argmax())
+    if not ratio[column] <= FARTHEST:
+        raise ValueError(
+            f"Column {column} reaches {ratio[column]:.3g} times the scale of `psi` "
+            f"from `mean`, and single precision allows {FARTHEST:g}: write a `psi` of "
+            "the data's scale, or leave the farthest points out."
+        )
 
 
 def _outer_deviation(covariance: np.ndarray) -> np.ndarray:
@@ -201,6 +222,35 @@ def as_floats(value: Any, name: str) -> np.ndarray:
     return found
 
 
+def as_jobs(value: Any) -> int | str | None:
+    """A number of processes, -1 for one per core, or "ranks"."""
+    if value is None or (isinstance(value, str) and value == "ranks"):
+        return value
+    if is_whole(value) and (value > 0 or value == -1):
+        return int(value)
+    raise ValueError(
+        f"`n_jobs` is {value!r}: write a number of processes, -1 for one per core, "
+        "or 'ranks' inside a `torch.distributed` group."
+    )
+
+
+def as_device(value: Any) -> str:
+    """A device that is there, "cpu" or one of CUDA."""
+    try:
+        device = torch.device(value)
+    except (RuntimeError, TypeError):
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise ValueError(f"`device` is {value!r}: write 'cpu', 'cuda' or 'cuda:1'.")
+    count = torch.cuda.device_count()
+    if device.type == "cuda" and (device.index or 0) >= count:
+        raise ValueError(
+            f"`device` is {value!r} and there are {count} CUDA devices here: write "
+            "'cpu', or the index of one of them."
+        )
+    return str(device)
+
+
 def at_least(value: Any, least: int, name: str) -> int:
     """An integer setting, not below `least`."""
     if not is_whole(value) or value < least:
@@ -226,9 +276,31 @@ def as_weights(weights: Any, shape: tuple[int, int]) -> np.ndarray:
     return weights
 
 
+def check_magnitude(x: np.ndarray) -> None:
+    """Refuse columns whose densities do not fit into single precision."""
+    for column, (low, high) in enumerate(zip(x.min(0), x.max(0), strict=True)):
+        largest, spread = max(-low, high), high - low
+        if largest > LARGEST:
+            raise ValueError(
+                f"Column {column} holds {largest:.3g}, and densities are computed in "
+                f"single precision, up to {LARGEST:g}: divide the data by a constant."
+            )
+        if 0 < spread < 1 / LARGEST:
+            raise ValueError(
+                f"Column {column} has a spread of {spread:.3g}, and densities are "
+                f"computed in single precision, from {1 / LARGEST:g}: multiply the "
+                "data by a constant."
+            )
+
+
 def check_counts(x: Any) -> None:
     """Refuse negative counts, dense or sparse."""
-    least = x.min()
+    least, most = x.min(), x.max()
+    if most > MOST:
+        raise ValueError(
+            f"The largest count is {most:.3g}, and no more than {MOST:g} are told "
+            "apart: divide the counts by a constant."
+        )
     if least < 0:
         raise ValueError(
             f"Negative values in data: the smallest is {least:.3g}, and counts are "

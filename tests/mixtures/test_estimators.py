@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from scipy import sparse, stats
+from sklearn.exceptions import ConvergenceWarning
 from sklearn.utils.estimator_checks import parametrize_with_checks
 
 from dreampropeller.mixtures import NIW, Dirichlet, DPMixture, HDPMixture
@@ -49,7 +50,7 @@ def expected(estimator: DPMixture) -> dict[str, str]:
 @parametrize_with_checks(
     [
         DPMixture(n_sweeps=25, burn_in=4),
-        DPMixture(n_sweeps=8, burn_in=4, prior="multinomial"),
+        DPMixture(n_sweeps=9, burn_in=4, prior="multinomial"),
     ],
     expected_failed_checks=expected,
 )
@@ -115,13 +116,56 @@ BAD: dict[str, tuple[Callable[[], Any], str]] = {
         "`nu` is 1: write a number above 2, or one above 0",
     ),
     "kappa": (
-        lambda: DPMixture(prior=NIW(kappa="x")).fit(X),  # pyright: ignore[reportArgumentType]
+        lambda: DPMixture(prior=NIW(kappa="x")).fit(X),
         "`kappa` is 'x': write a number above 0",
     ),
     "a": (lambda: DPMixture(prior=Dirichlet(0.0)).fit(COUNTS), "numbers above 0"),
     "sweeps": (lambda: DPMixture(n_sweeps=0).fit(X), "`n_sweeps` is 0"),
+    "no sweeps for a split": (
+        lambda: DPMixture(n_sweeps=8).fit(X),
+        "`n_sweeps` is 8: write at least 9, because 'subcluster' splits after 4",
+    ),
+    "no patience for a split": (
+        lambda: DPMixture(burn_in=0, patience=6).fit(X),
+        "`burn_in` and `patience` add up to 6: write at least 9",
+    ),
+    "no proposals": (
+        lambda: DPMixture(method="exact", n_proposals=0).fit(X),
+        "`n_proposals` is 0: write an integer of at least 1",
+    ),
     "patience": (lambda: DPMixture(patience=2).fit(X), "`patience` is 2"),
     "jobs": (lambda: DPMixture(n_jobs="all").fit(X), "'ranks'"),
+    "jobs as a bool": (lambda: DPMixture(n_jobs=True).fit(X), "`n_jobs` is True"),
+    "no ranks": (lambda: DPMixture(n_jobs="ranks").fit(X), "`init_process_group`"),
+    "device": (
+        lambda: DPMixture(device="gpu").fit(X),
+        "`device` is 'gpu': write 'cpu', 'cuda'",
+    ),
+    "no such device": (
+        lambda: DPMixture(device="cuda:99").fit(X),
+        "`device` is 'cuda:99' and there are .* CUDA devices here: write 'cpu'",
+    ),
+    "checkpoint": (
+        lambda: DPMixture(checkpoint=True).fit(X),
+        "`checkpoint` is True: write the path of a file",
+    ),
+    "large": (
+        lambda: DPMixture().fit(X * 1e40),
+        r"Column 0 holds .*e\+4\d.*divide.*constant",
+    ),
+    "small": (lambda: DPMixture().fit(X * 1e-40), "spread of .*e-.*multiply"),
+    "far from psi": (
+        lambda: DPMixture(prior=NIW(psi=1.0)).fit(np.r_[X, [[1e25, 0]]]),
+        "Column 0 reaches .* times the scale of `psi`",
+    ),
+    "far away": (
+        lambda: DPMixture(n_sweeps=9).fit(X).predict_proba(np.r_[X, [[1e25, 0]]]),
+        "Row 60 .*single precision: leave it out",
+    ),
+    "large counts": (
+        lambda: DPMixture(prior="multinomial").fit(COUNTS * 1e20),
+        r"largest count is .*e\+2\d",
+    ),
     "no list": (lambda: HDPMixture().fit(X), "a list of arrays"),
     "one point in all": (lambda: HDPMixture().fit([[[1.0, 2.0]]]), "at least 2"),
     "columns": (
@@ -164,6 +208,16 @@ BAD: dict[str, tuple[Callable[[], Any], str]] = {
 def test_bad_input_gets_a_sentence(call: Callable[[], Any], sentence: str) -> None:
     with pytest.raises(ValueError, match=sentence):
         call()
+
+
+def test_proposals_that_are_never_fixed_give_a_warning() -> None:
+    with pytest.warns(ConvergenceWarning, match="`burn_in` is 3.*`n_proposals`"):
+        DPMixture(method="exact", n_sweeps=3, burn_in=3).fit(X)
+
+
+def test_jobs_may_be_a_whole_number_of_numpy() -> None:
+    model: Any = DPMixture(n_sweeps=9, n_jobs=np.int64(2)).fit(X)
+    np.testing.assert_array_equal(model.labels_, DPMixture(n_sweeps=9).fit(X).labels_)
 
 
 def test_a_prior_of_ones_own_takes_constant_columns() -> None:

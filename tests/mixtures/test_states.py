@@ -72,11 +72,11 @@ def test_a_saved_chain_makes_the_sweeps_that_are_missing(
 
 def test_a_chain_that_patience_ended_says_how_to_go_on(tmp_path: Path) -> None:
     settings: dict[str, Any] = {"burn_in": 1, "checkpoint": tmp_path / "chain"}
-    done = DPMixture(n_sweeps=60, patience=6, **settings).fit(X).n_iter_
+    done = DPMixture(n_sweeps=60, patience=8, **settings).fit(X).n_iter_
     assert done < 60
-    assert DPMixture(n_sweeps=60, patience=6, **settings).fit(X).n_iter_ == done
+    assert DPMixture(n_sweeps=60, patience=8, **settings).fit(X).n_iter_ == done
     with pytest.warns(ConvergenceWarning, match="write `patience=None`"):
-        DPMixture(n_sweeps=80, patience=6, **settings).fit(X)
+        DPMixture(n_sweeps=80, patience=8, **settings).fit(X)
     assert DPMixture(n_sweeps=80, patience=None, **settings).fit(X).n_iter_ == 80
 
 
