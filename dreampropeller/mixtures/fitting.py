@@ -145,7 +145,8 @@ def run(
     if state is not None:
         _continue(chain, state, mark)
     first = chain.sweeps
-    saved = read(path, mark) if path is not None else None
+    blocks = chain.blocks
+    saved = None if path is None else blocks.lead(lambda: read(path, mark))
     # A file of the last fit is older than the state that this one continues.
     if saved is not None and (state is None or saved["first"] >= first):
         chain.load(saved)
@@ -168,11 +169,28 @@ def run(
             left = end - chain.sweeps
             chain.sweep(moves=left > FINAL, best=left == 1)
         if path is not None and (chain.sweeps - first) % EVERY == 0:
-            write(present(), path)
+            blocks.lead(lambda: write(present(), path))
         end = _end(chain, settings, first)
     if path is not None:
-        write(present(), path)
+        blocks.lead(lambda: write(present(), path))
     return present()
+
+
+def agree(
+    blocks: Blocks,
+    settings: Settings,
+    mark: Mark,
+    checkpoint: str | os.PathLike[str] | None,
+    state: dict[str, Any] | None,
+) -> None:
+    """Refuse ranks that would run different chains, or for a different time."""
+    length = {
+        name: str(getattr(settings, name))
+        for name in ("n_sweeps", "burn_in", "patience")
+    }
+    last = "" if state is None else digest(state["labels"], state["first"])
+    written = str(checkpoint is not None)
+    blocks.agree({**mark, **length, "checkpoint": written, "warm_start": last})
 
 
 def _end(chain: Chain, settings: Settings, first: int) -> int:

@@ -87,6 +87,44 @@ def test_labels_do_not_depend_on_the_number_of_workers(two_ranks: RankPool) -> N
             assert log_joint == alone.history.log_joint
 
 
+def fits_of_a_rank(folder: Path) -> tuple[list[list[float]], list[str]]:
+    """Labels of fits that work on two ranks, messages of those that do not."""
+    rank, (x, _) = torch.distributed.get_rank(), gaussians(60, 2, 2)
+    options: dict[str, Any] = {"n_jobs": "ranks", "n_sweeps": 9, "alpha": (1.0, 1.0)}
+    labels: list[list[float]] = []
+    refused: list[str] = []
+    for changed in (
+        {"random_state": None},
+        {"checkpoint": folder / "chain"},
+        {"checkpoint": folder / "chain", "n_sweeps": 12},
+    ):
+        model = DPMixture(**{**options, **changed}).fit(x)
+        labels.append([len(model.history_["log_joint"]), *model.labels_.tolist()])
+        labels[-1] += model.history_["log_joint"].tolist()
+    for changed, points in (
+        ({}, x[rank::2]),
+        ({"alpha": 1.0 + rank}, x),
+        ({"n_sweeps": 10 + rank}, x),
+        ({"checkpoint": folder / "none" / "chain"}, x),
+    ):
+        with pytest.raises(ValueError, match=r"write|every rank") as error:
+            DPMixture(**{**options, **changed}).fit(points)
+        refused.append(str(error.value))
+    return labels, refused
+
+
+def test_ranks_agree_on_seed_data_and_file(two_ranks: RankPool, tmp_path: Path) -> None:
+    (first, refused), second = two_ranks(fits_of_a_rank, tmp_path)
+    assert (first, refused) == second
+    assert [found[0] for found in first] == [9, 9, 12]
+    for message, names in zip(
+        refused, ["data, prior", "alpha", "n_sweeps"], strict=False
+    ):
+        assert f"have different {names}: with" in message
+    assert "does not exist" in refused[-1]
+    assert [path.name for path in tmp_path.iterdir()] == ["chain"]
+
+
 @pytest.mark.parametrize("groups", [1, 3])
 @pytest.mark.parametrize("method", METHODS)
 def test_a_saved_chain_goes_on_bit_for_bit(
