@@ -204,6 +204,14 @@ def test_exact_finds_few_clusters_too() -> None:
     assert nmi(truth, found.labels_) > 0.98
 
 
+def test_permuted_points_have_the_same_clusters_where_these_lie_apart() -> None:
+    x, truth = gaussians(200, 2, 3)
+    order = np.random.default_rng(0).permutation(200)
+    for rows in (np.arange(200), order):
+        found = DPMixture(n_sweeps=40).fit(x[rows])
+        assert nmi(truth[rows], found.labels_) > 0.999
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_groups_share_their_clusters(method: str) -> None:
     x, truth = gaussians(600, 2, 3)
