@@ -14,14 +14,15 @@ from sklearn.metrics import adjusted_rand_score
 
 import launch
 from systems.quality.parts import Palette, find_parts
-from systems.scene.mesh_files import save_mesh
+from systems.scene.mesh_files import save_mesh, with_texture
+from systems.scene.meshes import atlas
 from systems.toybox.objects import OBJECTS
 from systems.toybox.truth import truth
 
 
-def shaded(prompt: str) -> Any:
+def shaded(prompt: str, resolution: int = 40) -> Any:
     """The true mesh, its albedo under light from above and with noise."""
-    found = truth(prompt).mesh(40)
+    found = truth(prompt).mesh(resolution)
     mesh: Any = trimesh.Trimesh(
         found.vertices.numpy(), found.faces.numpy(), process=False
     )
@@ -64,6 +65,21 @@ def test_pieces_apart_are_parts_and_crumbs_are_none() -> None:
     found = find_parts([ball])
     assert found.parts[0].count == 3
     assert len(found.colours) == 2
+
+
+def test_seams_of_a_texture_part_nothing(tmp_path: Path) -> None:
+    mesh = shaded("a red mushroom", 24)
+    origin, faces, uv = atlas.unwrap(mesh.vertices, mesh.faces, 256)
+    texels = atlas.Texels.of(uv, faces, 256)
+    colours = np.asarray(mesh.visual.vertex_colors)[origin, :3] / 255
+    corners = colours[faces[texels.face[texels.inside]]]
+    image = texels.image((corners * texels.weights[..., None]).sum(1))
+    textured = with_texture(mesh.vertices[origin], faces, None, uv, image)
+    save_mesh(textured, tmp_path)
+    assert len(origin) > len(mesh.vertices)
+    assert launch.main(["--parts", str(tmp_path)]) == 0
+    assert len(json.loads((tmp_path / "parts.json").read_text())["parts"]) == 2
+    assert agreement("mushroom", mesh, find_parts([textured])) > 0.9
 
 
 def test_runs_share_a_palette_and_get_their_files(tmp_path: Path) -> None:
