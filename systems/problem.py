@@ -15,8 +15,9 @@ from torch import Tensor
 import dreampropeller as dp
 from dreampropeller.dispatch.process_group import local_device
 from systems import batching
-from systems.settings.config import SAMPLERS, Config
+from systems.settings.config import Config
 from systems.settings.reader import ConfigError
+from systems.settings.solver import SAMPLERS
 
 COMMON = frozenset(
     {"name", "tag", "exp_root_dir", "seed", "solver", "dispatch", "system_type"}

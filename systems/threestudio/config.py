@@ -8,9 +8,10 @@ from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
-from systems.settings.config import SolverConfig, override
+from systems.settings.config import override
 from systems.settings.dispatch import DispatchConfig
 from systems.settings.reader import ConfigError, read
+from systems.settings.solver import SolverConfig
 from systems.settings.yaml_files import open_yaml
 
 _OURS = ("backend", "threestudio", "solver", "dispatch")
