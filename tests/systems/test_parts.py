@@ -112,6 +112,7 @@ def test_runs_share_a_palette_and_get_their_files(tmp_path: Path) -> None:
         ([], "write `--parts resume=run`"),
         (["resume={}"], "write it with `python launch.py --export"),
         (["{}", "solver.name=picard"], "`solver.name=picard` has no effect here"),
+        (["{}", "--config", "x.yaml"], "`--config x.yaml` has no effect on `--parts`"),
         (["{}/nowhere"], "there is nothing to resume"),
     ],
 )
