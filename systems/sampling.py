@@ -88,7 +88,7 @@ class SamplingConfig:
 NEEDS = {
     "piadm-ode": ("ddim",),
     "piadm-sde": ("ddpm",),
-    "speculative": ("ddpm", "ddim"),  # with η above 0, which the solver checks
+    "speculative": ("ddpm", "ddim"),  # with η above 0
 }
 """Schedulers of the solvers that only sample images."""
 
@@ -158,14 +158,48 @@ class Sampling(Problem):
                 "`dispatch.batch` has no effect on sampling: write "
                 "`system.sampler.batched=true`, which measures first."
             )
-        needs = NEEDS.get(config.solver.name)
-        if needs and self.settings.sampler.scheduler not in needs:
-            raise ConfigError(
-                f"`solver.name={config.solver.name}` works with {needs[0].upper()}: "
-                f"write `system.sampler.scheduler={needs[0]}`."
-            )
+        self._check_solver()
         self._strip = Strip()
         self._images = torch.empty(0)
+
+    def _check_solver(self) -> None:
+        """Refuse a sampler that the solver does not take.
+
+        Raises:
+            ConfigError: Names the setting, and what to write.
+        """
+        sampler, name = self.settings.sampler, self.config.solver.name
+        if sampler.batched and name in ("sequential", "speculative"):
+            raise ConfigError(
+                f"`system.sampler.batched` has no effect on `solver.name={name}`: "
+                "leave it out, or write `solver.name=picard`."
+            )
+        if name not in NEEDS:
+            return
+        if sampler.scheduler not in NEEDS[name]:
+            needed = NEEDS[name][0]
+            raise ConfigError(
+                f"`solver.name={name}` works with {needed.upper()}: write "
+                f"`system.sampler.scheduler={needed}`."
+            )
+        if sampler.form != "semi-linear":
+            raise ConfigError(
+                f"`system.sampler.form` is `{sampler.form}`, whose drift is an "
+                f"increment, and `solver.name={name}` needs the model's output: leave "
+                "it out, or write `solver.name=picard`."
+            )
+        if name == "piadm-ode" and sampler.eta:
+            raise ConfigError(
+                f"`system.sampler.eta` is {sampler.eta}, and an ODE has no noise: "
+                "write `system.sampler.eta=0`, or `solver.name=piadm-sde "
+                "system.sampler.scheduler=ddpm`."
+            )
+        if name == "speculative" and sampler.scheduler == "ddim" and not sampler.eta:
+            raise ConfigError(
+                "`system.sampler.eta` is 0, and `solver.name=speculative` draws its "
+                "steps: write `system.sampler.eta=1`, or "
+                "`system.sampler.scheduler=ddpm`."
+            )
 
     @property
     def title(self) -> str:

@@ -21,7 +21,7 @@ from systems.settings.dispatch import DispatchConfig
 from systems.settings.notes import note
 from systems.settings.presets import take
 from systems.settings.reader import ConfigError, read, section_name
-from systems.settings.solver import SolverConfig
+from systems.settings.solver import SolverConfig, refuse_idle
 from systems.settings.upstream import DATA_TYPES, resolvers, translate
 from systems.settings.yaml_files import apply, missing, open_yaml, to_mapping
 
@@ -220,6 +220,7 @@ def load(
         config = read(Config, found.settings, "")
     except ConfigError as error:
         raise ConfigError(*problems, *error.problems) from error
+    refuse_idle(config.solver, overrides)
     if found.ignored and not problems:
         names = ", ".join(f"`{name}`" for name in found.ignored)
         note(f"without effect here: {names}.")

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import re
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import dreampropeller as dp
 from dreampropeller.predictor import PREDICTORS
 from systems.settings.checks import at_least, one_of
-from systems.settings.reader import named
+from systems.settings.reader import ConfigError, named
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,15 @@ THRESHOLDS = {
 }
 SAMPLERS = ("piadm-ode", "piadm-sde", "speculative")
 """Solvers that only sample images."""
+_PICARD = ("threshold", "predictor", "non_finite", "acceleration", "growth")
+IDLE = {
+    "picard": ("depth",),
+    "sequential": ("depth",),
+    "piadm-ode": _PICARD,
+    "piadm-sde": _PICARD,
+    "speculative": ("depth", *_PICARD),
+}
+"""Settings without effect, by solver: a file may hold them for another solver."""
 ACCELERATIONS = {"none": type(None), "secant": dp.Secant, "anderson": dp.Anderson}
 
 
@@ -50,8 +61,9 @@ class SolverConfig:
         name: "picard", or "sequential" for one step after another. With `--sample`
             also "piadm-ode" (with DDIM) and "piadm-sde" (with DDPM): blocks of
             `window.size` steps, each iterated `depth` times; and "speculative" (with
-            DDPM): another sample of exactly the same law. Threshold, predictor and
-            acceleration then have no effect.
+            DDPM): another sample of exactly the same law. Threshold, predictor,
+            acceleration and `non_finite` then have no effect, and the window is
+            "sliding".
         depth: Number of iterations per block, for PIADM.
         window: Number of steps evaluated per iteration: "sliding", "adaptive" or
             "auto".
@@ -87,12 +99,11 @@ class SolverConfig:
     def __post_init__(self) -> None:
         one_of("name", self.name, ("picard", "sequential", *SAMPLERS))
         at_least("depth", self.depth, 1)
-        if self.depth != SolverConfig.depth and not self.name.startswith("piadm"):
-            raise ValueError(
-                f"`depth` has no effect on `{self.name}`: write `name=piadm-ode` or "
-                "`piadm-sde`, or leave it out."
-            )
+        if self.depth != SolverConfig.depth and "depth" in IDLE[self.name]:
+            raise ValueError(_without_effect("depth", self.name))
         one_of("non_finite", self.non_finite, ("raise", "skip"))
+        if self.name in SAMPLERS:
+            self._check_sampler()
         self.resolved(1).build()  # refuses components that do not fit together
 
     def resolved(self, num_workers: int) -> SolverConfig:
@@ -100,6 +111,20 @@ class SolverConfig:
         if not isinstance(self.window, AutoWindow):
             return self
         return replace(self, window=self.window.resolved(num_workers))
+
+    def _check_sampler(self) -> None:
+        """Refuse what the solvers of samplers do not read."""
+        if not isinstance(self.window, dp.SlidingWindow):
+            raise ValueError(
+                f"`window.name` is not `sliding`, and `{self.name}` takes a fixed "
+                "number of steps at once: write `window.name=sliding window.size=10`."
+            )
+        for name, value in (
+            ("acceleration", self.acceleration is not None),
+            ("non_finite", self.non_finite != "raise"),
+        ):
+            if value:
+                raise ValueError(_without_effect(name, self.name))
 
     def build(self) -> dp.Solver:
         """The solver that the section describes."""
@@ -124,3 +149,41 @@ class SolverConfig:
             acceleration=self.acceleration,
             growth=self.growth,
         )
+
+
+def refuse_samplers(solver: SolverConfig) -> None:
+    """Refuse what only samples images.
+
+    Raises:
+        ConfigError: Names it.
+    """
+    if solver.name in SAMPLERS:
+        raise ConfigError(
+            f"`solver.name` is `{solver.name}`, which samples images: write `picard` "
+            "or `sequential`, or `--sample` with `configs/sample-toybox.yaml`."
+        )
+
+
+def refuse_idle(solver: SolverConfig, overrides: Sequence[str]) -> None:
+    """Refuse a setting of the command line that the solver does not read.
+
+    A file may hold it, because a finished run's `config.yaml` holds all settings.
+
+    Args:
+        solver: The section as read.
+        overrides: Dotted settings, such as ``"solver.depth=4"``.
+
+    Raises:
+        ConfigError: Names the setting, and the solver that reads it.
+    """
+    for override in overrides:
+        section, *rest = re.split(r"[.=\[]", override)
+        if section == "solver" and rest[0] in IDLE[solver.name]:
+            raise ConfigError(f"In `solver`: {_without_effect(rest[0], solver.name)}")
+
+
+def _without_effect(setting: str, name: str) -> str:
+    other = "piadm-ode" if setting == "depth" else "picard"
+    return (
+        f"`{setting}` has no effect on `{name}`: leave it out, or write `name={other}`."
+    )

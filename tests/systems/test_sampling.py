@@ -15,6 +15,8 @@ import dreampropeller as dp
 import launch
 from dreampropeller.adapters.diffusers import sample, solver_for
 from systems.sampling import ACCEPTED, EMPTY, TRIED, Strip
+from systems.settings.config import load
+from systems.settings.reader import ConfigError
 from systems.toybox import pipeline as toybox
 from tests.rank_pool import RankPool
 
@@ -154,6 +156,44 @@ def test_the_strip_shows_what_was_asked_and_accepted() -> None:
     ]
     inside = [float(cells[i, 0, 1, 1]) * 2 - 1 for i in (1, 2, 3, 8, 9)]
     assert inside == pytest.approx([0.1, 0.2, 0.3, 0.5, 1.0], abs=1e-6)
+
+
+SDE = ("solver.name=piadm-sde", "system.sampler.scheduler=ddpm")
+ODE, LAW = "solver.name=piadm-ode", "solver.name=speculative"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ([ODE, "system.sampler.eta=1"], "an ODE has no noise: write `system.sampler"),
+        ([LAW], "draws its steps: write `system.sampler.eta=1`"),
+        ([ODE, "system.sampler.form=published"], "whose drift is an increment"),
+        ([LAW, "system.sampler.form=published"], "whose drift is an increment"),
+        ([LAW, SDE[1], "system.sampler.batched=true"], "write `solver.name=picard`"),
+        (["solver.name=sequential", "system.sampler.batched=true"], "has no effect"),
+        ([*SDE, "solver.non_finite=skip"], "`non_finite` has no effect on `piadm-sde`"),
+        ([ODE, "solver.threshold.value=0"], "`threshold` has no effect on `piadm-ode`"),
+        ([LAW, "solver.depth=4"], "`depth` has no effect on `speculative`"),
+        (["solver.depth=4"], "`depth` has no effect on `picard`: leave it out, or"),
+    ],
+)
+def test_a_setting_that_the_solver_ignores_is_refused(
+    overrides: list[str],
+    message: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert draw(tmp_path, *overrides) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "window", ["auto", "{name: adaptive, smallest: 2, largest: 4}"]
+)
+@pytest.mark.parametrize("name", ["piadm-ode", "speculative"])
+def test_blocks_have_a_fixed_size(name: str, window: str) -> None:
+    with pytest.raises(ConfigError, match=r"write `window\.name=sliding"):
+        load(CONFIG, [f"solver.name={name}", f"solver.window={window}"])
 
 
 @pytest.mark.parametrize(
