@@ -81,13 +81,15 @@ def find_parts(meshes: Sequence[trimesh.Trimesh], seed: int = 0) -> Palette:
         seed: Seed of the clustering.
 
     Raises:
-        ValueError: A mesh has no faces, or no colours.
+        ValueError: There is no mesh, or one has fewer than two faces, no area, corners
+            that are not finite, or no colours.
         ImportError: scikit-learn is not installed.
     """
     looks = [_look(mesh) for mesh in meshes]
+    if not meshes:
+        raise ValueError("There is no mesh: write `find_parts([mesh])`.")
     for mesh, look in zip(meshes, looks, strict=True):
-        if not len(mesh.faces):
-            raise ValueError("The mesh has no faces, so there are no parts.")
+        _check_surface(mesh)
         if look.kind not in ("vertex", "face"):
             raise ValueError(
                 "The mesh has no vertex colours, from which parts are found: export "
@@ -116,6 +118,23 @@ def find_parts(meshes: Sequence[trimesh.Trimesh], seed: int = 0) -> Palette:
         for k in range(len(used))
     ]
     return Palette(np.stack(palette), parts)
+
+
+def _check_surface(mesh: Any) -> None:
+    """Refuse a mesh without a surface that can have parts."""
+    count = len(mesh.faces)
+    if count < 2:
+        raise ValueError(
+            f"The mesh has {count or 'no'} face{'s' * (count != 1)}, and parts are "
+            "found among at least two: leave it out."
+        )
+    if not np.isfinite(np.asarray(mesh.vertices)[np.asarray(mesh.faces)]).all():
+        raise ValueError(
+            "The mesh has corners that are not finite: export it again with "
+            "`launch.py --export resume=RUN`, or remove its faces there."
+        )
+    if not np.asarray(mesh.area_faces).sum() > 0:
+        raise ValueError("The mesh has no area, so there are no parts: leave it out.")
 
 
 def _look(mesh: Any) -> Any:

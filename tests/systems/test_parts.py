@@ -106,6 +106,27 @@ def test_runs_share_a_palette_and_get_their_files(tmp_path: Path) -> None:
     assert len(json.loads((runs[0] / "parts.json").read_text())["palette"]) == 2
 
 
+def test_surfaces_that_have_no_parts_get_a_sentence() -> None:
+    def ball() -> Any:
+        made: Any = trimesh.creation.icosphere(1)
+        made.visual.vertex_colors = np.full((len(made.vertices), 4), 200, np.uint8)
+        return made
+
+    one, flat, broken = ball(), ball(), ball()
+    one.faces = one.faces[:1]
+    flat.vertices = np.zeros_like(flat.vertices)
+    broken.vertices[3, 0] = np.nan
+    for meshes, message in (
+        ([], r"write `find_parts\(\[mesh\]\)`"),
+        ([one], "has 1 face, and parts are found among at least two"),
+        ([ball(), one], "has 1 face,"),
+        ([flat], "has no area"),
+        ([broken], "corners that are not finite: export it again"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            find_parts(meshes)
+
+
 @pytest.mark.parametrize(
     ("words", "complaint"),
     [
