@@ -14,6 +14,7 @@ from dreampropeller import (
     BlockWindow,
     EMAThreshold,
     FixedThreshold,
+    NotConverged,
     PicardSolver,
     Sequential,
     solve,
@@ -22,6 +23,7 @@ from dreampropeller.differential import (
     Corrector,
     DiffusionTrajectory,
     Grid,
+    check_arguments,
     langevin_covariance,
 )
 from dreampropeller.piadm import piadm
@@ -281,6 +283,89 @@ def test_bad_settings_get_a_sentence() -> None:
         BlockWindow([3, 3], 1)
     with pytest.raises(ValueError, match="'sliding'"):
         piadm(normal, start, GRID, form="fast")
+
+
+def test_a_depth_below_the_block_says_that_nothing_measured_the_error() -> None:
+    start = noise(1, 2)
+    note = piadm(two(2), start, GRID, depth=2).note
+    assert "compare with `form='sequential'`" in note
+    longest = int(note.split("(")[1].split()[0])
+    assert piadm(two(2), start, GRID, depth=longest - 1).note
+    assert not piadm(two(2), start, GRID, depth=longest).note
+    assert not piadm(two(2), start, GRID, form="sequential").note
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"start": noise(2, 2).numpy()}, "`start` is a `ndarray`: write `torch.randn"),
+        (
+            {"start": torch.ones(2, 2, dtype=torch.long)},
+            "holds `torch.int64`",
+        ),
+        ({"start": noise(2, 2) / 0}, "`start` holds NaN or infinity"),
+        ({"grid": None}, r"`grid` is None: write `Grid\(horizon=6.0, step=0.05\)`"),
+        ({"score": two(2).means}, "`score` is a `Tensor`: write a function"),
+        ({"corrector": 0.5}, r"`corrector` is a `float`: write `Corrector\(\)`"),
+    ],
+)
+def test_arguments_of_another_kind_get_a_sentence(
+    changed: dict[str, object], message: str
+) -> None:
+    """Asked directly, because tests check the types of annotated arguments."""
+    arguments = {"score": normal, "start": noise(2, 2), "grid": GRID}
+    check_arguments(**arguments, corrector=None)
+    with pytest.raises((TypeError, ValueError), match=message):
+        check_arguments(**{**arguments, "corrector": None, **changed})
+
+
+def test_shapes_that_would_be_broadcast_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"dimension 2: write `start=torch\.randn"):
+        piadm(two(2), noise(5, 1), GRID)
+    with pytest.raises(ValueError, match="return one number per coordinate"):
+        piadm(lambda s, x: x[:, :1], noise(5, 2), GRID)
+
+
+@pytest.mark.parametrize("form", ["block", "sequential"])
+def test_a_score_that_is_not_finite_says_what_to_write_for_piadm(form: str) -> None:
+    def broken(s: float, x: Tensor) -> Tensor:
+        return -x / (0.0 if s < 1 else 1.0)
+
+    with pytest.raises(NotConverged, match="write a smaller `step`") as error:
+        piadm(broken, noise(2, 2), GRID, form=form)
+    assert "learning rate" not in str(error.value)
+
+
+def test_mixtures_that_are_none_get_a_sentence() -> None:
+    good = vars(two(2))
+    for name, value, message in (
+        ("weights", torch.tensor([-0.5, 1.5]), "not negative"),
+        ("weights", torch.tensor([0.5]), "one row per component"),
+        ("variances", -good["variances"], "`variances` holds a negative number"),
+        ("means", good["means"] * math.nan, "`means` holds NaN"),
+        ("means", good["means"][0], "write 2 axes"),
+        ("weights", torch.tensor([1, 2]), "no tensor of floating numbers"),
+    ):
+        with pytest.raises((TypeError, ValueError), match=message):
+            GaussianMixtureScore(**{**good, name: value})
+
+
+def test_a_schedule_is_asked_within_its_times() -> None:
+    alphas = torch.linspace(0.999, 0.01, 50).double()
+    score = DenoiserScore(lambda x, t: x, alphas)
+    grid = Grid(score.horizon, 0.5, stop=score.stop)
+    assert piadm(score, noise(1, 2), grid, "ode", depth=2).value["x"].isfinite().all()
+    for horizon, stop in ((9.0, score.stop), (score.horizon, 1e-5)):
+        with pytest.raises(ValueError, match="outside the schedule, which holds 0"):
+            DiffusionTrajectory(score, noise(1, 2), Grid(horizon, 0.5, stop=stop))
+    for wrong, message in (
+        (alphas.flip(0), "does not fall from below 1 to above 0"),
+        (torch.cat([alphas, alphas.new_zeros(1)]), "zero terminal SNR"),
+        (alphas + 0.5, "does not fall"),
+        (alphas[None], "no tensor of shape"),
+    ):
+        with pytest.raises((TypeError, ValueError), match=message):
+            DenoiserScore(lambda x, t: x, wrong)
 
 
 def test_sliding_window_reaches_the_sequential_samples() -> None:
