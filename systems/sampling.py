@@ -245,6 +245,8 @@ class Sampling(Problem):
             calibration = self._calibration(pipeline)
             print(dp.choose_solver(solver, calibration, self.device).reason)
 
+        self._tell_depth()
+
         def watch(state: dp.SolverState[Any], iteration: dp.Iteration) -> None:
             self._strip(state, iteration)
             if on_iteration(state, iteration):
@@ -262,6 +264,16 @@ class Sampling(Problem):
         ).images
         self._images = torch.from_numpy(images).movedim(-1, 1).float()
         return solutions[0]
+
+    def _tell_depth(self) -> None:
+        """Say in the report that PIADM checks no error, unless its depth is exact."""
+        depth, size = self.config.solver.depth, min(self._window(), self.num_steps)
+        if self.config.solver.name.startswith("piadm") and depth < size:
+            self.notes.append(
+                f"Every block was iterated `solver.depth={depth}` times, and nothing "
+                "measured the error that is left: compare with `solver.name=sequential`"
+                f" of the same seed, or write a greater depth ({size} is exact)."
+            )
 
     def write(self, folder: Path, y: dp.State) -> dict[str, Any]:
         """Write the images, and a strip that shows the window at work."""

@@ -81,6 +81,11 @@ def test_the_solvers_of_samplers_draw(tmp_path: Path, name: str) -> None:
     (blocks, report), (exact, _) = made(tmp_path / "blocks"), made(tmp_path / "exact")
     assert torch.equal(*(pixels(at / "sample.png") for at in (blocks, exact)))
     assert report["strides"] == [0, 2, 0, 2]
+    assert report["notes"] == []  # it is exact
+    assert draw(tmp_path / "rough", *own, "solver.depth=1") == 0
+    (said,) = made(tmp_path / "rough")[1]["notes"]
+    assert "nothing measured the error" in said
+    assert "compare with `solver.name=sequential` of the same seed" in said
 
 
 @pytest.mark.long
