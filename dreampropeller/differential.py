@@ -311,13 +311,15 @@ def langevin_covariance(g: float, e: float) -> tuple[float, float, float]:
     r"""Variances of $B_u$ and $B_v$ and their covariance, over a step of length $e$.
 
     $\mathrm{Var} B_u = \tfrac2g [e - \tfrac{2(1-q)}{g} + \tfrac{1-q^2}{2g}]$,
-    $\mathrm{Var} B_v = 1 - q^2$, $\mathrm{Cov} = (1-q)^2 / g$; for small $ge$ the first
-    by its series, whose leading term is $\tfrac23 g e^3$.
+    $\mathrm{Var} B_v = 1 - q^2$, $\mathrm{Cov} = (1-q)^2 / g$; for small $z = ge$ the
+    first by its series, $\sum_{k \ge 3} (-z)^k (4 - 2^k) / (k!\, g^2)$, because the
+    terms of the formula cancel.
     """
     z = g * e
     one = -math.expm1(-z)
-    if z < 1e-2:
-        series = z**3 * (2 / 3 - z / 2 + 7 * z**2 / 30 - z**3 / 12)
+    if z < 0.5:
+        terms = ((-z) ** k * (4 - 2**k) / math.factorial(k) for k in range(3, 25))
+        series = sum(terms)
     else:
         series = 2 * z - 4 * one - math.expm1(-2 * z)
     return series / g**2, -math.expm1(-2 * z), one**2 / g
