@@ -19,6 +19,7 @@ from systems.problem import Problem
 from systems.settings.checks import at_least, between, one_of
 from systems.settings.config import Config
 from systems.settings.reader import ConfigError, read
+from systems.settings.solver import CleanImageGuesses
 
 SCHEDULERS = {
     "ddim": "DDIMScheduler",
@@ -174,6 +175,20 @@ class Sampling(Problem):
                 f"`system.sampler.batched` has no effect on `solver.name={name}`: "
                 "leave it out, or write `solver.name=picard`."
             )
+        guesses = self.config.solver.predictor
+        if name == "picard" and isinstance(guesses, CleanImageGuesses):
+            if sampler.form != "semi-linear":
+                raise ConfigError(
+                    "`solver.predictor=clean_image` reads the model's output, and the "
+                    f"drift of `system.sampler.form={sampler.form}` is an increment: "
+                    "leave one of them out."
+                )
+            if sampler.batched and guesses.sequential_steps:
+                raise ConfigError(
+                    "`system.sampler.batched` measures a whole window, and "
+                    "`solver.predictor.sequential_steps` begins without one: leave one "
+                    "of them out."
+                )
         if name not in NEEDS:
             return
         if sampler.scheduler not in NEEDS[name]:

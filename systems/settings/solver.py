@@ -27,6 +27,21 @@ class AutoWindow:
         return dp.AdaptiveWindow(num_workers, 4 * num_workers, num_workers)
 
 
+@dataclass(frozen=True)
+class CleanImageGuesses:
+    """`solver.predictor.name=clean_image`: `CleanImage`, for `--sample` alone.
+
+    Args:
+        sequential_steps: Number of first steps that are taken one after another, before
+            there is a good estimate.
+    """
+
+    sequential_steps: int = 0
+
+    def __post_init__(self) -> None:
+        at_least("sequential_steps", self.sequential_steps, 0)
+
+
 WINDOWS = {
     "sliding": dp.SlidingWindow,
     "adaptive": dp.AdaptiveWindow,
@@ -71,7 +86,8 @@ class SolverConfig:
             "fixed".
         predictor: Initial guess of a new step: "momentum", "repeat_last", or "auto",
             which extrapolates along the momentum direction, by a fraction fitted to
-            recent iterations.
+            recent iterations; with `--sample` also "clean_image", which holds the
+            last estimate of the clean image.
         non_finite: "raise", or "skip" steps whose gradient is not finite.
         acceleration: Acceleration of the fixed-point iteration from past iterations:
             "none", "secant" or "anderson".
@@ -87,8 +103,9 @@ class SolverConfig:
     threshold: dp.Threshold[Any] = field(
         default=dp.DriftThreshold(), metadata=named(THRESHOLDS)
     )
-    predictor: dp.Predictor[Any] = field(
-        default=dp.Momentum(), metadata=named(PREDICTORS)
+    predictor: dp.Predictor[Any] | CleanImageGuesses = field(
+        default=dp.Momentum(),
+        metadata=named({**PREDICTORS, "clean_image": CleanImageGuesses}),
     )
     non_finite: str = "raise"
     acceleration: dp.Acceleration[Any] | None = field(
@@ -119,12 +136,8 @@ class SolverConfig:
                 f"`window.name` is not `sliding`, and `{self.name}` takes a fixed "
                 "number of steps at once: write `window.name=sliding window.size=10`."
             )
-        for name, value in (
-            ("acceleration", self.acceleration is not None),
-            ("non_finite", self.non_finite != "raise"),
-        ):
-            if value:
-                raise ValueError(_without_effect(name, self.name))
+        if self.non_finite != "raise":
+            raise ValueError(_without_effect("non_finite", self.name))
 
     def build(self) -> dp.Solver:
         """The solver that the section describes."""
@@ -141,10 +154,16 @@ class SolverConfig:
             return dp.PicardSolver(
                 dp.BlockWindow(size, self.depth), dp.FixedThreshold(0)
             )
+        window, predictor = self.window, self.predictor
+        if isinstance(predictor, CleanImageGuesses):
+            from dreampropeller.adapters.diffusers.clean_image import CleanImage
+
+            window = dp.SequentialStart(window, predictor.sequential_steps)
+            predictor = CleanImage()
         return dp.PicardSolver(
-            self.window,
+            window,
             self.threshold,
-            predictor=self.predictor,
+            predictor=predictor,
             non_finite=non_finite,
             acceleration=self.acceleration,
             growth=self.growth,
@@ -161,6 +180,11 @@ def refuse_samplers(solver: SolverConfig) -> None:
         raise ConfigError(
             f"`solver.name` is `{solver.name}`, which samples images: write `picard` "
             "or `sequential`, or `--sample` with `configs/sample-toybox.yaml`."
+        )
+    if isinstance(solver.predictor, CleanImageGuesses):
+        raise ConfigError(
+            "`solver.predictor` is `clean_image`, which guesses noisy images: write "
+            "`auto`, or `--sample` with `configs/sample-toybox.yaml`."
         )
 
 
