@@ -15,8 +15,9 @@ from torch import Tensor
 import dreampropeller as dp
 from dreampropeller.dispatch.process_group import local_device
 from systems import batching
-from systems.settings.config import SAMPLERS, Config
+from systems.settings.config import Config
 from systems.settings.reader import ConfigError
+from systems.settings.solver import refuse_samplers
 
 COMMON = frozenset(
     {"name", "tag", "exp_root_dir", "seed", "solver", "dispatch", "system_type"}
@@ -78,12 +79,7 @@ class Problem(abc.ABC):
         Raises:
             ConfigError: The solver samples images.
         """
-        name = self.config.solver.name
-        if name in SAMPLERS:
-            raise ConfigError(
-                f"`solver.name` is `{name}`, which samples images: write `picard` or "
-                "`sequential`, or `--sample` with `configs/sample-toybox.yaml`."
-            )
+        refuse_samplers(self.config.solver)
         return self.config.solver.build()
 
     def solve(
