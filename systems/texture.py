@@ -31,7 +31,7 @@ from systems.scene.textured import TexturedScene, TexturedSceneConfig
 from systems.settings.config import Config, ExportConfig
 from systems.settings.reader import ConfigError, part, read
 from systems.settings.schedules import Schedule, check_schedule
-from systems.variational import Variational, check_weights, scene_of
+from systems.variational import Variational, check_rate, check_weights, scene_of
 
 
 @dataclass(frozen=True)
@@ -79,6 +79,7 @@ class TextureConfig(TexturedSceneConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_weights(self.loss, self.guidance_type)
+        check_rate(self.optimizer, self.guidance_type)
 
 
 class Texture(Variational):

@@ -19,6 +19,7 @@ from systems.distillation import Distillation, Look
 from systems.guidance.base import Guidance
 from systems.guidance.priors import check
 from systems.guidance.vsd import VSD_GUIDANCES
+from systems.optimizer import OptimizerConfig
 from systems.settings.schedules import value_at, values_of
 
 LORA = "guidance."
@@ -48,6 +49,24 @@ def check_weights(loss: Any, guidance_type: str) -> None:
             "`loss.lambda_lora` is 0, so the LoRA never learns and stays the "
             "pretrained model: write a positive weight, or `guidance_type: "
             "csd-guidance`, which needs no LoRA."
+        )
+
+
+def check_rate(optimizer: OptimizerConfig, guidance_type: str) -> None:
+    """Refuse a learning rate with which a LoRA never learns.
+
+    Args:
+        optimizer: Settings of the optimizer, whose part `guidance` is the LoRA.
+        guidance_type: Name of the guidance.
+
+    Raises:
+        ValueError: Says what to write instead.
+    """
+    if guidance_type in VSD_GUIDANCES and optimizer.rate("guidance") == 0:
+        raise ValueError(
+            "The learning rate of the LoRA is 0, so it never learns and stays the "
+            "pretrained model: write `optimizer.params.guidance.lr=0.0001`, or "
+            "`guidance_type: csd-guidance`, which needs no LoRA."
         )
 
 

@@ -40,6 +40,8 @@ Weights = Callable[[int], tuple[float, float]]
 """The weights of $\\ell_{vsd}$ and $\\ell_\\phi$ at a step."""
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 """The layers that threestudio adapts."""
+LARGEST_SCALE = 1000.0
+"""Bound of α / r, and of r / α: beyond, a LoRA is without effect or overflows."""
 BLIND = 0.1
 """Share of the steps that train the LoRA without the camera."""
 
@@ -64,7 +66,8 @@ class VSDConfig(GuidanceConfig):
             field of view), or "none". A model that takes cameras itself, as toybox2,
             gets them in its own format.
         lora_rank: Rank of the LoRA.
-        lora_alpha: Scale of the LoRA; null: the rank, which leaves it unscaled.
+        lora_alpha: Scale of the LoRA, above 0; null: the rank, which leaves it
+            unscaled.
         lora_targets: Endings of the names of the adapted layers.
         lora: "shared", part of the state: the same on any number of workers, saved and
             resumed. "local" reproduces the published code for comparison: every worker
@@ -87,6 +90,13 @@ class VSDConfig(GuidanceConfig):
         at_least("guidance_scale_lora", self.guidance_scale_lora, 0)
         at_least("lora_n_timestamp_samples", self.lora_n_timestamp_samples, 1)
         at_least("lora_rank", self.lora_rank, 1)
+        scale = 1 if self.lora_alpha is None else self.lora_alpha / self.lora_rank
+        if not 1 / LARGEST_SCALE <= scale <= LARGEST_SCALE:
+            raise ValueError(
+                f"`lora_alpha` is {self.lora_alpha:g}, which scales the LoRA by "
+                f"{scale:g} (`lora_alpha` over `lora_rank`): write a number above 0 "
+                f"near the rank, such as {self.lora_rank}, or null for the rank itself."
+            )
         kinds = ("extrinsics", "mvp", "none")
         one_of("camera_condition_type", self.camera_condition_type, kinds)
         one_of("lora", self.lora, ("shared", "local"))

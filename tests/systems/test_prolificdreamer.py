@@ -235,6 +235,13 @@ def test_their_file_runs_and_equals_ours(
         ("system.guidance.lora=own", "write shared or local"),
         ("system.guidance.lora_targets=to_q", r"write \[a text, …\]"),
         ("system.guidance.lora_rank=0", "`lora_rank` is 0: write 1 or more"),
+        ("system.guidance.lora_alpha=0", "`lora_alpha` is 0, .*near the rank, .*as 4"),
+        ("system.guidance.lora_alpha=-4", "scales the LoRA by -1"),
+        ("system.guidance.lora_alpha=1e30", "`lora_alpha` is 1e.30"),
+        (
+            "system.optimizer.params.guidance.lr=0",
+            "rate of the LoRA is 0.*csd-guidance",
+        ),
         ("system.guidance.camera_condition_type=c2w", "extrinsics or mvp or none"),
         ("system.optimizer.params.guidance=null", "`params.guidance` is `None`"),
         ("data.resolution_milestones=[]", "one more for each milestone"),
