@@ -29,7 +29,15 @@ from torch import Tensor
 from dreampropeller import StepRandom
 from systems.guidance.base import Guidance, Log, Shown
 from systems.guidance.lora import Lora
-from systems.guidance.priors import Prior, Words, check, load, open_pipeline, resolve
+from systems.guidance.priors import (
+    ModelError,
+    Prior,
+    Words,
+    check,
+    load,
+    open_pipeline,
+    resolve,
+)
 from systems.guidance.prompts import PromptConfig
 from systems.guidance.sds import GuidanceConfig, ScoreDistillation
 from systems.guidance.table import GUIDANCES
@@ -144,6 +152,7 @@ class VariationalScoreDistillation(ScoreDistillation):
             pipeline = open_pipeline(resolve(other), with_text=False, dtype=prior.dtype)
             pipeline.vae = None
             adapted = Prior(pipeline, device)
+            _check_space(prior, adapted, other)
         return cls(config, prior, words, prompts, adapted)
 
     def __init__(
@@ -243,6 +252,36 @@ class VariationalScoreDistillation(ScoreDistillation):
             parameter.grad = gradient
         optimizer.step()
         optimizer.zero_grad()
+
+
+def _check_space(prior: Prior, adapted: Prior, name: str) -> None:
+    """Refuse to adapt a model of other images, prompts or timesteps than the prior.
+
+    The size of images counts in pixel space only: an autoencoder's latent may have any
+    (threestudio adapts a model of 768 pixels beside one of 512).
+    """
+    one, other = _space(prior), _space(adapted)
+    if prior.vae is not None:
+        del one["images of width"]
+    differ = [f"{n} {other[n]}, not {one[n]}" for n in one if one[n] != other[n]]
+    if differ:
+        raise ModelError(
+            f"The LoRA cannot adapt `{name}` beside this pretrained model: it has "
+            f"{'; '.join(differ)}. Leave out `pretrained_model_name_or_path_lora`, or "
+            "name a model of the same kind there."
+        )
+
+
+def _space(prior: Prior) -> dict[str, Any]:
+    """What two models that see the same noisy images have in common."""
+    config = prior.unet.config
+    return {
+        "channels": config["in_channels"],
+        "images of width": config["sample_size"],
+        "prompts of width": config.get("encoder_hid_dim")
+        or config["cross_attention_dim"],
+        "timesteps": prior.num_timesteps,
+    }
 
 
 class StableDiffusionVSDGuidance(VariationalScoreDistillation):

@@ -240,7 +240,7 @@ def test_their_file_runs_and_equals_ours(
         ("system.guidance.lora_alpha=1e30", "`lora_alpha` is 1e.30"),
         (
             "system.optimizer.params.guidance.lr=0",
-            "rate of the LoRA is 0.*csd-guidance",
+            "LoRA is 0.*csd-guidance",
         ),
         ("system.guidance.camera_condition_type=c2w", "extrinsics or mvp or none"),
         ("system.optimizer.params.guidance=null", "`params.guidance` is `None`"),
@@ -270,4 +270,13 @@ def test_a_rate_is_needed_for_every_part(
 def test_targets_that_match_nothing_are_named(stable_diffusion: Path) -> None:
     system = tiny(stable_diffusion, "system.guidance.lora_targets=[to_q,to_x]")
     with pytest.raises(ValueError, match=r"`to_x`, which matches no layer.*to_out\.0"):
+        system.trajectory()
+
+
+def test_a_lora_of_another_space_is_refused(
+    stable_diffusion: Path, deep_floyd: Path
+) -> None:
+    """Of images in pixels beside one of latents."""
+    system = tiny(stable_diffusion, adapted=deep_floyd)
+    with pytest.raises(ValueError, match=r"it has channels 3, not 4\. Leave out"):
         system.trajectory()
