@@ -149,7 +149,7 @@ class ProlificDreamer(Variational, Tetrahedral):
 
     def __init__(self, config: Config, device: torch.device | None = None) -> None:
         super().__init__(config, device)
-        self.check_adapted()
+        self.check_lora()
         self.regularisers = TERMS[self.settings.stage]
 
     @property

@@ -99,7 +99,7 @@ class Texture(Variational):
                 "`system.geometry.texture_resolution` and `system.geometry.max_faces`."
             )
         check(self.settings.guidance.pretrained_model_name_or_path, [self.title])
-        self.check_adapted()
+        self.check_lora()
         with self.random.scope(0, "scene"):
             scene = TexturedScene(self.settings, self.device)
             self._scene = scene.to(self.device)

@@ -24,6 +24,11 @@ from systems.settings.schedules import value_at, values_of
 
 LORA = "guidance."
 """Prefix of the LoRA's tensors in a state; its part in `optimizer.params`."""
+LOCAL = (
+    "`system.guidance.lora` is `local`: every worker trained a LoRA of its own, which "
+    "is not saved, so the result depends on the number of workers and on resuming."
+)
+"""Note on a run with private copies of the LoRA."""
 
 
 def check_weights(loss: Any, guidance_type: str) -> None:
@@ -80,12 +85,15 @@ class Variational(Distillation):
         """Whether the guidance learns a LoRA."""
         return self.settings.guidance_type in VSD_GUIDANCES
 
-    def check_adapted(self) -> None:
-        """Refuse a LoRA whose base model is not available."""
-        if self.is_variational:
-            adapted = self.settings.guidance.pretrained_model_name_or_path_lora
-            if adapted is not None:
-                check(adapted, [])
+    def check_lora(self) -> None:
+        """Refuse a LoRA whose base model is not available; note a local one."""
+        if not self.is_variational:
+            return
+        adapted = self.settings.guidance.pretrained_model_name_or_path_lora
+        if adapted is not None:
+            check(adapted, [])
+        if self.settings.guidance.lora == "local":
+            self.notes.append(LOCAL)
 
     @property
     def is_reproducible(self) -> bool:

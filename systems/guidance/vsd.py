@@ -108,6 +108,20 @@ class VSDConfig(GuidanceConfig):
         kinds = ("extrinsics", "mvp", "none")
         one_of("camera_condition_type", self.camera_condition_type, kinds)
         one_of("lora", self.lora, ("shared", "local"))
+        if self.guidance_scale_lora == 1:
+            return
+        scale = f"`guidance_scale_lora` is {self.guidance_scale_lora:g}"
+        if self.camera_condition_type == "none":
+            raise ValueError(
+                f"{scale}, guidance by the camera, which `camera_condition_type: none` "
+                "hides: write `guidance_scale_lora: 1`."
+            )
+        if not self.lora_cfg_training:
+            raise ValueError(
+                f"{scale}, and with `lora_cfg_training: false` the prediction without "
+                "camera that it needs is never trained: write `guidance_scale_lora: 1` "
+                "or `lora_cfg_training: true`."
+            )
 
 
 @dataclass(frozen=True)

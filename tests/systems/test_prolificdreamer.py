@@ -38,6 +38,7 @@ from tests.systems.test_priors import deep_floyd as deep_floyd
 from tests.systems.test_priors import stable_diffusion as stable_diffusion
 from tests.systems.test_upstream import CHECKOUT, written
 
+HIDDEN = "system.guidance.guidance_scale_lora=3 system.guidance"
 TOYBOX = "configs/prolificdreamer-toybox.yaml"
 
 
@@ -235,6 +236,8 @@ def test_their_file_runs_and_equals_ours(
         ("system.guidance.lora=own", "write shared or local"),
         ("system.guidance.lora_targets=to_q", r"write \[a text, …\]"),
         ("system.guidance.lora_rank=0", "`lora_rank` is 0: write 1 or more"),
+        (f"{HIDDEN}.camera_condition_type=none", "which `camera.*: none` hides"),
+        (f"{HIDDEN}.lora_cfg_training=false", "false` the prediction .* never trained"),
         ("system.guidance.lora_alpha=0", "`lora_alpha` is 0, .*near the rank, .*as 4"),
         ("system.guidance.lora_alpha=-4", "scales the LoRA by -1"),
         ("system.guidance.lora_alpha=1e30", "`lora_alpha` is 1e.30"),
@@ -252,7 +255,7 @@ def test_settings_that_cannot_be_used(
     setting: str, message: str, stable_diffusion: Path
 ) -> None:
     with pytest.raises(ConfigError, match=message):
-        tiny(stable_diffusion, setting)
+        tiny(stable_diffusion, *setting.split())
 
 
 def test_a_rate_is_needed_for_every_part(
@@ -267,9 +270,19 @@ def test_a_rate_is_needed_for_every_part(
         tiny(stable_diffusion, f"{name}={stable_diffusion}", path=path)
 
 
-def test_targets_that_match_nothing_are_named(stable_diffusion: Path) -> None:
-    system = tiny(stable_diffusion, "system.guidance.lora_targets=[to_q,to_x]")
-    with pytest.raises(ValueError, match=r"`to_x`, which matches no layer.*to_out\.0"):
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("lora_targets=[to_q,to_x]", r"`to_x`, which matches no layer.*to_out\.0"),
+        ("lora_targets=['0']", r"also matches `down_blocks\.0`.*more of the name"),
+        ("lora_rank=65", "widest layer of .* has width 16, .*write at most 64"),
+    ],
+)
+def test_a_lora_that_the_model_cannot_take_is_refused(
+    setting: str, message: str, stable_diffusion: Path
+) -> None:
+    system = tiny(stable_diffusion, f"system.guidance.{setting}")
+    with pytest.raises(ValueError, match=message):
         system.trajectory()
 
 
@@ -280,3 +293,9 @@ def test_a_lora_of_another_space_is_refused(
     system = tiny(stable_diffusion, adapted=deep_floyd)
     with pytest.raises(ValueError, match=r"it has channels 3, not 4\. Leave out"):
         system.trajectory()
+
+
+def test_the_summary_names_a_local_lora(stable_diffusion: Path) -> None:
+    (note,) = tiny(stable_diffusion, "system.guidance.lora=local").notes
+    assert "depends on the number of workers" in note
+    assert not tiny(stable_diffusion).notes
