@@ -12,7 +12,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from systems.guidance.priors import ModelError, Prior, no_progress_bars
+from systems.guidance.pipeline_files import no_progress_bars
+from systems.guidance.priors import ModelError, Prior
 from systems.guidance.zero123_checkpoint import SUFFIXES, load_checkpoint
 from systems.guidance.zero123_conditions import Zero123Conditions, camera_numbers
 from systems.guidance.zero123_pipeline import PARTS, Zero123Pipeline
