@@ -155,13 +155,27 @@ def load_own_state(problem: Problem) -> dp.SolverState[Any]:
     resume = str(problem.config.resume)
     state = load_state(resume, problem)
     found, wanted = state.problem.get("about"), identity.plain(problem.about())
-    differ = identity.differences(found, wanted) if found else ""
+    if not found:
+        return state
+    differ = _differences(problem, found, wanted)
     if differ:
         raise ConfigError(
             f"`{resume}` made another thing: {differ}. Write the settings of its "
             "`config.yaml`, or start a new run without `resume`."
         )
-    return state
+    return replace(state, problem={**state.problem, "about": wanted})
+
+
+def _differences(problem: Problem, before: Any, now: Any) -> str:
+    """Differences of two fingerprints; a default may be written out or left out."""
+    differ = identity.differences(before, now)
+    if not differ or not isinstance(before, dict):
+        return differ
+    try:
+        resolved = [identity.plain(problem.resolve(about)) for about in (before, now)]
+    except ConfigError:  # settings of another version
+        return differ
+    return identity.differences(*resolved)
 
 
 def start_of(problem: Problem) -> dp.SolverState[Any] | None:

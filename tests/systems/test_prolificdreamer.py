@@ -14,11 +14,12 @@ import yaml
 from omegaconf import OmegaConf
 
 import dreampropeller as dp
-from dreampropeller import checkpoint
+from dreampropeller import checkpoint, identity
 from dreampropeller.identity import AnotherProblem
 from dreampropeller.precision import LOSS_SCALE
 from systems import build
 from systems.prolificdreamer import LORA
+from systems.runs.folders import load_own_state
 from systems.settings.config import load
 from systems.settings.reader import ConfigError
 from tests.helpers import tree_equal
@@ -299,3 +300,27 @@ def test_the_summary_names_a_local_lora(stable_diffusion: Path) -> None:
     (note,) = tiny(stable_diffusion, "system.guidance.lora=local").notes
     assert "depends on the number of workers" in note
     assert not tiny(stable_diffusion).notes
+
+
+def test_a_default_that_is_written_out_is_no_other_run(
+    stable_diffusion: Path, tmp_path: Path
+) -> None:
+    made = tiny(stable_diffusion)
+    about = identity.plain(made.about())
+    tensors = {
+        **dict(made.scene.named_parameters()),
+        **dict(made.scene.named_buffers()),
+    }
+    y = {name: tensor.detach() for name, tensor in tensors.items()}
+    state = dp.SolverState(0, y, None, problem={"about": about})
+    checkpoint.save(tmp_path / "ckpts", state)
+
+    def resumed(*words: str) -> dp.SolverState[Any]:
+        settings = [f"system.guidance.{word}" for word in words]
+        return load_own_state(tiny(stable_diffusion, f"resume={tmp_path}", *settings))
+
+    found = resumed("camera_condition_type=extrinsics", "lora_rank=4").problem["about"]
+    assert found["system"]["guidance"]["lora_rank"] == 4
+    assert "lora_rank" not in about["system"]["guidance"]
+    with pytest.raises(ConfigError, match="lora_rank` was 4 and is 3"):
+        resumed("lora_rank=3")
