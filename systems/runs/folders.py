@@ -70,15 +70,15 @@ def make(config: Config) -> Path:
     parent = Path(config.exp_root_dir) / config.name
     folder = parent / f"{tag}@{stamp}"
     number = 1
-    while folder.exists():  # two runs in the same second
-        number += 1
-        folder = parent / f"{tag}@{stamp}-{number}"
     try:
+        while folder.exists():  # two runs in the same second
+            number += 1
+            folder = parent / f"{tag}@{stamp}-{number}"
         folder.mkdir(parents=True)
     except OSError as error:
         raise ConfigError(
-            f"Results cannot be written to `{parent}`: {error.strerror or error}. Name "
-            "another folder: `exp_root_dir=…`."
+            f"Results cannot be written to `{_short(parent)}`: "
+            f"{error.strerror or error}. Name another folder: `exp_root_dir=…`."
         ) from error
     return folder
 
@@ -90,9 +90,9 @@ def folder_of(resume: str) -> Path:
         ConfigError: The path does not exist.
     """
     path = Path(resume)
-    if not path.exists():
+    if not os.path.exists(resume):  # False for an empty name and one that is too long
         raise ConfigError(
-            f"There is nothing to resume at `{path}`. Name a run folder "
+            f"There is nothing to resume at `{_short(resume)}`. Name a run folder "
             "(`outputs/<name>/<tag>@<time>`) or one of its checkpoints."
         )
     folder = path.parent if path.is_file() else path
@@ -244,6 +244,12 @@ def report(folder: Path) -> dict[str, Any]:
         return json.loads((folder / "report.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
+
+
+def _short(path: str | Path) -> str:
+    """A path for a message, cut if it is longer than any file's."""
+    text = str(path)
+    return text if len(text) <= 200 else f"{text[:100]}…"
 
 
 def _plain(value: Any) -> Any:

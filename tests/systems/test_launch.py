@@ -431,9 +431,12 @@ def test_preview_shows_the_mesh_below_the_volume(finished: Path) -> None:
         (["--epochs=3"], "is no setting: write `key=value`"),
         (["tag=[1"], "cannot be read"),
         (["resume=/nowhere"], "nothing to resume at `/nowhere`"),
+        (["resume="], "nothing to resume at ``. Name a run folder"),
+        ([f"resume={'x' * 5000}"], f"nothing to resume at `{'x' * 100}…`"),
+        ([f"exp_root_dir={'x' * 5000}"], f"written to `{'x' * 100}…`: File name too"),
         (["exp_root_dir=/proc/none"], "Results cannot be written to"),
     ],
-    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+    ids=lambda value: " ".join(value)[:60] if isinstance(value, list) else "",
 )
 def test_mistakes_are_answered_in_a_few_lines(
     arguments: list[str],
