@@ -7,11 +7,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import platform
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -32,6 +34,10 @@ from systems.runs.stopping import forget
 from systems.settings.config import Config, load
 from systems.settings.reader import ConfigError, to_section
 
+_SETUP = {CONFIG, "command.txt", "environment.json", "metrics.jsonl", "tensorboard"}
+_SETUP |= {checkpoint.LOCK}
+"""What a folder holds before the first iteration."""
+
 
 def open_folder(config: Config, folder: Path | None = None) -> Path:
     """Make a run's folder and record its setup; a resumed run keeps its folder.
@@ -46,6 +52,7 @@ def open_folder(config: Config, folder: Path | None = None) -> Path:
     """
     if folder is None:
         folder = make(config) if config.resume is None else folder_of(config.resume)
+    folder.mkdir(parents=True, exist_ok=True)  # one that a refused attempt discarded
     checkpoint.lock(folder)
     forget(folder)
     write_setup(folder, config)
@@ -81,6 +88,22 @@ def make(config: Config) -> Path:
             f"{error.strerror or error}. Name another folder: `exp_root_dir=…`."
         ) from error
     return folder
+
+
+def discard(folder: Path) -> None:
+    """Remove the folder of a run that was refused before its first iteration.
+
+    A folder that holds anything besides the description of the run is kept.
+    """
+    if not folder.is_dir():
+        return
+    metrics = folder / "metrics.jsonl"
+    found = {path.name for path in folder.iterdir()}
+    if found <= _SETUP and not (metrics.exists() and metrics.stat().st_size):
+        checkpoint.unlock(folder)
+        shutil.rmtree(folder, ignore_errors=True)
+        with contextlib.suppress(OSError):  # other runs are beside it
+            folder.parent.rmdir()
 
 
 def folder_of(resume: str) -> Path:

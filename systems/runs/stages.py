@@ -167,6 +167,12 @@ def run(path: Path | None, train: bool, overrides: Sequence[str]) -> int:
     checkpoint.lock(folder)
     try:
         return _advance_all(stages, folder)
+    except ValueError:
+        for stage in stages:
+            folders.discard(folder / stage.name)
+        if not resumed:
+            folders.discard(folder)
+        raise
     finally:
         checkpoint.unlock(folder)
 
