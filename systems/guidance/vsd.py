@@ -276,13 +276,14 @@ def _check_space(prior: Prior, adapted: Prior, name: str) -> None:
     """
     one, other = _space(prior), _space(adapted)
     if prior.vae is not None:
-        del one["images of width"]
-    differ = [f"{n} {other[n]}, not {one[n]}" for n in one if one[n] != other[n]]
+        del one["width of images"]
+    differ = [f"{n} ({other[n]}, not {one[n]})" for n in one if one[n] != other[n]]
     if differ:
         raise ModelError(
-            f"The LoRA cannot adapt `{name}` beside this pretrained model: it has "
-            f"{'; '.join(differ)}. Leave out `pretrained_model_name_or_path_lora`, or "
-            "name a model of the same kind there."
+            f"The LoRA cannot adapt `{name}` beside this pretrained model: it "
+            f"differs in {', '.join(differ)}. Leave out "
+            "`pretrained_model_name_or_path_lora`, or name a model of the same kind "
+            "there."
         )
 
 
@@ -291,8 +292,8 @@ def _space(prior: Prior) -> dict[str, Any]:
     config = prior.unet.config
     return {
         "channels": config["in_channels"],
-        "images of width": config["sample_size"],
-        "prompts of width": config.get("encoder_hid_dim")
+        "width of images": config["sample_size"],
+        "width of prompts": config.get("encoder_hid_dim")
         or config["cross_attention_dim"],
         "timesteps": prior.num_timesteps,
     }

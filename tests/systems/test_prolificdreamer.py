@@ -292,7 +292,7 @@ def test_a_lora_of_another_space_is_refused(
 ) -> None:
     """Of images in pixels beside one of latents."""
     system = tiny(stable_diffusion, adapted=deep_floyd)
-    with pytest.raises(ValueError, match=r"it has channels 3, not 4\. Leave out"):
+    with pytest.raises(ValueError, match=r"differs in channels \(3, not 4\)\. Leave"):
         system.trajectory()
 
 
