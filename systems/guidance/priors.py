@@ -357,7 +357,8 @@ def open_pipeline(
     try:
         index: Any = DiffusionPipeline.load_config(source)
         if "scheduler" in index:
-            check_schedule(DDPMScheduler.load_config(source, subfolder="scheduler"))
+            schedule: Any = DDPMScheduler.load_config(source, subfolder="scheduler")
+            check_schedule(schedule)
         left_out = _NOT_NEEDED if with_text else (*_NOT_NEEDED, *TEXT_PARTS)
         options: dict[str, Any] = {part: None for part in left_out if part in index}
         if "requires_safety_checker" in index:
