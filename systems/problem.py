@@ -138,6 +138,14 @@ class Problem(abc.ABC):
         """Settings that a resumed run must share; part of the fingerprint."""
         return {}
 
+    def resolve(self, about: dict[str, Any]) -> dict[str, Any]:
+        """What `about` returned, now or earlier, with the defaults it leaves out.
+
+        Raises:
+            ConfigError: It has settings that this version cannot read.
+        """
+        return about
+
     def so_far(self, y: dp.State) -> str:
         """Quality of a state in a few words, for the progress bar; default: none."""
         del y
