@@ -198,6 +198,7 @@ def test_no_step_with_a_damped_drift_is_accepted() -> None:
             return len(passed)
 
     def check(_: Any, iteration: Iteration) -> None:
+        assert iteration.threshold is not None
         failed = [error > iteration.threshold for error in iteration.errors]
         known = all(map(math.isfinite, iteration.errors))
         assert not known or not any(failed[: iteration.stride - 1])

@@ -308,7 +308,7 @@ class HDPMixture(Mixture):
             with np.errstate(divide="ignore"):  # a group may lack a cluster
                 logs = np.log(np.pad(rows, ((0, 0), (0, 1))))
         return [
-            logsumexp(self._joint(x, own), axis=1)
+            np.asarray(logsumexp(self._joint(x, own), axis=1))
             for x, own in zip(groups, logs, strict=True)
         ]
 

@@ -226,8 +226,9 @@ def as_jobs(value: Any) -> int | str | None:
     """A number of processes, -1 for one per core, or "ranks"."""
     if value is None or (isinstance(value, str) and value == "ranks"):
         return value
-    if is_whole(value) and (value > 0 or value == -1):
-        return int(value)
+    number: int = int(value) if is_whole(value) else 0
+    if number > 0 or number == -1:
+        return number
     raise ValueError(
         f"`n_jobs` is {value!r}: write a number of processes, -1 for one per core, "
         "or 'ranks' inside a `torch.distributed` group."
