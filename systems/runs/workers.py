@@ -38,8 +38,15 @@ def dispatcher(
         config: The `dispatch` section.
         make: Builds a replica of the trajectory on a worker of Ray; default: the
             trajectory is pickled.
+
+    Raises:
+        ConfigError: Ranks of torchrun were asked to use Ray.
+        ImportError: Ray is not installed.
+        ValueError: `dispatch.ray_address` is no address.
+        OSError: Nothing listens there.
     """
     if config.backend == "ray":
+        from dreampropeller.dispatch import ray_cluster
         from dreampropeller.dispatch.ray import RayDispatcher
 
         if is_rank():
@@ -47,6 +54,8 @@ def dispatcher(
                 "`dispatch.backend=ray` starts its workers itself: run it without "
                 "torchrun, with `dispatch.num_workers=8`."
             )
+        ray_cluster.load()  # refuse before a folder is made
+        ray_cluster.check_address(config.ray_address)
         spread = functools.partial(
             RayDispatcher,
             num_workers=config.num_workers,
@@ -54,6 +63,8 @@ def dispatcher(
             address=config.ray_address,
             elastic=config.elastic,
             threads=config.threads or 1,
+            timeout=config.timeout,
+            heartbeat=config.heartbeat,
         )
         return spread, config.threads or 1
     if not is_rank():
