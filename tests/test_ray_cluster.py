@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import sys
+import tempfile
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from dreampropeller import WorkerError
 from dreampropeller.dispatch import ray_cluster
+from dreampropeller.dispatch.ray import RayDispatcher
 from systems.runs import workers
 from systems.settings.dispatch import DispatchConfig
+from tests.helpers import OrnsteinUhlenbeck
 
 
 @pytest.mark.parametrize("scheme", ["", "ray://"])
@@ -37,13 +42,25 @@ def test_other_addresses_are_left_to_ray() -> None:
         ray_cluster.check_address(address)
 
 
-def test_what_ray_raises_is_one_line_and_leaves_nothing_behind() -> None:
+def test_a_start_that_fails_leaves_nothing_behind(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """And what Ray raises, `Exception` itself, becomes one line."""
+
     def init(**options: Any) -> None:
+        assert Path(options["_temp_dir"]).is_dir()
         raise Exception("The current node\ntimed out.")
 
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    ended: list[int] = []
     ray = SimpleNamespace(
-        init=init, is_initialized=lambda: False, shutdown=lambda: None
+        init=init, is_initialized=bool, shutdown=lambda: ended.append(1)
     )
-    cluster = ray_cluster.Cluster(ray, None, 1)
+    monkeypatch.setitem(sys.modules, "ray", ray)
+    before = torch.get_num_threads()
+    workers = RayDispatcher(OrnsteinUhlenbeck(), threads=before + 1)
     with pytest.raises(WorkerError, match=r"start a cluster.*node timed out\.$"):
-        cluster.start()
+        workers.__enter__()
+    assert torch.get_num_threads() == before
+    assert ended == [1]
+    assert not list(tmp_path.iterdir())

@@ -145,6 +145,14 @@ class RayDispatcher(Dispatcher):
         self._looked, self._had_one, self._warned = 0.0, 0.0, False
 
     def __enter__(self) -> RayDispatcher:
+        try:
+            self._open()
+        except BaseException:  # `__exit__` is not called, then
+            self._close()
+            raise
+        return self
+
+    def _open(self) -> None:
         torch.set_num_threads(self._threads)
         self._cluster.start()
         if self._num_gpus is None:
@@ -154,7 +162,6 @@ class RayDispatcher(Dispatcher):
         self._actor = self._ray.remote(**needs, **groups)(Replica)
         self._replica = self._ray.put(self._make)
         self._workers = [self._new_worker() for _ in range(self.num_workers)]
-        return self
 
     def _new_worker(self, losses: int = 0) -> _Worker:
         return _Worker(self._actor.remote(self._threads), self._replica, losses)
@@ -166,6 +173,9 @@ class RayDispatcher(Dispatcher):
         traceback: TracebackType | None,
     ) -> None:
         super().__exit__(kind, error, traceback)
+        self._close()
+
+    def _close(self) -> None:
         torch.set_num_threads(self._previous_threads)
         for worker in self._workers:
             with contextlib.suppress(Exception):  # it may have died
