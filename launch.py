@@ -25,7 +25,7 @@ from pathlib import Path
 
 import dreampropeller as dp
 from dreampropeller.checkpoint import CheckpointError
-from dreampropeller.dispatch import slurm
+from dreampropeller.dispatch import environment
 from systems import doctor, list_settings
 from systems.runs import (
     compare,
@@ -86,8 +86,8 @@ def make_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; user errors give a message and exit code 2."""
     arguments, overrides = make_parser().parse_known_args(argv)
-    slurm.read()
     try:
+        environment.read()
         if arguments.settings is not None:
             print(list_settings(arguments.settings))
             return 0
