@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import re
 import signal
 import sys
 import threading
@@ -16,7 +17,9 @@ from typing import Any
 import torch
 
 import dreampropeller as dp
+from dreampropeller.checkpoint import CheckpointError
 from dreampropeller.dispatch import process_group
+from systems import extras
 from systems.runs.stopping import STOP
 from systems.settings.config import Config
 from systems.settings.dispatch import DispatchConfig, is_rank
@@ -25,6 +28,11 @@ from systems.settings.reader import ConfigError
 _FOLDER = "dreampropeller/folder"
 """Key of the run's folder in torchrun's store."""
 
+FAULTS = (
+    *(CheckpointError, ImportError, ValueError, OSError),
+    *(dp.NotConverged, dp.WorkerError),
+)
+"""What ends a command with a message instead of a traceback."""
 _PASSED_ON = (signal.SIGINT, signal.SIGTERM)
 """Signals that the launching process passes on to rank 0."""
 
@@ -214,7 +222,13 @@ def complain(text: str) -> None:
     print(f"error: {text}", file=sys.stderr)
 
 
-def last_words(error: dp.WorkerError) -> str:
-    """The last line of a rank's traceback, as a readable message."""
+def words(error: Exception) -> str:
+    """A fault as a readable message; of a rank's traceback the last line."""
+    if isinstance(error, ImportError):
+        return extras.to_install(error)
+    if not isinstance(error, dp.WorkerError):
+        return str(error)
     lines = [line for line in str(error).strip().splitlines() if line.strip()]
-    return lines[-1] if lines else "A rank failed without a word."
+    last = lines[-1] if lines else "A rank failed without a word."
+    missing = re.match(r"ModuleNotFoundError: No module named '(\w+)", last)
+    return last if missing is None else extras.not_installed(missing[1])
