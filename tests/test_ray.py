@@ -220,16 +220,19 @@ class Stillborn:
 
 
 @pytest.mark.chaos
-def test_a_worker_that_dies_while_it_starts_is_replaced_twice(tmp_path: Path) -> None:
+def test_a_worker_that_dies_while_it_starts_is_replaced(tmp_path: Path) -> None:
     alone = solve(OrnsteinUhlenbeck(), EXACT, check=False)
-    spread = functools.partial(
-        RayDispatcher, num_workers=1, make=Stillborn(tmp_path, 2)
-    )
+    make = Stillborn(tmp_path, 1)
+    spread = functools.partial(RayDispatcher, num_workers=1, make=make)
     found = solve(OrnsteinUhlenbeck(), EXACT, spread, check=False)
+    assert (tmp_path / "0").exists()
     assert tree_equal(found.value, alone.value)
-    spread = functools.partial(
-        RayDispatcher, num_workers=1, make=Stillborn(tmp_path, 9)
-    )
+
+
+@pytest.mark.chaos
+def test_workers_that_die_again_and_again_while_they_start_end(tmp_path: Path) -> None:
+    make = Stillborn(tmp_path, 9)
+    spread = functools.partial(RayDispatcher, num_workers=1, make=make)
     with pytest.raises(WorkerError, match="3 workers died while they started"):
         solve(OrnsteinUhlenbeck(), EXACT, spread, check=False)
 

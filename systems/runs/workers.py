@@ -23,6 +23,7 @@ from systems import extras
 from systems.runs.stopping import STOP
 from systems.settings.config import Config
 from systems.settings.dispatch import DispatchConfig, is_rank
+from systems.settings.notes import note
 from systems.settings.reader import ConfigError
 
 _FOLDER = "dreampropeller/folder"
@@ -33,8 +34,39 @@ FAULTS = (
     *(dp.NotConverged, dp.WorkerError),
 )
 """What ends a command with a message instead of a traceback."""
+_THREADS = 64
+"""Threads that any machine may use, as results of a large one depend on them."""
 _PASSED_ON = (signal.SIGINT, signal.SIGTERM)
 """Signals that the launching process passes on to rank 0."""
+
+
+def check(config: DispatchConfig) -> None:
+    """Refuse what this machine cannot do, and say what a launcher leaves no effect.
+
+    Not while a config is read: a run that was made elsewhere can still be looked at.
+
+    Raises:
+        ConfigError: There are too many threads.
+    """
+    cores = os.cpu_count() or 1
+    most = max(_THREADS, 4 * cores)
+    if config.threads is not None and config.threads > most:
+        raise ConfigError(
+            f"`dispatch.threads` is {config.threads}, and this machine has {cores} "
+            f"cores: write at most {most}, or leave it out."
+        )
+    if not is_rank():
+        return
+    if config.num_workers not in (1, config.count):
+        note(
+            f"`dispatch.num_workers={config.num_workers}` has no effect under torchrun "
+            f"and srun, which have started {config.count} process(es)."
+        )
+    if config.max_restarts:
+        note(
+            f"`dispatch.max_restarts={config.max_restarts}` has no effect under "
+            f"torchrun and srun: write `torchrun --max-restarts={config.max_restarts}`."
+        )
 
 
 def dispatcher(
