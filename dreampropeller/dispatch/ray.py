@@ -180,6 +180,7 @@ class RayDispatcher(Dispatcher):
         for worker in self._workers:
             with contextlib.suppress(Exception):  # it may have died
                 self._ray.kill(worker.actor)
+            self._cluster.end(worker.process)
         self._workers, self._busy = [], {}
         self._cluster.stop()
 

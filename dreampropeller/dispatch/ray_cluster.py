@@ -9,6 +9,7 @@ import shutil
 import signal
 import socket
 import tempfile
+from pathlib import Path
 from typing import Any
 
 from dreampropeller.dispatch.base import WorkerError
@@ -119,12 +120,15 @@ class Cluster:
         )
 
     def end(self, process: int) -> None:
-        """Kill a worker's process that does not answer, if it is of this machine.
+        """Kill the process of a worker of an embedded cluster, which may be stopped.
 
-        Ray itself does so only after some seconds.
+        Ray itself asks it first, and waits some seconds for an answer.
         """
-        if self._folder is not None:
-            with contextlib.suppress(ProcessLookupError):
+        if self._folder is None or not process:
+            return
+        with contextlib.suppress(OSError):  # it has ended, or there is no /proc
+            # Not another process, which has got its number since.
+            if b"ray::" in Path(f"/proc/{process}/cmdline").read_bytes():
                 os.kill(process, signal.SIGKILL)
 
     def stop(self) -> None:
