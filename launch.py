@@ -100,7 +100,7 @@ def main(argv: list[str] | None = None) -> int:
             words = [*arguments.compare, *overrides]
             return compare.run(arguments.config, words)
         if arguments.parts is not None:
-            return parts.run([*arguments.parts, *overrides])
+            return parts.run([*arguments.parts, *overrides], arguments.config)
         if arguments.app or arguments.view is not None:
             return pages.run(arguments.view, overrides)
         if is_asked(overrides):

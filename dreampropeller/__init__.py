@@ -49,6 +49,7 @@ from dreampropeller.threshold import FixedThreshold as FixedThreshold
 from dreampropeller.threshold import Threshold as Threshold
 from dreampropeller.window import AdaptiveWindow as AdaptiveWindow
 from dreampropeller.window import BlockWindow as BlockWindow
+from dreampropeller.window import SequentialStart as SequentialStart
 from dreampropeller.window import SlidingWindow as SlidingWindow
 from dreampropeller.window import Window as Window
 

@@ -36,6 +36,11 @@ _STORED = {torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.bo
 _STORED |= {torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8}
 """Types that every version of safetensors stores; others are written as bytes."""
 _LOCKS: dict[Path, int] = {}
+_BROKEN = (
+    *(OSError, SafetensorError, ValueError, TypeError, AttributeError),
+    *(LookupError, ArithmeticError, RuntimeError),  # torch's own, and RecursionError
+)
+"""What a file may cause whose content is not what `save` writes."""
 _NAME = re.compile(r"step-(\d+)(\.lean)?\.safetensors")
 
 
@@ -198,8 +203,8 @@ def unlock(folder: Path) -> None:
 def run_of(folder: Path) -> str:
     """The name of the run whose checkpoints a folder holds; empty if unknown."""
     for path in _newest_first(folder) if folder.is_dir() else []:
-        with contextlib.suppress(OSError, SafetensorError, KeyError, ValueError):
-            return _header(path).get("run", "")
+        with contextlib.suppress(*_BROKEN):
+            return str(_header(path).get("run", ""))
     return ""
 
 
@@ -224,6 +229,7 @@ def _parse(metadata: dict[str, str]) -> dict[str, Any]:
     Raises:
         KeyError: The file is not one of ours.
         ValueError: The header is damaged.
+        RecursionError: It is nested too deeply.
     """
     text = metadata["dreampropeller"]
     if metadata.get("checksum", str(zlib.crc32(text.encode()))) != str(
@@ -244,8 +250,8 @@ def load(
     Args:
         path: A file that `save` wrote, or its folder. In a folder, a damaged newest
             checkpoint is skipped with a warning.
-        device: Device of tensors that were on a GPU; default: the current GPU. Tensors
-            that were on the CPU stay there.
+        device: Device of tensors that were on a GPU; default: the current GPU, or the
+            CPU where there is none. Tensors that were on the CPU stay there.
 
     Raises:
         CheckpointError: There is no checkpoint, or none can be read.
@@ -277,10 +283,10 @@ def _read(path: Path, device: torch.device | str | None) -> SolverState[Any]:
             arrays = {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118
             if header["format"] == FORMAT:
                 _check(header, arrays)
-    except (OSError, SafetensorError, KeyError, ValueError, TypeError) as error:
+    except _BROKEN as error:
         raise CheckpointError(
             f"The checkpoint `{path}` cannot be read: it is missing, cut short, "
-            f"damaged or not one of ours ({error})."
+            f"damaged or not one of ours ({str(error)[:300]})."
         ) from error
     if header["format"] != FORMAT:
         raise CheckpointError(
@@ -290,24 +296,55 @@ def _read(path: Path, device: torch.device | str | None) -> SolverState[Any]:
         )
     for key, (dtype, shape) in header["types"].items():
         arrays[key] = arrays[key].view(getattr(torch, dtype)).reshape(shape)
-    leaves = [
-        arrays[str(index)] if kind == "cpu" else arrays[str(index)].to(device or kind)
-        for index, kind in enumerate(header["devices"])
-    ]
+    try:
+        leaves = [
+            arrays[str(index)].to("cpu" if kind == "cpu" else device or _present(kind))
+            for index, kind in enumerate(header["devices"])
+        ]
+    except (RuntimeError, AssertionError) as error:  # the second without CUDA in torch
+        raise CheckpointError(
+            f"The tensors of `{path}` cannot be moved to `{device or 'the GPU'}` "
+            f'({error}): load them with `device="cpu"`.'
+        ) from error
     kinds = (SolverState, Stats, *Memory.kinds())
     try:
         state = decode(
             header["structure"], leaves, {record_name(kind): kind for kind in kinds}
         )
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+    except _BROKEN as error:
         raise CheckpointError(
-            f"The checkpoint `{path}` holds a memory that is not known here ({error}): "
-            "import the module that defines it, in the version that wrote it, before "
-            "loading."
+            f"The checkpoint `{path}` holds a memory that is not known here "
+            f"({str(error)[:300]}): import the module that defines it, in the version "
+            "that wrote it, before loading."
         ) from error
-    if not isinstance(state, SolverState):
+    if not _is_state(state):
         raise CheckpointError(f"The checkpoint `{path}` holds no solver state.")
     return state
+
+
+def _present(kind: str) -> str:
+    """A kind of device, if this machine has one; else the CPU."""
+    try:
+        return "cpu" if torch.empty(0, device=kind).is_meta else kind
+    except (RuntimeError, AssertionError, NotImplementedError):
+        return "cpu"
+
+
+def _is_state(state: Any) -> bool:
+    """Whether it is a solver state as its readers take for granted."""
+    return (
+        isinstance(state, SolverState)
+        and type(state.step) is int
+        and state.step >= 0
+        and isinstance(state.y, dict)
+        and all(isinstance(v, Tensor) and type(n) is str for n, v in state.y.items())
+        and isinstance(state.guesses, list)
+        and isinstance(state.stats, Stats)
+        and type(state.stats.num_evaluations) is int
+        and all(isinstance(v, list) for v in (state.stats.strides, state.stats.growth))
+        and isinstance(state.run, str)
+        and isinstance(state.problem, dict)
+    )
 
 
 def _check(header: dict[str, Any], arrays: dict[str, Tensor]) -> None:
@@ -324,6 +361,8 @@ def _check(header: dict[str, Any], arrays: dict[str, Tensor]) -> None:
         raise ValueError("a checksum differs")
     if {str(index) for index in range(len(header["devices"]))} != arrays.keys():
         raise ValueError("tensors are missing")
+    if not all(isinstance(kind, str) for kind in header["devices"]):
+        raise ValueError("devices without names")
     for key, (dtype, shape) in header.setdefault("types", {}).items():
         if not isinstance(getattr(torch, dtype, None), torch.dtype):
             raise ValueError(f"unknown type `{dtype}`")

@@ -157,6 +157,11 @@ class DiffusionTrajectory(Trajectory[State]):
             step, so it is the same in all Picard iterations.
     """
 
+    advice = (
+        "Look at the score there, or write a smaller `step`, a later `stop` or a "
+        "greater `depth`."
+    )
+
     def __init__(
         self,
         score: Score,
@@ -172,6 +177,7 @@ class DiffusionTrajectory(Trajectory[State]):
             raise ValueError(
                 "A corrector belongs to the ODE: write `kind='ode'`, or leave it out."
             )
+        check_arguments(score, start, grid, corrector)
         self.score, self.start, self.kind = score, start, kind
         self.corrector = corrector
         self.random = StepRandom(seed)
@@ -188,6 +194,10 @@ class DiffusionTrajectory(Trajectory[State]):
                 ]
                 for _ in range(corrector.blocks):
                     self._append(small)
+        check = getattr(score, "check_time", None)
+        if check is not None:  # now, not at the end of the run
+            for small in (self.steps[0], self.steps[-1]):
+                check(small.time)
         self.num_steps = len(self.steps)
         self._seed = seed
 
@@ -213,8 +223,20 @@ class DiffusionTrajectory(Trajectory[State]):
         del device
 
         def drift(step: int, y: State) -> tuple[State, Aux]:
+            x = y["x"]
             with torch.no_grad():
-                return {"score": self.score(self.steps[step].time, y["x"])}, {}
+                found = self.score(self.steps[step].time, x)
+            if not isinstance(found, Tensor):
+                raise TypeError(
+                    f"The score returned a `{type(found).__name__}`: return a tensor "
+                    "of the shape of the points."
+                )
+            if found.shape != x.shape:  # it would be broadcast
+                raise ValueError(
+                    f"The score has shape {tuple(found.shape)}, and its points have "
+                    f"{tuple(x.shape)}: return one number per coordinate."
+                )
+            return {"score": found}, {}
 
         return drift
 
@@ -254,17 +276,50 @@ class DiffusionTrajectory(Trajectory[State]):
         return torch.randn(x.shape, generator=source, dtype=x.dtype).to(x.device)
 
 
+def check_arguments(
+    score: object, start: object, grid: object, corrector: object
+) -> None:
+    """Refuse arguments of `DiffusionTrajectory` of another kind.
+
+    Raises:
+        TypeError: Names the argument, and what to write.
+        ValueError: The start is not finite.
+    """
+    noise = "write noise, `torch.randn(samples, dim)`."
+    for name, value, right, example in (
+        ("score", score, callable(score), "a function of time and points."),
+        ("start", start, isinstance(start, Tensor), "`torch.randn(samples, dim)`."),
+        ("grid", grid, isinstance(grid, Grid), "`Grid(horizon=6.0, step=0.05)`."),
+        (
+            "corrector",
+            corrector,
+            corrector is None or isinstance(corrector, Corrector),
+            "`Corrector()`, or leave it out.",
+        ),
+    ):
+        if not right:
+            kind = "None" if value is None else f"a `{type(value).__name__}`"
+            raise TypeError(f"`{name}` is {kind}: write {example}")
+    assert isinstance(start, Tensor)
+    if not start.is_floating_point():
+        raise TypeError(f"`start` holds `{start.dtype}`, no floating numbers: {noise}")
+    if not start.isfinite().all():
+        raise ValueError(f"`start` holds NaN or infinity: {noise}")
+
+
 def langevin_covariance(g: float, e: float) -> tuple[float, float, float]:
     r"""Variances of $B_u$ and $B_v$ and their covariance, over a step of length $e$.
 
     $\mathrm{Var} B_u = \tfrac2g [e - \tfrac{2(1-q)}{g} + \tfrac{1-q^2}{2g}]$,
-    $\mathrm{Var} B_v = 1 - q^2$, $\mathrm{Cov} = (1-q)^2 / g$; for small $ge$ the first
-    by its series, whose leading term is $\tfrac23 g e^3$.
+    $\mathrm{Var} B_v = 1 - q^2$, $\mathrm{Cov} = (1-q)^2 / g$; for small $z = ge$ the
+    first by its series, $\sum_{k \ge 3} (-z)^k (4 - 2^k) / (k!\, g^2)$, because the
+    terms of the formula cancel.
     """
     z = g * e
     one = -math.expm1(-z)
-    if z < 1e-2:
-        series = z**3 * (2 / 3 - z / 2 + 7 * z**2 / 30 - z**3 / 12)
+    if z < 0.5:
+        terms = ((-z) ** k * (4 - 2**k) / math.factorial(k) for k in range(3, 25))
+        series = sum(terms)
     else:
         series = 2 * z - 4 * one - math.expm1(-2 * z)
     return series / g**2, -math.expm1(-2 * z), one**2 / g

@@ -26,6 +26,8 @@ ROUNDING = 64
 """Units in the last place below which a relative change of a drift is ignored."""
 COUNTED = 4
 """Secants that an iteration counts as at most: those of one window are akin."""
+NARROW = 16
+"""Longest window in which all drifts count in full: damping gains nothing there."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,7 @@ class DriftMemory(Memory):
         step: The anchor's step.
         fresh: Whether the structure has changed since the last iteration.
         first: Whether this iteration is the first that measured any secant.
+        wide: Whether this iteration's window is wide enough to be damped.
     """
 
     held: dict[int, tuple[State, float]] = field(default_factory=dict, metadata=FULL)
@@ -54,6 +57,7 @@ class DriftMemory(Memory):
     step: int = 0
     fresh: bool = False
     first: bool = False
+    wide: bool = False
 
 
 @dataclass(frozen=True)
@@ -93,6 +97,13 @@ class DriftThreshold(Threshold[DriftMemory]):
     descent, relative to the displacement. For drifts that point the same way it follows
     from the bound on each; where most of a drift is noise it is stricter.
 
+    A drift that is still off by as much as itself after `Secant` corrected it says
+    nothing of the way ahead, and wide windows overshoot with it. In windows of more
+    than 16 steps the drift of a guess that did not pass is therefore used with the
+    weight $1 / (1 + (\tilde e / h)^2)$, where $\tilde e$ is its estimated error and $h$
+    is `half_weight` (Eq. 9c). Accepted steps have no such drift. Without an
+    acceleration all drifts count in full.
+
     Limitations:
 
     - The bound does not see how much of a window's path was overshot (`Secant` does),
@@ -122,6 +133,9 @@ class DriftThreshold(Threshold[DriftMemory]):
             still forming, an error can lead to another shape (measured on
             hash grids, see `docs/results.md`). 0: the same δ from the start.
         sums: Whether δ also bounds the sum of errors along the accepted steps.
+        half_weight: Error at which the drift of a guess that did not pass counts half
+            in the guesses behind it, in windows of more than 16 steps with `Secant`
+            (Eq. 9c), above 0; infinity: all count in full.
     """
 
     value: float = 0.2
@@ -129,12 +143,18 @@ class DriftThreshold(Threshold[DriftMemory]):
     memory: int = 4
     warmup: int = 0
     sums: bool = True
+    half_weight: float = 0.5
 
     def __post_init__(self) -> None:
         if not (is_number(self.value) and 0 <= self.value < math.inf):
             raise ValueError(
                 f"`value` is {self.value!r}: write the share of itself that "
                 "a drift may be off by, such as 0.2 (0 reproduces the sequential run)."
+            )
+        if not (is_number(self.half_weight) and self.half_weight > 0):
+            raise ValueError(
+                f"`half_weight` is {self.half_weight!r}: write a number above 0, as "
+                "0.5 (infinity turns damping off)."
             )
         for name, number, least in (
             ("hold_every", self.hold_every, 1),
@@ -164,7 +184,8 @@ class DriftThreshold(Threshold[DriftMemory]):
         """Measure the secants of the slots that were evaluated before."""
         first = evaluation.steps[0]
         own = {step: k for step, k in memory.own.items() if step >= first}
-        memory = replace(memory, own=own, step=first, measured=None)
+        wide = len(evaluation.steps) > NARROW
+        memory = replace(memory, own=own, step=first, measured=None, wide=wide)
         if self.exact or not memory.held:
             return replace(memory, age=memory.age + 1, first=False)
         secants: list[float] = []
@@ -220,6 +241,15 @@ class DriftThreshold(Threshold[DriftMemory]):
             return math.nan
         return _slope(memory, step) * math.sqrt(distance)
 
+    def weight(self, memory: DriftMemory, error: float) -> float:
+        r"""The weight $1 / (1 + (\tilde e / h)^2)$ in wide windows.
+
+        1 while errors are not known.
+        """
+        if self.exact or not memory.wide or not math.isfinite(error):
+            return 1.0
+        return 1 / (1 + (error / self.half_weight) ** 2)
+
     def most(self, memory: DriftMemory, length: int, remaining: int) -> int:
         """One step while there is no secant; one slot fewer when a secant is due.
 
@@ -268,7 +298,7 @@ class DriftThreshold(Threshold[DriftMemory]):
         held = {
             # Its next guess is the new state, at this distance from the old one.
             rollout.steps[slot]: (
-                _moving(rollout.guesses[slot], rollout.used[slot]),
+                _moving(rollout.guesses[slot], rollout.corrected[slot]),
                 math.sqrt(rollout.distances[slot - 1]),
             )
             for slot in rollout.repeated

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from dreampropeller.buffers import buffer_drift
-from dreampropeller.tree import State
+from dreampropeller.tree import State, like
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Leaves:
                 A loss that went backward itself has left others in `.grad`.
         """
         return {  # absent, not zero: a zero would make AdamW decay the parameter
-            name: gradient
+            name: like(gradient, leaf)
             for (name, leaf), last in zip(self.leaves.items(), found, strict=True)
             if (gradient := _sum(leaf.grad, last)) is not None
         }

@@ -27,7 +27,7 @@ from dreampropeller.dispatch.base import Dispatcher
 from dreampropeller.drift_threshold import DriftThreshold
 from dreampropeller.error_growth import Growth
 from dreampropeller.predictor import Predictor, as_predictor
-from dreampropeller.rollout import Evaluation, Rollout
+from dreampropeller.rollout import Evaluation, Rollout, damped
 from dreampropeller.solution import Iteration, SolverState
 from dreampropeller.solver import NonFinite, Solver, check_non_finite, raise_or_skip
 from dreampropeller.threshold import Threshold
@@ -277,7 +277,7 @@ class PicardSolver(Solver):
         most = self.threshold.most(state.threshold, len(seen.steps), seen.remaining)
         with timer.phase("rollout"):
             y, carry = state.y, copy_nest(state.carry)
-        states, used = [y], []
+        states, used, corrected = [y], [], []
         distances: list[float] = []
         errors: list[float] = []
         carries = Carries(start=state.carry)
@@ -291,6 +291,14 @@ class PicardSolver(Solver):
                         drift = self.acceleration.correct(
                             state.acceleration, drift, y, seen.guesses[slot]
                         )
+            corrected.append(drift)
+            # Without correction a stiff problem needs what the drifts far ahead say.
+            if self.acceleration is not None and any(
+                not error <= bound for error in errors[-1:]
+            ):
+                weight = self.threshold.weight(state.threshold, errors[-1])
+                with timer.phase("threshold"):
+                    drift = damped(drift, y, weight)
             used.append(drift)
             with timer.phase("update"), torch.no_grad():
                 if seen.updates(slot):
@@ -307,7 +315,10 @@ class PicardSolver(Solver):
                 with timer.phase("rollout"):
                     carries.keep(slot + 1, carry)
         carries.last = carry
-        return seen.rolled_out(states, used, errors, distances, carries.all), carries
+        rollout = seen.rolled_out(
+            states, used, errors, distances, carries.all, corrected=corrected
+        )
+        return rollout, carries
 
     def _accept(
         self,
@@ -321,7 +332,7 @@ class PicardSolver(Solver):
         proposed = self.window.stride(state.window, passed)
         length, remaining = len(rollout.steps), rollout.remaining
         most = self.threshold.most(state.threshold, length, remaining)
-        proposed = min(proposed, most)
+        proposed = min(proposed, most, rollout.undamped)
         with dispatcher.timer.phase("threshold"):
             passing = replace(rollout, stride=proposed)
             limit = self.threshold.limit(state.threshold, passing)

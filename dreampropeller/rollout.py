@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from dreampropeller.tree import Aux, Nest, State
+from dreampropeller.tree import Aux, Nest, State, moving
 
 
 @dataclass(frozen=True)
@@ -50,12 +50,14 @@ class Evaluation:
         distances: Sequence[float],
         carries: Sequence[Nest] = (),
         stride: int = 0,
+        corrected: Sequence[State] | None = None,
     ) -> Rollout:
         """The same with the rolled-out states; see `Rollout`."""
         return Rollout(
             **vars(self),
             states=states,
             used=used,
+            corrected=used if corrected is None else corrected,
             errors=errors,
             distances=distances,
             carries=carries,
@@ -69,8 +71,9 @@ class Rollout(Evaluation):
 
     Attributes:
         states: The anchor and the states rolled out from it, shape ``(window + 1,)``.
-        used: The drifts as they were used, which an acceleration may have corrected,
-            shape ``(window,)``.
+        used: The drifts as they were used, shape ``(window,)``.
+        corrected: The drifts as an acceleration corrected them, shape ``(window,)``;
+            `used` differs where the threshold damps what it does not trust.
         errors: Errors of `states[1:]` against `guesses[1:]`, as the threshold measures
             them, shape ``(window,)``.
         distances: The errors in the solver's norm, shape ``(window,)``.
@@ -81,6 +84,7 @@ class Rollout(Evaluation):
 
     states: Sequence[State] = ()
     used: Sequence[State] = ()
+    corrected: Sequence[State] = ()
     errors: Sequence[float] = ()
     distances: Sequence[float] = ()
     carries: Sequence[Nest] = ()
@@ -98,3 +102,20 @@ class Rollout(Evaluation):
         The anchor's slot is not among them: its guess is exact.
         """
         return range(max(1, self.stride), len(self.steps))
+
+    @property
+    def undamped(self) -> int:
+        """Number of slots before the first whose drift was damped."""
+        for slot, (used, whole) in enumerate(
+            zip(self.used, self.corrected, strict=True)
+        ):
+            if used is not whole:
+                return slot
+        return len(self.used)
+
+
+def damped(drift: State, y: State, weight: float) -> State:
+    """The drift with a weight on the entries that move the state."""
+    if weight == 1:
+        return drift
+    return {**drift, **{name: weight * v for name, v in moving(y, drift).items()}}

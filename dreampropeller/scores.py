@@ -32,8 +32,48 @@ class GaussianMixtureScore:
     means: Tensor
     variances: Tensor
 
+    def __post_init__(self) -> None:
+        for name, ndim in (("weights", 1), ("means", 2), ("variances", 2)):
+            value = getattr(self, name)
+            if not isinstance(value, Tensor) or not value.is_floating_point():
+                raise TypeError(
+                    f"`{name}` is no tensor of floating numbers: write `torch.tensor("
+                    "[0.3, 0.7])`, or rows of such."
+                )
+            if value.ndim != ndim:
+                raise ValueError(
+                    f"`{name}` has shape {tuple(value.shape)}: write {ndim} axes, "
+                    "`(components, dim)` or, for weights, `(components,)`."
+                )
+            if not value.isfinite().all():
+                raise ValueError(f"`{name}` holds NaN or infinity: write numbers.")
+        if len({len(self.weights), len(self.means), len(self.variances)}) > 1 or (
+            self.means.shape != self.variances.shape
+        ):
+            shapes = [
+                tuple(one.shape) for one in (self.weights, self.means, self.variances)
+            ]
+            raise ValueError(
+                "`weights`, `means` and `variances` have shapes "
+                f"{', '.join(map(str, shapes))}: write one row per component, and the "
+                "same dimension."
+            )
+        if (self.weights < 0).any() or not self.weights.sum() > 0:
+            raise ValueError(
+                f"`weights` are {self.weights.tolist()}: write numbers that are not "
+                "negative, and one above 0."
+            )
+        if (self.variances < 0).any():
+            raise ValueError("`variances` holds a negative number: write 0 or more.")
+
     def __call__(self, s: float, x: Tensor) -> Tensor:
         """The score at points ``(samples, dim)``."""
+        dim = self.means.shape[1]
+        if x.ndim != 2 or x.shape[1] != dim:
+            raise ValueError(
+                f"The points have shape {tuple(x.shape)}, and the mixture has "
+                f"dimension {dim}: write `start=torch.randn(samples, {dim})`."
+            )
         shrink, variance = math.exp(-s / 2), self._variance(s)
         away = (x[:, None] - shrink * self.means) / variance
         squares = (x[:, None] - shrink * self.means) * away
@@ -71,8 +111,40 @@ class DenoiserScore:
     denoiser: Callable[[Tensor, Tensor], Tensor]
     alphas_cumprod: Tensor
 
+    def __post_init__(self) -> None:
+        kept = self.alphas_cumprod
+        if not isinstance(kept, Tensor) or kept.ndim != 1 or not len(kept):
+            raise TypeError(
+                "`alphas_cumprod` is no tensor of shape (timesteps,): write "
+                "`scheduler.alphas_cumprod`."
+            )
+        if kept[-1] == 0:
+            raise ValueError(
+                "The last of `alphas_cumprod` is 0 (zero terminal SNR), which is "
+                "infinitely far in time: leave it out, `alphas_cumprod[:-1]`."
+            )
+        if (kept.diff() > 0).any() or not 0 < kept[-1] <= kept[0] < 1:
+            raise ValueError(
+                "`alphas_cumprod` does not fall from below 1 to above 0: write "
+                "`scheduler.alphas_cumprod`, which belongs to timesteps 0, 1, …"
+            )
+
+    def check_time(self, s: float) -> None:
+        """Refuse a time that the schedule does not hold.
+
+        Raises:
+            ValueError: Says what to write for the grid.
+        """
+        if not self.stop * (1 - 1e-6) <= s <= self.horizon * (1 + 1e-6):
+            raise ValueError(
+                f"The time {s:.6g} is outside the schedule, which holds "
+                f"{self.stop:.6g} to {self.horizon:.6g}: write `Grid(horizon="
+                "score.horizon, stop=score.stop, step=…)`."
+            )
+
     def __call__(self, s: float, x: Tensor) -> Tensor:
         """The score at noisy images."""
+        self.check_time(s)
         times = -self.alphas_cumprod.double().log()
         timestep = (times - s).abs().argmin().to(x.device)
         return -self.denoiser(x, timestep) / math.sqrt(-math.expm1(-s))

@@ -24,8 +24,7 @@ class Result(enum.Enum):
     )
     NON_FINITE = (
         "The drift at an accepted state holds NaN or infinity, so no later step can be "
-        'solved; lower the learning rate, or set `non_finite="skip"` to leave such '
-        "steps out."
+        "solved."
     )
     STOPPED = "Stopped on request (by `on_iteration`) before the end of the trajectory."
 
@@ -138,7 +137,8 @@ class Solution(Generic[C]):
         stats: The cost of the solve.
         state: The whole solver state, to resume from or to save.
         checked: What was verified before the run; None if nothing was.
-        note: A sentence about a solve that gained nothing; empty otherwise.
+        note: A sentence about a solve that gained nothing, that ended at a drift that
+            is not finite, or whose error nothing checked; empty otherwise.
     """
 
     value: State

@@ -190,7 +190,7 @@ def solve(
             try:
                 state, iteration = solver.iterate(trajectory, workers, state)
             except NonFiniteDrift as error:
-                result, detail = Result.NON_FINITE, f" {error}"
+                result, detail = Result.NON_FINITE, f" {error} {trajectory.advice}"
                 break
             iterations += 1
             state.run, state.problem = run, problem
@@ -203,6 +203,8 @@ def solve(
                 result = Result.STOPPED
                 break
     note = _say(solver.note(state.stats.strides[-iterations:] if iterations else []))
+    if result is Result.NON_FINITE:
+        note = trajectory.advice
     solution = Solution(state.y, state.carry, result, state.stats, state, checked, note)
     if throw and result in (Result.MAX_ITERATIONS, Result.NON_FINITE):
         raise NotConverged(

@@ -52,6 +52,18 @@ class Threshold(Component[M], abc.ABC):
         del memory, step
         return distance
 
+    def weight(self, memory: M, error: float) -> float:
+        """Weight of the corrected drift of a guess that did not pass; default: 1.
+
+        Only guesses depend on it: accepted steps use drifts of guesses that passed.
+
+        Args:
+            memory: The memory after `before`.
+            error: The error of the guess.
+        """
+        del memory, error
+        return 1.0
+
     def most(self, memory: M, length: int, remaining: int) -> int:
         """The largest number of steps to accept, whatever passes; default: all.
 

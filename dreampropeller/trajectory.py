@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Sequence
-from typing import Generic, Protocol, TypeVar, runtime_checkable
+from typing import ClassVar, Generic, Protocol, TypeVar, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -56,6 +56,10 @@ class Trajectory(abc.ABC, Generic[C]):
     """
 
     num_steps: int
+    advice: ClassVar[str] = (
+        'Lower the learning rate, or set `non_finite="skip"` to leave such steps out.'
+    )
+    """What to do about a drift that is not finite."""
 
     @abc.abstractmethod
     def init(self) -> tuple[State, C]:

@@ -274,6 +274,16 @@ def norms(state: State) -> dict[str, float]:
     return {name: math.sqrt(total) for name, total in sums.items()}
 
 
+def like(gradient: Tensor, leaf: Tensor) -> Tensor:
+    """A gradient with the strides of its leaf, as `backward` lays out `.grad`.
+
+    Norms are summed in the order of the memory, which rounds them.
+    """
+    if gradient.layout != torch.strided or gradient.stride() == leaf.stride():
+        return gradient
+    return torch.empty_like(leaf, dtype=gradient.dtype).copy_(gradient)
+
+
 def moving(y: State, drift: State) -> State:
     """The entries of a drift that move the state: no statistics, no buffers' values."""
     return {

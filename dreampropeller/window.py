@@ -7,10 +7,11 @@ import bisect
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from dreampropeller.checks import is_whole
 from dreampropeller.component import Component, M, Memory
-from dreampropeller.rollout import Rollout
+from dreampropeller.rollout import Evaluation, Rollout
 from dreampropeller.trajectory import Parents
 from dreampropeller.tree import State
 
@@ -164,6 +165,60 @@ class AdaptiveWindow(Window[AdaptiveMemory]):
         """Keep the mean stride."""
         del y, parents
         return memory
+
+
+@dataclass(frozen=True)
+class SequentialStart(Window[Any]):
+    """The first steps one after another, then another window.
+
+    A warm start for guesses that improve with the first steps, such as those of
+    `CleanImage`.
+
+    Args:
+        window: The window after them: `SlidingWindow` or `AdaptiveWindow`.
+        steps: Number of the first steps.
+
+    Raises:
+        ValueError: The number is out of range, or the window has blocks.
+    """
+
+    window: Window[Any]
+    steps: int
+
+    def __post_init__(self) -> None:
+        if not is_whole(self.steps) or self.steps < 0:
+            raise ValueError(f"`steps` is {self.steps!r}: write a whole number from 0.")
+        if not self.window.reads_errors:
+            raise ValueError(
+                f"`{type(self.window).__name__}` has blocks of its own: write "
+                "`SlidingWindow(8)` in its place."
+            )
+
+    def init(self) -> Any:
+        """The window's memory."""
+        return self.window.init()
+
+    def length(self, memory: Any, step: int, remaining: int) -> int:
+        """One, or the window's steps."""
+        return 1 if step < self.steps else self.window.length(memory, step, remaining)
+
+    def stride(self, memory: Any, passed: Sequence[bool]) -> int:
+        """The window's stride."""
+        return self.window.stride(memory, passed)
+
+    def before(self, memory: Any, evaluation: Evaluation) -> Any:
+        """The window's memory."""
+        return self.window.before(memory, evaluation)
+
+    def after(self, memory: Any, rollout: Rollout) -> Any:
+        """The window's memory, which follows no stride of the first steps."""
+        if rollout.steps[0] < self.steps:
+            return memory
+        return self.window.after(memory, rollout)
+
+    def jumped(self, memory: Any, y: State, parents: Parents | None) -> Any:
+        """The window's memory."""
+        return self.window.jumped(memory, y, parents)
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from systems.problem import Problem
 from systems.scene.cameras import RandomCameras, Views
 from systems.scene.isosurface import Silhouettes
 from systems.settings.config import Config
-from systems.settings.reader import ConfigError, read
+from systems.settings.reader import ConfigError, read, to_section
 
 if TYPE_CHECKING:
     import trimesh
@@ -26,6 +26,13 @@ if TYPE_CHECKING:
 PREVIEW_VIEWS = 4
 LOOKS = ("eval_", "n_test_views", "n_val_views", "isosurface_", "max_faces")
 """Prefixes of settings that affect only the output; a resumed run may differ."""
+
+
+def _kept(section: Any) -> Any:
+    """A section without settings that affect only the output."""
+    if not isinstance(section, dict):
+        return section
+    return {k: _kept(v) for k, v in section.items() if not str(k).startswith(LOOKS)}
 
 
 class System(Problem):
@@ -75,15 +82,17 @@ class System(Problem):
 
     def about(self) -> dict[str, Any]:
         """Seed, system and cameras, without settings that affect only the output."""
-
-        def kept(section: Any) -> Any:
-            if not isinstance(section, dict):
-                return section
-            return {k: kept(v) for k, v in section.items() if not k.startswith(LOOKS)}
-
         config = self.config
-        sections = {"system": kept(config.system), "data": kept(config.data)}
+        sections = {"system": _kept(config.system), "data": _kept(config.data)}
         return {"system_type": config.system_type, "seed": config.seed, **sections}
+
+    def resolve(self, about: dict[str, Any]) -> dict[str, Any]:
+        """See `Problem.resolve`."""
+        sections = {
+            name: _kept(to_section(read(kind, about.get(name), name)))
+            for name, kind in self.section_types.items()
+        }
+        return {**about, **sections}
 
     @property
     def num_steps(self) -> int:

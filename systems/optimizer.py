@@ -123,6 +123,11 @@ class OptimizerConfig:
         fits = [part for part in self.params if f"{name}.".startswith(f"{part}.")]
         return max(fits, key=len, default="")
 
+    def rate(self, name: str) -> float | None:
+        """The learning rate of a part or tensor; None: there is none."""
+        own = self.params.get(self._part_of(name), {})
+        return own.get("lr", self.args.get("lr"))
+
     def build(self, parameters: Mapping[str, Tensor]) -> torch.optim.Optimizer:
         """The optimizer of named parameters."""
         groups: dict[str, list[Tensor]] = {}

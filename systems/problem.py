@@ -15,8 +15,9 @@ from torch import Tensor
 import dreampropeller as dp
 from dreampropeller.dispatch.process_group import local_device
 from systems import batching
-from systems.settings.config import SAMPLERS, Config
+from systems.settings.config import Config
 from systems.settings.reader import ConfigError
+from systems.settings.solver import refuse_samplers
 
 COMMON = frozenset(
     {"name", "tag", "exp_root_dir", "seed", "solver", "dispatch", "system_type"}
@@ -78,12 +79,7 @@ class Problem(abc.ABC):
         Raises:
             ConfigError: The solver samples images.
         """
-        name = self.config.solver.name
-        if name in SAMPLERS:
-            raise ConfigError(
-                f"`solver.name` is `{name}`, which samples images: write `picard` or "
-                "`sequential`, or `--sample` with `configs/sample-toybox.yaml`."
-            )
+        refuse_samplers(self.config.solver)
         return self.config.solver.build()
 
     def solve(
@@ -141,6 +137,14 @@ class Problem(abc.ABC):
     def about(self) -> dict[str, Any]:
         """Settings that a resumed run must share; part of the fingerprint."""
         return {}
+
+    def resolve(self, about: dict[str, Any]) -> dict[str, Any]:
+        """What `about` returned, now or earlier, with the defaults it leaves out.
+
+        Raises:
+            ConfigError: It has settings that this version cannot read.
+        """
+        return about
 
     def so_far(self, y: dp.State) -> str:
         """Quality of a state in a few words, for the progress bar; default: none."""

@@ -35,7 +35,7 @@ from systems.settings.config import Config
 from systems.settings.reader import part
 from systems.settings.schedules import Schedule, check_schedule
 from systems.tetrahedral import Tetrahedral, TetrahedralConfig
-from systems.variational import LORA, Variational, check_weights, scene_of
+from systems.variational import LORA, Variational, check_rate, check_weights, scene_of
 
 __all__ = ["LORA", "ProlificDreamer", "ProlificDreamerConfig", "VSDLossConfig"]
 
@@ -124,6 +124,7 @@ class ProlificDreamerConfig(TetrahedralConfig):
         super().__post_init__()
         self.check_terms(TERMS[self.stage])
         check_weights(self.loss, self.guidance_type)
+        check_rate(self.optimizer, self.guidance_type)
         if self.stage != "geometry" and self.normal_maps != NormalMapConfig():
             raise ValueError(
                 f"`normal_maps` has no effect on `stage: {self.stage}`, whose guidance "
@@ -148,7 +149,7 @@ class ProlificDreamer(Variational, Tetrahedral):
 
     def __init__(self, config: Config, device: torch.device | None = None) -> None:
         super().__init__(config, device)
-        self.check_adapted()
+        self.check_lora()
         self.regularisers = TERMS[self.settings.stage]
 
     @property

@@ -19,6 +19,7 @@ from systems.problem import Problem
 from systems.settings.checks import at_least, between, one_of
 from systems.settings.config import Config
 from systems.settings.reader import ConfigError, read
+from systems.settings.solver import CleanImageGuesses
 
 SCHEDULERS = {
     "ddim": "DDIMScheduler",
@@ -88,7 +89,7 @@ class SamplingConfig:
 NEEDS = {
     "piadm-ode": ("ddim",),
     "piadm-sde": ("ddpm",),
-    "speculative": ("ddpm", "ddim"),  # with η above 0, which the solver checks
+    "speculative": ("ddpm", "ddim"),  # with η above 0
 }
 """Schedulers of the solvers that only sample images."""
 
@@ -158,14 +159,62 @@ class Sampling(Problem):
                 "`dispatch.batch` has no effect on sampling: write "
                 "`system.sampler.batched=true`, which measures first."
             )
-        needs = NEEDS.get(config.solver.name)
-        if needs and self.settings.sampler.scheduler not in needs:
-            raise ConfigError(
-                f"`solver.name={config.solver.name}` works with {needs[0].upper()}: "
-                f"write `system.sampler.scheduler={needs[0]}`."
-            )
+        self._check_solver()
         self._strip = Strip()
         self._images = torch.empty(0)
+
+    def _check_solver(self) -> None:
+        """Refuse a sampler that the solver does not take.
+
+        Raises:
+            ConfigError: Names the setting, and what to write.
+        """
+        sampler, name = self.settings.sampler, self.config.solver.name
+        if sampler.batched and name in ("sequential", "speculative"):
+            raise ConfigError(
+                f"`system.sampler.batched` has no effect on `solver.name={name}`: "
+                "leave it out, or write `solver.name=picard`."
+            )
+        guesses = self.config.solver.predictor
+        if name == "picard" and isinstance(guesses, CleanImageGuesses):
+            if sampler.form != "semi-linear":
+                raise ConfigError(
+                    "`solver.predictor=clean_image` reads the model's output, and the "
+                    f"drift of `system.sampler.form={sampler.form}` is an increment: "
+                    "leave one of them out."
+                )
+            if sampler.batched and guesses.sequential_steps:
+                raise ConfigError(
+                    "`system.sampler.batched` measures a whole window, and "
+                    "`solver.predictor.sequential_steps` begins without one: leave one "
+                    "of them out."
+                )
+        if name not in NEEDS:
+            return
+        if sampler.scheduler not in NEEDS[name]:
+            needed = NEEDS[name][0]
+            raise ConfigError(
+                f"`solver.name={name}` works with {needed.upper()}: write "
+                f"`system.sampler.scheduler={needed}`."
+            )
+        if sampler.form != "semi-linear":
+            raise ConfigError(
+                f"`system.sampler.form` is `{sampler.form}`, whose drift is an "
+                f"increment, and `solver.name={name}` needs the model's output: leave "
+                "it out, or write `solver.name=picard`."
+            )
+        if name == "piadm-ode" and sampler.eta:
+            raise ConfigError(
+                f"`system.sampler.eta` is {sampler.eta}, and an ODE has no noise: "
+                "write `system.sampler.eta=0`, or `solver.name=piadm-sde "
+                "system.sampler.scheduler=ddpm`."
+            )
+        if name == "speculative" and sampler.scheduler == "ddim" and not sampler.eta:
+            raise ConfigError(
+                "`system.sampler.eta` is 0, and `solver.name=speculative` draws its "
+                "steps: write `system.sampler.eta=1`, or "
+                "`system.sampler.scheduler=ddpm`."
+            )
 
     @property
     def title(self) -> str:
@@ -211,6 +260,8 @@ class Sampling(Problem):
             calibration = self._calibration(pipeline)
             print(dp.choose_solver(solver, calibration, self.device).reason)
 
+        self._tell_depth()
+
         def watch(state: dp.SolverState[Any], iteration: dp.Iteration) -> None:
             self._strip(state, iteration)
             if on_iteration(state, iteration):
@@ -228,6 +279,16 @@ class Sampling(Problem):
         ).images
         self._images = torch.from_numpy(images).movedim(-1, 1).float()
         return solutions[0]
+
+    def _tell_depth(self) -> None:
+        """Say in the report that PIADM checks no error, unless its depth is exact."""
+        depth, size = self.config.solver.depth, min(self._window(), self.num_steps)
+        if self.config.solver.name.startswith("piadm") and depth < size:
+            self.notes.append(
+                f"Every block was iterated `solver.depth={depth}` times, and nothing "
+                "measured the error that is left: compare with `solver.name=sequential`"
+                f" of the same seed, or write a greater depth ({size} is exact)."
+            )
 
     def write(self, folder: Path, y: dp.State) -> dict[str, Any]:
         """Write the images, and a strip that shows the window at work."""

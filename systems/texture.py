@@ -31,7 +31,7 @@ from systems.scene.textured import TexturedScene, TexturedSceneConfig
 from systems.settings.config import Config, ExportConfig
 from systems.settings.reader import ConfigError, part, read
 from systems.settings.schedules import Schedule, check_schedule
-from systems.variational import Variational, check_weights, scene_of
+from systems.variational import Variational, check_rate, check_weights, scene_of
 
 
 @dataclass(frozen=True)
@@ -79,6 +79,7 @@ class TextureConfig(TexturedSceneConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_weights(self.loss, self.guidance_type)
+        check_rate(self.optimizer, self.guidance_type)
 
 
 class Texture(Variational):
@@ -98,7 +99,7 @@ class Texture(Variational):
                 "`system.geometry.texture_resolution` and `system.geometry.max_faces`."
             )
         check(self.settings.guidance.pretrained_model_name_or_path, [self.title])
-        self.check_adapted()
+        self.check_lora()
         with self.random.scope(0, "scene"):
             scene = TexturedScene(self.settings, self.device)
             self._scene = scene.to(self.device)

@@ -19,10 +19,16 @@ from systems.distillation import Distillation, Look
 from systems.guidance.base import Guidance
 from systems.guidance.priors import check
 from systems.guidance.vsd import VSD_GUIDANCES
+from systems.optimizer import OptimizerConfig
 from systems.settings.schedules import value_at, values_of
 
 LORA = "guidance."
 """Prefix of the LoRA's tensors in a state; its part in `optimizer.params`."""
+LOCAL = (
+    "`system.guidance.lora` is `local`: every worker trained a LoRA of its own, which "
+    "is not saved, so the result depends on the number of workers and on resuming."
+)
+"""Note on a run with private copies of the LoRA."""
 
 
 def check_weights(loss: Any, guidance_type: str) -> None:
@@ -51,6 +57,24 @@ def check_weights(loss: Any, guidance_type: str) -> None:
         )
 
 
+def check_rate(optimizer: OptimizerConfig, guidance_type: str) -> None:
+    """Refuse a learning rate with which a LoRA never learns.
+
+    Args:
+        optimizer: Settings of the optimizer, whose part `guidance` is the LoRA.
+        guidance_type: Name of the guidance.
+
+    Raises:
+        ValueError: Says what to write instead.
+    """
+    if guidance_type in VSD_GUIDANCES and optimizer.rate("guidance") == 0:
+        raise ValueError(
+            "The learning rate of the LoRA is 0, so it never learns and stays the "
+            "pretrained model: write `optimizer.params.guidance.lr=0.0001`, or "
+            "`guidance_type: csd-guidance`, which needs no LoRA."
+        )
+
+
 class Variational(Distillation):
     """A system whose guidance may be variational."""
 
@@ -61,12 +85,15 @@ class Variational(Distillation):
         """Whether the guidance learns a LoRA."""
         return self.settings.guidance_type in VSD_GUIDANCES
 
-    def check_adapted(self) -> None:
-        """Refuse a LoRA whose base model is not available."""
-        if self.is_variational:
-            adapted = self.settings.guidance.pretrained_model_name_or_path_lora
-            if adapted is not None:
-                check(adapted, [])
+    def check_lora(self) -> None:
+        """Refuse a LoRA whose base model is not available; note a local one."""
+        if not self.is_variational:
+            return
+        adapted = self.settings.guidance.pretrained_model_name_or_path_lora
+        if adapted is not None:
+            check(adapted, [])
+        if self.settings.guidance.lora == "local":
+            self.notes.append(LOCAL)
 
     @property
     def is_reproducible(self) -> bool:

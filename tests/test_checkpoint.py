@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import functools
+import json
 import os
 import random
 import signal
 import subprocess
 import sys
 import time
+import zlib
 from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any, cast
 
 import pytest
 import torch
+from beartype.roar import BeartypeCallHintViolation
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from dreampropeller import (
     CheckpointError,
@@ -230,3 +238,97 @@ def test_aliased_and_strided_tensors_survive(tmp_path: Path) -> None:
     assert torch.equal(loaded.y["a"], state.y["a"])
     assert loaded.carry[0] is loaded.carry[1] is loaded.guesses[0]["b"]
     assert loaded.stats == Stats(4, [1, 2])
+
+
+# --- crafted files: valid checksums, other values -------------------------------------
+
+DEEP = "[" * 100_000
+VALUES = st.one_of(
+    st.sampled_from([None, -1, 10**30, [], {}, [[]], {"tuple": []}]),
+    st.integers(-3, 9),
+    st.sampled_from(["", "cuda", "meta", "float32", "qint8", "nn", "0x1p99999"]),
+)
+
+
+def crafted(path: Path, header: Any) -> Path:
+    """A checkpoint with another header, of which the checksum is right."""
+    with safe_open(path, framework="pt") as file:
+        arrays = {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118
+    text = header if isinstance(header, str) else json.dumps(header)
+    checksum = str(zlib.crc32(text.encode()))
+    save_file(arrays, path, metadata={"dreampropeller": text, "checksum": checksum})
+    return path
+
+
+def rich() -> SolverState[Any]:
+    y = {"x": torch.arange(3.0), "z": torch.ones(2, dtype=torch.complex64)}
+    return SolverState(1, y, (0.5, [None]), guesses=[y], stats=Stats(1, [1]))
+
+
+NEGATIVE = [["step", -1], ["y", {"dict": []}], ["carry", None]]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"types": []},
+        {"types": {"1": ["complex64", [7]]}},
+        {"types": {"1": ["complex64", [10**30]]}},
+        {"devices": [[], []]},
+        {"structure": {"float": "0x1p99999"}},
+        {"structure": {"tuple": 5}},
+        {"structure": {"record": ["SolverState", {"dict": NEGATIVE}]}},
+    ],
+    ids=str,
+)
+def test_a_crafted_header_is_refused(change: Any, tmp_path: Path) -> None:
+    path = checkpoint.save(tmp_path, rich())
+    with pytest.raises(CheckpointError):
+        checkpoint.load(crafted(path, {**checkpoint._header(path), **change}))
+
+
+def test_a_header_that_is_nested_too_deeply_is_refused(tmp_path: Path) -> None:
+    path = crafted(checkpoint.save(tmp_path, rich()), DEEP)
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        checkpoint.load(path)
+    assert checkpoint.run_of(tmp_path) == ""
+
+
+def spots(value: Any, where: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    """The paths of all values in a nest of JSON."""
+    found: list[tuple[Any, ...]] = []
+    if isinstance(value, (dict, list)):
+        for key in value if isinstance(value, dict) else range(len(value)):
+            found += [(*where, key), *spots(value[key], (*where, key))]
+    return found
+
+
+@settings(
+    max_examples=100,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+@given(data=st.data())
+def test_any_value_of_the_header_may_be_another(
+    data: st.DataObject, tmp_path: Path
+) -> None:
+    """A solver state, or the documented error."""
+    path = checkpoint.save(tmp_path, rich())
+    header = checkpoint._header(path)
+    *inner, last = data.draw(st.sampled_from(spots(header)))
+    place = functools.reduce(lambda nest, key: nest[key], inner, header)
+    place[last] = data.draw(VALUES)
+    try:
+        assert isinstance(checkpoint.load(crafted(path, header)), SolverState)
+    except (CheckpointError, BeartypeCallHintViolation):  # the second in tests only
+        path.unlink()
+
+
+def test_tensors_of_a_gpu_are_read_without_one(tmp_path: Path) -> None:
+    path = checkpoint.save(tmp_path, small(1))
+    header = {**checkpoint._header(path), "devices": ["xpu"]}
+    crafted(path, header)
+    assert checkpoint.load(path).y["x"].device.type == "cpu"
+    with pytest.raises(CheckpointError, match=r"cannot be moved to `xpu`.*\"cpu\""):
+        checkpoint.load(path, device="xpu")

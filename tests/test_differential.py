@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import random
 from typing import Literal
 
 import pytest
@@ -14,6 +15,7 @@ from dreampropeller import (
     BlockWindow,
     EMAThreshold,
     FixedThreshold,
+    NotConverged,
     PicardSolver,
     Sequential,
     solve,
@@ -22,6 +24,7 @@ from dreampropeller.differential import (
     Corrector,
     DiffusionTrajectory,
     Grid,
+    check_arguments,
     langevin_covariance,
 )
 from dreampropeller.piadm import piadm
@@ -69,35 +72,39 @@ def test_full_depth_is_the_sequential_loop_bit_for_bit(
     assert not torch.equal(shallow.value["x"], whole.value["x"])
 
 
+@pytest.mark.parametrize("case", range(4))
 @each
-def test_after_k_iterations_the_first_k_steps_are_exact(
-    kind: Kind, corrector: Corrector | None
+def test_after_k_iterations_the_first_k_steps_of_a_block_are_exact(
+    kind: Kind, corrector: Corrector | None, case: int
 ) -> None:
-    for depth in (1, 2, 4):
-        grid = Grid(horizon=0.9, step=0.1, stop=0.1)
-        trajectory = DiffusionTrajectory(two(2), noise(3, 2), grid, kind, corrector, 1)
-        exact = []
-        state, carry = trajectory.init()
-        drift = trajectory.make_drift(torch.device("cpu"))
-        for step in range(trajectory.num_steps):
-            exact.append(state["x"])
-            state, carry = trajectory.update(step, state, carry, drift(step, state)[0])
-        seen: dict[int, Tensor] = {}
-        count = 0
+    """Random grids; a block is sequential from the state at its own start."""
+    draw = random.Random(case)
+    block, stop = draw.uniform(0.3, 1.0), draw.uniform(0.05, 0.3)
+    horizon, step = stop + draw.uniform(0.4, 2.0), block * draw.uniform(0.1, 0.4)
+    grid, depth = Grid(horizon, step, block, stop), draw.randint(1, 5)
+    trajectory = DiffusionTrajectory(two(2), noise(3, 2), grid, kind, corrector, case)
+    seen: list[Tensor] = []
 
-        def recorded(s: float, x: Tensor, seen: dict[int, Tensor] = seen) -> Tensor:
-            nonlocal count
-            seen[count] = x
-            count += 1
-            return two(2)(s, x)
+    def recorded(s: float, x: Tensor) -> Tensor:
+        seen.append(x)
+        return two(2)(s, x)
 
-        trajectory.score = recorded
-        window = BlockWindow(trajectory.boundaries, depth + 1)
-        solve(trajectory, PicardSolver(window, FixedThreshold(0)), check=False)
-        size = trajectory.boundaries[0]
-        for k in range(depth + 1):  # iteration k + 1 sees the guesses after k
-            for m in range(min(k + 1, size)):
-                assert torch.equal(seen[k * size + m], exact[m])
+    trajectory.score = recorded
+    window = BlockWindow(trajectory.boundaries, depth)
+    solve(trajectory, PicardSolver(window, FixedThreshold(0)), check=False)
+    states = iter(seen)
+    for begin, end in itertools.pairwise([0, *trajectory.boundaries]):
+        rounds = [
+            [next(states) for _ in range(begin, end)]
+            for _ in range(min(depth, end - begin))
+        ]
+        y, carry = {"x": rounds[0][0]}, trajectory.init()[1]
+        for step, later in enumerate(range(begin, begin + len(rounds))):
+            for guesses in rounds[step:]:
+                assert torch.equal(guesses[step], y["x"])
+            drift = {"score": two(2)(trajectory.steps[later].time, y["x"])}
+            y, carry = trajectory.update(later, y, carry, drift)
+    assert next(states, None) is None
 
 
 @each
@@ -140,7 +147,7 @@ def test_sde_keeps_the_variance_of_a_standard_normal_to_first_order() -> None:
 
 
 def test_two_half_steps_of_the_corrector_are_one() -> None:
-    for g, e in ((2.0, 0.1), (0.7, 1.5), (1e-3, 0.01), (2.0, 1e-3)):
+    for g, e in ((2.0, 0.1), (0.7, 1.5), (1e-3, 0.01), (2.0, 1e-3), (1.0, 0.6)):
         half_u, half_v, half_uv = langevin_covariance(g, e / 2)
         q, r = math.exp(-g * e / 2), -math.expm1(-g * e / 2) / g
         whole = langevin_covariance(g, e)
@@ -149,20 +156,32 @@ def test_two_half_steps_of_the_corrector_are_one() -> None:
             q**2 * half_v + half_v,
             q * (half_uv + r * half_v) + half_uv,
         )
-        assert both == pytest.approx(whole, rel=1e-6)
+        assert both == pytest.approx(whole, rel=1e-14)  # to rounding
 
 
+@pytest.mark.parametrize(
+    ("dim", "num"),
+    [
+        (2, 2000),
+        (8, 600),
+        pytest.param(2, 10_000, marks=pytest.mark.long),
+        pytest.param(8, 10_000, marks=pytest.mark.long),
+    ],
+)
 @each
 def test_samples_have_the_law_of_the_data(
-    kind: Kind, corrector: Corrector | None
+    kind: Kind, corrector: Corrector | None, dim: int, num: int
 ) -> None:
-    score, num = two(2), 2000
+    score = two(dim)
     grid = Grid(horizon=6.0, step=0.05, stop=1e-2)
-    end = piadm(score, noise(num, 2), grid, kind, corrector=corrector, depth=8)
+    end = piadm(score, noise(num, dim), grid, kind, corrector=corrector, depth=8)
     x, source = end.value["x"], torch.Generator().manual_seed(5)
     exact = score.sample(1e-2, num, source)
-    assert energy_p_value(x[:600], exact[:600]) > 0.01
-    assert float((x[:, 0] > 0).double().mean()) == pytest.approx(0.3, abs=0.04)
+    many = min(num, 600 if num < 10_000 else 3000)
+    assert energy_p_value(x[:many], exact[:many]) > 0.01
+    assert float((x[:, 0] > 0).double().mean()) == pytest.approx(
+        0.3, abs=2 / math.sqrt(num)
+    )
 
 
 def test_corrector_keeps_the_law_it_starts_from() -> None:
@@ -174,6 +193,41 @@ def test_corrector_keeps_the_law_it_starts_from() -> None:
     exact = score.sample(0.5, 600, source)
     assert energy_p_value(end.value["x"][:600], exact) > 0.01
     assert float((end.value["x"] - start).square().mean()) > 0.2  # it moves
+    shrink = math.exp(-0.5)
+    means, weights = math.sqrt(shrink) * score.means, score.weights
+    mean = weights @ means
+    spread = shrink * score.variances + 1 - shrink + means.square()
+    variance = weights @ spread - mean.square()
+    deviation = (variance / len(start)).sqrt()
+    assert ((end.value["x"].mean(0) - mean).abs() < 4 * deviation).all()
+    torch.testing.assert_close(end.value["x"].var(0), variance, rtol=0.1, atol=0)
+
+
+def test_corrector_leaves_a_normal_up_to_the_first_order_of_its_step() -> None:
+    r"""With $S = -u / \lambda$ all is linear: the exact moments of $(u, v)$."""
+    g, scale, time = 2.0, 0.5, 2.0
+
+    def moments(steps: int) -> Tensor:
+        e = time / steps
+        q, r = math.exp(-g * e), -math.expm1(-g * e) / g
+        move = torch.tensor([[1 - (e - r) / (g * scale), r], [-r / scale, q]])
+        var_u, var_v, both = langevin_covariance(g, e)
+        added = torch.tensor([[var_u, both], [both, var_v]])
+        found = torch.diag(torch.tensor([scale, 1.0]))
+        for _ in range(steps):
+            found = move @ found @ move.T + added
+        return found
+
+    errors = [abs(float(moments(n)[0, 0]) - scale) for n in (20, 40, 80)]
+    assert errors[0] / errors[1] == pytest.approx(2, rel=0.1)
+    assert errors[1] / errors[2] == pytest.approx(2, rel=0.1)
+    start = noise(20_000, 1) * math.sqrt(scale)
+    grid = Grid(horizon=0.5 + 1e-9, step=1e-9, stop=0.5)
+    corrector = Corrector(time=time, steps=20, friction=g)
+    score = lambda s, x: -x / scale  # noqa: E731
+    end = piadm(score, start, grid, "ode", corrector=corrector, form="sequential")
+    expected = float(moments(20)[0, 0])
+    assert float(end.value["x"].var()) == pytest.approx(expected, rel=0.03)
 
 
 def energy_p_value(x: Tensor, y: Tensor, permutations: int = 199) -> float:
@@ -281,6 +335,89 @@ def test_bad_settings_get_a_sentence() -> None:
         BlockWindow([3, 3], 1)
     with pytest.raises(ValueError, match="'sliding'"):
         piadm(normal, start, GRID, form="fast")
+
+
+def test_a_depth_below_the_block_says_that_nothing_measured_the_error() -> None:
+    start = noise(1, 2)
+    note = piadm(two(2), start, GRID, depth=2).note
+    assert "compare with `form='sequential'`" in note
+    longest = int(note.split("(")[1].split()[0])
+    assert piadm(two(2), start, GRID, depth=longest - 1).note
+    assert not piadm(two(2), start, GRID, depth=longest).note
+    assert not piadm(two(2), start, GRID, form="sequential").note
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"start": noise(2, 2).numpy()}, "`start` is a `ndarray`: write `torch.randn"),
+        (
+            {"start": torch.ones(2, 2, dtype=torch.long)},
+            "holds `torch.int64`",
+        ),
+        ({"start": noise(2, 2) / 0}, "`start` holds NaN or infinity"),
+        ({"grid": None}, r"`grid` is None: write `Grid\(horizon=6.0, step=0.05\)`"),
+        ({"score": two(2).means}, "`score` is a `Tensor`: write a function"),
+        ({"corrector": 0.5}, r"`corrector` is a `float`: write `Corrector\(\)`"),
+    ],
+)
+def test_arguments_of_another_kind_get_a_sentence(
+    changed: dict[str, object], message: str
+) -> None:
+    """Asked directly, because tests check the types of annotated arguments."""
+    arguments = {"score": normal, "start": noise(2, 2), "grid": GRID}
+    check_arguments(**arguments, corrector=None)
+    with pytest.raises((TypeError, ValueError), match=message):
+        check_arguments(**{**arguments, "corrector": None, **changed})
+
+
+def test_shapes_that_would_be_broadcast_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"dimension 2: write `start=torch\.randn"):
+        piadm(two(2), noise(5, 1), GRID)
+    with pytest.raises(ValueError, match="return one number per coordinate"):
+        piadm(lambda s, x: x[:, :1], noise(5, 2), GRID)
+
+
+@pytest.mark.parametrize("form", ["block", "sequential"])
+def test_a_score_that_is_not_finite_says_what_to_write_for_piadm(form: str) -> None:
+    def broken(s: float, x: Tensor) -> Tensor:
+        return -x / (0.0 if s < 1 else 1.0)
+
+    with pytest.raises(NotConverged, match="write a smaller `step`") as error:
+        piadm(broken, noise(2, 2), GRID, form=form)
+    assert "learning rate" not in str(error.value)
+
+
+def test_mixtures_that_are_none_get_a_sentence() -> None:
+    good = vars(two(2))
+    for name, value, message in (
+        ("weights", torch.tensor([-0.5, 1.5]), "not negative"),
+        ("weights", torch.tensor([0.5]), "one row per component"),
+        ("variances", -good["variances"], "`variances` holds a negative number"),
+        ("means", good["means"] * math.nan, "`means` holds NaN"),
+        ("means", good["means"][0], "write 2 axes"),
+        ("weights", torch.tensor([1, 2]), "no tensor of floating numbers"),
+    ):
+        with pytest.raises((TypeError, ValueError), match=message):
+            GaussianMixtureScore(**{**good, name: value})
+
+
+def test_a_schedule_is_asked_within_its_times() -> None:
+    alphas = torch.linspace(0.999, 0.01, 50).double()
+    score = DenoiserScore(lambda x, t: x, alphas)
+    grid = Grid(score.horizon, 0.5, stop=score.stop)
+    assert piadm(score, noise(1, 2), grid, "ode", depth=2).value["x"].isfinite().all()
+    for horizon, stop in ((9.0, score.stop), (score.horizon, 1e-5)):
+        with pytest.raises(ValueError, match="outside the schedule, which holds 0"):
+            DiffusionTrajectory(score, noise(1, 2), Grid(horizon, 0.5, stop=stop))
+    for wrong, message in (
+        (alphas.flip(0), "does not fall from below 1 to above 0"),
+        (torch.cat([alphas, alphas.new_zeros(1)]), "zero terminal SNR"),
+        (alphas + 0.5, "does not fall"),
+        (alphas[None], "no tensor of shape"),
+    ):
+        with pytest.raises((TypeError, ValueError), match=message):
+            DenoiserScore(lambda x, t: x, wrong)
 
 
 def test_sliding_window_reaches_the_sequential_samples() -> None:

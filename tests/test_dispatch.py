@@ -18,8 +18,10 @@ from dreampropeller import (
     DistributedDispatcher,
     FixedThreshold,
     InlineDispatcher,
+    OptimizationTrajectory,
     PicardSolver,
     SlidingWindow,
+    State,
     WorkerError,
     launch_workers,
     solve,
@@ -264,6 +266,7 @@ def test_wire_carries_every_type_bit_for_bit() -> None:
         "count": torch.tensor(-7),
         "empty": torch.zeros(0, 3),
         "strided": torch.arange(6.0).view(2, 3).T,
+        "image": torch.rand(2, 3, 4, 5).to(memory_format=torch.channels_last),
         "nan": torch.tensor(float("nan"), dtype=torch.float64),
     }
     slots = [wire.entries(drift, {"loss": 0.1}), {}, wire.entries({}, {})]
@@ -272,8 +275,29 @@ def test_wire_carries_every_type_bit_for_bit() -> None:
     wire.pack(rows, slots, buffer)
     received = wire.unpack(rows, buffer)
     assert tree_equal(received[0][0], {k: v.contiguous() for k, v in drift.items()})
+    for name, value in drift.items():  # sums are rounded in the order of the memory
+        assert received[0][0][name].stride() == value.stride()
     assert received[0][1] == {"loss": 0.1}
     assert received[1:] == [({}, {}), ({}, {})]
+
+
+def test_a_drift_has_the_strides_that_backward_gives_a_gradient() -> None:
+    """Else a norm of it would be rounded otherwise than in the loop itself."""
+    factor = torch.rand(5, 3)
+
+    def loss(step: int, y: State) -> torch.Tensor:
+        return (y["w"].T * factor).sum()
+
+    w = torch.rand(3, 5)
+    trajectory = OptimizationTrajectory(
+        loss, {"w": w}, lambda params: torch.optim.SGD(params.values(), 0.1), 1
+    )
+    drift, _ = trajectory.make_drift(torch.device("cpu"))(0, {"w": w})
+    parameter = w.clone().requires_grad_()
+    loss(0, {"w": parameter}).backward()
+    assert parameter.grad is not None
+    assert drift["w"].stride() == parameter.grad.stride() == w.stride()
+    assert torch.equal(drift["w"], parameter.grad)
 
 
 def test_fingerprint_sees_a_single_bit() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from dreampropeller import (
     Iteration,
     PicardSolver,
     Rollout,
+    Secant,
     SlidingWindow,
     SolverState,
     State,
@@ -169,6 +171,39 @@ def test_drifts_of_accepted_steps_are_off_by_the_tolerance_at_most(
         assert solution.stats.num_iterations <= 60 / 8 + 4
     # A larger rate moves the drift more in a step: the stride adapts by itself.
     assert solution.stats.num_iterations >= {0.002: 8, 0.02: 9, 0.2: 20}[rate]
+
+
+@pytest.mark.parametrize(
+    ("window", "acceleration", "gains"),
+    [(32, Secant(), True), (16, Secant(), False), (32, None, False)],
+)
+def test_a_wide_window_overshoots_less_when_bad_drifts_are_damped(
+    window: int, acceleration: Secant | None, gains: bool
+) -> None:
+    def strides(half_weight: float) -> list[int]:
+        solver = PicardSolver(
+            SlidingWindow(window),
+            DriftThreshold(half_weight=half_weight),
+            acceleration=acceleration,
+        )
+        return solve(Descent(0.3, 150), solver).stats.strides
+
+    damped, plain = strides(0.5), strides(math.inf)
+    assert len(damped) < 0.9 * len(plain) if gains else damped == plain
+
+
+def test_no_step_with_a_damped_drift_is_accepted() -> None:
+    class Greedy(SlidingWindow):
+        def stride(self, memory: None, passed: Sequence[bool]) -> int:
+            return len(passed)
+
+    def check(_: Any, iteration: Iteration) -> None:
+        failed = [error > iteration.threshold for error in iteration.errors]
+        known = all(map(math.isfinite, iteration.errors))
+        assert not known or not any(failed[: iteration.stride - 1])
+
+    solver = PicardSolver(Greedy(32), DriftThreshold(), acceleration=Secant())
+    solve(Descent(0.3, 150), solver, on_iteration=check)
 
 
 def test_stride_does_not_depend_on_the_scale_of_the_problem() -> None:

@@ -9,14 +9,17 @@ import pytest
 
 from dreampropeller import (
     AdaptiveWindow,
+    BlockWindow,
     EMAThreshold,
     FixedThreshold,
     PicardSolver,
     Rollout,
+    Sequential,
+    SequentialStart,
     SlidingWindow,
     solve,
 )
-from tests.helpers import TOYS, rolled_out
+from tests.helpers import TOYS, rolled_out, tree_equal
 
 
 @pytest.mark.parametrize(
@@ -133,3 +136,18 @@ def test_a_window_that_could_not_grow_is_refused_and_no_other() -> None:
         grows = grown(Unchecked(smallest, largest, multiple)) > smallest
         accepted = is_accepted(smallest, largest, multiple)
         assert accepted == (grows or smallest == largest), (smallest, largest, multiple)
+
+
+def test_a_sequential_start_holds_one_step_and_then_the_window() -> None:
+    window = SequentialStart(AdaptiveWindow(4, 8), 2)
+    memory = window.init()
+    assert [window.length(memory, step, 10) for step in range(4)] == [1, 1, 4, 4]
+    assert window.stride(memory, [True, False, True]) == 2
+    expected = solve(TOYS["sde"].make(), Sequential()).value
+    found = solve(TOYS["sde"].make(), PicardSolver(window, FixedThreshold(0)))
+    assert tree_equal(found.value, expected)
+    assert found.stats.strides[:2] == [1, 1]
+    with pytest.raises(ValueError, match=r"write `SlidingWindow\(8\)` in its place"):
+        SequentialStart(BlockWindow(4, 2), 2)
+    with pytest.raises(ValueError, match="write a whole number from 0"):
+        SequentialStart(SlidingWindow(4), -1)

@@ -38,10 +38,10 @@ class Layout:
 
     def learn(self, new: Sequence[wire.Entry]) -> None:
         """Agree on entries that are new to a rank; every rank calls it."""
-        rows = [[e.name, e.is_aux, e.dtype, list(e.shape)] for e in new]
+        rows = [[e.name, e.is_aux, e.dtype, e.shape, e.order] for e in new]
         for told in self._ranks.gather_json(rows):
-            for name, is_aux, dtype, shape in told:
-                entry = wire.Entry(name, is_aux, dtype, tuple(shape))
+            for name, is_aux, dtype, shape, order in told:
+                entry = wire.Entry(name, is_aux, dtype, tuple(shape), tuple(order))
                 if entry not in self.entries:
                     self.entries.append(entry)
 

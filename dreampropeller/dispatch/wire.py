@@ -21,12 +21,22 @@ ALIGNMENT = 64
 
 @dataclass(frozen=True)
 class Entry:
-    """A tensor to send: part of a drift, or a logged scalar."""
+    """A tensor to send: part of a drift, or a logged scalar.
+
+    Attributes:
+        name: Its name in the drift, or that of the scalar.
+        is_aux: Whether it is a scalar.
+        dtype: Name of its type.
+        shape: Its shape.
+        order: Its dimensions, the outermost in memory first. Sums are taken in the
+            order of the memory, so that another order would round them otherwise.
+    """
 
     name: str
     is_aux: bool
     dtype: str
     shape: tuple[int, ...]
+    order: tuple[int, ...]
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -49,11 +59,20 @@ def entries(drift: State, aux: Aux) -> dict[Entry, Tensor]:
     found: dict[Entry, Tensor] = {}
     for name, value in drift.items():
         dtype = str(value.dtype).removeprefix("torch.")
-        found[Entry(name, False, dtype, tuple(value.shape))] = value.detach()
+        entry = Entry(name, False, dtype, tuple(value.shape), order_of(value))
+        found[entry] = value.detach()
     for name, scalar in aux.items():
         value = torch.tensor(scalar, dtype=torch.float64)
-        found[Entry(name, True, "float64", ())] = value
+        found[Entry(name, True, "float64", (), ())] = value
     return found
+
+
+def order_of(tensor: Tensor) -> tuple[int, ...]:
+    """The dimensions of a tensor, the outermost in memory first."""
+    dimensions = range(tensor.dim())
+    if tensor.is_contiguous():
+        return tuple(dimensions)
+    return tuple(sorted(dimensions, key=lambda axis: -tensor.stride(axis)))
 
 
 def size(rows: Sequence[Sequence[Entry]]) -> int:
@@ -71,7 +90,7 @@ def pack(
     for row, slot in zip(rows, slots, strict=False):  # rows past the slots are empty
         for entry in row:
             part = buffer[position : position + entry.num_bytes]
-            part.copy_(as_bytes(slot[entry].contiguous()))
+            part.copy_(as_bytes(slot[entry].permute(entry.order).contiguous()))
             position += entry.stride
 
 
@@ -86,7 +105,9 @@ def unpack(
         aux: Aux = {}
         for entry in row:
             part = buffer[position : position + entry.num_bytes]
-            value = part.view(entry.torch_dtype).view(entry.shape)
+            value = part.view(entry.torch_dtype)
+            value = value.view([entry.shape[axis] for axis in entry.order])
+            value = value.permute([entry.order.index(i) for i in range(value.dim())])
             if entry.is_aux:
                 aux[entry.name] = float(value)
             else:

@@ -17,11 +17,18 @@ from dreampropeller.mixtures import fitting
 from dreampropeller.mixtures.blocks import opened
 from dreampropeller.mixtures.chain import Chain
 from dreampropeller.mixtures.family import join
-from dreampropeller.mixtures.inputs import Dirichlet, as_prior
+from dreampropeller.mixtures.inputs import (
+    Dirichlet,
+    as_jobs,
+    as_prior,
+    at_least,
+    check_counts,
+)
 from dreampropeller.mixtures.multinomial import Multinomial
 from dreampropeller.mixtures.passes import predict_pass
 from dreampropeller.mixtures.priors import PartitionPrior
 from dreampropeller.mixtures.random import generator
+from dreampropeller.mixtures.states import write
 
 
 class Mixture(ClusterMixin, BaseEstimator):
@@ -44,7 +51,7 @@ class Mixture(ClusterMixin, BaseEstimator):
 
     def _array(self, x: Any, *, reset: bool, least: int = 1) -> Any:
         counts = isinstance(as_prior(self.prior), Dirichlet)
-        return validate_data(
+        x = validate_data(
             self,
             x,
             reset=reset,
@@ -52,19 +59,25 @@ class Mixture(ClusterMixin, BaseEstimator):
             dtype=np.float64,
             ensure_min_samples=least,
         )
+        if counts:
+            check_counts(x)
+        return x
 
     def _run(self, x: Any, group: Tensor, prior: PartitionPrior) -> None:
-        settings = fitting.settings_of(self)
+        settings, jobs = fitting.settings_of(self), as_jobs(self.n_jobs)
         family = as_prior(self.prior).resolve(x)
-        seed = int(check_random_state(self.random_state).randint(2**31 - 1))
-        with opened(family, x, self.n_jobs, self.device) as blocks:
-            chain = fitting.start(settings, blocks, prior, group, seed)
+        own = int(check_random_state(self.random_state).randint(2**31 - 1))
+        with opened(family, x, jobs, self.device) as blocks:
+            seed = blocks.lead(lambda: own)  # without a seed ranks draw different ones
+            mark = fitting.mark_of(settings, blocks, prior, group, seed)
             state = getattr(self, "state_", None) if self.warm_start else None
-            fitting.run(chain, settings, self.checkpoint, state)
-        self._keep(chain)
+            fitting.agree(blocks, settings, mark, self.checkpoint, state)
+            chain = fitting.start(settings, blocks, prior, group, seed)
+            state = fitting.run(chain, settings, mark, self.checkpoint, state)
+        self._keep(chain, state)
 
-    def _keep(self, chain: Chain) -> None:
-        self.state_ = chain.state()
+    def _keep(self, chain: Chain, state: dict[str, Any]) -> None:
+        self.state_ = state
         self.family_, self.partition_ = chain.family, chain.prior
         self.statistics_ = chain.statistics()
         self.labels_ = chain.labels.numpy().copy()
@@ -82,7 +95,14 @@ class Mixture(ClusterMixin, BaseEstimator):
         with opened(self.family_, x, None, self.device) as blocks:
             points = {"group": torch.from_numpy(group)}
             found = blocks.map(predict_pass, points, shared)
-        return torch.cat(found, 1).T.double().numpy()
+        logs = torch.cat(found, 1).T.double().numpy()
+        lost = np.flatnonzero(~np.isfinite(logs[:, :-1].max(1)))
+        if len(lost):
+            raise ValueError(
+                f"Row {lost[0]} lies so far from every cluster that its density is "
+                "lost in single precision: leave it out."
+            )
+        return logs
 
     def _points(self, labels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         """A point from each label's component, whose parameters are drawn once."""
@@ -97,14 +117,15 @@ class Mixture(ClusterMixin, BaseEstimator):
         return self.family_.simulate(params, index, rng)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the chain's state; `checkpoint=path` resumes from it."""
+        """Write the chain's state; `checkpoint=path` resumes it on the same points."""
         check_is_fitted(self)
-        fitting.write(self.state_, Path(path))
+        write(self.state_, Path(path))
 
     def _drawn(
         self, n_samples: int, weights: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray]:
         """Points and labels of the present clusters."""
+        n_samples = at_least(n_samples, 1, "n_samples")
         seed = int(check_random_state(self.random_state).randint(2**31 - 1))
         rng = generator(seed, 0, "sample")
         labels = rng.choice(self.n_components_, n_samples, p=weights)

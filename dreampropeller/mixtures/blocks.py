@@ -13,12 +13,14 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
 
 from dreampropeller.mixtures.family import Block, Family
+from dreampropeller.mixtures.inputs import as_device
+from dreampropeller.mixtures.states import differing
 
 SIZE = 16384
 """Points in a block: many enough to hide Python, few enough to be shared out."""
@@ -28,6 +30,9 @@ Work: TypeAlias = Callable[[Family, Block, int, dict[str, Tensor], dict[str, Any
 """A pass over one block: family, block, its number, its slices of the arrays of the
 points, and what all blocks share. A function of a module, so that another process can
 import it."""
+
+
+T = TypeVar("T")
 
 
 class Blocks:
@@ -78,6 +83,13 @@ class Blocks:
         ends = [self.num_blocks * i // count for i in range(count + 1)]
         return [range(a, b) for a, b in itertools.pairwise(ends)]
 
+    def lead(self, function: Callable[[], T]) -> T:
+        """What a function gives that only the first rank calls."""
+        return function()
+
+    def agree(self, mark: dict[str, str]) -> None:
+        """Refuse ranks whose marks differ."""
+
     def close(self) -> None:
         """Release the memory of the workers."""
 
@@ -87,6 +99,37 @@ class RankBlocks(Blocks):
 
     Every rank calls the same function with all the points and gets the same result.
     """
+
+    def lead(self, function: Callable[[], T]) -> T:
+        """Call on rank 0 and hand the value, or the error, to every rank.
+
+        No rank returns before rank 0 is done, as after a barrier.
+        """
+        import torch.distributed as dist
+
+        found: list[Any] = [None, None]
+        if dist.get_rank() == 0:
+            try:
+                found[0] = function()
+            except Exception as error:
+                found[1] = error
+        dist.broadcast_object_list(found)
+        if found[1] is not None:
+            raise found[1]
+        return found[0]
+
+    def agree(self, mark: dict[str, str]) -> None:
+        """Compare all ranks' marks with rank 0's; every rank raises alike."""
+        import torch.distributed as dist
+
+        marks: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(marks, mark)
+        names = sorted({name for other in marks for name in differing(other, marks[0])})
+        if names:
+            raise ValueError(
+                f"The ranks have different {', '.join(names)}: with `n_jobs='ranks'` "
+                "every rank calls `fit` with all points and the same parameters."
+            )
 
     def map(
         self, work: Work, points: dict[str, Tensor], shared: dict[str, Any]
@@ -167,7 +210,7 @@ def _remote(
 
 @contextlib.contextmanager
 def opened(
-    family: Family, x: Any, n_jobs: int | str | None, device: str = "cpu"
+    family: Family, x: Any, n_jobs: int | str | None, device: Any = "cpu"
 ) -> Iterator[Blocks]:
     """The blocks of a fit, in one thread per process while it lasts.
 
@@ -182,12 +225,18 @@ def opened(
 
     from threadpoolctl import threadpool_limits
 
+    device = as_device(device)
     if n_jobs == "ranks":
+        if not torch.distributed.is_initialized():
+            raise ValueError(
+                "`n_jobs` is 'ranks' and there is no `torch.distributed` group: call "
+                "`init_process_group` first, or write a number of processes."
+            )
         blocks: Blocks = RankBlocks(family, x, device)
     else:
         assert not isinstance(n_jobs, str)
-        jobs = n_jobs if n_jobs and n_jobs > 0 else (os.cpu_count() or 1)
-        jobs = 1 if n_jobs is None else jobs
+        jobs = 1 if n_jobs is None else n_jobs
+        jobs = jobs if jobs > 0 else (os.cpu_count() or 1)
         many = jobs > 1 and x.shape[0] > SIZE
         blocks = (
             JobBlocks(family, x, jobs, device) if many else Blocks(family, x, device)

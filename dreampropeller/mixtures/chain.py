@@ -80,6 +80,10 @@ class Chain(abc.ABC):
         """The statistics of the clusters."""
 
     @abc.abstractmethod
+    def refresh(self) -> None:
+        """Compute the statistics anew, for other points or another prior mean."""
+
+    @abc.abstractmethod
     def sweep(self, *, moves: bool = True) -> None:
         """One sweep; without `moves` the number of clusters is fixed."""
 
@@ -111,15 +115,19 @@ class Chain(abc.ABC):
             "labels": self.labels,
             "sweeps": self.sweeps,
             "prior": self.prior.state(),
-            "family": self.family.settings,
+            "family": self.family.state(),
             "history": dict(vars(self.history)),
         }
 
     def load(self, state: dict[str, Any]) -> None:
-        """Resume from a state; the chain continues bit for bit."""
+        """Resume from a state; with the same settings the chain continues bit for bit.
+
+        Settings are not part of a state: fixed concentrations, the prior of the
+        components and the number of proposals stay as they are here.
+        """
         self.labels = state["labels"]
         self.num_clusters = int(self.labels.max()) + 1
         self.sweeps = state["sweeps"]
         self.prior.load(state["prior"])
-        vars(self.family).update(vars(type(self.family)(**state["family"])))
+        self.family.load(state["family"])
         self.history = History(**{k: list(v) for k, v in state["history"].items()})

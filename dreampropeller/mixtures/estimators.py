@@ -7,14 +7,13 @@ from typing import Any
 import numpy as np
 import torch
 from scipy.special import logsumexp, softmax
-from sklearn.utils import check_array
 from sklearn.utils.validation import check_is_fitted
 
+from dreampropeller.checks import is_whole
 from dreampropeller.mixtures.base import Mixture
 from dreampropeller.mixtures.inputs import (
-    Dirichlet,
     as_concentration,
-    as_prior,
+    as_weights,
     stack,
 )
 from dreampropeller.mixtures.priors import (
@@ -35,7 +34,7 @@ class DPMixture(Mixture):
             scipy sparse), or "full", "diagonal", "multinomial"; None is "full".
         method: "subcluster", the published sampler, fast and approximate, or "exact",
             whose split and merge leave the posterior invariant.
-        n_sweeps: Largest number of sweeps.
+        n_sweeps: Largest number of sweeps; "subcluster" needs 9.
         burn_in: Number of sweeps before which "subcluster" does not stop early, and
             after which the number of proposals of "exact" is frozen.
         patience: Number of sweeps without a split or merge after which "subcluster"
@@ -46,11 +45,12 @@ class DPMixture(Mixture):
         random_state: The seed. The same seed gives the same labels for any `n_jobs`.
         n_jobs: Number of processes, -1 for one per core, or "ranks" for those of the
             default group of `torch.distributed`, whose ranks all call `fit` with all
-            points.
+            points and the same parameters.
         device: Device of the densities: "cpu", "cuda", "cuda:1".
         checkpoint: A file that `fit` writes its state to every 25 sweeps, and resumes
-            from, bit for bit, if it exists.
-        warm_start: Continue the chain of the last `fit` by `n_sweeps` more.
+            from, bit for bit, if it exists; one of other points or settings is refused.
+        warm_start: Continue the chain of the last `fit` by `n_sweeps` more, with the
+            present settings, of which `method` and the kind of `prior` must stay.
 
     Attributes:
         labels_: Labels of the last sweep, shape ``(points,)``.
@@ -212,9 +212,10 @@ class HDPMixture(Mixture):
     def fit(self, X: Any, y: Any = None) -> HDPMixture:
         """Run the chain on groups, a list of arrays ``(points of the group, dim)``."""
         del y
-        groups = self._groups(X)
+        groups = self._groups(
+            X, reset=not (self.warm_start and hasattr(self, "state_"))
+        )
         x = stack(groups)
-        self.n_features_in_ = x.shape[1]
         if x.shape[0] < 2:
             raise ValueError("All groups together have 1 point: at least 2 are needed.")
         sizes = [group.shape[0] for group in groups]
@@ -228,21 +229,19 @@ class HDPMixture(Mixture):
         self.group_weights_ = softmax(log_weights, axis=1)
         return self
 
-    def _groups(self, x: Any) -> list[Any]:
+    def _groups(self, x: Any, *, reset: bool = False) -> list[Any]:
         if not isinstance(x, (list, tuple)) or not len(x):
             raise ValueError(
                 "`HDPMixture` needs a list of arrays, one per group: write `[x]` for a "
                 "single group, or use `DPMixture`."
             )
-        counts = isinstance(as_prior(self.prior), Dirichlet)
-        checks: Any = {"accept_sparse": "csr" if counts else False, "dtype": np.float64}
-        groups = [check_array(group, **checks) for group in x]
-        columns = {group.shape[1] for group in groups}
-        if len(columns) > 1:
-            raise ValueError(
-                f"The groups have {sorted(columns)} columns: they need the same number."
-            )
-        return groups
+        return [self._group(j, own, reset and j == 0) for j, own in enumerate(x)]
+
+    def _group(self, number: int, x: Any, reset: bool) -> Any:
+        try:
+            return self._array(x, reset=reset)
+        except ValueError as error:
+            raise ValueError(f"Group {number}: {error}") from error
 
     def _joint(self, x: Any, log_weights: np.ndarray) -> np.ndarray:
         return self._log_joint(x, np.zeros(x.shape[0], int), log_weights[None])
@@ -259,8 +258,11 @@ class HDPMixture(Mixture):
         $\alpha \beta_k + n_{jk}$.
         """
         check_is_fitted(self)
+        return self._shares(self._groups(X), n_iter)
+
+    def _shares(self, groups: list[Any], n_iter: int = 50) -> np.ndarray:
         rows = []
-        for x in self._groups(X):
+        for x in groups:
             zero = np.zeros(self.n_components_ + 1)
             logs = self._joint(x, zero)[:, :-1]
             top = self.partition_.alpha * np.exp(self._top()[:-1])
@@ -276,9 +278,11 @@ class HDPMixture(Mixture):
 
     def predict_proba(self, X: Any) -> list[np.ndarray]:
         """Probabilities of the present clusters, ``(points, K)`` for each group."""
-        weights = np.log(self.transform(X))
+        check_is_fitted(self)
+        groups = self._groups(X)
+        weights = np.log(self._shares(groups))
         found = []
-        for x, own in zip(self._groups(X), weights, strict=True):
+        for x, own in zip(groups, weights, strict=True):
             found.append(
                 softmax(self._joint(x, np.append(own, -np.inf))[:, :-1], axis=1)
             )
@@ -287,23 +291,26 @@ class HDPMixture(Mixture):
     def score_samples(
         self,
         X: Any,
-        weights: np.ndarray | None = None,
+        weights: Any = None,
     ) -> list[np.ndarray]:
         """Log predictive densities of the points of each group.
 
         Args:
             X: The groups.
-            weights: Their weights, ``(groups, K)``, for example `transform` of points
-                observed before; by default those of a new group.
+            weights: Their weights, ``(groups, K)`` with rows that sum to 1, for example
+                `transform` of points observed before; by default those of a new group.
         """
         check_is_fitted(self)
-        found = []
-        for j, x in enumerate(self._groups(X)):
-            own = self._top()
-            if weights is not None:
-                own = np.append(np.log(weights[j]), -np.inf)
-            found.append(logsumexp(self._joint(x, own), axis=1))
-        return found
+        groups = self._groups(X)
+        logs = np.tile(self._top(), (len(groups), 1))
+        if weights is not None:
+            rows = as_weights(weights, (len(groups), self.n_components_))
+            with np.errstate(divide="ignore"):  # a group may lack a cluster
+                logs = np.log(np.pad(rows, ((0, 0), (0, 1))))
+        return [
+            logsumexp(self._joint(x, own), axis=1)
+            for x, own in zip(groups, logs, strict=True)
+        ]
 
     def score(self, X: Any, y: Any = None) -> float:
         """Mean log predictive density of the points, with a new group's weights."""
@@ -315,5 +322,12 @@ class HDPMixture(Mixture):
     ) -> tuple[np.ndarray, np.ndarray]:
         """Points and labels of a group, by default of all groups together."""
         check_is_fitted(self)
-        weights = self.weights_ if group is None else self.group_weights_[group]
+        weights, last = self.weights_, len(self.group_weights_) - 1
+        if group is not None:
+            if not is_whole(group) or not 0 <= group <= last:
+                raise ValueError(
+                    f"`group` is {group!r}: write an index from 0 to {last}, or None "
+                    "for all groups together."
+                )
+            weights = self.group_weights_[group]
         return self._drawn(n_samples, weights)

@@ -51,16 +51,21 @@ class ExactChain(Chain):
     ) -> None:
         super().__init__(blocks, prior, group, seed, labels)
         self.proposals, self.rounds = proposals, rounds
-        self.sums = self.gather(self.labels, self.num_clusters)
+        self.frozen: int | None = None
+        self.refresh()
 
     def statistics(self) -> Statistics:
         """The statistics of the clusters."""
         return self.sums
 
+    def refresh(self) -> None:
+        """Compute the statistics of the clusters anew."""
+        self.sums = self.gather(self.labels, self.num_clusters)
+
     def freeze(self) -> None:
         """Fix the number of proposals at the present number of clusters."""
-        if self.proposals is None:
-            self.proposals = self.num_clusters
+        if self.frozen is None:
+            self.frozen = self.num_clusters
 
     def sweep(self, *, moves: bool = True) -> None:
         """Weights, parameters, labels, then splits and merges."""
@@ -69,12 +74,16 @@ class ExactChain(Chain):
         self.family.resample(self.sums, rng)
         self._assign()
         if moves:
-            count = self.num_clusters if self.proposals is None else self.proposals
-            for p in range(count):
+            for p in range(self._count()):
                 split_merge.propose(self, p, self.rounds)
                 if self.groups > 1:
                     split_merge.propose_in_group(self, p)
         self.record()
+
+    def _count(self) -> int:
+        if self.proposals is not None:
+            return self.proposals
+        return self.num_clusters if self.frozen is None else self.frozen
 
     def _assign(self) -> None:
         rng = self.rng("parameters")
@@ -86,16 +95,16 @@ class ExactChain(Chain):
         label = torch.cat([result["label"] for result in found])
         batch = torch.cat([result["batch"] for result in found])
         self.labels = guarded(self.labels, label, batch, self.num_clusters)
-        self.sums = self.gather(self.labels, self.num_clusters)
+        self.refresh()
 
     def state(self) -> dict[str, Any]:
         """The chain's state and the frozen number of proposals."""
-        return {**super().state(), "sums": self.sums, "proposals": self.proposals}
+        return {**super().state(), "sums": self.sums, "frozen": self.frozen}
 
     def load(self, state: dict[str, Any]) -> None:
         """Resume from a state."""
         super().load(state)
-        self.sums, self.proposals = state["sums"], state["proposals"]
+        self.sums, self.frozen = state["sums"], state["frozen"]
 
 
 def guarded(old: Tensor, new: Tensor, batch: Tensor, num_clusters: int) -> Tensor:

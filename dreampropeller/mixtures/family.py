@@ -86,6 +86,14 @@ class Family(abc.ABC):
         """Draw the random parameters of the prior, given the clusters' statistics."""
         del statistics, rng  # nothing is, by default
 
+    def state(self) -> dict[str, Any]:
+        """What `resample` has drawn."""
+        return {}
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Take over what is drawn here too; what is fixed here stays."""
+        del state
+
     @abc.abstractmethod
     def draw(self, statistics: Statistics, rng: np.random.Generator) -> Params:
         r"""$\theta$ of each set from its posterior."""
@@ -127,4 +135,4 @@ class Family(abc.ABC):
     @property
     @abc.abstractmethod
     def settings(self) -> dict[str, Any]:
-        """Tensors and numbers that `FAMILIES[name](**settings)` builds it from."""
+        """Tensors and numbers that determine the prior."""

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from scipy import sparse
+from sklearn.exceptions import ConvergenceWarning
 from torch import Tensor
 
 from dreampropeller.mixtures.blocks import Blocks
@@ -19,7 +19,15 @@ from dreampropeller.mixtures.exact import ExactChain
 from dreampropeller.mixtures.inputs import at_least
 from dreampropeller.mixtures.priors import PartitionPrior
 from dreampropeller.mixtures.random import generator
-from dreampropeller.mixtures.subclusters import SubclusterChain
+from dreampropeller.mixtures.states import (
+    Mark,
+    differing,
+    digest,
+    prior_mark,
+    read,
+    write,
+)
+from dreampropeller.mixtures.subclusters import SETTLE, SubclusterChain
 
 FINAL = 5
 """Last sweeps of "subcluster", without moves; the very last takes likeliest labels."""
@@ -47,20 +55,39 @@ def settings_of(estimator: Any) -> Settings:
             "sampler or 'exact' for the one that leaves the posterior invariant."
         )
     patience, proposals = estimator.patience, estimator.n_proposals
-    jobs = estimator.n_jobs
-    if jobs is not None and jobs != "ranks" and (not isinstance(jobs, int) or not jobs):
-        raise ValueError(
-            f"`n_jobs` is {jobs!r}: write a number of processes, -1 for one per core, "
-            "or 'ranks' inside a `torch.distributed` group."
-        )
-    return Settings(
+    path = estimator.checkpoint
+    if not (path is None or isinstance(path, (str, os.PathLike))):
+        raise ValueError(f"`checkpoint` is {path!r}: write the path of a file.")
+    settings = Settings(
         estimator.method,
         at_least(estimator.n_sweeps, 1, "n_sweeps"),
         at_least(estimator.burn_in, 0, "burn_in"),
         None if patience is None else at_least(patience, FINAL + 1, "patience"),
-        None if proposals is None else at_least(proposals, 0, "n_proposals"),
+        # Without proposals the number of clusters would stay as it is.
+        None if proposals is None else at_least(proposals, 1, "n_proposals"),
         at_least(estimator.init_components, 1, "init_components"),
     )
+    if settings.method == "subcluster":
+        _check_length(settings)
+    return settings
+
+
+def _check_length(settings: Settings) -> None:
+    """Refuse runs of "subcluster" that end before a cluster may split."""
+    least, quiet = SETTLE + FINAL, settings.burn_in + (settings.patience or 0)
+    why = (
+        f"'subcluster' splits after {SETTLE} sweeps at the earliest, and not in the "
+        f"last {FINAL}"
+    )
+    if settings.n_sweeps < least:
+        raise ValueError(
+            f"`n_sweeps` is {settings.n_sweeps}: write at least {least}, because {why}."
+        )
+    if settings.patience is not None and quiet < least:
+        raise ValueError(
+            f"`burn_in` and `patience` add up to {quiet}: write at least {least} "
+            f"together, because {why}."
+        )
 
 
 def start(
@@ -75,25 +102,63 @@ def start(
     return ExactChain(blocks, prior, group, seed, labels, settings.n_proposals)
 
 
+def mark_of(
+    settings: Settings, blocks: Blocks, prior: PartitionPrior, group: Tensor, seed: int
+) -> Mark:
+    """What determines a chain; called before its first sweep."""
+    mark = {
+        "data": digest(blocks.x),
+        "groups": digest(group),
+        "random_state": str(seed),
+        "method": settings.method,
+        "prior": prior_mark(blocks.family),
+        "init_components": str(settings.init_components),
+        **{name: repr(value) for name, value in prior.settings.items()},
+    }
+    if settings.method == "exact":
+        mark["n_proposals"] = str(settings.n_proposals)
+        if settings.n_proposals is None:
+            mark["burn_in"] = str(settings.burn_in)  # it ends where they are frozen
+    return mark
+
+
 def run(
     chain: Chain,
     settings: Settings,
+    mark: Mark,
     checkpoint: str | os.PathLike[str] | None,
     state: dict[str, Any] | None,
-) -> None:
-    """Sweep until the settings end the run, from a saved state if there is one."""
+) -> dict[str, Any]:
+    """Sweep until the settings end the run, from a saved state if there is one.
+
+    Args:
+        chain: A chain at its start.
+        settings: When to stop.
+        mark: The mark of the chain, see `mark_of`.
+        checkpoint: A file for the state, which need not exist yet.
+        state: The state of the last fit, to go on from for `n_sweeps` more.
+
+    Returns:
+        The last state.
+    """
     path = Path(checkpoint) if checkpoint is not None else None
     if state is not None:
-        _check(chain, state["labels"])
-        chain.load(state)
+        _continue(chain, state, mark)
     first = chain.sweeps
-    mark = fingerprint(chain)
-    if path is not None and path.exists():
-        saved = read(path, mark)
-        _check(chain, saved["labels"])
+    blocks = chain.blocks
+    saved = None if path is None else blocks.lead(lambda: read(path, mark))
+    # A file of the last fit is older than the state that this one continues.
+    if saved is not None and (state is None or saved["first"] >= first):
         chain.load(saved)
-        first = saved.get("first", first)
+        first = saved["first"]
+        _warn_if_quiet(chain, settings, saved)
+
+    def present() -> dict[str, Any]:
+        n_sweeps = settings.n_sweeps
+        return {**chain.state(), "first": first, "n_sweeps": n_sweeps, "mark": mark}
+
     end = _end(chain, settings, first)
+    _warn_if_never_frozen(chain, settings, end)
     while chain.sweeps < end:
         if isinstance(chain, ExactChain):
             if chain.sweeps >= settings.burn_in:
@@ -104,10 +169,28 @@ def run(
             left = end - chain.sweeps
             chain.sweep(moves=left > FINAL, best=left == 1)
         if path is not None and (chain.sweeps - first) % EVERY == 0:
-            write({**chain.state(), "first": first, "mark": mark}, path)
+            blocks.lead(lambda: write(present(), path))
         end = _end(chain, settings, first)
     if path is not None:
-        write({**chain.state(), "first": first, "mark": mark}, path)
+        blocks.lead(lambda: write(present(), path))
+    return present()
+
+
+def agree(
+    blocks: Blocks,
+    settings: Settings,
+    mark: Mark,
+    checkpoint: str | os.PathLike[str] | None,
+    state: dict[str, Any] | None,
+) -> None:
+    """Refuse ranks that would run different chains, or for a different time."""
+    length = {
+        name: str(getattr(settings, name))
+        for name in ("n_sweeps", "burn_in", "patience")
+    }
+    last = "" if state is None else digest(state["labels"], state["first"])
+    written = str(checkpoint is not None)
+    blocks.agree({**mark, **length, "checkpoint": written, "warm_start": last})
 
 
 def _end(chain: Chain, settings: Settings, first: int) -> int:
@@ -119,44 +202,49 @@ def _end(chain: Chain, settings: Settings, first: int) -> int:
     return min(last, quiet)
 
 
-def _check(chain: Chain, labels: Tensor) -> None:
-    if len(labels) != len(chain.labels):
+def _continue(chain: Chain, state: dict[str, Any], mark: Mark) -> None:
+    """Load the last fit's state into a chain whose settings may have changed."""
+    if len(state["labels"]) != len(chain.labels):
         raise ValueError(
-            f"The state to continue from has {len(labels)} points and the data "
-            f"{len(chain.labels)}: pass the same points, or start anew."
+            f"The state to continue from has {len(state['labels'])} points and the "
+            f"data {len(chain.labels)}: pass the same points, or write "
+            "`warm_start=False`."
+        )
+    names = differing(state["mark"], mark)
+    for name in ("method", "prior"):
+        old, new = (m[name].split("/")[0] for m in (state["mark"], mark))
+        if old != new:
+            raise ValueError(
+                f"`warm_start` continues a chain whose `{name}` is {old!r}, and it is "
+                f"now {new!r}: write the same, or `warm_start=False`."
+            )
+    chain.load(state)
+    if "data" in names or "prior" in names:
+        chain.refresh()  # sums are kept relative to the prior's mean
+
+
+def _warn_if_quiet(chain: Chain, settings: Settings, saved: dict[str, Any]) -> None:
+    """Say so if more sweeps are asked for and the chain had stopped before its end."""
+    first, asked = saved["first"], settings.n_sweeps
+    if asked > saved["n_sweeps"] and _end(chain, settings, first) <= chain.sweeps:
+        warnings.warn(
+            f"The chain in `checkpoint` stopped at sweep {chain.sweeps}, after "
+            f"`patience`={settings.patience} sweeps without a split or merge, as it "
+            f"would with `n_sweeps`={asked}: write `patience=None` for all sweeps.",
+            ConvergenceWarning,
+            stacklevel=2,
         )
 
 
-def fingerprint(chain: Chain) -> str:
-    """The values that a resumed chain must share: data, seed and method."""
-    x = chain.blocks.x
-    parts = [x.data, x.indices, x.indptr] if sparse.issparse(x) else [x]
-    digest = hashlib.blake2b(digest_size=8)
-    for part in parts:
-        digest.update(np.ascontiguousarray(part).tobytes())
-    digest.update(chain.group.numpy().tobytes())
-    digest.update(f"{x.shape}/{chain.seed}/{type(chain).__name__}".encode())
-    return digest.hexdigest()
-
-
-def write(state: dict[str, Any], path: Path) -> None:
-    """Save a state; the file appears complete or not at all."""
-    beside = path.with_name(path.name + ".part")
-    torch.save(state, beside)
-    os.replace(beside, path)
-
-
-def read(path: Path, mark: str) -> dict[str, Any]:
-    """Load a state of the same chain."""
-    try:
-        state = torch.load(path, weights_only=True)
-    except Exception as error:
-        raise ValueError(
-            f"`{path}` is not a state of a mixture: write another `checkpoint`."
-        ) from error
-    if state.get("mark", mark) != mark:
-        raise ValueError(
-            f"`{path}` belongs to other data, another `random_state` or another "
-            "`method`: write another `checkpoint`, or delete the file."
+def _warn_if_never_frozen(chain: Chain, settings: Settings, end: int) -> None:
+    """Say so if the number of proposals of "exact" follows the clusters to the end."""
+    if not isinstance(chain, ExactChain) or chain.proposals or chain.frozen:
+        return
+    if end <= settings.burn_in:
+        warnings.warn(
+            f"`burn_in` is {settings.burn_in} and the chain ends at sweep {end}: the "
+            "number of proposals is never fixed, so the labels are not a draw from the "
+            "posterior. Write a smaller `burn_in`, or `n_proposals`.",
+            ConvergenceWarning,
+            stacklevel=2,
         )
-    return state

@@ -79,7 +79,7 @@ class _Gaussian(Family):
             "kappa": self.kappa,
             "nu": self.nu,
             "psi": self.base,
-            "scale": self.scale if self.sampled else None,
+            "sampled": self.sampled,
         }
 
     def resample(self, statistics: Statistics, rng: np.random.Generator) -> None:
@@ -97,6 +97,15 @@ class _Gaussian(Family):
         logs = own - (nu[:, None] / 2 * log_det).sum(0)
         p = torch.softmax(logs, 0).numpy()
         self.scale = float(rng.choice(SCALES, p=p / p.sum()))
+
+    def state(self) -> dict[str, Any]:
+        r"""$\tau$."""
+        return {"scale": self.scale}
+
+    def load(self, state: dict[str, Any]) -> None:
+        r"""Take over $\tau$ if it is sampled here."""
+        if self.sampled:
+            self.scale = state["scale"]
 
     def block(self, x: Any, device: torch.device | str = "cpu") -> Block:
         """Rows relative to the prior mean, in float64 and, transposed, float32."""

@@ -11,6 +11,7 @@ are the same for all partitions. A density is that of the words in their order.
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import numpy as np
@@ -51,7 +52,9 @@ class Multinomial(Family):
     def rows(self, block: Block, index: Tensor) -> Block:
         """Some rows of a block."""
         if "sparse" in block:
-            return {**block, "sparse": block["sparse"][index.cpu().numpy()]}
+            # Not what `_on_device` keeps, which is the whole block.
+            chosen = block["sparse"][index.cpu().numpy()]
+            return {"sparse": chosen, "device": block["device"]}
         return {"x": block["x"][index.to(block["x"].device)]}
 
     def statistics(self, block: Block, key: Tensor, num: int) -> Statistics:
@@ -158,10 +161,14 @@ def _normalised(weights: Tensor) -> Params:
 def _on_device(block: Block) -> Tensor:
     if "moved" not in block:
         x = block["sparse"]
-        block["moved"] = torch.sparse_csr_tensor(
-            torch.from_numpy(x.indptr),
-            torch.from_numpy(x.indices),
-            torch.from_numpy(x.data).float(),
-            size=x.shape,
-        ).to(block["device"])
+        x.sum_duplicates()  # torch wants each index once, in order
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".*in beta state", UserWarning)
+            block["moved"] = torch.sparse_csr_tensor(
+                torch.from_numpy(x.indptr),
+                torch.from_numpy(x.indices),
+                torch.from_numpy(x.data).float(),
+                size=x.shape,
+                check_invariants=True,
+            ).to(block["device"])
     return block["moved"]

@@ -140,7 +140,12 @@ class PartitionPrior(abc.ABC):
 
     @abc.abstractmethod
     def load(self, state: dict[str, Any]) -> None:
-        """Resume from a state."""
+        """Resume from a state; a concentration that is fixed here stays."""
+
+    @property
+    @abc.abstractmethod
+    def settings(self) -> dict[str, Concentration]:
+        """The concentrations as they were given."""
 
 
 class DirichletProcess(PartitionPrior):
@@ -208,7 +213,13 @@ class DirichletProcess(PartitionPrior):
 
     def load(self, state: dict[str, Any]) -> None:
         """Resume from a state."""
-        self.alpha = state["alpha"]
+        if self.prior:
+            self.alpha = state["alpha"]
+
+    @property
+    def settings(self) -> dict[str, Concentration]:
+        r"""$\alpha$ or its prior."""
+        return {"alpha": self.prior or self.alpha}
 
 
 class HierarchicalDirichletProcess(PartitionPrior):
@@ -362,9 +373,20 @@ class HierarchicalDirichletProcess(PartitionPrior):
 
     def load(self, state: dict[str, Any]) -> None:
         """Resume from a state."""
-        self.gamma, self.alpha = state["gamma"], state["alpha"]
+        if self.gamma_prior:
+            self.gamma = state["gamma"]
+        if self.alpha_prior:
+            self.alpha = state["alpha"]
         self.log_beta = np.array(state["log_beta"], dtype=float)
         self.log_beta_u = state["log_beta_u"]
+
+    @property
+    def settings(self) -> dict[str, Concentration]:
+        r"""$\gamma$ and $\alpha$, or their priors."""
+        return {
+            "gamma": self.gamma_prior or self.gamma,
+            "alpha": self.alpha_prior or self.alpha,
+        }
 
 
 def _shape(counts: np.ndarray) -> float:

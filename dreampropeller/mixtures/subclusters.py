@@ -64,7 +64,7 @@ class SubclusterChain(Chain):
     ) -> None:
         super().__init__(blocks, prior, group, seed, labels)
         self.sub = torch.zeros_like(self.labels)
-        self.sums = self.gather(2 * self.labels, 2 * self.num_clusters)
+        self.refresh()
         self.age = np.zeros(self.num_clusters, int)  # sweeps; 0: no sub-clusters yet
         self.tries = np.zeros(self.num_clusters, int)
         self.since = np.zeros(self.num_clusters, int)  # sweeps since the last move
@@ -76,6 +76,10 @@ class SubclusterChain(Chain):
         """The statistics of the clusters."""
         left = torch.arange(0, 2 * self.num_clusters, 2)
         return add(take(self.sums, left), take(self.sums, left + 1))
+
+    def refresh(self) -> None:
+        """Compute the statistics of the sub-clusters anew."""
+        self.sums = self.gather(2 * self.labels + self.sub, 2 * self.num_clusters)
 
     def sweep(self, *, moves: bool = True, best: bool = False) -> None:
         """One sweep; `best` takes the likeliest labels instead of drawing them."""

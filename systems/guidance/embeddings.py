@@ -68,7 +68,9 @@ def cache_file(source: str, texts: Sequence[str]) -> Path:
 def read_words(path: Path) -> Words | None:
     """Cached embeddings; None where there is no readable file."""
     try:
-        tensors = load_file(path)
+        # Copied, since a file's tensors lie in memory as in the file, and CPU kernels
+        # may round by alignment: a run would differ from its first.
+        tensors = {name: value.clone() for name, value in load_file(path).items()}
         return Words(**tensors)
     except (OSError, SafetensorError, TypeError):
         return None

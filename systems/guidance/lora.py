@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -24,6 +24,8 @@ from systems.toybox.conditions import Conditions
 
 MATRIX = 16
 """Entries of a camera's matrix."""
+CHEAP = 64
+"""A rank that costs little, whatever the width of the layers."""
 NEAR, FAR = 0.01, 100.0
 """Distances of the clipping planes of `to_clip_space`, as in threestudio."""
 
@@ -43,8 +45,8 @@ class Lora(nn.Module):
         camera: Condition on the camera: "extrinsics", "mvp" or "none".
 
     Raises:
-        ValueError: A target matches no layer that can be adapted, or the camera cannot
-            enter the model.
+        ValueError: A target matches no layer that can be adapted, the rank is above
+            the width of all of them, or the camera cannot enter the model.
     """
 
     def __init__(
@@ -58,7 +60,7 @@ class Lora(nn.Module):
         super().__init__()
         from peft import LoraConfig, inject_adapter_in_model
 
-        _check_targets(prior.unet, targets)
+        _check_targets(prior.unet, targets, rank)
         tensors = itertools.chain(prior.unet.parameters(), prior.unet.buffers())
         unet = copy.deepcopy(prior.unet, {id(tensor): tensor for tensor in tensors})
         config = LoraConfig(
@@ -192,24 +194,47 @@ def _embedding_width(unet: Any) -> int:
     return unet.time_embedding.linear_2.out_features
 
 
-def _check_targets(unet: nn.Module, targets: Sequence[str]) -> None:
-    layers = [
-        name
-        for name, layer in unet.named_modules()
-        if isinstance(layer, nn.Linear | nn.Conv2d)
-    ]
-    idle = [
-        target
-        for target in targets
-        if not any(f".{name}".endswith(f".{target}") for name in layers)
-    ]
+def _check_targets(unet: nn.Module, targets: Sequence[str], rank: int) -> None:
+    """Refuse targets that peft cannot adapt, and a rank that only costs time.
+
+    Raises:
+        ValueError: Says what to write instead.
+    """
+    modules = {name: module for name, module in unet.named_modules() if name}
+    layers = {n: m for n, m in modules.items() if isinstance(m, nn.Linear | nn.Conv2d)}
+    known = ", ".join(sorted(set(map(_ending, layers))))
+
+    def ends(names: Iterable[str], *endings: str) -> list[str]:
+        ways = tuple(f".{ending}" for ending in endings)
+        return [name for name in names if f".{name}".endswith(ways)]
+
+    idle = [target for target in targets if not ends(layers, target)]
     if idle or not targets:
         named = ", ".join(f"`{target}`" for target in idle) or "nothing"
-        ends = map(_ending, layers)
         raise ValueError(
             f"`lora_targets` names {named}, which matches no layer of the U-Net: write "
-            f"some of {', '.join(sorted(set(ends)))}."
+            f"some of {known}."
         )
+    for target in targets:
+        others = [name for name in ends(modules, target) if name not in layers]
+        if others:
+            raise ValueError(
+                f"`lora_targets` names `{target}`, which also matches `{others[0]}`, "
+                f"which is no single layer: write more of the name, some of {known}."
+            )
+    widest = max(_width(layers[name]) for name in ends(layers, *targets))
+    if rank > max(widest, CHEAP):
+        raise ValueError(
+            f"`lora_rank` is {rank}, and the widest layer of `lora_targets` has width "
+            f"{widest}, beyond which a rank adds nothing: write at most "
+            f"{max(widest, CHEAP)}; threestudio takes 4."
+        )
+
+
+def _width(layer: nn.Module) -> int:
+    """The largest rank that the weight of a layer can have."""
+    weight = layer.get_parameter("weight")
+    return min(len(weight), weight[0].numel())
 
 
 def _ending(name: str) -> str:

@@ -12,16 +12,14 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import json
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import torch
-import transformers
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -35,6 +33,15 @@ from systems.guidance.embeddings import (
     embed,
     read_words,
     write_words,
+)
+from systems.guidance.pipeline_files import (
+    UNREADABLE,
+    check_schedule,
+    check_side,
+    no_progress_bars,
+    read_json,
+    reason,
+    vocabulary,
 )
 from systems.scene.cameras import Cameras
 from systems.toybox import SECOND_WEIGHTS, WEIGHTS
@@ -72,7 +79,7 @@ class Prior:
         device: Device of the model; its weights keep their precision.
 
     Raises:
-        ModelError: The pipeline has no U-Net.
+        ModelError: The pipeline has no U-Net, or one that cannot be used.
     """
 
     def __init__(self, pipeline: Any, device: torch.device) -> None:
@@ -89,6 +96,11 @@ class Prior:
         if self.vae is not None:
             self.vae = self.vae.to(device).eval().requires_grad_(False)
         config = pipeline.scheduler.config
+        try:
+            check_schedule(config)
+            check_side(self.unet.config["sample_size"])
+        except ValueError as error:
+            raise ModelError(f"The model cannot be used: {error}.") from error
         self.prediction_type: str = config.get("prediction_type", "epsilon")
         self.num_timesteps: int = config["num_train_timesteps"]
         self.alphas_cumprod = pipeline.scheduler.alphas_cumprod.float().to(device)
@@ -290,7 +302,7 @@ def is_embedded(name: str) -> bool:
     if folder in (WEIGHTS, SECOND_WEIGHTS):
         return True
     try:
-        index = json.loads((folder / "model_index.json").read_text())
+        index = read_json(folder / "model_index.json")
     except (OSError, ValueError):
         return False
     return index.get("_class_name") == ToyboxPipeline.__name__
@@ -313,17 +325,17 @@ def check(name: str, prompts: Sequence[str]) -> None:
             )
         return
     try:
-        index = json.loads((folder / "model_index.json").read_text())
+        index = read_json(folder / "model_index.json")
+        embedded = index.get("_class_name") == ToyboxPipeline.__name__
+        known = Known.of_words(vocabulary(folder)) if embedded else None
     except (OSError, ValueError) as error:
         raise ModelError(
-            f"`{source}` is no diffusers pipeline (no readable `model_index.json`). "
-            "Save one there with `pipeline.save_pretrained(...)`, or write `toybox`."
+            f"`{source}` is no diffusers pipeline (no readable `model_index.json` or "
+            "`tokenizer.json`). Save one there with `pipeline.save_pretrained(...)`, "
+            "or write `toybox`."
         ) from error
-    if index.get("_class_name") == ToyboxPipeline.__name__:
-        tokens = json.loads((folder / "tokenizer" / "tokenizer.json").read_text())
-        known = Known.of_words(tokens["model"]["vocab"])
-        for prompt in prompts:
-            read(prompt, known)
+    for prompt in prompts if known is not None else ():
+        read(prompt, known)
 
 
 def open_pipeline(
@@ -344,6 +356,9 @@ def open_pipeline(
     quiet = no_progress_bars() if local else contextlib.nullcontext()
     try:
         index: Any = DiffusionPipeline.load_config(source)
+        if "scheduler" in index:
+            schedule: Any = DDPMScheduler.load_config(source, subfolder="scheduler")
+            check_schedule(schedule)
         left_out = _NOT_NEEDED if with_text else (*_NOT_NEEDED, *TEXT_PARTS)
         options: dict[str, Any] = {part: None for part in left_out if part in index}
         if "requires_safety_checker" in index:
@@ -360,8 +375,7 @@ def open_pipeline(
                 **dtype_argument(dtype),
                 **options,
             )
-    except (OSError, RuntimeError, ValueError, KeyError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    except UNREADABLE as error:
         moved = (
             " Models by stabilityai and runwayml left the hub; `sd2-community/…` and "
             "`stable-diffusion-v1-5/…` stand in."
@@ -369,21 +383,8 @@ def open_pipeline(
             else ""
         )
         raise ModelError(
-            f"The model `{source}` cannot be loaded: {reason[:300]}{moved} Write the "
+            f"The model `{source}` cannot be loaded: {reason(error)}{moved} Write the "
             "path of a local pipeline folder, check name, network and licence on the "
             "hub (`huggingface-cli login`), or use the embedded prior: "
             "`system.guidance.pretrained_model_name_or_path=toybox`."
         ) from error
-
-
-@contextlib.contextmanager
-def no_progress_bars() -> Iterator[None]:
-    """Hide progress bars for local folders, which load at once."""
-    libraries = (diffusers.utils.logging, transformers.utils.logging)
-    for library in libraries:
-        library.disable_progress_bar()
-    try:
-        yield
-    finally:
-        for library in libraries:
-            library.enable_progress_bar()

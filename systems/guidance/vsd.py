@@ -29,7 +29,15 @@ from torch import Tensor
 from dreampropeller import StepRandom
 from systems.guidance.base import Guidance, Log, Shown
 from systems.guidance.lora import Lora
-from systems.guidance.priors import Prior, Words, check, load, open_pipeline, resolve
+from systems.guidance.priors import (
+    ModelError,
+    Prior,
+    Words,
+    check,
+    load,
+    open_pipeline,
+    resolve,
+)
 from systems.guidance.prompts import PromptConfig
 from systems.guidance.sds import GuidanceConfig, ScoreDistillation
 from systems.guidance.table import GUIDANCES
@@ -40,6 +48,8 @@ Weights = Callable[[int], tuple[float, float]]
 """The weights of $\\ell_{vsd}$ and $\\ell_\\phi$ at a step."""
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 """The layers that threestudio adapts."""
+LARGEST_SCALE = 1000.0
+"""Bound of α / r, and of r / α: beyond, a LoRA is without effect or overflows."""
 BLIND = 0.1
 """Share of the steps that train the LoRA without the camera."""
 
@@ -64,7 +74,8 @@ class VSDConfig(GuidanceConfig):
             field of view), or "none". A model that takes cameras itself, as toybox2,
             gets them in its own format.
         lora_rank: Rank of the LoRA.
-        lora_alpha: Scale of the LoRA; null: the rank, which leaves it unscaled.
+        lora_alpha: Scale of the LoRA, above 0; null: the rank, which leaves it
+            unscaled.
         lora_targets: Endings of the names of the adapted layers.
         lora: "shared", part of the state: the same on any number of workers, saved and
             resumed. "local" reproduces the published code for comparison: every worker
@@ -87,9 +98,30 @@ class VSDConfig(GuidanceConfig):
         at_least("guidance_scale_lora", self.guidance_scale_lora, 0)
         at_least("lora_n_timestamp_samples", self.lora_n_timestamp_samples, 1)
         at_least("lora_rank", self.lora_rank, 1)
+        scale = 1 if self.lora_alpha is None else self.lora_alpha / self.lora_rank
+        if not 1 / LARGEST_SCALE <= scale <= LARGEST_SCALE:
+            raise ValueError(
+                f"`lora_alpha` is {self.lora_alpha:g}, which scales the LoRA by "
+                f"{scale:g} (`lora_alpha` over `lora_rank`): write a number above 0 "
+                f"near the rank, such as {self.lora_rank}, or null for the rank itself."
+            )
         kinds = ("extrinsics", "mvp", "none")
         one_of("camera_condition_type", self.camera_condition_type, kinds)
         one_of("lora", self.lora, ("shared", "local"))
+        if self.guidance_scale_lora == 1:
+            return
+        scale = f"`guidance_scale_lora` is {self.guidance_scale_lora:g}"
+        if self.camera_condition_type == "none":
+            raise ValueError(
+                f"{scale}, guidance by the camera, which `camera_condition_type: none` "
+                "hides: write `guidance_scale_lora: 1`."
+            )
+        if not self.lora_cfg_training:
+            raise ValueError(
+                f"{scale}, and with `lora_cfg_training: false` the prediction without "
+                "camera that it needs is never trained: write `guidance_scale_lora: 1` "
+                "or `lora_cfg_training: true`."
+            )
 
 
 @dataclass(frozen=True)
@@ -134,6 +166,7 @@ class VariationalScoreDistillation(ScoreDistillation):
             pipeline = open_pipeline(resolve(other), with_text=False, dtype=prior.dtype)
             pipeline.vae = None
             adapted = Prior(pipeline, device)
+            _check_space(prior, adapted, other)
         return cls(config, prior, words, prompts, adapted)
 
     def __init__(
@@ -233,6 +266,37 @@ class VariationalScoreDistillation(ScoreDistillation):
             parameter.grad = gradient
         optimizer.step()
         optimizer.zero_grad()
+
+
+def _check_space(prior: Prior, adapted: Prior, name: str) -> None:
+    """Refuse to adapt a model of other images, prompts or timesteps than the prior.
+
+    The size of images counts in pixel space only: an autoencoder's latent may have any
+    (threestudio adapts a model of 768 pixels beside one of 512).
+    """
+    one, other = _space(prior), _space(adapted)
+    if prior.vae is not None:
+        del one["width of images"]
+    differ = [f"{n} ({other[n]}, not {one[n]})" for n in one if one[n] != other[n]]
+    if differ:
+        raise ModelError(
+            f"The LoRA cannot adapt `{name}` beside this pretrained model: it "
+            f"differs in {', '.join(differ)}. Leave out "
+            "`pretrained_model_name_or_path_lora`, or name a model of the same kind "
+            "there."
+        )
+
+
+def _space(prior: Prior) -> dict[str, Any]:
+    """What two models that see the same noisy images have in common."""
+    config = prior.unet.config
+    return {
+        "channels": config["in_channels"],
+        "width of images": config["sample_size"],
+        "width of prompts": config.get("encoder_hid_dim")
+        or config["cross_attention_dim"],
+        "timesteps": prior.num_timesteps,
+    }
 
 
 class StableDiffusionVSDGuidance(VariationalScoreDistillation):

@@ -14,7 +14,6 @@ images (docs/images.md).
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,6 +23,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from systems.guidance.pipeline_files import read_json
 from systems.guidance.priors import (
     ALIASES,
     ModelError,
@@ -198,7 +198,14 @@ def check_takes_images(name: str) -> None:
         ModelError: Says what to write instead.
     """
     file = Path(ALIASES.get(name, name)) / "unet" / "config.json"
-    if json.loads(file.read_text()).get("class_embed_type") != "projection":
+    try:
+        config = read_json(file)
+    except (OSError, ValueError) as error:
+        raise ModelError(
+            f"`{name}` is damaged, its `unet/config.json` cannot be read: {error}. "
+            "Save the prior again, or write `toybox2`."
+        ) from error
+    if config.get("class_embed_type") != "projection":
         raise ModelError(
             f"`{name}` is an embedded prior that takes no image: write `toybox2`, or "
             "the folder of a model that does."

@@ -36,6 +36,7 @@ from transformers import CLIPVisionModelWithProjection
 
 from dreampropeller.adapters.diffusers.guidance import guided
 from systems.extras import dtype_argument
+from systems.guidance.pipeline_files import check_schedule
 from systems.guidance.priors import ModelError
 from systems.guidance.zero123_conditions import (
     CAMERA_NUMBERS,
@@ -157,6 +158,7 @@ class Zero123Pipeline(DiffusionPipeline):
         Raises:
             OSError: A part is missing or unreadable.
             ModelError: A part lacks weights, or the parts do not fit each other.
+            ValueError: The schedule cannot be used.
         """
         source = str(pretrained_model_name_or_path)
         parts: dict[str, Any] = {}
@@ -177,6 +179,10 @@ class Zero123Pipeline(DiffusionPipeline):
                     "among them: download the model again."
                 )
             parts[name] = part if precision else part.to(dtype)
+        config: Any = DDIMScheduler.load_config(
+            source, subfolder="scheduler", **options
+        )
+        check_schedule(config)
         parts["scheduler"] = DDIMScheduler.from_pretrained(
             source, subfolder="scheduler", **options
         )

@@ -12,7 +12,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from systems.guidance.priors import ModelError, Prior, no_progress_bars
+from systems.guidance.pipeline_files import UNREADABLE, no_progress_bars, reason
+from systems.guidance.priors import ModelError, Prior
 from systems.guidance.zero123_checkpoint import SUFFIXES, load_checkpoint
 from systems.guidance.zero123_conditions import Zero123Conditions, camera_numbers
 from systems.guidance.zero123_pipeline import PARTS, Zero123Pipeline
@@ -253,10 +254,9 @@ def load_zero123(
             return Zero123Prior(pipeline, device, kind)
     except ModelError:
         raise
-    except (OSError, RuntimeError, ValueError, KeyError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    except UNREADABLE as error:
         raise ModelError(
-            f"The model `{name}` cannot be loaded: {reason[:300]} A Zero-1-to-3 model "
+            f"The model `{name}` cannot be loaded: {reason(error)} A Zero-1-to-3 model "
             f"in diffusers' layout has {_LAYOUT}; write the path of such a folder or "
             "of a checkpoint file, or check name, network and licence on the hub."
         ) from error

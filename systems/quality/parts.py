@@ -22,6 +22,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from systems.scene.mesh_files import is_textured
+from systems.scene.meshes.cleaning import weld
+
 if TYPE_CHECKING:
     import trimesh
 
@@ -71,20 +74,22 @@ class Palette:
 
 
 def find_parts(meshes: Sequence[trimesh.Trimesh], seed: int = 0) -> Palette:
-    """Find the parts of meshes with vertex colours.
+    """Find the parts of meshes with vertex colours or a texture.
 
     Args:
-        meshes: Meshes with sRGB vertex colours; several share a palette.
+        meshes: Meshes with sRGB colours; several share a palette.
         seed: Seed of the clustering.
 
     Raises:
-        ValueError: A mesh has no faces, or no colours.
+        ValueError: There is no mesh, or one has fewer than two faces, no area, corners
+            that are not finite, or no colours.
         ImportError: scikit-learn is not installed.
     """
-    looks: list[Any] = [mesh.visual for mesh in meshes]
+    looks = [_look(mesh) for mesh in meshes]
+    if not meshes:
+        raise ValueError("There is no mesh: write `find_parts([mesh])`.")
     for mesh, look in zip(meshes, looks, strict=True):
-        if not len(mesh.faces):
-            raise ValueError("The mesh has no faces, so there are no parts.")
+        _check_surface(mesh)
         if look.kind not in ("vertex", "face"):
             raise ValueError(
                 "The mesh has no vertex colours, from which parts are found: export "
@@ -113,6 +118,28 @@ def find_parts(meshes: Sequence[trimesh.Trimesh], seed: int = 0) -> Palette:
         for k in range(len(used))
     ]
     return Palette(np.stack(palette), parts)
+
+
+def _check_surface(mesh: Any) -> None:
+    """Refuse a mesh without a surface that can have parts."""
+    count = len(mesh.faces)
+    if count < 2:
+        raise ValueError(
+            f"The mesh has {count or 'no'} face{'s' * (count != 1)}, and parts are "
+            "found among at least two: leave it out."
+        )
+    if not np.isfinite(np.asarray(mesh.vertices)[np.asarray(mesh.faces)]).all():
+        raise ValueError(
+            "The mesh has corners that are not finite: export it again with "
+            "`launch.py --export resume=RUN`, or remove its faces there."
+        )
+    if not np.asarray(mesh.area_faces).sum() > 0:
+        raise ValueError("The mesh has no area, so there are no parts: leave it out.")
+
+
+def _look(mesh: Any) -> Any:
+    """The colours of a mesh; of a texture, those at the vertices."""
+    return mesh.visual.to_color() if is_textured(mesh) else mesh.visual
 
 
 def _relative(albedo: np.ndarray) -> np.ndarray:
@@ -148,25 +175,27 @@ def _clusters(colours: Sequence[np.ndarray], seed: int) -> list[np.ndarray]:
 
 def _pieces(mesh: Any, clusters: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The connected piece of each face, and the cluster of each piece."""
-    from trimesh.graph import connected_component_labels
+    from trimesh.graph import connected_component_labels, face_adjacency
 
-    pairs = np.asarray(mesh.face_adjacency).reshape(-1, 2)
+    # A texture's seams double vertices, and faces meet there nevertheless.
+    faces = weld(np.asarray(mesh.vertices))[np.asarray(mesh.faces)]
+    found: Any = face_adjacency(faces, return_edges=True)
+    pairs, borders = (np.asarray(one).reshape(-1, 2) for one in found)
     same = clusters[pairs[:, 0]] == clusters[pairs[:, 1]]
     labels = connected_component_labels(pairs[same], node_count=len(clusters))
     colours = np.zeros(labels.max() + 1, int)
     colours[labels] = clusters
     area = np.bincount(labels, np.asarray(mesh.area_faces))
-    edges = np.linalg.norm(
-        np.diff(mesh.vertices[mesh.face_adjacency_edges], axis=1)[:, 0], axis=-1
-    )
+    ends = np.asarray(mesh.vertices)[borders]
+    lengths = np.linalg.norm(ends[:, 1] - ends[:, 0], axis=-1)
     least, narrow = SMALLEST * area.sum(), NARROW * area.sum() ** 0.5
     # A small piece may have grown by smaller ones before its turn comes. A piece with
     # nothing beside it is loose, and stays.
     for piece in np.argsort(area):
-        borders = _borders(labels, pairs, edges, piece)
-        border = sum(borders.values())
+        beside = _borders(labels, pairs, lengths, piece)
+        border = sum(beside.values())
         if border and (area[piece] < least or 2 * area[piece] < narrow * border):
-            other = max(borders, key=lambda one: borders[one])
+            other = max(beside, key=lambda one: beside[one])
             labels[labels == piece] = other
             area[other] += area[piece]
     kept, labels = np.unique(labels, return_inverse=True)

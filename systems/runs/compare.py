@@ -89,7 +89,11 @@ def compare(path: Path, overrides: Sequence[str], rivals: bool = False) -> int:
         made[name] = folder / name.replace(" ", "-")
         made[name].mkdir()
         folders.write_setup(made[name], wanted)
-        code = execute(wanted, folder=made[name])
+        try:
+            code = execute(wanted, folder=made[name])
+        except ValueError:
+            folders.discard(folder)
+            raise
         if code:
             print(f"Stopped: `{name}` did not finish, so there is no report.")
             return code

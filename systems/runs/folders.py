@@ -7,12 +7,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import os
 import platform
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -33,6 +35,10 @@ from systems.runs.stopping import forget
 from systems.settings.config import Config, load
 from systems.settings.reader import ConfigError, to_section
 
+_SETUP = {CONFIG, "command.txt", "environment.json", "metrics.jsonl", "tensorboard"}
+_SETUP |= {checkpoint.LOCK}
+"""What a folder holds before the first iteration."""
+
 
 def open_folder(config: Config, folder: Path | None = None) -> Path:
     """Make a run's folder and record its setup; a resumed run keeps its folder.
@@ -49,6 +55,7 @@ def open_folder(config: Config, folder: Path | None = None) -> Path:
     importlib.import_module("torch.utils.tensorboard")  # a run is recorded by it
     if folder is None:
         folder = make(config) if config.resume is None else folder_of(config.resume)
+    folder.mkdir(parents=True, exist_ok=True)  # one that a refused attempt discarded
     checkpoint.lock(folder)
     forget(folder)
     write_setup(folder, config)
@@ -73,17 +80,33 @@ def make(config: Config) -> Path:
     parent = Path(config.exp_root_dir) / config.name
     folder = parent / f"{tag}@{stamp}"
     number = 1
-    while folder.exists():  # two runs in the same second
-        number += 1
-        folder = parent / f"{tag}@{stamp}-{number}"
     try:
+        while folder.exists():  # two runs in the same second
+            number += 1
+            folder = parent / f"{tag}@{stamp}-{number}"
         folder.mkdir(parents=True)
     except OSError as error:
         raise ConfigError(
-            f"Results cannot be written to `{parent}`: {error.strerror or error}. Name "
-            "another folder: `exp_root_dir=…`."
+            f"Results cannot be written to `{_short(parent)}`: "
+            f"{error.strerror or error}. Name another folder: `exp_root_dir=…`."
         ) from error
     return folder
+
+
+def discard(folder: Path) -> None:
+    """Remove the folder of a run that was refused before its first iteration.
+
+    A folder that holds anything besides the description of the run is kept.
+    """
+    if not folder.is_dir():
+        return
+    metrics = folder / "metrics.jsonl"
+    found = {path.name for path in folder.iterdir()}
+    if found <= _SETUP and not (metrics.exists() and metrics.stat().st_size):
+        checkpoint.unlock(folder)
+        shutil.rmtree(folder, ignore_errors=True)
+        with contextlib.suppress(OSError):  # other runs are beside it
+            folder.parent.rmdir()
 
 
 def folder_of(resume: str) -> Path:
@@ -93,9 +116,9 @@ def folder_of(resume: str) -> Path:
         ConfigError: The path does not exist.
     """
     path = Path(resume)
-    if not path.exists():
+    if not os.path.exists(resume):  # False for an empty name and one that is too long
         raise ConfigError(
-            f"There is nothing to resume at `{path}`. Name a run folder "
+            f"There is nothing to resume at `{_short(resume)}`. Name a run folder "
             "(`outputs/<name>/<tag>@<time>`) or one of its checkpoints."
         )
     folder = path.parent if path.is_file() else path
@@ -158,13 +181,27 @@ def load_own_state(problem: Problem) -> dp.SolverState[Any]:
     resume = str(problem.config.resume)
     state = load_state(resume, problem)
     found, wanted = state.problem.get("about"), identity.plain(problem.about())
-    differ = identity.differences(found, wanted) if found else ""
+    if not found:
+        return state
+    differ = _differences(problem, found, wanted)
     if differ:
         raise ConfigError(
             f"`{resume}` made another thing: {differ}. Write the settings of its "
             "`config.yaml`, or start a new run without `resume`."
         )
-    return state
+    return replace(state, problem={**state.problem, "about": wanted})
+
+
+def _differences(problem: Problem, before: Any, now: Any) -> str:
+    """Differences of two fingerprints; a default may be written out or left out."""
+    differ = identity.differences(before, now)
+    if not differ or not isinstance(before, dict):
+        return differ
+    try:
+        resolved = [identity.plain(problem.resolve(about)) for about in (before, now)]
+    except ConfigError:  # settings of another version
+        return differ
+    return identity.differences(*resolved)
 
 
 def start_of(problem: Problem) -> dp.SolverState[Any] | None:
@@ -233,6 +270,12 @@ def report(folder: Path) -> dict[str, Any]:
         return json.loads((folder / "report.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
+
+
+def _short(path: str | Path) -> str:
+    """A path for a message, cut if it is longer than any file's."""
+    text = str(path)
+    return text if len(text) <= 200 else f"{text[:100]}…"
 
 
 def _plain(value: Any) -> Any:

@@ -28,15 +28,21 @@ TURN = 0.382
 VIEWS, SIZE = 3, 256
 
 
-def run(words: Sequence[str]) -> int:
+def run(words: Sequence[str], config: Path | None = None) -> int:
     """Find the parts of runs, and write them into their folders.
 
     Args:
         words: Run folders, or ``resume=FOLDER``.
+        config: A config, which has no effect and is refused.
 
     Raises:
         ConfigError: There is no run or no mesh, or scikit-learn is not installed.
     """
+    if config is not None:
+        raise ConfigError(
+            f"`--config {config}` has no effect on `--parts`, which reads the meshes "
+            "of finished runs: leave it out."
+        )
     places = [word.removeprefix("resume=") for word in words]
     wrong = [place for place in places if place.startswith("-") or "=" in place]
     if wrong or not places:

@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,6 +44,11 @@ OPTION = "cameras="
 _KNOWN = ("width", "height", "fps", "frames", "closed", "cameras")
 _KEYS = ("position", "look_at", "up", "fov", "time")
 _LIMIT = 8192
+_MOST_FRAMES = 100_000
+_FARTHEST = 1e6
+"""Bound of a camera's coordinates."""
+_LARGEST = 2**24
+"""Bytes of a file that is read."""
 
 
 @dataclass(frozen=True)
@@ -114,11 +118,17 @@ def read_path(path: Path, default: RandomCameras) -> CameraPath:
         ConfigError: The file cannot be used; the message says what to write.
     """
     try:
+        if path.stat().st_size > _LARGEST:
+            raise ConfigError(
+                f"`{path}` has more than {_LARGEST >> 20} MiB: write fewer cameras."
+            )
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "it is not text"
         raise ConfigError(f"`{path}` cannot be read: {reason}.") from error
-    except ValueError as error:
+    except ConfigError:
+        raise
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"`{path}` is not JSON: {error}.") from error
     if not isinstance(content, dict):
         raise ConfigError(f'`{path}` must hold `{{"cameras": […]}}`.')
@@ -133,7 +143,7 @@ def read_path(path: Path, default: RandomCameras) -> CameraPath:
     times = [key[-1] for key in keys]
     if any(b <= a for a, b in itertools.pairwise(times)):
         raise ConfigError(f"`time` in `{path}` is {times}: write rising numbers.")
-    frames = _number(content, "frames", 120 if len(keys) > 1 else 1, 1)
+    frames = _number(content, "frames", 120 if len(keys) > 1 else 1, 1, _MOST_FRAMES)
     closed = content.get("closed", False)
     if not isinstance(closed, bool):
         raise ConfigError(f"`closed` is {closed!r}: write true or false.")
@@ -161,15 +171,15 @@ def _number(
     section: dict[str, Any],
     name: str,
     default: float,
-    least: float = -math.inf,
-    most: float = math.inf,
+    least: float = -1e9,
+    most: float = 1e9,
 ) -> float:
     value = section.get(name, default)
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise ConfigError(f"`{name}` is {value!r}: write a number.")
-    if not (math.isfinite(value) and least <= value <= most):
+    if not least <= value <= most:
         raise ConfigError(
-            f"`{name}` is {value}: write a number from {least:g} to {most:g}."
+            f"`{name}` is {str(value)[:40]}: write a number from {least:g} to {most:g}."
         )
     return value
 
@@ -186,10 +196,15 @@ def _key(camera: Any, index: int, default: RandomCameras) -> list[float]:
         vector = vectors[name]
         whole = isinstance(vector, list) and len(vector) == 3
         if not whole or not all(
-            isinstance(x, int | float) and not isinstance(x, bool) and math.isfinite(x)
+            isinstance(x, int | float)
+            and not isinstance(x, bool)
+            and abs(x) <= _FARTHEST
             for x in vector
         ):
-            raise ConfigError(f"`{name}` of {where} is {vector}: write `[x, y, z]`.")
+            raise ConfigError(
+                f"`{name}` of {where} is {str(vector)[:60]}: write `[x, y, z]`, "
+                f"numbers up to {_FARTHEST:g}."
+            )
         numbers += map(float, vector)
     position, target, up = np.array(numbers).reshape(3, 3)
     if np.linalg.norm(np.cross(target - position, up)) < 1e-9:

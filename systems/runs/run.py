@@ -86,6 +86,11 @@ def work(config: Config, folder: Path | None = None, leads: bool = True) -> int:
     try:
         with _page(config, folder):
             return recorder.run(lambda told: problem.solve(dispatcher, state, told))
+    except ValueError:  # a refusal, as of a model that cannot be loaded
+        restarts = config.dispatch.max_restarts  # they write to the same folder
+        if folder is not None and config.resume is None and not restarts:
+            folders.discard(folder)
+        raise
     finally:
         if folder is not None:
             checkpoint.unlock(folder)

@@ -18,6 +18,7 @@ is a run of its own, in a folder of the common one; a finished stage is not run 
 from __future__ import annotations
 
 import argparse
+import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -86,7 +87,12 @@ def is_asked(
         files.append(path)
     elif any(word.startswith("resume=") for word in overrides):
         files.append(folders.config_of(overrides))
-    return any(file.is_file() and STAGES in open_yaml(file) for file in files)
+    return any(_exists(file) and STAGES in open_yaml(file) for file in files)
+
+
+def _exists(file: Path) -> bool:
+    """Whether there is a file; a name that is too long is none."""
+    return os.path.isfile(file)
 
 
 def last_stages(
@@ -119,7 +125,7 @@ def _last_stage(word: str) -> str:
     elif "=" in word or len(word) > 255:
         return word  # a setting, or a prompt
     file = Path(name) / folders.CONFIG
-    if not file.is_file() or STAGES not in (whole := open_yaml(file)):
+    if not _exists(file) or STAGES not in (whole := open_yaml(file)):
         return word
     names = [str(stage) for stage in whole[STAGES]]
     done = [stage for stage in names if folders.report(Path(name) / stage)]
@@ -161,6 +167,12 @@ def run(path: Path | None, train: bool, overrides: Sequence[str]) -> int:
     checkpoint.lock(folder)
     try:
         return _advance_all(stages, folder)
+    except ValueError:
+        for stage in stages:
+            folders.discard(folder / stage.name)
+        if not resumed:
+            folders.discard(folder)
+        raise
     finally:
         checkpoint.unlock(folder)
 

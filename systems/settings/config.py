@@ -7,7 +7,6 @@ A config is a YAML file in threestudio's vocabulary, with two additional section
 from __future__ import annotations
 
 import copy
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path, PurePath
@@ -16,130 +15,15 @@ from typing import Any
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-import dreampropeller as dp
 from dreampropeller.precision import Precision
-from dreampropeller.predictor import PREDICTORS
 from systems.settings.checks import at_least, between, one_of
 from systems.settings.dispatch import DispatchConfig
 from systems.settings.notes import note
 from systems.settings.presets import take
-from systems.settings.reader import ConfigError, named, read, section_name
+from systems.settings.reader import ConfigError, read, section_name
+from systems.settings.solver import SolverConfig, refuse_idle
 from systems.settings.upstream import DATA_TYPES, resolvers, translate
 from systems.settings.yaml_files import apply, missing, open_yaml, to_mapping
-
-
-@dataclass(frozen=True)
-class AutoWindow:
-    """`solver.window.name=auto`: one step per worker, up to four where they pay.
-
-    `load` replaces it by an `AdaptiveWindow`, so that a resumed run keeps the window
-    that it started with.
-    """
-
-    def resolved(self, num_workers: int) -> dp.AdaptiveWindow:
-        """The window for this number of workers."""
-        return dp.AdaptiveWindow(num_workers, 4 * num_workers, num_workers)
-
-
-WINDOWS = {
-    "sliding": dp.SlidingWindow,
-    "adaptive": dp.AdaptiveWindow,
-    "auto": AutoWindow,
-}
-THRESHOLDS = {
-    "drift": dp.DriftThreshold,
-    "ema": dp.EMAThreshold,
-    "fixed": dp.FixedThreshold,
-}
-SAMPLERS = ("piadm-ode", "piadm-sde", "speculative")
-"""Solvers that only sample images."""
-ACCELERATIONS = {"none": type(None), "secant": dp.Secant, "anderson": dp.Anderson}
-
-
-@dataclass(frozen=True)
-class SolverConfig:
-    """`solver`: the solver of the trajectory and its components.
-
-    A section holds a `name` and the arguments of the core's class of that name.
-
-    Args:
-        name: "picard", or "sequential" for one step after another. With `--sample`
-            also "piadm-ode" (with DDIM) and "piadm-sde" (with DDPM): blocks of
-            `window.size` steps, each iterated `depth` times; and "speculative" (with
-            DDPM): another sample of exactly the same law. Threshold, predictor and
-            acceleration then have no effect.
-        depth: Number of iterations per block, for PIADM.
-        window: Number of steps evaluated per iteration: "sliding", "adaptive" or
-            "auto".
-        threshold: Error up to which a step counts as converged: "drift", "ema" or
-            "fixed".
-        predictor: Initial guess of a new step: "momentum", "repeat_last", or "auto",
-            which extrapolates along the momentum direction, by a fraction fitted to
-            recent iterations.
-        non_finite: "raise", or "skip" steps whose gradient is not finite.
-        acceleration: Acceleration of the fixed-point iteration from past iterations:
-            "none", "secant" or "anderson".
-        growth: Whether to measure if the run amplifies or forgets errors; it costs no
-            evaluation.
-    """
-
-    name: str = "picard"
-    depth: int = 4
-    window: dp.Window[Any] | AutoWindow = field(
-        default=dp.SlidingWindow(8), metadata=named(WINDOWS)
-    )
-    threshold: dp.Threshold[Any] = field(
-        default=dp.DriftThreshold(), metadata=named(THRESHOLDS)
-    )
-    predictor: dp.Predictor[Any] = field(
-        default=dp.Momentum(), metadata=named(PREDICTORS)
-    )
-    non_finite: str = "raise"
-    acceleration: dp.Acceleration[Any] | None = field(
-        default=None, metadata=named(ACCELERATIONS)
-    )
-    growth: bool = True
-
-    def __post_init__(self) -> None:
-        one_of("name", self.name, ("picard", "sequential", *SAMPLERS))
-        at_least("depth", self.depth, 1)
-        if self.depth != SolverConfig.depth and not self.name.startswith("piadm"):
-            raise ValueError(
-                f"`depth` has no effect on `{self.name}`: write `name=piadm-ode` or "
-                "`piadm-sde`, or leave it out."
-            )
-        one_of("non_finite", self.non_finite, ("raise", "skip"))
-        self.resolved(1).build()  # refuses components that do not fit together
-
-    def resolved(self, num_workers: int) -> SolverConfig:
-        """The same section, with "auto" replaced by a window for `num_workers`."""
-        if not isinstance(self.window, AutoWindow):
-            return self
-        return replace(self, window=self.window.resolved(num_workers))
-
-    def build(self) -> dp.Solver:
-        """The solver that the section describes."""
-        non_finite: Any = self.non_finite
-        if self.name == "sequential":
-            return dp.Sequential(non_finite=non_finite)
-        assert isinstance(self.window, dp.Window), "`load` resolves `auto`"
-        size = self.window.length(self.window.init(), 0, sys.maxsize)
-        if self.name == "speculative":
-            from dreampropeller.adapters.diffusers.speculative import Speculative
-
-            return Speculative(size)
-        if self.name in SAMPLERS:
-            return dp.PicardSolver(
-                dp.BlockWindow(size, self.depth), dp.FixedThreshold(0)
-            )
-        return dp.PicardSolver(
-            self.window,
-            self.threshold,
-            predictor=self.predictor,
-            non_finite=non_finite,
-            acceleration=self.acceleration,
-            growth=self.growth,
-        )
 
 
 @dataclass(frozen=True)
@@ -336,6 +220,7 @@ def load(
         config = read(Config, found.settings, "")
     except ConfigError as error:
         raise ConfigError(*problems, *error.problems) from error
+    refuse_idle(config.solver, overrides)
     if found.ignored and not problems:
         names = ", ".join(f"`{name}`" for name in found.ignored)
         note(f"without effect here: {names}.")

@@ -8,9 +8,10 @@ from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
-from systems.settings.config import SolverConfig, override
+from systems.settings.config import override
 from systems.settings.dispatch import DispatchConfig
 from systems.settings.reader import ConfigError, read
+from systems.settings.solver import SolverConfig, refuse_idle, refuse_samplers
 from systems.settings.yaml_files import open_yaml
 
 _OURS = ("backend", "threestudio", "solver", "dispatch")
@@ -61,6 +62,8 @@ def split(
     override(blocks, own)
     section = OmegaConf.to_container(blocks, resolve=True)
     ours = read(BackendConfig, section, "")
+    refuse_idle(ours.solver, own)
+    refuse_samplers(ours.solver)
     if ours.dispatch.batch != "never":
         raise ConfigError(
             "`dispatch.batch` has no effect on systems of threestudio, which are "

@@ -87,6 +87,44 @@ def test_labels_do_not_depend_on_the_number_of_workers(two_ranks: RankPool) -> N
             assert log_joint == alone.history.log_joint
 
 
+def fits_of_a_rank(folder: Path) -> tuple[list[list[float]], list[str]]:
+    """Labels of fits that work on two ranks, messages of those that do not."""
+    rank, (x, _) = torch.distributed.get_rank(), gaussians(60, 2, 2)
+    options: dict[str, Any] = {"n_jobs": "ranks", "n_sweeps": 9, "alpha": (1.0, 1.0)}
+    labels: list[list[float]] = []
+    refused: list[str] = []
+    for changed in (
+        {"random_state": None},
+        {"checkpoint": folder / "chain"},
+        {"checkpoint": folder / "chain", "n_sweeps": 12},
+    ):
+        model = DPMixture(**{**options, **changed}).fit(x)
+        labels.append([len(model.history_["log_joint"]), *model.labels_.tolist()])
+        labels[-1] += model.history_["log_joint"].tolist()
+    for changed, points in (
+        ({}, x[rank::2]),
+        ({"alpha": 1.0 + rank}, x),
+        ({"n_sweeps": 10 + rank}, x),
+        ({"checkpoint": folder / "none" / "chain"}, x),
+    ):
+        with pytest.raises(ValueError, match=r"write|every rank") as error:
+            DPMixture(**{**options, **changed}).fit(points)
+        refused.append(str(error.value))
+    return labels, refused
+
+
+def test_ranks_agree_on_seed_data_and_file(two_ranks: RankPool, tmp_path: Path) -> None:
+    (first, refused), second = two_ranks(fits_of_a_rank, tmp_path)
+    assert (first, refused) == second
+    assert [found[0] for found in first] == [9, 9, 12]
+    for message, names in zip(
+        refused, ["data, prior", "alpha", "n_sweeps"], strict=False
+    ):
+        assert f"have different {names}: with" in message
+    assert "does not exist" in refused[-1]
+    assert [path.name for path in tmp_path.iterdir()] == ["chain"]
+
+
 @pytest.mark.parametrize("groups", [1, 3])
 @pytest.mark.parametrize("method", METHODS)
 def test_a_saved_chain_goes_on_bit_for_bit(
@@ -94,9 +132,11 @@ def test_a_saved_chain_goes_on_bit_for_bit(
 ) -> None:
     whole = run(made(Blocks, size=512), method, groups, 14)
     part = run(made(Blocks, size=512), method, groups, 6)
-    fitting.write(part.state(), tmp_path / "state")
+    fitting.write({**part.state(), "mark": {}}, tmp_path / "state")
     again = chain_on(made(Blocks, size=512), method, groups)
-    again.load(fitting.read(tmp_path / "state", "any"))
+    state = fitting.read(tmp_path / "state", {})
+    assert state is not None
+    again.load(state)
     for _ in range(8):
         again.sweep()
     assert torch.equal(again.labels, whole.labels)
@@ -130,7 +170,7 @@ def test_fit_continues_from_its_checkpoint(
     np.testing.assert_array_equal(
         resumed.history_["log_joint"], whole.history_["log_joint"]
     )
-    with pytest.raises(ValueError, match="belongs to other data"):
+    with pytest.raises(ValueError, match="chain with other data, prior: write"):
         DPMixture(**settings, checkpoint=path).fit(x + 1)
 
 
@@ -160,8 +200,16 @@ def test_halves_of_a_gaussian_merge_and_two_gaussians_do_not() -> None:
 
 def test_exact_finds_few_clusters_too() -> None:
     x, truth = gaussians(1000, 2, 4)
-    found = DPMixture(method="exact", n_sweeps=15).fit(x)
+    found = DPMixture(method="exact", n_sweeps=15, burn_in=5).fit(x)
     assert nmi(truth, found.labels_) > 0.98
+
+
+def test_permuted_points_have_the_same_clusters_where_these_lie_apart() -> None:
+    x, truth = gaussians(200, 2, 3)
+    order = np.random.default_rng(0).permutation(200)
+    for rows in (np.arange(200), order):
+        found = DPMixture(n_sweeps=40).fit(x[rows])
+        assert nmi(truth[rows], found.labels_) > 0.999
 
 
 @pytest.mark.parametrize("method", METHODS)

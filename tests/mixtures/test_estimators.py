@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import subprocess
 import sys
 from collections.abc import Callable
@@ -10,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from scipy import sparse, stats
+from sklearn.exceptions import ConvergenceWarning
 from sklearn.utils.estimator_checks import parametrize_with_checks
 
 from dreampropeller.mixtures import NIW, Dirichlet, DPMixture, HDPMixture
@@ -25,6 +27,22 @@ X = np.random.default_rng(0).normal(size=(60, 2)) + 9 * (np.arange(60) % 2)[:, N
 COUNTS = np.random.default_rng(0).poisson(2.0, (20, 4))
 
 
+@functools.cache
+def topics() -> HDPMixture:
+    model = HDPMixture(prior="multinomial", n_sweeps=4, burn_in=1)
+    return model.fit([COUNTS[:10], COUNTS[10:]])
+
+
+@functools.cache
+def planes() -> HDPMixture:
+    return HDPMixture(n_sweeps=4, burn_in=1).fit([X[:30], X[30:]])
+
+
+@functools.cache
+def documents() -> DPMixture:
+    return DPMixture(prior="multinomial", n_sweeps=9).fit(COUNTS)
+
+
 def expected(estimator: DPMixture) -> dict[str, str]:
     return REASONS if estimator.prior == "multinomial" else {}
 
@@ -32,7 +50,7 @@ def expected(estimator: DPMixture) -> dict[str, str]:
 @parametrize_with_checks(
     [
         DPMixture(n_sweeps=25, burn_in=4),
-        DPMixture(n_sweeps=8, burn_in=4, prior="multinomial"),
+        DPMixture(n_sweeps=9, burn_in=4, prior="multinomial"),
     ],
     expected_failed_checks=expected,
 )
@@ -72,14 +90,116 @@ BAD: dict[str, tuple[Callable[[], Any], str]] = {
         "smallest eigenvalue of -1",
     ),
     "psi shape": (lambda: DPMixture(prior=NIW(psi=np.eye(3))).fit(X), r"\(2, 2\)"),
-    "nu": (lambda: DPMixture(prior=NIW(nu=1.0)).fit(X), "above 1"),
+    "psi not symmetric": (
+        lambda: DPMixture(prior=NIW(psi=[[1.0, 0.5], [0.0, 1.0]])).fit(X),
+        r"not symmetric: write `\(psi \+ psi.T\) / 2`",
+    ),
+    "psi singular": (
+        lambda: DPMixture(prior=NIW(psi=np.ones((2, 2)))).fit(X),
+        "smallest eigenvalue",
+    ),
+    "psi of nan": (
+        lambda: DPMixture(prior=NIW(psi=[[np.nan, 0], [0, 1]])).fit(X),
+        "`psi` is .*finite",
+    ),
+    "mean": (
+        lambda: DPMixture(prior=NIW(mean=[0.0, np.nan])).fit(X),
+        "`mean` is .*finite",
+    ),
+    "nu": (lambda: DPMixture(prior=NIW(nu=1.0, psi=1.0)).fit(X), "above 1"),
+    "nu without psi": (
+        lambda: DPMixture(prior=NIW(nu=2)).fit(X),
+        "`nu` is 2: write a number above 3, or one above 1 and your own `psi`",
+    ),
+    "nu of diagonals": (
+        lambda: DPMixture(prior=NIW(covariance="diagonal", nu=1)).fit(X),
+        "`nu` is 1: write a number above 2, or one above 0",
+    ),
+    "kappa": (
+        lambda: DPMixture(prior=NIW(kappa="x")).fit(X),
+        "`kappa` is 'x': write a number above 0",
+    ),
     "a": (lambda: DPMixture(prior=Dirichlet(0.0)).fit(COUNTS), "numbers above 0"),
     "sweeps": (lambda: DPMixture(n_sweeps=0).fit(X), "`n_sweeps` is 0"),
+    "no sweeps for a split": (
+        lambda: DPMixture(n_sweeps=8).fit(X),
+        "`n_sweeps` is 8: write at least 9, because 'subcluster' splits after 4",
+    ),
+    "no patience for a split": (
+        lambda: DPMixture(burn_in=0, patience=6).fit(X),
+        "`burn_in` and `patience` add up to 6: write at least 9",
+    ),
+    "no proposals": (
+        lambda: DPMixture(method="exact", n_proposals=0).fit(X),
+        "`n_proposals` is 0: write an integer of at least 1",
+    ),
     "patience": (lambda: DPMixture(patience=2).fit(X), "`patience` is 2"),
     "jobs": (lambda: DPMixture(n_jobs="all").fit(X), "'ranks'"),
+    "jobs as a bool": (lambda: DPMixture(n_jobs=True).fit(X), "`n_jobs` is True"),
+    "no ranks": (lambda: DPMixture(n_jobs="ranks").fit(X), "`init_process_group`"),
+    "device": (
+        lambda: DPMixture(device="gpu").fit(X),
+        "`device` is 'gpu': write 'cpu', 'cuda'",
+    ),
+    "no such device": (
+        lambda: DPMixture(device="cuda:99").fit(X),
+        "`device` is 'cuda:99' and there are .* CUDA devices here: write 'cpu'",
+    ),
+    "checkpoint": (
+        lambda: DPMixture(checkpoint=True).fit(X),
+        "`checkpoint` is True: write the path of a file",
+    ),
+    "large": (
+        lambda: DPMixture().fit(X * 1e40),
+        r"Column 0 holds .*e\+4\d.*divide.*constant",
+    ),
+    "small": (lambda: DPMixture().fit(X * 1e-40), "spread of .*e-.*multiply"),
+    "far from psi": (
+        lambda: DPMixture(prior=NIW(psi=1.0)).fit(np.r_[X, [[1e25, 0]]]),
+        "Column 0 reaches .* times the scale of `psi`",
+    ),
+    "far away": (
+        lambda: DPMixture(n_sweeps=9).fit(X).predict_proba(np.r_[X, [[1e25, 0]]]),
+        "Row 60 .*single precision: leave it out",
+    ),
+    "large counts": (
+        lambda: DPMixture(prior="multinomial").fit(COUNTS * 1e20),
+        r"largest count is .*e\+2\d",
+    ),
     "no list": (lambda: HDPMixture().fit(X), "a list of arrays"),
     "one point in all": (lambda: HDPMixture().fit([[[1.0, 2.0]]]), "at least 2"),
-    "columns": (lambda: HDPMixture().fit([X, X[:, :1]]), "the same number"),
+    "columns": (
+        lambda: HDPMixture().fit([X, X[:, :1]]),
+        "Group 1: X has 1 features.*expecting 2",
+    ),
+    "columns of counts": (
+        lambda: topics().predict([COUNTS, COUNTS[:, :2]]),
+        "Group 1: X has 2 features.*expecting 4",
+    ),
+    "columns of a new group": (
+        lambda: planes().score_samples([X[:, :1]]),
+        "Group 0: X has 1 features.*expecting 2",
+    ),
+    "nan in a group": (
+        lambda: HDPMixture().fit([X, [[0.0, np.nan]]]),
+        "Group 1: .*NaN",
+    ),
+    "empty group": (lambda: planes().transform([X, X[:0]]), "Group 1: .*0 sample"),
+    "negative in a query": (lambda: topics().predict([-COUNTS]), "Group 0: Negative"),
+    "negative density": (
+        lambda: documents().score_samples(-COUNTS),
+        "Negative values in data.*write `prior=NIW",
+    ),
+    "group of a sample": (lambda: planes().sample(group=7), "`group` is 7.*0 to 1"),
+    "size of a sample": (lambda: planes().sample(-1), "`n_samples` is -1"),
+    "shape of weights": (
+        lambda: planes().score_samples([X], weights=np.ones((2, 1))),
+        r"shape \(2, 1\).*`transform`",
+    ),
+    "negative weights": (
+        lambda: planes().score_samples([X], -planes().transform([X])),
+        "not probabilities.*sum to 1",
+    ),
     "group": (lambda: HDPMixture(0.0).fit([X]), "`gamma` is 0.0"),
 }
 
@@ -88,6 +208,16 @@ BAD: dict[str, tuple[Callable[[], Any], str]] = {
 def test_bad_input_gets_a_sentence(call: Callable[[], Any], sentence: str) -> None:
     with pytest.raises(ValueError, match=sentence):
         call()
+
+
+def test_proposals_that_are_never_fixed_give_a_warning() -> None:
+    with pytest.warns(ConvergenceWarning, match="`burn_in` is 3.*`n_proposals`"):
+        DPMixture(method="exact", n_sweeps=3, burn_in=3).fit(X)
+
+
+def test_jobs_may_be_a_whole_number_of_numpy() -> None:
+    model: Any = DPMixture(n_sweeps=9, n_jobs=np.int64(2)).fit(X)
+    np.testing.assert_array_equal(model.labels_, DPMixture(n_sweeps=9).fit(X).labels_)
 
 
 def test_a_prior_of_ones_own_takes_constant_columns() -> None:

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from dreampropeller.mixtures import split_merge
+from dreampropeller.mixtures.chain import Chain
 from dreampropeller.mixtures.exact import ExactChain, guarded
 from dreampropeller.mixtures.family import Family, add, take
 from dreampropeller.mixtures.priors import (
@@ -18,6 +19,7 @@ from dreampropeller.mixtures.priors import (
     HierarchicalDirichletProcess,
     PartitionPrior,
 )
+from dreampropeller.mixtures.subclusters import SubclusterChain
 from tests.mixtures.exact import (
     ALPHA,
     COUNTS,
@@ -111,7 +113,7 @@ def test_the_matrix_of_a_proposal_leaves_the_posterior(
     assert worst < 1e-6  # q is float32
 
 
-def frequencies(chain: ExactChain, sweeps: int) -> tuple[Counter[Partition], float]:
+def frequencies(chain: Chain, sweeps: int) -> tuple[Counter[Partition], float]:
     """Partitions visited, and the standard error of the mean number of clusters."""
     found = Counter[Partition]()
     for _ in range(sweeps):
@@ -183,6 +185,36 @@ def test_without_data_clusters_follow_the_prior() -> None:
     _, error = frequencies(chain, 150)
     wanted = sum(ALPHA / (ALPHA + i) for i in range(6))
     assert abs(np.mean(chain.history.num_clusters) - wanted) < 4 * error
+
+
+def test_without_data_groups_follow_the_prior() -> None:
+    group, none = [0, 0, 0, 1, 1], np.zeros((5, 3))
+    prior = HierarchicalDirichletProcess(1.1, 0.8, 2)
+    chain = chain_of(multinomial(), none, prior, group=group)
+    _, error = frequencies(chain, 300)
+    exact = hdp_posterior(multinomial(), none, np.array(group), 1.1, 0.8)
+    wanted = expected_clusters(exact)
+    assert abs(np.mean(chain.history.num_clusters) - wanted) < 4 * error
+
+
+@long
+def test_subclusters_are_as_far_from_the_posterior_as_documented() -> None:
+    """The table of `docs/mixtures.md`: this method is no sampler of the posterior."""
+    exact, zeros = dp_posterior(multinomial(), COUNTS, ALPHA), torch.zeros(5).long()
+    points_of = blocks(multinomial(), COUNTS)
+    chain = SubclusterChain(points_of, DirichletProcess(ALPHA), zeros, 0, zeros)
+    found, error = frequencies(chain, 2000)
+    assert total_variation(found, exact) == pytest.approx(0.60, abs=0.05)
+    assert abs(np.mean(chain.history.num_clusters) - 1.58) < 4 * error
+
+
+def test_log_joint_does_not_depend_on_the_order_of_the_points() -> None:
+    order, labels = np.array([3, 0, 4, 2, 1]), np.array([0, 1, 0, 2, 1])
+    for family, x in FIVE.values():
+        one = chain_of(family, x, DirichletProcess(ALPHA), labels.tolist())
+        moved = labels[order].tolist()
+        two = chain_of(family, x[order], DirichletProcess(ALPHA), moved)
+        assert two.log_joint() == pytest.approx(one.log_joint(), rel=1e-12)
 
 
 def test_log_joint_is_the_enumerated_one() -> None:

@@ -12,7 +12,7 @@ from scipy import sparse, stats
 from dreampropeller.mixtures.family import Family, add, join, take
 from dreampropeller.mixtures.gaussian import SCALES, FullGaussian
 from dreampropeller.mixtures.inputs import NIW
-from dreampropeller.mixtures.multinomial import Multinomial
+from dreampropeller.mixtures.multinomial import Multinomial, _on_device
 from tests.mixtures.exact import COUNTS, diagonal, gaussian, multinomial, points
 
 FAMILIES = {
@@ -137,6 +137,13 @@ def test_sparse_counts_equal_dense_counts() -> None:
         first = family.log_likelihood(family.rows(dense, index), params)
         second = family.log_likelihood(family.rows(thin, index), params)
         torch.testing.assert_close(first, second)
+
+
+def test_rows_of_sparse_counts_leave_the_matrix_on_the_device() -> None:
+    family = Multinomial(torch.full((3,), 0.3))
+    block = family.block(sparse.csr_matrix(COUNTS))
+    assert _on_device(block).shape == (5, 3)
+    assert _on_device(family.rows(block, torch.tensor([0, 2]))).shape == (2, 3)
 
 
 @each

@@ -21,6 +21,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from omegaconf import OmegaConf
 
 import launch
 from dreampropeller import checkpoint
@@ -432,9 +433,12 @@ def test_preview_shows_the_mesh_below_the_volume(finished: Path) -> None:
         (["--epochs=3"], "is no setting: write `key=value`"),
         (["tag=[1"], "cannot be read"),
         (["resume=/nowhere"], "nothing to resume at `/nowhere`"),
+        (["resume="], "nothing to resume at ``. Name a run folder"),
+        ([f"resume={'x' * 5000}"], f"nothing to resume at `{'x' * 100}…`"),
+        ([f"exp_root_dir={'x' * 5000}"], f"written to `{'x' * 100}…`: File name too"),
         (["exp_root_dir=/proc/none"], "Results cannot be written to"),
     ],
-    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+    ids=lambda value: " ".join(value)[:60] if isinstance(value, list) else "",
 )
 def test_mistakes_are_answered_in_a_few_lines(
     arguments: list[str],
@@ -571,6 +575,32 @@ def _nothing() -> Any:
     return contextlib.nullcontext()
 
 
+def model_without_weights(folder: Path) -> str:
+    """A setting that only loading the model refuses."""
+    folder.mkdir()
+    index = {"_class_name": "DDPMPipeline", "unet": ["diffusers", "UNet2DModel"]}
+    (folder / "model_index.json").write_text(json.dumps(index))
+    return f"system.guidance.pretrained_model_name_or_path={folder}"
+
+
+@pytest.mark.parametrize("option", ["--train", "--compare", "stages"])
+def test_a_refused_run_leaves_no_folder(
+    option: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name = model_without_weights(tmp_path / "model")
+    out, words = tmp_path / "out", [*FEW, name]
+    config = TOYBOX
+    if option == "stages":
+        section = {"config": str(ROOT / TOYBOX), **OmegaConf.from_dotlist(words)}
+        stages = OmegaConf.create({"name": "both", "stages": {"one": section}})
+        OmegaConf.save(stages, config := str(tmp_path / "both.yaml"))
+        option, words = "--train", []
+    words = ["--config", config, option, f"exp_root_dir={out}", *words]
+    assert launch.main(words) == 2
+    assert "cannot be loaded" in capsys.readouterr().err
+    assert not list(out.iterdir())
+
+
 @pytest.mark.long  # that all hear of it: tests/test_dispatch.py
 def test_a_rank_that_fails_says_why_without_a_traceback(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
@@ -578,10 +608,7 @@ def test_a_rank_that_fails_says_why_without_a_traceback(
     """The model's folder has an index and no weights, which only loading finds out."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     model = tmp_path / "model"
-    model.mkdir()
-    index = {"_class_name": "DDPMPipeline", "unet": ["diffusers", "UNet2DModel"]}
-    (model / "model_index.json").write_text(json.dumps(index))
-    name = f"system.guidance.pretrained_model_name_or_path={model}"
+    name = model_without_weights(model)
     assert train(tmp_path / "out", name, "dispatch.num_workers=2") == 2
     error = capsys.readouterr().err
     assert f"The model `{model}` cannot be loaded" in error

@@ -14,14 +14,15 @@ from sklearn.metrics import adjusted_rand_score
 
 import launch
 from systems.quality.parts import Palette, find_parts
-from systems.scene.mesh_files import save_mesh
+from systems.scene.mesh_files import save_mesh, with_texture
+from systems.scene.meshes import atlas
 from systems.toybox.objects import OBJECTS
 from systems.toybox.truth import truth
 
 
-def shaded(prompt: str) -> Any:
+def shaded(prompt: str, resolution: int = 40) -> Any:
     """The true mesh, its albedo under light from above and with noise."""
-    found = truth(prompt).mesh(40)
+    found = truth(prompt).mesh(resolution)
     mesh: Any = trimesh.Trimesh(
         found.vertices.numpy(), found.faces.numpy(), process=False
     )
@@ -66,6 +67,21 @@ def test_pieces_apart_are_parts_and_crumbs_are_none() -> None:
     assert len(found.colours) == 2
 
 
+def test_seams_of_a_texture_part_nothing(tmp_path: Path) -> None:
+    mesh = shaded("a red mushroom", 24)
+    origin, faces, uv = atlas.unwrap(mesh.vertices, mesh.faces, 256)
+    texels = atlas.Texels.of(uv, faces, 256)
+    colours = np.asarray(mesh.visual.vertex_colors)[origin, :3] / 255
+    corners = colours[faces[texels.face[texels.inside]]]
+    image = texels.image((corners * texels.weights[..., None]).sum(1))
+    textured = with_texture(mesh.vertices[origin], faces, None, uv, image)
+    save_mesh(textured, tmp_path)
+    assert len(origin) > len(mesh.vertices)
+    assert launch.main(["--parts", str(tmp_path)]) == 0
+    assert len(json.loads((tmp_path / "parts.json").read_text())["parts"]) == 2
+    assert agreement("mushroom", mesh, find_parts([textured])) > 0.9
+
+
 def test_runs_share_a_palette_and_get_their_files(tmp_path: Path) -> None:
     names = {"red mushroom": "mushroom", "red tree": "tree"}
     meshes = [shaded(f"a {name}") for name in names]
@@ -90,12 +106,34 @@ def test_runs_share_a_palette_and_get_their_files(tmp_path: Path) -> None:
     assert len(json.loads((runs[0] / "parts.json").read_text())["palette"]) == 2
 
 
+def test_surfaces_that_have_no_parts_get_a_sentence() -> None:
+    def ball() -> Any:
+        made: Any = trimesh.creation.icosphere(1)
+        made.visual.vertex_colors = np.full((len(made.vertices), 4), 200, np.uint8)
+        return made
+
+    one, flat, broken = ball(), ball(), ball()
+    one.faces = one.faces[:1]
+    flat.vertices = np.zeros_like(flat.vertices)
+    broken.vertices[3, 0] = np.nan
+    for meshes, message in (
+        ([], r"write `find_parts\(\[mesh\]\)`"),
+        ([one], "has 1 face, and parts are found among at least two"),
+        ([ball(), one], "has 1 face,"),
+        ([flat], "has no area"),
+        ([broken], "corners that are not finite: export it again"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            find_parts(meshes)
+
+
 @pytest.mark.parametrize(
     ("words", "complaint"),
     [
         ([], "write `--parts resume=run`"),
         (["resume={}"], "write it with `python launch.py --export"),
         (["{}", "solver.name=picard"], "`solver.name=picard` has no effect here"),
+        (["{}", "--config", "x.yaml"], "`--config x.yaml` has no effect on `--parts`"),
         (["{}/nowhere"], "there is nothing to resume"),
     ],
 )

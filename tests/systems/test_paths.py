@@ -70,6 +70,11 @@ def test_a_closed_path_goes_round_evenly_and_ends_before_its_start() -> None:
     ("content", "told"),
     [
         ("{", "is not JSON"),
+        ("[" * 100_000, "is not JSON"),
+        (" " * (2**24 + 1), "more than 16 MiB"),
+        ({"cameras": [{"position": [1, 2, 10**400]}]}, r"numbers up to 1e.06"),
+        ({"cameras": KEYS, "frames": 10**12}, "write a number from 1 to 100000"),
+        ({"cameras": KEYS, "fps": 10**400}, "`fps` is 10000"),
         ([], "must hold"),
         ({"cameras": []}, r"has no cameras: write"),
         ({"camera": KEYS}, "There is no `camera` in .*Known here: width"),

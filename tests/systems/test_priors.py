@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -209,6 +211,8 @@ def test_cached_prompts_need_no_text_encoder(
     monkeypatch.setattr(priors, "embed", None)  # would fail if it were called
     prior, words = priors.load(str(deep_floyd), ["a a", "a"], "", CPU)
     assert torch.equal(words.prompt_embeds, first.prompt_embeds)
+    # As embeddings just made; kernels may round by alignment.
+    assert all(value.data_ptr() % 64 == 0 for value in vars(words).values())
     assert not hasattr(prior, "text_encoder")
 
 
@@ -383,6 +387,45 @@ def test_missing_models_say_what_to_write(
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(ModelError, match="needs one: write the name"):
         Prior(object(), CPU)
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "message"),
+    [
+        ("scheduler/scheduler_config.json", {"num_train_timesteps": 10**12}, "100000"),
+        ("scheduler/scheduler_config.json", {"prediction_type": "nonsense"}, "none of"),
+        ("unet/config.json", {"sample_size": -3}, "`sample_size` .* is -3"),
+        ("model_index.json", "[" * 100_000, "is no diffusers pipeline"),
+        ("model_index.json", [], "is no diffusers pipeline"),
+        ("text_encoder/model.safetensors", None, "is cut short or damaged"),
+    ],
+)
+def test_a_damaged_pipeline_is_refused_in_a_sentence(
+    file: str, change: Any, message: str, stable_diffusion: Path, tmp_path: Path
+) -> None:
+    """Such as a download that was interrupted."""
+    folder = tmp_path / "damaged"
+    shutil.copytree(stable_diffusion, folder)
+    path = folder / file
+    if change is None:
+        path.write_bytes(path.read_bytes()[:-100])
+    elif isinstance(change, dict):
+        path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    else:
+        path.write_text(change if isinstance(change, str) else json.dumps(change))
+    with pytest.raises(ModelError, match=message):
+        priors.load(str(folder), ["a"], "", CPU)
+    assert not priors.is_embedded(str(folder))
+
+
+def test_an_embedded_prior_without_its_words_is_refused(
+    second: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "damaged"
+    shutil.copytree(second, folder)
+    (folder / "tokenizer" / "tokenizer.json").write_text('{"model": []}')
+    with pytest.raises(ModelError, match=r"no readable .* or `tokenizer\.json`"):
+        priors.check(str(folder), ["a red mushroom"])
 
 
 @pytest.fixture(scope="module")

@@ -14,11 +14,12 @@ import yaml
 from omegaconf import OmegaConf
 
 import dreampropeller as dp
-from dreampropeller import checkpoint
+from dreampropeller import checkpoint, identity
 from dreampropeller.identity import AnotherProblem
 from dreampropeller.precision import LOSS_SCALE
 from systems import build
 from systems.prolificdreamer import LORA
+from systems.runs.folders import load_own_state
 from systems.settings.config import load
 from systems.settings.reader import ConfigError
 from tests.helpers import tree_equal
@@ -38,6 +39,7 @@ from tests.systems.test_priors import deep_floyd as deep_floyd
 from tests.systems.test_priors import stable_diffusion as stable_diffusion
 from tests.systems.test_upstream import CHECKOUT, written
 
+HIDDEN = "system.guidance.guidance_scale_lora=3 system.guidance"
 TOYBOX = "configs/prolificdreamer-toybox.yaml"
 
 
@@ -235,6 +237,15 @@ def test_their_file_runs_and_equals_ours(
         ("system.guidance.lora=own", "write shared or local"),
         ("system.guidance.lora_targets=to_q", r"write \[a text, …\]"),
         ("system.guidance.lora_rank=0", "`lora_rank` is 0: write 1 or more"),
+        (f"{HIDDEN}.camera_condition_type=none", "which `camera.*: none` hides"),
+        (f"{HIDDEN}.lora_cfg_training=false", "false` the prediction .* never trained"),
+        ("system.guidance.lora_alpha=0", "`lora_alpha` is 0, .*near the rank, .*as 4"),
+        ("system.guidance.lora_alpha=-4", "scales the LoRA by -1"),
+        ("system.guidance.lora_alpha=1e30", "`lora_alpha` is 1e.30"),
+        (
+            "system.optimizer.params.guidance.lr=0",
+            "LoRA is 0.*csd-guidance",
+        ),
         ("system.guidance.camera_condition_type=c2w", "extrinsics or mvp or none"),
         ("system.optimizer.params.guidance=null", "`params.guidance` is `None`"),
         ("data.resolution_milestones=[]", "one more for each milestone"),
@@ -245,7 +256,7 @@ def test_settings_that_cannot_be_used(
     setting: str, message: str, stable_diffusion: Path
 ) -> None:
     with pytest.raises(ConfigError, match=message):
-        tiny(stable_diffusion, setting)
+        tiny(stable_diffusion, *setting.split())
 
 
 def test_a_rate_is_needed_for_every_part(
@@ -260,7 +271,56 @@ def test_a_rate_is_needed_for_every_part(
         tiny(stable_diffusion, f"{name}={stable_diffusion}", path=path)
 
 
-def test_targets_that_match_nothing_are_named(stable_diffusion: Path) -> None:
-    system = tiny(stable_diffusion, "system.guidance.lora_targets=[to_q,to_x]")
-    with pytest.raises(ValueError, match=r"`to_x`, which matches no layer.*to_out\.0"):
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("lora_targets=[to_q,to_x]", r"`to_x`, which matches no layer.*to_out\.0"),
+        ("lora_targets=['0']", r"also matches `down_blocks\.0`.*more of the name"),
+        ("lora_rank=65", "widest layer of .* has width 16, .*write at most 64"),
+    ],
+)
+def test_a_lora_that_the_model_cannot_take_is_refused(
+    setting: str, message: str, stable_diffusion: Path
+) -> None:
+    system = tiny(stable_diffusion, f"system.guidance.{setting}")
+    with pytest.raises(ValueError, match=message):
         system.trajectory()
+
+
+def test_a_lora_of_another_space_is_refused(
+    stable_diffusion: Path, deep_floyd: Path
+) -> None:
+    """Of images in pixels beside one of latents."""
+    system = tiny(stable_diffusion, adapted=deep_floyd)
+    with pytest.raises(ValueError, match=r"differs in channels \(3, not 4\)\. Leave"):
+        system.trajectory()
+
+
+def test_the_summary_names_a_local_lora(stable_diffusion: Path) -> None:
+    (note,) = tiny(stable_diffusion, "system.guidance.lora=local").notes
+    assert "depends on the number of workers" in note
+    assert not tiny(stable_diffusion).notes
+
+
+def test_a_default_that_is_written_out_is_no_other_run(
+    stable_diffusion: Path, tmp_path: Path
+) -> None:
+    made = tiny(stable_diffusion)
+    about = identity.plain(made.about())
+    tensors = {
+        **dict(made.scene.named_parameters()),
+        **dict(made.scene.named_buffers()),
+    }
+    y = {name: tensor.detach() for name, tensor in tensors.items()}
+    state = dp.SolverState(0, y, None, problem={"about": about})
+    checkpoint.save(tmp_path / "ckpts", state)
+
+    def resumed(*words: str) -> dp.SolverState[Any]:
+        settings = [f"system.guidance.{word}" for word in words]
+        return load_own_state(tiny(stable_diffusion, f"resume={tmp_path}", *settings))
+
+    found = resumed("camera_condition_type=extrinsics", "lora_rank=4").problem["about"]
+    assert found["system"]["guidance"]["lora_rank"] == 4
+    assert "lora_rank" not in about["system"]["guidance"]
+    with pytest.raises(ConfigError, match="lora_rank` was 4 and is 3"):
+        resumed("lora_rank=3")

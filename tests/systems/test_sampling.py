@@ -14,11 +14,20 @@ from PIL import Image
 import dreampropeller as dp
 import launch
 from dreampropeller.adapters.diffusers import sample, solver_for
+from systems import build
 from systems.sampling import ACCEPTED, EMPTY, TRIED, Strip
+from systems.settings.config import load
+from systems.settings.reader import ConfigError
+from systems.threestudio.config import split
 from systems.toybox import pipeline as toybox
 from tests.rank_pool import RankPool
 
 CONFIG = "configs/sample-toybox.yaml"
+PROMPT = "system.prompt_processor.prompt=a red mushroom"
+SDE = ("solver.name=piadm-sde", "system.sampler.scheduler=ddpm")
+GUESS = "solver.predictor.name=clean_image"
+FIRST = "solver.predictor.sequential_steps=2"
+ODE, LAW = "solver.name=piadm-ode", "solver.name=speculative"
 
 
 def draw(to: Path, *overrides: str, prompt: str = "a blue mug") -> int:
@@ -79,6 +88,11 @@ def test_the_solvers_of_samplers_draw(tmp_path: Path, name: str) -> None:
     (blocks, report), (exact, _) = made(tmp_path / "blocks"), made(tmp_path / "exact")
     assert torch.equal(*(pixels(at / "sample.png") for at in (blocks, exact)))
     assert report["strides"] == [0, 2, 0, 2]
+    assert report["notes"] == []  # it is exact
+    assert draw(tmp_path / "rough", *own, "solver.depth=1") == 0
+    (said,) = made(tmp_path / "rough")[1]["notes"]
+    assert "nothing measured the error" in said
+    assert "compare with `solver.name=sequential` of the same seed" in said
 
 
 @pytest.mark.long
@@ -107,6 +121,37 @@ def test_a_sliding_window_is_closer_than_blocks_at_fewer_evaluations() -> None:
     assert taken.num_evaluations < given.num_evaluations == 80
     assert taken.num_iterations > given.num_iterations == 8
     assert (slid - exact).square().mean() < (block - exact).square().mean()
+
+
+def test_a_warm_start_begins_with_single_steps(tmp_path: Path) -> None:
+    zero = "solver.threshold.value=0"
+    warm = ["system.sampler.scheduler=ddpm", GUESS, FIRST, zero]
+    assert draw(tmp_path, *warm) == 0
+    folder, report = made(tmp_path)
+    assert report["strides"][:2] == [1, 1]
+    assert report["evaluations"] > 2 + 1  # a window follows
+    assert report["solver"]["predictor"] == {
+        "name": "clean_image",
+        "sequential_steps": 2,
+    }
+    assert draw(tmp_path / "plain", *warm[:1], zero, "solver.name=sequential") == 0
+    other, _ = made(tmp_path / "plain")
+    assert torch.equal(*(pixels(at / "sample.png") for at in (folder, other)))
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        (ODE, "which samples images: write `picard`"),
+        (GUESS, "which guesses noisy images: write `auto`"),
+    ],
+)
+def test_other_tasks_do_not_take_what_samples(setting: str, message: str) -> None:
+    path = Path("configs/dreamfusion-toybox.yaml")
+    with pytest.raises(ConfigError, match=message):
+        build(load(path, [PROMPT, setting])).solver()
+    with pytest.raises(ConfigError, match=message):
+        split(path, ["backend=threestudio", setting])
 
 
 def test_two_ranks_draw_the_same(tmp_path: Path, two_ranks: RankPool) -> None:
@@ -154,6 +199,43 @@ def test_the_strip_shows_what_was_asked_and_accepted() -> None:
     ]
     inside = [float(cells[i, 0, 1, 1]) * 2 - 1 for i in (1, 2, 3, 8, 9)]
     assert inside == pytest.approx([0.1, 0.2, 0.3, 0.5, 1.0], abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ([ODE, "system.sampler.eta=1"], "an ODE has no noise: write `system.sampler"),
+        ([LAW], "draws its steps: write `system.sampler.eta=1`"),
+        ([ODE, "system.sampler.form=published"], "whose drift is an increment"),
+        ([LAW, "system.sampler.form=published"], "whose drift is an increment"),
+        ([LAW, SDE[1], "system.sampler.batched=true"], "write `solver.name=picard`"),
+        (["solver.name=sequential", "system.sampler.batched=true"], "has no effect"),
+        ([*SDE, "solver.non_finite=skip"], "`non_finite` has no effect on `piadm-sde`"),
+        ([ODE, "solver.threshold.value=0"], "`threshold` has no effect on `piadm-ode`"),
+        ([ODE, "solver.acceleration.name=anderson"], "`acceleration` has no effect on"),
+        ([LAW, "solver.depth=4"], "`depth` has no effect on `speculative`"),
+        (["solver.depth=4"], "`depth` has no effect on `picard`: leave it out, or"),
+        ([GUESS, "system.sampler.form=published"], "is an increment: leave one of"),
+        ([GUESS, FIRST, "system.sampler.batched=true"], "begins without one"),
+    ],
+)
+def test_a_setting_that_the_solver_ignores_is_refused(
+    overrides: list[str],
+    message: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert draw(tmp_path, *overrides) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "window", ["auto", "{name: adaptive, smallest: 2, largest: 4}"]
+)
+@pytest.mark.parametrize("name", ["piadm-ode", "speculative"])
+def test_blocks_have_a_fixed_size(name: str, window: str) -> None:
+    with pytest.raises(ConfigError, match=r"write `window\.name=sliding"):
+        load(CONFIG, [f"solver.name={name}", f"solver.window={window}"])
 
 
 @pytest.mark.parametrize(

@@ -15,11 +15,12 @@ from systems.scene.backgrounds import EnvironmentConfig, SolidConfig
 from systems.scene.materials import PointLightConfig
 from systems.settings import notes
 from systems.settings.checks import at_least, check_range
-from systems.settings.config import Config, SolverConfig, load
+from systems.settings.config import Config, load
 from systems.settings.dispatch import DispatchConfig
 from systems.settings.presets import fast
 from systems.settings.reader import ConfigError, read, to_section
 from systems.settings.schedules import check_schedule, value_at
+from systems.settings.solver import SolverConfig
 
 
 @pytest.mark.parametrize(

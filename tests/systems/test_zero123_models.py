@@ -18,6 +18,7 @@ from torch import Tensor
 from dreampropeller.rng import Draws
 from systems.guidance import zero123_checkpoint, zero123_prior
 from systems.guidance.priors import ModelError, Prior
+from systems.guidance.zero123 import check_takes_images
 from systems.guidance.zero123_checkpoint import load_checkpoint
 from systems.guidance.zero123_conditions import clip_input, fit
 from systems.guidance.zero123_pipeline import CLIPCameraProjection, Zero123Pipeline
@@ -460,6 +461,25 @@ def test_what_a_folder_lacks_is_named(folder: Path, tmp_path: Path) -> None:
         ModelError, match=r"no folder `clip_camera_projection/`: .*vae/"
     ):
         load_zero123(str(copy), CPU)
+
+
+def test_a_damaged_folder_is_refused_in_a_sentence(
+    folder: Path, tmp_path: Path
+) -> None:
+    copy = tmp_path / "folder"
+    shutil.copytree(folder, copy)
+    schedule = copy / "scheduler" / "scheduler_config.json"
+    whole = json.loads(schedule.read_text())
+    schedule.write_text(json.dumps({**whole, "num_train_timesteps": 10**12}))
+    with pytest.raises(ModelError, match="`num_train_timesteps` of its scheduler"):
+        load_zero123(str(copy), CPU)
+    weights = copy / "image_encoder" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(ModelError, match="is cut short or damaged"):
+        load_zero123(str(copy), CPU)
+    (copy / "unet" / "config.json").write_text("[" * 100_000)
+    with pytest.raises(ModelError, match=r"`unet/config\.json` cannot be read"):
+        check_takes_images(str(copy))
 
 
 def test_parts_that_do_not_fit_are_refused(pipeline: Zero123Pipeline) -> None:

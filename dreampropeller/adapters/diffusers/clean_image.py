@@ -39,8 +39,9 @@ class CleanImage(Predictor[LastOutput]):
     The noise of stochastic samplers turns the model output from step to step, and the
     estimate of the clean image hardly: new slots of DDPM are guessed better than with
     the last output held (`docs/sampling.md`). For samplers without noise both are the
-    same. The idea is that of ParaSolver, which guesses all later states from the
-    current estimate.
+    same. States beyond the window are not kept, so they are guessed anew from the
+    current estimate in each iteration. The idea is that of ParaSolver, which also takes
+    the first steps sequentially (`SequentialStart`).
     """
 
     def init(self) -> LastOutput:
@@ -52,7 +53,7 @@ class CleanImage(Predictor[LastOutput]):
         del memory
         last = len(rollout.steps) - 1
         return LastOutput(
-            rollout.steps[last], rollout.states[last]["x"], rollout.used[last]["x"]
+            rollout.steps[last], rollout.states[last]["x"], rollout.corrected[last]["x"]
         )
 
     def extend(

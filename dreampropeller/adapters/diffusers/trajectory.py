@@ -182,6 +182,8 @@ class SamplingTrajectory(Trajectory[Nest]):
         ValueError: `check_scheduler` refuses it, or `eta` is negative.
     """
 
+    advice = "Run the pipeline in float32, because half precision overflows."
+
     def __init__(
         self,
         denoiser: Callable[[Tensor, Tensor], Tensor],
@@ -253,11 +255,8 @@ class SamplingTrajectory(Trajectory[Nest]):
             return 0.0
         kept = self.stepper.scheduler.alphas_cumprod
         now = float(kept[int(self.timesteps[step])])
-        after = (
-            float(kept[int(self.timesteps[step + 1])])
-            if step + 1 < self.num_steps
-            else 1.0
-        )
+        last = step + 1 == self.num_steps
+        after = 1.0 if last else float(kept[int(self.timesteps[step + 1])])
         # The floor is the published one: an exact state passes even where it is zero.
         return max((1 - after) / (1 - now) * (1 - now / after), 1e-20)
 
