@@ -23,9 +23,7 @@ import argparse
 import sys
 from pathlib import Path
 
-import dreampropeller as dp
-from dreampropeller.checkpoint import CheckpointError
-from dreampropeller.dispatch import slurm
+from dreampropeller.dispatch import environment
 from systems import doctor, list_settings
 from systems.runs import (
     compare,
@@ -86,13 +84,13 @@ def make_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; user errors give a message and exit code 2."""
     arguments, overrides = make_parser().parse_known_args(argv)
-    slurm.read()
     try:
+        environment.read()
         if arguments.settings is not None:
             print(list_settings(arguments.settings))
             return 0
         if arguments.doctor:
-            return doctor.run(overrides)
+            return doctor.run(overrides, arguments.config)
         if arguments.fast:
             overrides = [*presets.fast(arguments.config), *overrides]
         overrides, named = stages.last_stages(arguments, overrides)
@@ -115,10 +113,8 @@ def main(argv: list[str] | None = None) -> int:
         if arguments.train or arguments.sample:
             return run.execute(config, "--train" if arguments.train else "--sample")
         return run.look(config, video=arguments.test)
-    except (CheckpointError, ValueError, OSError, dp.NotConverged) as error:
-        workers.complain(str(error))
-    except dp.WorkerError as error:
-        workers.complain(workers.last_words(error))
+    except workers.FAULTS as error:
+        workers.complain(workers.words(error))
     except KeyboardInterrupt:
         print("Stopped. What was saved is in the run folder.", file=sys.stderr)
         return 130

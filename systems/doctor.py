@@ -1,7 +1,8 @@
 """What this machine offers to a run: `launch.py --doctor`.
 
 Each check prints one line. The exit code is 0 if runs can start: optional packages and
-models that are missing are named, and are no failure.
+models that are missing are named, and are no failure; packages that every run imports
+are one.
 """
 
 from __future__ import annotations
@@ -14,7 +15,6 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from importlib import metadata
 from pathlib import Path
 
 import torch
@@ -25,22 +25,36 @@ from dreampropeller.dispatch import process_group
 from systems import extras
 from systems.settings.reader import ConfigError
 
+REQUIRED = {
+    "diffusers": "guidance and sampling",
+    "transformers": "prompt embeddings and CLIP",
+    "tokenizers": "prompts",
+    "safetensors": "checkpoints",
+    "tensorboard": "logs",
+    "PIL": "images",
+}
+"""Packages that every run imports, by module, and their purpose."""
 PACKAGES = {
-    "diffusers": ("guidance and sampling", False),
-    "transformers": ("prompt embeddings and CLIP", False),
+    "accelerate": ("loading of large models", False),
     "peft": ("the LoRA of variational score distillation", False),
     "nerfacc": ("occupancy grids", False),
     "gsplat": ("Gaussians on a GPU", True),
     "nvdiffrast": ("meshes on a GPU", True),
     "trimesh": ("mesh files", False),
+    "xatlas": ("texture coordinates", False),
+    "embreex": ("visibility of textures", False),
+    "pygltflib": ("glTF files", False),
+    "scipy": ("cleaning of meshes and images", False),
     "fast_simplification": ("fewer faces", False),
     "skimage": ("isosurfaces", False),
     "imageio_ffmpeg": ("turntables", False),
-    "tensorboard": ("logs", False),
+    "matplotlib": ("diagrams of reports", False),
+    "viser": ("the live viewer", False),
+    "gradio": ("the page of `--app`", False),
+    "rembg": ("objects cut from photographs", False),
     "lightning": ("the adapter of Lightning", False),
     "sklearn": ("mixtures", False),
     "ray": ("workers that come and go", False),
-    "safetensors": ("checkpoints", False),
 }
 """Optional packages by module: purpose, and whether they need a GPU."""
 LARGE = 12_600_000
@@ -67,15 +81,21 @@ class Line:
         return f"{'ok  ' if self.ok else 'FAIL'}  {self.name:<22}{self.text}"
 
 
-def run(overrides: Sequence[str] = ()) -> int:
+def run(overrides: Sequence[str] = (), config: Path | None = None) -> int:
     """Print every check; returns 0 if runs can start, 1 otherwise.
 
     Args:
         overrides: ``exp_root_dir=…``, the folder whose disk is checked.
+        config: Refused, as it would not be read.
 
     Raises:
-        ConfigError: There is another override.
+        ConfigError: There is a config, or another override.
     """
+    if config is not None:
+        raise ConfigError(
+            "`--doctor` checks the machine and reads no `--config`: leave it out, or "
+            f"check the config itself with `--plan --config {config}`."
+        )
     root = "outputs"
     for word in overrides:
         key, _, value = word.partition("=")
@@ -103,7 +123,9 @@ def _checks(root: Path) -> Iterator[Line]:
 
 def versions() -> Iterator[Line]:
     """Our version, and those of Python, torch and the system."""
-    yield Line("dreampropeller", metadata.version("dreampropeller"))
+    ours = extras.version("dreampropeller")
+    clone = f'{ours}, used as a clone: write `pip install -e ".[systems]"`'
+    yield Line("dreampropeller", clone if ours == "not installed" else ours)
     yield Line("python", f"{platform.python_version()}, {platform.platform()}")
     tested = (2, 1) <= tuple(map(int, torch.__version__.split(".")[:2])) < (2, 14)
     text = torch.__version__ + ("" if tested else ", not tested: 2.1 to 2.13 are")
@@ -131,7 +153,13 @@ def devices() -> Iterator[Line]:
 
 
 def packages() -> Iterator[Line]:
-    """Optional packages: the version, or the reason why one is not used."""
+    """The version of each package, or the reason why it is not used."""
+    for name, purpose in REQUIRED.items():
+        found, reason = extras.probe(name)
+        text = getattr(found, "__version__", "found")
+        if found is None:
+            text = f'{reason} Every run needs it: `pip install -e ".[systems]"`'
+        yield Line(name, f"{text} ({purpose})", found is not None)
     for name, (purpose, needs_cuda) in PACKAGES.items():
         found, reason = extras.probe(name, needs_cuda=needs_cuda)
         version = getattr(found, "__version__", "")
@@ -140,10 +168,15 @@ def packages() -> Iterator[Line]:
 
 def disk(root: Path) -> Line:
     """Free space and speed of the disk that results go to."""
-    place = next(p for p in (root, *root.absolute().parents) if p.is_dir())
-    free = shutil.disk_usage(place).free
     content = os.urandom(2**20) * 32
+    place = root
     try:
+        above = (root, *root.absolute().parents)
+        place = next(p for p in above if os.path.lexists(p))
+        if not place.is_dir():
+            text = f"`{place}` is no folder; write elsewhere: `exp_root_dir=…`"
+            return Line("disk", text, False)
+        free = shutil.disk_usage(place).free
         with tempfile.NamedTemporaryFile(dir=place, prefix=".doctor-") as file:
             begin = time.perf_counter()
             file.write(content)
@@ -166,14 +199,29 @@ def models() -> Iterator[Line]:
     there = WEIGHTS.is_dir()
     text = str(WEIGHTS) if there else f"missing: no `{WEIGHTS}`"
     yield Line("toybox", f"{text} (the embedded prior)", there)
-    home = os.environ.get("HF_HOME", str(Path.home() / ".cache" / "huggingface"))
-    hub = Path(os.environ.get("HF_HUB_CACHE", str(Path(home) / "hub")))
+    try:
+        hub = _hub()
+    except RuntimeError:  # no HOME, and a user that the system does not know
+        yield Line("models", "no folder: write `HF_HOME=…`, as there is no home folder")
+        return
     names = sorted(
         path.name.removeprefix("models--").replace("--", "/")
         for path in hub.glob("models--*")
     )
     found = ", ".join(names) or "none yet; a config's model is downloaded at first use"
     yield Line("models", f"{found} (in `{hub}`)")
+
+
+def _hub() -> Path:
+    """The folder of downloaded models; an empty variable counts as none."""
+    for name, below in (
+        ("HF_HUB_CACHE", ""),
+        ("HF_HOME", "hub"),
+        ("XDG_CACHE_HOME", "huggingface/hub"),
+    ):
+        if os.environ.get(name):
+            return Path(os.environ[name]).expanduser() / below
+    return Path.home() / ".cache" / "huggingface" / "hub"
 
 
 def dispatch() -> Line:

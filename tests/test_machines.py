@@ -13,10 +13,17 @@ from pathlib import Path
 
 import pytest
 
-from dreampropeller import FixedThreshold, PicardSolver, SlidingWindow, solve
-from dreampropeller.dispatch import slurm
+import launch
+from dreampropeller import (
+    FixedThreshold,
+    PicardSolver,
+    SlidingWindow,
+    WorkerError,
+    solve,
+)
+from dreampropeller.dispatch import environment, slurm
 from tests.helpers import TOYS, OrnsteinUhlenbeck
-from tests.processes import Child
+from tests.processes import Child, rank_environ
 from tests.ranks import quick
 
 ROOT = Path(__file__).parent.parent
@@ -30,6 +37,9 @@ ROOT = Path(__file__).parent.parent
         ("node[007-009,012]", "node007"),
         ("rack2-node[3,5]-ib,other1", "rack2-node3-ib"),
         ("gpu5,node[1-2]", "gpu5"),
+        ("n[01-02]-[3-4]", "n01-3"),
+        ("r[1,3]n[07-09,12]x", "r1n07x"),
+        ("10.0.0.1,10.0.0.2", "10.0.0.1"),
     ],
 )
 def test_the_first_host_of_a_list_is_found(names: str, host: str) -> None:
@@ -73,11 +83,79 @@ def test_the_environment_of_srun_is_read_as_torchruns() -> None:
         {**STEP, "RANK": "0", "WORLD_SIZE": "1"},  # torchrun, started by srun
         {**STEP, "SLURM_STEP_NUM_TASKS": "1"},
         {"SLURM_JOB_ID": "1", "SLURM_PROCID": "0", "SLURM_NTASKS": "8"},  # the script
+        {"SLURM_JOB_ID": "1", "SLURM_NTASKS": "8"},  # a shell of `salloc`
     ],
 )
 def test_other_processes_of_a_job_are_left_alone(environ: dict[str, str]) -> None:
     before = dict(environ)
     slurm.read(environ)
+    assert environ == before
+
+
+@pytest.mark.parametrize("name", [name for name in STEP if name != "SLURM_PROCID"])
+@pytest.mark.parametrize("value", [None, "", "x["])
+def test_a_variable_of_slurm_that_is_missing_or_odd_is_named(
+    name: str, value: str | None
+) -> None:
+    """A default would be wrong: every node `localhost`, every rank the first GPU."""
+    environ = {**STEP, name: value or ""}
+    if value is None:
+        del environ[name]
+    with pytest.raises(WorkerError, match=name):
+        slurm.read(environ)
+
+
+def test_variables_of_slurm_that_are_set_by_hand_are_not_needed() -> None:
+    environ = {**STEP, "MASTER_ADDR": "here", "MASTER_PORT": "29500"}
+    for name in ("SLURM_STEP_NODELIST", "SLURM_JOB_ID", "SLURM_STEP_ID"):
+        del environ[name]
+    slurm.read(environ)
+    assert environ["RANK"] == "5"
+    assert (environ["MASTER_ADDR"], environ["MASTER_PORT"]) == ("here", "29500")
+
+
+def test_processes_that_do_not_add_up_are_refused() -> None:
+    with pytest.raises(WorkerError, match=r"process 5 of 7 on node 1.*`4,2`"):
+        slurm.read({**STEP, "SLURM_STEP_TASKS_PER_NODE": "4,2"})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"MASTER_ADDR": None}, "`MASTER_ADDR` is missing"),
+        ({"RANK": None}, "`RANK` is missing"),
+        ({"WORLD_SIZE": None}, "`WORLD_SIZE` is missing"),
+        ({"WORLD_SIZE": ""}, "`WORLD_SIZE` is empty"),
+        ({"MASTER_PORT": "x"}, "`MASTER_PORT` is `x`, and no whole number"),
+        ({"MASTER_PORT": "70000"}, "write a port from 1 to 65535"),
+        ({"TORCHELASTIC_RESTART_COUNT": "x"}, "`TORCHELASTIC_RESTART_COUNT` is `x`"),
+        ({"RANK": "2"}, "`RANK` is 2 and `WORLD_SIZE` is 2"),
+        ({"LOCAL_RANK": ""}, "`LOCAL_RANK` is ``"),
+    ],
+)
+def test_a_variable_of_torchrun_that_is_missing_or_odd_is_named(
+    change: dict[str, str | None], message: str
+) -> None:
+    changed: dict[str, str | None] = {**rank_environ(0, 2, 29500), **change}
+    environ = {name: value for name, value in changed.items() if value is not None}
+    with pytest.raises(WorkerError, match=message):
+        environment.read(environ)
+
+
+def test_the_command_line_prints_one_sentence_about_its_variables(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    assert launch.main(["--settings", "dispatch"]) == 2
+    assert capsys.readouterr().err.startswith("error: `MASTER_ADDR` is missing")
+
+
+@pytest.mark.parametrize("environ", [{}, {"WORLD_SIZE": "1"}, {"WORLD_SIZE": ""}])
+def test_a_process_alone_needs_no_variable(environ: dict[str, str]) -> None:
+    before = dict(environ)
+    environment.read(environ)
     assert environ == before
 
 
@@ -161,6 +239,7 @@ def test_two_machines_under_srun_solve_as_one(
             "SLURM_STEP_TASKS_PER_NODE": "1(x2)",
             "SLURM_STEP_NODELIST": f"{hosts[0].address},other",
             "SLURM_JOB_ID": str(free_port),
+            "SLURM_STEP_ID": "0",
         }
         job = (solve_here, host.namespace, str(tmp_path))
         children.append(Child(*job, output=tmp_path / f"o{node}", environ=environ))

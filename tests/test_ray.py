@@ -6,6 +6,7 @@ import functools
 import os
 import signal
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -60,8 +61,15 @@ def _cluster() -> Iterator[None]:
 class Mortal:
     """A toy whose worker is killed in some drifts, the first time each is evaluated."""
 
-    def __init__(self, name: str, folder: Path, steps: tuple[int, ...]) -> None:
+    def __init__(
+        self,
+        name: str,
+        folder: Path,
+        steps: tuple[int, ...],
+        fault: signal.Signals = signal.SIGKILL,
+    ) -> None:
         self.name, self.folder, self.steps = name, folder, steps
+        self.fault = fault
 
     def __call__(self) -> Trajectory[Any]:
         toy: Any = TOYS[self.name].make()
@@ -74,7 +82,7 @@ class Mortal:
                 mark = self.folder / str(step)
                 if step in self.steps and not mark.exists():
                     mark.touch()
-                    os.kill(os.getpid(), signal.SIGKILL)
+                    os.kill(os.getpid(), self.fault)
                 return healthy(step, y)
 
             return drift
@@ -115,6 +123,31 @@ def test_a_killed_and_replaced_worker_changes_nothing(
 
 
 @pytest.mark.chaos
+def test_a_stopped_worker_is_replaced_and_changes_nothing(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    name = "network-adamw"
+    alone = solve(TOYS[name].make(), LOOSE, check=False)
+    make = Mortal(name, tmp_path, (3,), signal.SIGSTOP)
+    spread = functools.partial(RayDispatcher, make=make, heartbeat=3)
+    found = solve(TOYS[name].make(), LOOSE, spread, check=False)
+    assert (tmp_path / "3").exists()
+    assert caplog.text.count("no sign of life for 3 s and is replaced") == 1
+    assert tree_equal(found.value, alone.value)
+    assert tree_equal(found.carry, alone.carry)
+    assert found.stats == alone.stats
+
+
+@pytest.mark.chaos
+def test_a_long_drift_is_no_silence() -> None:
+    """Workers that answer are waited for."""
+    spread = functools.partial(RayDispatcher, make=Deadly("sleep"), heartbeat=3)
+    found = solve(OrnsteinUhlenbeck(), EXACT, spread, check=False)
+    alone = solve(OrnsteinUhlenbeck(), EXACT, check=False)
+    assert tree_equal(found.value, alone.value)
+
+
+@pytest.mark.chaos
 def test_a_missing_tail_shortens_the_window_if_elastic(tmp_path: Path) -> None:
     make = Mortal("network-adamw", tmp_path, (2,))
     y, _ = TOYS["network-adamw"].make().init()
@@ -146,6 +179,9 @@ class Deadly(OrnsteinUhlenbeck):
         def drift(step: int, y: State) -> Any:
             if step == 2 and self.how == "kill":
                 os.kill(os.getpid(), signal.SIGKILL)
+            if step == 2 and self.how == "sleep":
+                self.how = ""  # once
+                time.sleep(5)
             if step == 2 and self.how == "raise":
                 raise ZeroDivisionError("no such image")
             return healthy(step, y)
@@ -165,4 +201,48 @@ class Deadly(OrnsteinUhlenbeck):
 def test_a_failure_is_heard_with_its_step(how: str, message: str) -> None:
     spread = functools.partial(RayDispatcher, make=Deadly(how))
     with pytest.raises(WorkerError, match=message):
+        solve(OrnsteinUhlenbeck(), EXACT, spread, check=False)
+
+
+class Stillborn:
+    """A toy whose first workers are killed while they build their replica."""
+
+    def __init__(self, folder: Path, count: int) -> None:
+        self.folder, self.count = folder, count
+
+    def __call__(self) -> Trajectory[Any]:
+        for number in range(self.count):
+            mark = self.folder / str(number)
+            if not mark.exists():
+                mark.touch()
+                os.kill(os.getpid(), signal.SIGKILL)
+        return OrnsteinUhlenbeck()
+
+
+@pytest.mark.chaos
+def test_a_worker_that_dies_while_it_starts_is_replaced(tmp_path: Path) -> None:
+    alone = solve(OrnsteinUhlenbeck(), EXACT, check=False)
+    make = Stillborn(tmp_path, 1)
+    spread = functools.partial(RayDispatcher, num_workers=1, make=make)
+    found = solve(OrnsteinUhlenbeck(), EXACT, spread, check=False)
+    assert (tmp_path / "0").exists()
+    assert tree_equal(found.value, alone.value)
+
+
+@pytest.mark.chaos
+def test_workers_that_die_again_and_again_while_they_start_end(tmp_path: Path) -> None:
+    make = Stillborn(tmp_path, 9)
+    spread = functools.partial(RayDispatcher, num_workers=1, make=make)
+    with pytest.raises(WorkerError, match="3 workers died while they started"):
+        solve(OrnsteinUhlenbeck(), EXACT, spread, check=False)
+
+
+@pytest.mark.chaos
+def test_a_cluster_that_can_place_no_worker_says_what_it_has() -> None:
+    spread = functools.partial(RayDispatcher, num_gpus=1, timeout=2)
+    with pytest.raises(
+        WorkerError,
+        match=r"within 2 s: each of 2 asks Ray for 1 CPU and 1 GPU, and the cluster "
+        r"has 2 CPU and 0 GPU, of which \d CPU and 0 GPU are free",
+    ):
         solve(OrnsteinUhlenbeck(), EXACT, spread, check=False)

@@ -17,6 +17,7 @@ beartype_package(
             "dreampropeller.adapters.diffusers.loop",
             "dreampropeller.adapters.lightning.verification",
             "dreampropeller.dispatch.ray",
+            "dreampropeller.dispatch.ray_replica",
             "dreampropeller.verification",
         ),
     ),

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from dreampropeller.dispatch import slurm
+from dreampropeller.dispatch import environment
 from dreampropeller.dispatch.base import WorkerError
 
 
@@ -72,19 +72,13 @@ def join(timeout: datetime.timedelta) -> None:
     """Make the process group of torchrun's or srun's ranks, on this rank's device.
 
     Raises:
-        RuntimeError: This process is no rank.
-        WorkerError: As `open_group`.
+        WorkerError: This process is no rank, or as `open_group`.
     """
-    slurm.read()
-    missing = [
-        name
-        for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-        if name not in os.environ
-    ]
-    if missing:
-        raise RuntimeError(
-            f"`DistributedDispatcher` found no process group and no `{missing[0]}` in "
-            "the environment. Start the program with `torchrun --nproc-per-node=2 …` "
+    environment.read()
+    if "RANK" not in os.environ:
+        raise WorkerError(
+            "`DistributedDispatcher` found no process group and no `RANK` in the "
+            "environment. Start the program with `torchrun --nproc-per-node=2 …` "
             "or `srun`, or through `dreampropeller.launch_workers`."
         )
     device = local_device()

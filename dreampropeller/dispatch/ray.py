@@ -3,7 +3,9 @@
 One process runs the solver; each actor holds a replica of the trajectory. The guesses
 of a window are sent nearest first, one to each idle worker, so that the step that all
 others wait for never stands behind one that is further ahead, whatever the workers'
-speeds. A guess whose worker died is sent again, and the worker is replaced.
+speeds. A guess whose worker died is sent again, and the worker is replaced. Workers are
+pinged during a drift: one that is stopped, or whose machine has lost its network,
+counts as dead after `heartbeat` seconds, however long the drift takes.
 
 Drifts are functions of step and state, so where and how often one is evaluated changes
 nothing: equal to `InlineDispatcher` bit for bit on CPU (`test_ray.py`).
@@ -12,59 +14,51 @@ nothing: equal to `InlineDispatcher` bit for bit on CPU (`test_ray.py`).
 from __future__ import annotations
 
 import contextlib
-import importlib
-import os
-import shutil
-import tempfile
+import logging
+import time
 from collections.abc import Callable, Sequence
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
-from dreampropeller.dispatch import wire
+from dreampropeller.dispatch import ray_cluster
 from dreampropeller.dispatch.base import Dispatcher, WorkerError
-from dreampropeller.dispatch.guesses import Guesses
-from dreampropeller.dispatch.process_group import local_device
-from dreampropeller.trajectory import Drift, Trajectory
+from dreampropeller.dispatch.ray_replica import Replica, packed, unpacked
+from dreampropeller.trajectory import Trajectory
 from dreampropeller.tree import Aux, State, device_of
 
-if TYPE_CHECKING:
-    import numpy as np
-
 _MOST_LOSSES = 3
-"""Workers that may die of one guess before the solve fails."""
-Message = tuple[list[wire.Entry], "np.ndarray"]
-
-
-class _Replica:
-    """An actor: evaluates drifts of its own replica of the trajectory."""
-
-    def __init__(self, make: Callable[[], Trajectory[Any]], threads: int) -> None:
-        torch.set_num_threads(threads)
-        self._trajectory = make()
-        self._device = local_device()
-        self._drift: Drift | None = None
-        self._guesses = Guesses()
-
-    def ready(self) -> int:
-        """The process, once the replica is built."""
-        return os.getpid()
-
-    def evaluate(self, slot: int, step: int, message: Message) -> Message:
-        """The drift of a slot, from a guess."""
-        y, _ = _unpacked(message, self._device)
-        if self._drift is None:
-            self._drift = self._trajectory.make_drift(self._device)
-        return _packed(*self._guesses.evaluate(self._drift, slot, step, y))
+"""Workers that may die of one guess, or of one start, before the solve fails."""
+_PARTS = 10
+"""Looks at the workers per heartbeat."""
+_PATIENCE = 30.0
+"""Seconds without any worker after which a warning tells why nothing happens."""
+_log = logging.getLogger(__name__)
 
 
 class _Worker:
-    """An actor as the solver sees it."""
+    """An actor as the solver sees it.
 
-    def __init__(self, actor: Any) -> None:
+    Args:
+        actor: The actor.
+        replica: What builds its replica.
+        losses: How many of its predecessors died while they started.
+
+    Attributes:
+        starting: Its process, as long as that is awaited.
+        process: Its process, once the replica is built.
+        ping: The sign of life that has been asked for.
+        heard: When it gave the last one, or was given its guess; seconds.
+    """
+
+    def __init__(self, actor: Any, replica: Any, losses: int) -> None:
         self.actor = actor
-        self.starting = actor.ready.remote()
+        self.starting = actor.ready.remote(replica)
+        self.losses = losses
+        self.process = 0
+        self.ping: Any = None
+        self.heard = 0.0
 
 
 class _Window:
@@ -101,9 +95,14 @@ class RayDispatcher(Dispatcher):
             accidents; at threshold 0 the result does not.
         threads: CPU threads per actor, as results depend on it.
         num_gpus: GPUs per actor; default: one if this process has a GPU.
+        timeout: Seconds to wait for a first worker that is ready.
+        heartbeat: Seconds without a sign of life after which an actor that evaluates a
+            drift is replaced; None: never. Code that holds the interpreter's lock for
+            longer is taken for a lost actor.
 
     Raises:
         ImportError: Ray is not installed.
+        OSError: Nothing listens at the address.
     """
 
     def __init__(
@@ -116,60 +115,56 @@ class RayDispatcher(Dispatcher):
         elastic: bool = False,
         threads: int = 1,
         num_gpus: float | None = None,
+        timeout: float = 600.0,
+        heartbeat: float | None = 10.0,
     ) -> None:
         super().__init__(trajectory)
         for name, value in (("num_workers", num_workers), ("threads", threads)):
             if value < 1:
                 raise ValueError(f"`{name}` is {value}: write at least 1.")
-        try:
-            ray: Any = importlib.import_module("ray")
-        except ImportError as error:
-            raise ImportError(
-                "`RayDispatcher` needs Ray: `pip install ray`, or use "
-                "`DistributedDispatcher`, which needs nothing more."
-            ) from error
-        self._ray = ray
+        if timeout <= 0:
+            raise ValueError(f"`timeout` is {timeout}: write a positive number.")
+        if heartbeat is not None and heartbeat <= 0:
+            raise ValueError(
+                f"`heartbeat` is {heartbeat}: write a positive number of seconds, or "
+                "None for no heartbeat."
+            )
+        self._ray = ray_cluster.load()
+        ray_cluster.check_address(address)
         self.num_workers = num_workers
         self._make = (lambda: trajectory) if make is None else make
-        self._address = address
+        self._cluster = ray_cluster.Cluster(self._ray, address, num_workers)
         self._elastic = elastic
         self._threads = threads
         self._num_gpus = num_gpus
+        self._timeout, self._silence = timeout, heartbeat
+        self._interval = 1.0 if heartbeat is None else min(1.0, heartbeat / _PARTS)
         self._previous_threads = torch.get_num_threads()
-        self._folder: str | None = None
         self._workers: list[_Worker] = []
         self._busy: dict[Any, _Worker] = {}
+        self._looked, self._had_one, self._warned = 0.0, 0.0, False
 
     def __enter__(self) -> RayDispatcher:
-        torch.set_num_threads(self._threads)
-        self._owns_cluster = not self._ray.is_initialized()
-        if self._owns_cluster:
-            self._start_cluster()
-        gpus = float(torch.cuda.is_available())
-        gpus = gpus if self._num_gpus is None else self._num_gpus
-        self._actor = self._ray.remote(num_cpus=1, num_gpus=gpus)(_Replica)
-        self._replica = self._ray.put(self._make)
-        self._workers = [self._new_worker() for _ in range(self.num_workers)]
+        try:
+            self._open()
+        except BaseException:  # `__exit__` is not called, then
+            self._close()
+            raise
         return self
 
-    def _start_cluster(self) -> None:
-        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-        quiet = {"log_to_driver": False, "configure_logging": False}
-        if self._address is not None:
-            self._ray.init(self._address, **quiet)
-            return
-        self._folder = tempfile.mkdtemp(prefix="dp-")  # a socket's path is short
-        self._ray.init(
-            num_cpus=self.num_workers,
-            include_dashboard=False,
-            object_store_memory=2**28,
-            _node_ip_address="127.0.0.1",
-            _temp_dir=self._folder,
-            **quiet,
-        )
+    def _open(self) -> None:
+        torch.set_num_threads(self._threads)
+        self._cluster.start()
+        if self._num_gpus is None:
+            self._num_gpus = float(torch.cuda.is_available())
+        needs = {"num_cpus": 1, "num_gpus": self._num_gpus}
+        groups = {"concurrency_groups": {"life": 1}}
+        self._actor = self._ray.remote(**needs, **groups)(Replica)
+        self._replica = self._ray.put(self._make)
+        self._workers = [self._new_worker() for _ in range(self.num_workers)]
 
-    def _new_worker(self) -> _Worker:
-        return _Worker(self._actor.remote(self._replica, self._threads))
+    def _new_worker(self, losses: int = 0) -> _Worker:
+        return _Worker(self._actor.remote(self._threads), self._replica, losses)
 
     def __exit__(
         self,
@@ -178,16 +173,16 @@ class RayDispatcher(Dispatcher):
         traceback: TracebackType | None,
     ) -> None:
         super().__exit__(kind, error, traceback)
+        self._close()
+
+    def _close(self) -> None:
         torch.set_num_threads(self._previous_threads)
         for worker in self._workers:
             with contextlib.suppress(Exception):  # it may have died
                 self._ray.kill(worker.actor)
+            self._cluster.end(worker.process)
         self._workers, self._busy = [], {}
-        if self._owns_cluster:
-            self._ray.shutdown()
-        if self._folder is not None:
-            shutil.rmtree(self._folder, ignore_errors=True)
-            self._folder = None
+        self._cluster.stop()
 
     def evaluate(
         self, steps: Sequence[int], ys: Sequence[State]
@@ -199,10 +194,12 @@ class RayDispatcher(Dispatcher):
         """
         with self.timer.phase("drift"):
             window = _Window(steps, ys)
+            self._looked = self._had_one = time.monotonic()
             while window.waiting or window.running:
                 self._send(window)
+                self._look(window)
                 starting = [w.starting for w in self._workers if w.starting is not None]
-                self._ray.wait([*self._busy, *starting], timeout=1.0)
+                self._ray.wait([*self._busy, *starting], timeout=self._interval)
                 refs = list(self._busy)
                 if refs:
                     done, _ = self._ray.wait(refs, num_returns=len(refs), timeout=0)
@@ -214,82 +211,147 @@ class RayDispatcher(Dispatcher):
         """Send the nearest guesses to workers that are ready and idle."""
         at_work = {id(worker) for worker in self._busy.values()}
         for worker in list(self._workers):
-            if not window.waiting:
-                return
-            if id(worker) not in at_work and self._is_ready(worker):
+            if not self._is_ready(worker) or id(worker) in at_work:
+                continue
+            if window.waiting:
                 slot = window.waiting.pop(0)
-                guess = _packed(window.ys[slot], {})
+                guess = packed(window.ys[slot], {})
                 ref = worker.actor.evaluate.remote(slot, window.steps[slot], guess)
+                worker.heard = time.monotonic()
                 self._busy[ref], window.running[ref] = worker, slot
 
+    def _look(self, window: _Window) -> None:
+        """Replace workers that are silent, and fail if there are none.
+
+        Raises:
+            WorkerError: No worker is ready after `timeout`.
+        """
+        now = time.monotonic()
+        if now - self._looked > _PARTS / 2 * self._interval:
+            # This process itself was stopped: nobody else can be blamed for it.
+            self._had_one = now
+            for worker in self._busy.values():
+                worker.heard = now
+        self._looked = now
+        for ref, worker in list(self._busy.items()):
+            if self._silence is None:
+                break
+            if worker.ping is not None and self._is_done(worker.ping):
+                worker.ping, worker.heard = None, now
+            if worker.ping is None:
+                ping = worker.actor.ping.options(concurrency_group="life")
+                worker.ping = ping.remote()
+            elif now - worker.heard > self._silence:
+                _log.warning(
+                    "A worker has given no sign of life for %g s and is replaced. (If "
+                    "a call of a drift holds Python's interpreter lock for longer, "
+                    "raise `heartbeat`.)",
+                    self._silence,
+                )
+                del self._busy[ref]
+                self._cluster.end(worker.process)
+                self._replace(worker)
+                self._lose(window.running.pop(ref, None), window)
+        if any(worker.starting is None for worker in self._workers):
+            self._had_one = now
+        self._wait_for_one(now - self._had_one)
+
+    def _wait_for_one(self, seconds: float) -> None:
+        """Say why no worker is ready, and fail after `timeout`."""
+        if seconds > self._timeout:
+            raise WorkerError(
+                f"No worker was ready within {self._timeout:g} s: {self._asked()}. Ask "
+                "for less, wait until the cluster is free, or raise `timeout` if a "
+                "replica takes longer to build."
+            )
+        if seconds > _PATIENCE and not self._warned:
+            self._warned = True
+            _log.warning(
+                "No worker is ready after %g s: %s. The run fails after %g s.",
+                *(_PATIENCE, self._asked(), self._timeout),
+            )
+
+    def _asked(self) -> str:
+        gpus = f" and {self._num_gpus:g} GPU" if self._num_gpus else ""
+        return (
+            f"each of {self.num_workers} asks Ray for 1 CPU{gpus}, and "
+            f"{ray_cluster.resources(self._ray)}"
+        )
+
     def _receive(self, ref: Any, window: _Window) -> None:
-        """Take a result, or send its guess again if the worker died."""
+        """Take a result, or send its guess again if the worker died.
+
+        Raises:
+            WorkerError: The drift raised.
+        """
         worker, slot = self._busy.pop(ref), window.running.pop(ref, None)
-        step = None if slot is None else window.steps[slot]
-        result = self._result(ref, worker, step)
+        try:
+            result = self._ray.get(ref)
+        except self._ray.exceptions.RayTaskError as error:
+            step = "" if slot is None else f", step {window.steps[slot]}"
+            raise WorkerError(f"A worker failed{step}:\n{error}") from None
+        except self._ray.exceptions.RayError:
+            self._replace(worker)
+            self._lose(slot, window)
+            return
+        if slot is not None:  # of this window, and not of one that was cut before it
+            window.found[slot] = unpacked(result, window.device)
+
+    def _lose(self, slot: int | None, window: _Window) -> None:
+        """Send a guess again whose worker died, or cut the window there.
+
+        Raises:
+            WorkerError: The workers of this guess died again and again.
+        """
         if slot is None:
-            return  # of an earlier window, which was cut before it
-        if result is not None:
-            window.found[slot] = _unpacked(result, window.device)
             return
         window.losses[slot] += 1
         if window.losses[slot] >= _MOST_LOSSES:
             raise WorkerError(
-                f"{_MOST_LOSSES} workers died while they evaluated step {step}, one "
-                "after the other: they may lack memory. Use fewer workers, or a "
-                "smaller problem. The last checkpoint is intact."
+                f"{_MOST_LOSSES} workers died while they evaluated step "
+                f"{window.steps[slot]}, one after the other: they may lack memory. Use "
+                "fewer workers, or a smaller problem. (Or raise `heartbeat`, if it was "
+                "warned about.) The last checkpoint is intact."
             )
         if self._elastic and slot > 0:
             window.cut(slot)
         else:
             window.waiting = sorted([*window.waiting, slot])
 
-    def _is_ready(self, worker: _Worker) -> bool:
-        """Whether a worker's replica is built."""
-        if worker.starting is not None:
-            if not self._ray.wait([worker.starting], timeout=0)[0]:
-                return False
-            self._result(worker.starting, worker, None, replace=False)
-            worker.starting = None
-        return True
+    def _is_done(self, ref: Any) -> bool:
+        return bool(self._ray.wait([ref], timeout=0)[0])
 
-    def _result(
-        self, ref: Any, worker: _Worker, step: int | None, replace: bool = True
-    ) -> Any:
-        """What a worker returned; None if it died, after which it is replaced.
+    def _is_ready(self, worker: _Worker) -> bool:
+        """Whether a worker's replica is built; one that dies meanwhile is replaced.
 
         Raises:
-            WorkerError: The drift raised, or a replica cannot be built.
+            WorkerError: A replica cannot be built, or workers die again and again.
         """
-        errors = self._ray.exceptions
+        if worker.starting is None:
+            return True
+        if not self._is_done(worker.starting):
+            return False
         try:
-            return self._ray.get(ref)
-        except errors.RayTaskError as error:
-            where = "A worker failed" + ("" if step is None else f", step {step}")
-            raise WorkerError(f"{where}:\n{error}") from None
-        except errors.RayError as error:
-            if not replace:
+            worker.process = self._ray.get(worker.starting)
+        except self._ray.exceptions.RayTaskError as error:
+            raise WorkerError(
+                f"A worker could not build its replica of the trajectory:\n{error}"
+            ) from None
+        except self._ray.exceptions.RayError as error:
+            losses = worker.losses + 1
+            if losses >= _MOST_LOSSES:
                 raise WorkerError(
-                    f"A worker could not build its replica of the trajectory:\n{error}"
+                    f"{losses} workers died while they started, one after the other: "
+                    "they may lack memory. Use fewer workers, or a smaller problem. "
+                    f"Cause: {' '.join(str(error).split())}"
                 ) from None
-            self._workers.remove(worker)
-            self._workers.append(self._new_worker())
-            return None
+            self._replace(worker, losses)
+            return False
+        worker.starting = None
+        return True
 
-
-def _packed(drift: State, aux: Aux) -> Message:
-    """A drift, or a state, as one array of bytes."""
-    slot = wire.entries(drift, aux)
-    row = list(slot)
-    buffer = torch.empty(wire.size([row]), dtype=torch.uint8)
-    wire.pack([row], [slot], buffer)
-    return row, buffer.numpy()
-
-
-def _unpacked(message: Message, device: torch.device) -> tuple[State, Aux]:
-    """The tensors of a message, in memory that torch has aligned."""
-    row, content = message
-    buffer = torch.empty(len(content), dtype=torch.uint8)
-    buffer.numpy()[:] = content
-    ((drift, aux),) = wire.unpack([row], buffer)
-    return {name: value.to(device) for name, value in drift.items()}, aux
+    def _replace(self, worker: _Worker, losses: int = 0) -> None:
+        with contextlib.suppress(Exception):  # it may have died
+            self._ray.kill(worker.actor)
+        self._workers.remove(worker)
+        self._workers.append(self._new_worker(losses))

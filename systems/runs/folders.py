@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import json
 import os
 import platform
@@ -19,7 +20,6 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from datetime import datetime
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ import yaml
 
 import dreampropeller as dp
 from dreampropeller import checkpoint, identity
+from systems import extras
 from systems.files import CHECKPOINTS, CONFIG, named, written
 from systems.problem import Problem
 from systems.runs.stopping import forget
@@ -49,7 +50,9 @@ def open_folder(config: Config, folder: Path | None = None) -> Path:
     Raises:
         CheckpointError: Another process runs in the folder.
         ConfigError: The folder cannot be written.
+        ImportError: What records the run is not installed.
     """
+    importlib.import_module("torch.utils.tensorboard")  # a run is recorded by it
     if folder is None:
         folder = make(config) if config.resume is None else folder_of(config.resume)
     folder.mkdir(parents=True, exist_ok=True)  # one that a refused attempt discarded
@@ -232,14 +235,14 @@ def environment() -> dict[str, Any]:
     """Machine and versions, recorded beside the figures."""
     packages = ("torch", "diffusers", "transformers", "nerfacc", "numpy")
     return {
-        "dreampropeller": metadata.version("dreampropeller"),
+        "dreampropeller": extras.version("dreampropeller"),
         "commit": _commit(),
         "python": platform.python_version(),
         "platform": platform.platform(),
         "processor": _processor(),
         "cores": os.cpu_count(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "packages": {name: metadata.version(name) for name in packages},
+        "packages": {name: extras.version(name) for name in packages},
     }
 
 

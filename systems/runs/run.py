@@ -44,6 +44,7 @@ def execute(config: Config, option: str = "--train", folder: Path | None = None)
             f"`system_type` is `{config.system_type}`, which `{option}` does not run: "
             f"write `{wanted}` for this config."
         )
+    workers.check(config.dispatch)
     if is_rank():  # started by torchrun
         return work(config, leads=os.environ["RANK"] == "0")
     alone = config.dispatch.num_workers == 1 and not config.dispatch.max_restarts

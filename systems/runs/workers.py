@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import re
 import signal
 import sys
 import threading
@@ -16,17 +17,56 @@ from typing import Any
 import torch
 
 import dreampropeller as dp
+from dreampropeller.checkpoint import CheckpointError
 from dreampropeller.dispatch import process_group
+from systems import extras
 from systems.runs.stopping import STOP
 from systems.settings.config import Config
 from systems.settings.dispatch import DispatchConfig, is_rank
+from systems.settings.notes import note
 from systems.settings.reader import ConfigError
 
 _FOLDER = "dreampropeller/folder"
 """Key of the run's folder in torchrun's store."""
 
+FAULTS = (
+    *(CheckpointError, ImportError, ValueError, OSError),
+    *(dp.NotConverged, dp.WorkerError),
+)
+"""What ends a command with a message instead of a traceback."""
+_THREADS = 64
+"""Threads that any machine may use, as results of a large one depend on them."""
 _PASSED_ON = (signal.SIGINT, signal.SIGTERM)
 """Signals that the launching process passes on to rank 0."""
+
+
+def check(config: DispatchConfig) -> None:
+    """Refuse what this machine cannot do, and say what a launcher leaves no effect.
+
+    Not while a config is read: a run that was made elsewhere can still be looked at.
+
+    Raises:
+        ConfigError: There are too many threads.
+    """
+    cores = os.cpu_count() or 1
+    most = max(_THREADS, 4 * cores)
+    if config.threads is not None and config.threads > most:
+        raise ConfigError(
+            f"`dispatch.threads` is {config.threads}, and this machine has {cores} "
+            f"cores: write at most {most}, or leave it out."
+        )
+    if not is_rank():
+        return
+    if config.num_workers not in (1, config.count):
+        note(
+            f"`dispatch.num_workers={config.num_workers}` has no effect under torchrun "
+            f"and srun, which have started {config.count} process(es)."
+        )
+    if config.max_restarts:
+        note(
+            f"`dispatch.max_restarts={config.max_restarts}` has no effect under "
+            f"torchrun and srun: write `torchrun --max-restarts={config.max_restarts}`."
+        )
 
 
 def dispatcher(
@@ -38,8 +78,15 @@ def dispatcher(
         config: The `dispatch` section.
         make: Builds a replica of the trajectory on a worker of Ray; default: the
             trajectory is pickled.
+
+    Raises:
+        ConfigError: Ranks of torchrun were asked to use Ray.
+        ImportError: Ray is not installed.
+        ValueError: `dispatch.ray_address` is no address.
+        OSError: Nothing listens there.
     """
     if config.backend == "ray":
+        from dreampropeller.dispatch import ray_cluster
         from dreampropeller.dispatch.ray import RayDispatcher
 
         if is_rank():
@@ -47,6 +94,8 @@ def dispatcher(
                 "`dispatch.backend=ray` starts its workers itself: run it without "
                 "torchrun, with `dispatch.num_workers=8`."
             )
+        ray_cluster.load()  # refuse before a folder is made
+        ray_cluster.check_address(config.ray_address)
         spread = functools.partial(
             RayDispatcher,
             num_workers=config.num_workers,
@@ -54,6 +103,8 @@ def dispatcher(
             address=config.ray_address,
             elastic=config.elastic,
             threads=config.threads or 1,
+            timeout=config.timeout,
+            heartbeat=config.heartbeat,
         )
         return spread, config.threads or 1
     if not is_rank():
@@ -203,7 +254,13 @@ def complain(text: str) -> None:
     print(f"error: {text}", file=sys.stderr)
 
 
-def last_words(error: dp.WorkerError) -> str:
-    """The last line of a rank's traceback, as a readable message."""
+def words(error: Exception) -> str:
+    """A fault as a readable message; of a rank's traceback the last line."""
+    if isinstance(error, ImportError):
+        return extras.to_install(error)
+    if not isinstance(error, dp.WorkerError):
+        return str(error)
     lines = [line for line in str(error).strip().splitlines() if line.strip()]
-    return lines[-1] if lines else "A rank failed without a word."
+    last = lines[-1] if lines else "A rank failed without a word."
+    missing = re.match(r"ModuleNotFoundError: No module named '(\w+)", last)
+    return last if missing is None else extras.not_installed(missing[1])

@@ -17,9 +17,10 @@ class DispatchConfig:
             GPUs); `launch.py` starts them.
         threads: CPU threads per process; null: all cores for a single process, one
             thread for each of several.
-        timeout: Seconds that processes wait for one that is alive but has not finished.
-        heartbeat: Seconds without a sign of life after which a process counts as lost;
-            null: no heartbeat.
+        timeout: Seconds that processes wait for one that is alive but has not finished;
+            with Ray, for a first worker that is ready.
+        heartbeat: Seconds without a sign of life after which a process counts as lost,
+            and an actor of Ray is replaced; null: no heartbeat.
         max_restarts: Number of times that all processes are started again after one
             failed; they resume from the last checkpoint. (`torchrun` has its own
             `--max-restarts`.)

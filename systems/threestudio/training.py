@@ -61,6 +61,7 @@ def run(path: Path | None, trains: bool, overrides: Sequence[str]) -> int:
             "`dispatch.max_restarts` has no effect with `backend=threestudio`: leave "
             "it out, and resume a failed run with `resume=RUN`."
         )
+    workers.check(ours.dispatch)
     count = ours.dispatch.num_workers
     asked: Any = OmegaConf.merge(theirs, OmegaConf.from_dotlist(dotted))
     if asked.get("timestamp") is None and asked.get("use_timestamp", True):

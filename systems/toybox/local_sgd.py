@@ -32,7 +32,7 @@ class LocalSGD:
     """
 
     def __init__(self, interval: float = INTERVAL) -> None:
-        started = int(os.environ.get("WORLD_SIZE", "1")) > 1
+        started = int(os.environ.get("WORLD_SIZE") or 1) > 1
         if started and not dist.is_initialized():
             dist.init_process_group("gloo")
         self.rank = dist.get_rank() if started else 0

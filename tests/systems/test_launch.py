@@ -30,6 +30,7 @@ from systems import artefacts, build
 from systems.runs.folders import folder_of
 from systems.runs.report.runs import open_run
 from tests.helpers import tree_equal
+from tests.processes import rank_environ
 from tests.rank_pool import RankPool
 from tests.systems.scenes import SMALL, TOYBOX
 
@@ -477,6 +478,8 @@ def test_a_wrong_key_is_said_once_by_all_ranks(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Ranks of torchrun write their errors side by side, one folder per rank."""
+    for name, value in rank_environ(0, 2, 29500).items():
+        monkeypatch.setenv(name, value)
     for rank in "01":
         monkeypatch.setenv("RANK", rank)
         monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", f"{tmp_path}/{rank}/error.json")

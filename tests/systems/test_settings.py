@@ -9,11 +9,14 @@ import pytest
 
 import dreampropeller as dp
 from systems import build
+from systems.runs import workers
 from systems.sampling import SamplerConfig
 from systems.scene.backgrounds import EnvironmentConfig, SolidConfig
 from systems.scene.materials import PointLightConfig
+from systems.settings import notes
 from systems.settings.checks import at_least, check_range
 from systems.settings.config import Config, load
+from systems.settings.dispatch import DispatchConfig
 from systems.settings.presets import fast
 from systems.settings.reader import ConfigError, read, to_section
 from systems.settings.schedules import check_schedule, value_at
@@ -87,6 +90,30 @@ def test_window_auto_is_resolved_from_the_workers_once(
     monkeypatch.setenv("WORLD_SIZE", "2")  # torchrun
     monkeypatch.setenv("RANK", "0")
     assert solver(auto).window == dp.AdaptiveWindow(2, 8, 2)
+
+
+def test_more_threads_than_a_machine_can_hold_are_refused() -> None:
+    """100000 of them ended in a segmentation fault."""
+    workers.check(DispatchConfig(threads=64))  # a result of a larger machine
+    with pytest.raises(ConfigError, match=r"`dispatch.threads` is 100000.*at most \d+"):
+        workers.check(DispatchConfig(threads=100_000))
+
+
+def test_settings_that_a_launcher_leaves_no_effect_are_noted(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    notes.note.cache_clear()
+    config = DispatchConfig(num_workers=4, max_restarts=3)
+    workers.check(config)
+    assert capsys.readouterr().err == ""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    workers.check(config)
+    said = capsys.readouterr().err
+    assert "`dispatch.num_workers=4` has no effect under torchrun and srun" in said
+    assert "write `torchrun --max-restarts=3`" in said
+    workers.check(DispatchConfig(num_workers=2))
+    assert capsys.readouterr().err == ""
 
 
 def test_thresholds_by_name() -> None:
