@@ -135,7 +135,7 @@ class DriftThreshold(Threshold[DriftMemory]):
         sums: Whether δ also bounds the sum of errors along the accepted steps.
         half_weight: Error at which the drift of a guess that did not pass counts half
             in the guesses behind it, in windows of more than 16 steps with `Secant`
-            (Eq. 9c), above 0; infinity: all count in full.
+            (Eq. 9c), above 0; None: all count in full.
     """
 
     value: float = 0.2
@@ -143,7 +143,7 @@ class DriftThreshold(Threshold[DriftMemory]):
     memory: int = 4
     warmup: int = 0
     sums: bool = True
-    half_weight: float = 0.5
+    half_weight: float | None = 0.5
 
     def __post_init__(self) -> None:
         if not (is_number(self.value) and 0 <= self.value < math.inf):
@@ -151,10 +151,11 @@ class DriftThreshold(Threshold[DriftMemory]):
                 f"`value` is {self.value!r}: write the share of itself that "
                 "a drift may be off by, such as 0.2 (0 reproduces the sequential run)."
             )
-        if not (is_number(self.half_weight) and self.half_weight > 0):
+        half = self.half_weight
+        if half is not None and not (is_number(half) and 0 < half < math.inf):
             raise ValueError(
-                f"`half_weight` is {self.half_weight!r}: write a number above 0, as "
-                "0.5 (infinity turns damping off)."
+                f"`half_weight` is {half!r}: write a number above 0, as 0.5, or None "
+                "(`null`), and all drifts count in full."
             )
         for name, number, least in (
             ("hold_every", self.hold_every, 1),
@@ -246,9 +247,10 @@ class DriftThreshold(Threshold[DriftMemory]):
 
         1 while errors are not known.
         """
-        if self.exact or not memory.wide or not math.isfinite(error):
+        half = self.half_weight if memory.wide and not self.exact else None
+        if half is None or not math.isfinite(error):
             return 1.0
-        return 1 / (1 + (error / self.half_weight) ** 2)
+        return 1 / (1 + (error / half) ** 2)
 
     def most(self, memory: DriftMemory, length: int, remaining: int) -> int:
         """One step while there is no secant; one slot fewer when a secant is due.

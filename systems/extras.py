@@ -63,8 +63,8 @@ def probe(name: str, *, needs_cuda: bool = False) -> tuple[Any, str]:
     try:
         return importlib.import_module(name), ""
     except Exception as error:
-        missing = isinstance(error, ModuleNotFoundError) and error.name is not None
-        if missing and f"{name}.".startswith(f"{error.name}."):
+        missing = error.name if isinstance(error, ModuleNotFoundError) else None
+        if missing is not None and f"{name}.".startswith(f"{missing}."):
             return None, f"`{name}` is not used: it is not installed."
         # Built for another torch or driver, or half installed: whatever it raises.
         first = (str(error).splitlines() or [type(error).__name__])[0]

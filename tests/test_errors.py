@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import subprocess
 import sys
 from collections.abc import Callable
@@ -53,6 +54,10 @@ EXACT = FixedThreshold(0)
         (
             lambda: DriftThreshold(warmup=-1),
             r"`warmup` is -1: write a whole number, 0",
+        ),
+        (
+            lambda: DriftThreshold(half_weight=math.inf),
+            r"`half_weight` is inf: write a number above 0, as 0.5, or None",
         ),
         (lambda: AdaptiveWindow(0, 4), r"`smallest` is 0.*at least 1"),
         (lambda: AdaptiveWindow(8, 4), r"`largest` is 4.*smallest size 8"),

@@ -334,8 +334,9 @@ def check(name: str, prompts: Sequence[str]) -> None:
             "`tokenizer.json`). Save one there with `pipeline.save_pretrained(...)`, "
             "or write `toybox`."
         ) from error
-    for prompt in prompts if known is not None else ():
-        read(prompt, known)
+    if known is not None:
+        for prompt in prompts:
+            read(prompt, known)
 
 
 def open_pipeline(
