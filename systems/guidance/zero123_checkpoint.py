@@ -121,7 +121,8 @@ def read_checkpoint(path: Path) -> dict[str, Tensor]:
     """
     try:
         if path.suffix == ".safetensors":
-            found: Any = load_file(path)
+            # Copied to torch's alignment, by which CPU kernels may round.
+            found: Any = {name: t.clone() for name, t in load_file(path).items()}
         else:
             mapped = zipfile.is_zipfile(path)  # older files cannot be mapped
             found = torch.load(

@@ -27,7 +27,8 @@ from tests.systems.test_zero123 import make as image_to_3d
 from tests.systems.test_zero123 import rendered
 
 CPU = torch.device("cpu")
-ROUNDING = 1e-5
+ROUNDING = 1e-4
+"""Of a gradient's norm; 3e-5 on the worst machine so far, behind an autoencoder."""
 """Largest deviation of a step's gradient in shards from that of the whole step, in
 single precision, as a fraction of its norm (documented in docs/views.md)."""
 TERMS = [f"system.loss.lambda_{one}" for one in ("orient=0.1", "sparsity=0.2")]
