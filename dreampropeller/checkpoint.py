@@ -264,6 +264,8 @@ def load(
         try:
             return _read(newest, device)
         except CheckpointError as error:  # noqa: PERF203, once per damaged file
+            if isinstance(error, _NoDevice):  # sound; an older one would not fit either
+                raise
             warnings.warn(
                 f"{error} Falling back to the checkpoint before.", stacklevel=2
             )
@@ -272,6 +274,10 @@ def load(
         + (f" ({len(found)} damaged)" if found else "")
         + ". Name the folder with `step-….safetensors` files, or start a new run."
     )
+
+
+class _NoDevice(CheckpointError):
+    """The tensors of a sound checkpoint do not fit on a device."""
 
 
 def _read(path: Path, device: torch.device | str | None) -> SolverState[Any]:
@@ -302,7 +308,7 @@ def _read(path: Path, device: torch.device | str | None) -> SolverState[Any]:
             for index, kind in enumerate(header["devices"])
         ]
     except (RuntimeError, AssertionError) as error:  # the second without CUDA in torch
-        raise CheckpointError(
+        raise _NoDevice(
             f"The tensors of `{path}` cannot be moved to `{device or 'the GPU'}` "
             f'({error}): load them with `device="cpu"`.'
         ) from error

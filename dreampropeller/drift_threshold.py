@@ -22,6 +22,11 @@ from dreampropeller.threshold import Threshold
 from dreampropeller.trajectory import Parents
 from dreampropeller.tree import State, is_continuous, moving, norms, widened
 
+RUNAWAY = 16
+"""Norm of a drift, in units of the anchor's, beyond which it is no unit of errors.
+
+Guesses that run away have huge drifts, which would make all errors look small.
+"""
 ROUNDING = 64
 """Units in the last place below which a relative change of a drift is ignored."""
 COUNTED = 4
@@ -218,6 +223,7 @@ class DriftThreshold(Threshold[DriftMemory]):
             name: median(size[name] for size in sizes if name in size)
             for name in set().union(*sizes)
         }
+        most = {name: RUNAWAY * size for name, size in sizes[0].items() if size > 0}
         for step, part, size in zip(evaluation.steps, parts, sizes, strict=True):
             if step not in memory.held:
                 continue
@@ -225,7 +231,10 @@ class DriftThreshold(Threshold[DriftMemory]):
             if not 0 < distance < math.inf or before.keys() != part.keys():
                 continue
             change = norms({name: value - before[name] for name, value in part.items()})
-            unit = {name: max(size[name], middle[name]) for name in part}
+            unit = {
+                name: min(max(size[name], middle[name]), most.get(name, math.inf))
+                for name in part
+            }
             error = _relative(change, unit, memory.moved)
             if math.isfinite(error):
                 yield step, error, distance, _rounding(part)
@@ -250,7 +259,8 @@ class DriftThreshold(Threshold[DriftMemory]):
         half = self.half_weight if memory.wide and not self.exact else None
         if half is None or not math.isfinite(error):
             return 1.0
-        return 1 / (1 + (error / half) ** 2)
+        ratio = error / half
+        return 1 / (1 + ratio * ratio)
 
     def most(self, memory: DriftMemory, length: int, remaining: int) -> int:
         """One step while there is no secant; one slot fewer when a secant is due.

@@ -62,7 +62,7 @@ def probe(name: str, *, needs_cuda: bool = False) -> tuple[Any, str]:
         return None, f"`{name}` is not used: it needs a CUDA device."
     try:
         return importlib.import_module(name), ""
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         missing = error.name if isinstance(error, ModuleNotFoundError) else None
         if missing is not None and f"{name}.".startswith(f"{missing}."):
             return None, f"`{name}` is not used: it is not installed."
@@ -95,6 +95,8 @@ def to_install(error: ImportError) -> str:
 
 def not_installed(module: str) -> str:
     """A sentence about a module that is missing."""
+    if module not in _EXTRAS:  # whose package may have another name
+        return f"`{module}` is not installed."
     return f"`{module}` is not installed: write {_command(module)}."
 
 

@@ -332,3 +332,21 @@ def test_tensors_of_a_gpu_are_read_without_one(tmp_path: Path) -> None:
     assert checkpoint.load(path).y["x"].device.type == "cpu"
     with pytest.raises(CheckpointError, match=r"cannot be moved to `xpu`.*\"cpu\""):
         checkpoint.load(path, device="xpu")
+
+
+def test_a_sound_checkpoint_that_fits_no_device_is_no_damaged_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Falling back to an older one would lose steps."""
+    state = PicardSolver(SlidingWindow(2)).init({"x": torch.ones(2)}, None)
+    checkpoint.save(tmp_path, state)
+    header = checkpoint._parse
+
+    def on_gpu(metadata: dict[str, str]) -> dict[str, Any]:
+        found = header(metadata)
+        return {**found, "devices": ["cuda"] * len(found["devices"])}
+
+    monkeypatch.setattr(checkpoint, "_parse", on_gpu)
+    monkeypatch.setattr(checkpoint, "_check", lambda *_: None)
+    with pytest.raises(checkpoint.CheckpointError, match="load them with"):
+        checkpoint.load(tmp_path, device="nonsense")  # a warning is an error here

@@ -19,6 +19,7 @@ from dreampropeller import (
     PicardSolver,
     Rollout,
     Secant,
+    Sequential,
     SlidingWindow,
     SolverState,
     State,
@@ -190,6 +191,25 @@ def test_a_wide_window_overshoots_less_when_bad_drifts_are_damped(
 
     damped, plain = strides(0.5), strides(None)
     assert len(damped) < 0.9 * len(plain) if gains else damped == plain
+
+
+@pytest.mark.parametrize("window", [8, 16, 32])
+@pytest.mark.parametrize(("power", "rate"), [(3, 0.1), (3, 0.2), (5, 0.07)])
+def test_guesses_that_run_away_do_not_make_errors_look_small(
+    power: int, rate: float, window: int
+) -> None:
+    """Their drifts are huge: as a unit they let a wrong result pass as a success."""
+
+    class Stiff(Descent):
+        def init(self) -> tuple[State, None]:
+            return {"x": torch.full((3,), 1.5, dtype=torch.float64)}, None
+
+        def make_drift(self, device: torch.device) -> Drift:
+            return lambda step, y: ({"x": y["x"] ** power}, {})
+
+    wanted = solve(Stiff(rate), Sequential()).value["x"]
+    found = solve(Stiff(rate), PicardSolver(SlidingWindow(window))).value["x"]
+    assert (found - wanted).abs().max() < 0.15 * wanted.abs().max()
 
 
 def test_no_step_with_a_damped_drift_is_accepted() -> None:

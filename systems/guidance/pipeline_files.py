@@ -68,7 +68,7 @@ def check_schedule(config: Mapping[str, Any]) -> None:
     Raises:
         ValueError: Names the entry of `scheduler_config.json`.
     """
-    count = config.get("num_train_timesteps")
+    count = config.get("num_train_timesteps", 1000)  # as in diffusers
     if type(count) is not int or not 1 <= count <= MOST_TIMESTEPS:
         raise ValueError(
             f"`num_train_timesteps` of its scheduler is {count!r}, no whole number "
