@@ -155,8 +155,7 @@ class JobBlocks(Blocks):
         import joblib
 
         self._folder = Path(tempfile.mkdtemp(prefix="dreampropeller-"))
-        self._file = str(self._folder / "points")
-        joblib.dump((family, x, device, size), self._file)
+        self._file = str(self._folder / "points")  # not before the family is settled
         self._parallel = joblib.Parallel(jobs, backend="loky", max_nbytes=None)
         self._numbers = [part for part in self.shares(jobs) if len(part)]
 
@@ -166,6 +165,8 @@ class JobBlocks(Blocks):
         """Every process works on its own blocks."""
         import joblib
 
+        if not Path(self._file).exists():
+            joblib.dump((self.family, self.x, self.device, self.size), self._file)
         found: Any = self._parallel(
             joblib.delayed(_remote)(
                 self._file, work, numbers, _cut(self, numbers, points), shared

@@ -18,7 +18,7 @@ import torch
 from scipy import sparse
 from torch import Tensor
 
-from dreampropeller.mixtures.family import Family
+from dreampropeller.mixtures.inputs import NIW, Dirichlet, as_floats
 
 Mark: TypeAlias = dict[str, str]
 """What determines a chain, by the name of the parameter; data and priors as digests."""
@@ -40,10 +40,17 @@ def digest(*parts: Any) -> str:
     return found.hexdigest()
 
 
-def prior_mark(family: Family) -> str:
-    """The family's name and a digest of its prior, as resolved for the data."""
-    settings = family.settings
-    return f"{family.name}/{digest(*settings, *settings.values())}"
+def prior_mark(prior: NIW | Dirichlet) -> str:
+    """The family's name and a digest of its prior's arguments, as given.
+
+    What is taken from the data instead is rounded differently by different CPUs.
+    """
+    name = prior.covariance if isinstance(prior, NIW) else "multinomial"
+    parts: list[Any] = []
+    for argument, value in vars(prior).items():
+        plain = value is None or isinstance(value, str)
+        parts += [argument, value if plain else as_floats(value, argument)]
+    return f"{name}/{digest(*parts)}"
 
 
 def differing(mark: Mark, other: Mark) -> list[str]:

@@ -117,9 +117,7 @@ def test_ranks_agree_on_seed_data_and_file(two_ranks: RankPool, tmp_path: Path) 
     (first, refused), second = two_ranks(fits_of_a_rank, tmp_path)
     assert (first, refused) == second
     assert [found[0] for found in first] == [9, 9, 12]
-    for message, names in zip(
-        refused, ["data, prior", "alpha", "n_sweeps"], strict=False
-    ):
+    for message, names in zip(refused, ["data", "alpha", "n_sweeps"], strict=False):
         assert f"have different {names}: with" in message
     assert "does not exist" in refused[-1]
     assert [path.name for path in tmp_path.iterdir()] == ["chain"]

@@ -11,7 +11,7 @@ import pytest
 import torch
 from sklearn.exceptions import ConvergenceWarning
 
-from dreampropeller.mixtures import NIW, Dirichlet, DPMixture, HDPMixture
+from dreampropeller.mixtures import NIW, Dirichlet, DPMixture, HDPMixture, blocks
 
 X = np.random.default_rng(0).normal(size=(60, 2)) + 9 * (np.arange(60) % 2)[:, None]
 COUNTS = np.random.default_rng(0).poisson(2.0, (60, 2))
@@ -48,6 +48,26 @@ def test_a_file_of_another_chain_is_refused(
     other = DPMixture(**{**SHORT, "checkpoint": saved, **changed})
     with pytest.raises(ValueError, match=f"with other {names}.*write another"):
         other.fit(x)
+
+
+@pytest.mark.parametrize("n_jobs", [None, 2])
+def test_another_rounding_of_the_prior_continues_the_same_chain(
+    n_jobs: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on another type of CPU, where the covariance of the data has other bits."""
+    monkeypatch.setattr(blocks, "SIZE", 32)
+    settings: dict[str, Any] = {**SHORT, "n_proposals": 2, "n_jobs": n_jobs}
+    whole = DPMixture(**{**settings, "n_sweeps": 24}).fit(X)
+    path = tmp_path / "chain"
+    part = DPMixture(**settings, warm_start=True, checkpoint=path).fit(X)
+    cov = np.cov
+    monkeypatch.setattr(np, "cov", lambda *a, **k: cov(*a, **k) * (1 + 1e-9))
+    more = DPMixture(**{**settings, "n_sweeps": 24}, checkpoint=path).fit(X)
+    for model in (more, part.set_params(checkpoint=None).fit(X)):
+        assert torch.equal(model.family_.settings["psi"], whole.family_.settings["psi"])
+        np.testing.assert_array_equal(
+            model.history_["log_joint"], whole.history_["log_joint"]
+        )
 
 
 def test_other_groups_of_the_same_points_are_refused(tmp_path: Path) -> None:
