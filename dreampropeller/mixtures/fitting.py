@@ -68,17 +68,21 @@ def settings_of(estimator: Any) -> Settings:
         at_least(estimator.init_components, 1, "init_components"),
     )
     if settings.method == "subcluster":
-        _check_length(settings)
+        continued = estimator.warm_start and hasattr(estimator, "state_")
+        _check_length(settings, continued)
     return settings
 
 
-def _check_length(settings: Settings) -> None:
+def _check_length(settings: Settings, continued: bool) -> None:
     """Refuse runs of "subcluster" that end before a cluster may split."""
-    least, quiet = SETTLE + FINAL, settings.burn_in + (settings.patience or 0)
-    why = (
-        f"'subcluster' splits after {SETTLE} sweeps at the earliest, and not in the "
-        f"last {FINAL}"
-    )
+    quiet = settings.burn_in + (settings.patience or 0)
+    least, why = FINAL + 1, f"'subcluster' does not split in the last {FINAL} sweeps"
+    if not continued:  # else the sub-clusters have settled
+        least = SETTLE + FINAL
+        why = (
+            f"'subcluster' splits after {SETTLE} sweeps at the earliest, and not in "
+            f"the last {FINAL}"
+        )
     if settings.n_sweeps < least:
         raise ValueError(
             f"`n_sweeps` is {settings.n_sweeps}: write at least {least}, because {why}."
@@ -137,7 +141,7 @@ def saved(
     if checkpoint is None:
         return None
     path = Path(checkpoint)
-    found = blocks.lead(lambda: read(path, mark))
+    found = blocks.lead(lambda: read(path, mark, state and state["mark"]))
     # A file of the last fit is older than the state that this one continues.
     older = found and state and found["first"] < state["sweeps"]
     return None if older else found

@@ -34,7 +34,8 @@ def digest(*parts: Any) -> str:
             )
         elif isinstance(part, (np.ndarray, Tensor)):
             array = np.ascontiguousarray(np.asarray(part))
-            found.update(f"{array.shape}{array.dtype}".encode() + array.tobytes())
+            found.update(f"{array.shape}{array.dtype}".encode())
+            found.update(array.reshape(-1).data)  # not a copy
         else:
             found.update(f"{part!r};".encode())
     return found.hexdigest()
@@ -81,8 +82,12 @@ def write(state: dict[str, Any], path: Path) -> None:
             beside.unlink()
 
 
-def read(path: Path, mark: Mark) -> dict[str, Any] | None:
-    """Load a state of the same chain; None if there is no such file yet."""
+def read(path: Path, mark: Mark, last: Mark | None = None) -> dict[str, Any] | None:
+    """Load a state of the same chain; None if there is no such file yet.
+
+    A file of the chain as it was before its settings changed, whose mark is `last`,
+    counts as none.
+    """
     check_folder(path)
     if not path.exists():
         return None
@@ -98,6 +103,8 @@ def read(path: Path, mark: Mark) -> dict[str, Any] | None:
             f"`{path}` does not say which data and settings it belongs to, as files of "
             "older versions: write another `checkpoint`, or delete the file."
         )
+    if state["mark"] != mark and state["mark"] == last:
+        return None
     if names := differing(state["mark"], mark):
         raise ValueError(
             f"`{path}` belongs to a chain with other {', '.join(names)}: write another "
