@@ -72,7 +72,7 @@ class Mixture(ClusterMixin, BaseEstimator):
             mark = fitting.mark_of(settings, x, given, prior, group, seed)
             state = getattr(self, "state_", None) if self.warm_start else None
             fitting.agree(blocks, settings, mark, self.checkpoint, state)
-            saved = fitting.saved(blocks, mark, self.checkpoint, state)
+            saved = fitting.newest(blocks, mark, self.checkpoint, state)
             fitting.settle(blocks, mark, saved or state)
             chain = fitting.start(settings, blocks, prior, group, seed)
             path = self.checkpoint

@@ -131,7 +131,7 @@ def mark_of(
     return mark
 
 
-def saved(
+def newest(
     blocks: Blocks,
     mark: Mark,
     checkpoint: str | os.PathLike[str] | None,
