@@ -65,15 +65,18 @@ class Mixture(ClusterMixin, BaseEstimator):
 
     def _run(self, x: Any, group: Tensor, prior: PartitionPrior) -> None:
         settings, jobs = fitting.settings_of(self), as_jobs(self.n_jobs)
-        family = as_prior(self.prior).resolve(x)
+        given = as_prior(self.prior)
         own = int(check_random_state(self.random_state).randint(2**31 - 1))
-        with opened(family, x, jobs, self.device) as blocks:
+        with opened(given.resolve(x), x, jobs, self.device) as blocks:
             seed = blocks.lead(lambda: own)  # without a seed ranks draw different ones
-            mark = fitting.mark_of(settings, blocks, prior, group, seed)
+            mark = fitting.mark_of(settings, x, given, prior, group, seed)
             state = getattr(self, "state_", None) if self.warm_start else None
             fitting.agree(blocks, settings, mark, self.checkpoint, state)
+            saved = fitting.newest(blocks, mark, self.checkpoint, state)
+            fitting.settle(blocks, mark, saved or state)
             chain = fitting.start(settings, blocks, prior, group, seed)
-            state = fitting.run(chain, settings, mark, self.checkpoint, state)
+            path = self.checkpoint
+            state = fitting.run(chain, settings, mark, path, state, saved)
         self._keep(chain, state)
 
     def _keep(self, chain: Chain, state: dict[str, Any]) -> None:

@@ -155,8 +155,7 @@ class JobBlocks(Blocks):
         import joblib
 
         self._folder = Path(tempfile.mkdtemp(prefix="dreampropeller-"))
-        self._file = str(self._folder / "points")
-        joblib.dump((family, x, device, size), self._file)
+        self._file = str(self._folder / "points")  # not before the family is settled
         self._parallel = joblib.Parallel(jobs, backend="loky", max_nbytes=None)
         self._numbers = [part for part in self.shares(jobs) if len(part)]
 
@@ -166,6 +165,8 @@ class JobBlocks(Blocks):
         """Every process works on its own blocks."""
         import joblib
 
+        if not Path(self._file).exists():
+            joblib.dump((self.family, self.x, self.device, self.size), self._file)
         found: Any = self._parallel(
             joblib.delayed(_remote)(
                 self._file, work, numbers, _cut(self, numbers, points), shared
@@ -217,8 +218,8 @@ def opened(
     Args:
         family: The family of the components.
         x: All points, ``(points, dim)``.
-        n_jobs: Number of processes, -1 for one per core, or "ranks" for those of the
-            default group of `torch.distributed`.
+        n_jobs: Number of processes, -1 for one per core, -2 for one less and so on, or
+            "ranks" for those of the default group of `torch.distributed`.
         device: Device of the densities.
     """
     import os
@@ -236,7 +237,7 @@ def opened(
     else:
         assert not isinstance(n_jobs, str)
         jobs = 1 if n_jobs is None else n_jobs
-        jobs = jobs if jobs > 0 else (os.cpu_count() or 1)
+        jobs = jobs if jobs > 0 else max(1, (os.cpu_count() or 1) + 1 + jobs)
         many = jobs > 1 and x.shape[0] > SIZE
         blocks = (
             JobBlocks(family, x, jobs, device) if many else Blocks(family, x, device)

@@ -34,7 +34,8 @@ class DPMixture(Mixture):
             scipy sparse), or "full", "diagonal", "multinomial"; None is "full".
         method: "subcluster", the published sampler, fast and approximate, or "exact",
             whose split and merge leave the posterior invariant.
-        n_sweeps: Largest number of sweeps; "subcluster" needs 9.
+        n_sweeps: Largest number of sweeps; "subcluster" needs 9, and 6 to go on
+            by `warm_start`.
         burn_in: Number of sweeps before which "subcluster" does not stop early, and
             after which the number of proposals of "exact" is frozen.
         patience: Number of sweeps without a split or merge after which "subcluster"
@@ -43,9 +44,9 @@ class DPMixture(Mixture):
             the number of clusters at the end of the burn-in.
         init_components: Number of random initial labels.
         random_state: The seed. The same seed gives the same labels for any `n_jobs`.
-        n_jobs: Number of processes, -1 for one per core, or "ranks" for those of the
-            default group of `torch.distributed`, whose ranks all call `fit` with all
-            points and the same parameters.
+        n_jobs: Number of processes, -1 for one per core, -2 for one less and so on, or
+            "ranks" for those of the default group of `torch.distributed`, whose ranks
+            all call `fit` with all points and the same parameters.
         device: Device of the densities: "cpu", "cuda", "cuda:1".
         checkpoint: A file that `fit` writes its state to every 25 sweeps, and resumes
             from, bit for bit, if it exists; one of other points or settings is refused.

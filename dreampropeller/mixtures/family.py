@@ -136,3 +136,7 @@ class Family(abc.ABC):
     @abc.abstractmethod
     def settings(self) -> dict[str, Any]:
         """Tensors and numbers that determine the prior."""
+
+    def restore(self, settings: dict[str, Any]) -> None:
+        """Take over what another machine may have rounded otherwise."""
+        del settings  # nothing is computed from the data, by default

@@ -16,7 +16,7 @@ from torch import Tensor
 from dreampropeller.mixtures.blocks import Blocks
 from dreampropeller.mixtures.chain import Chain
 from dreampropeller.mixtures.exact import ExactChain
-from dreampropeller.mixtures.inputs import at_least
+from dreampropeller.mixtures.inputs import NIW, Dirichlet, at_least
 from dreampropeller.mixtures.priors import PartitionPrior
 from dreampropeller.mixtures.random import generator
 from dreampropeller.mixtures.states import (
@@ -68,17 +68,21 @@ def settings_of(estimator: Any) -> Settings:
         at_least(estimator.init_components, 1, "init_components"),
     )
     if settings.method == "subcluster":
-        _check_length(settings)
+        continued = estimator.warm_start and hasattr(estimator, "state_")
+        _check_length(settings, continued)
     return settings
 
 
-def _check_length(settings: Settings) -> None:
+def _check_length(settings: Settings, continued: bool) -> None:
     """Refuse runs of "subcluster" that end before a cluster may split."""
-    least, quiet = SETTLE + FINAL, settings.burn_in + (settings.patience or 0)
-    why = (
-        f"'subcluster' splits after {SETTLE} sweeps at the earliest, and not in the "
-        f"last {FINAL}"
-    )
+    quiet = settings.burn_in + (settings.patience or 0)
+    least, why = FINAL + 1, f"'subcluster' does not split in the last {FINAL} sweeps"
+    if not continued:  # else the sub-clusters have settled
+        least = SETTLE + FINAL
+        why = (
+            f"'subcluster' splits after {SETTLE} sweeps at the earliest, and not in "
+            f"the last {FINAL}"
+        )
     if settings.n_sweeps < least:
         raise ValueError(
             f"`n_sweeps` is {settings.n_sweeps}: write at least {least}, because {why}."
@@ -103,15 +107,20 @@ def start(
 
 
 def mark_of(
-    settings: Settings, blocks: Blocks, prior: PartitionPrior, group: Tensor, seed: int
+    settings: Settings,
+    x: Any,
+    given: NIW | Dirichlet,
+    prior: PartitionPrior,
+    group: Tensor,
+    seed: int,
 ) -> Mark:
-    """What determines a chain; called before its first sweep."""
+    """What determines a chain, from the arguments as they were given."""
     mark = {
-        "data": digest(blocks.x),
+        "data": digest(x),
         "groups": digest(group),
         "random_state": str(seed),
         "method": settings.method,
-        "prior": prior_mark(blocks.family),
+        "prior": prior_mark(given),
         "init_components": str(settings.init_components),
         **{name: repr(value) for name, value in prior.settings.items()},
     }
@@ -122,12 +131,40 @@ def mark_of(
     return mark
 
 
+def newest(
+    blocks: Blocks,
+    mark: Mark,
+    checkpoint: str | os.PathLike[str] | None,
+    state: dict[str, Any] | None,
+) -> dict[str, Any] | None:
+    """The state in the file, unless the last fit's `state` is newer."""
+    if checkpoint is None:
+        return None
+    path = Path(checkpoint)
+    found = blocks.lead(lambda: read(path, mark, state and state["mark"]))
+    # A file of the last fit is older than the state that this one continues.
+    older = found and state and found["first"] < state["sweeps"]
+    return None if older else found
+
+
+def settle(blocks: Blocks, mark: Mark, state: dict[str, Any] | None) -> None:
+    """Give all ranks the components' prior of the state they continue, or rank 0's.
+
+    What it takes from the data is rounded differently by different CPUs.
+    """
+    settings = blocks.family.settings
+    if state is not None and not {"data", "prior"} & {*differing(state["mark"], mark)}:
+        settings = state["components"]
+    blocks.family.restore(blocks.lead(lambda: settings))
+
+
 def run(
     chain: Chain,
     settings: Settings,
     mark: Mark,
     checkpoint: str | os.PathLike[str] | None,
     state: dict[str, Any] | None,
+    saved: dict[str, Any] | None,
 ) -> dict[str, Any]:
     """Sweep until the settings end the run, from a saved state if there is one.
 
@@ -137,6 +174,7 @@ def run(
         mark: The mark of the chain, see `mark_of`.
         checkpoint: A file for the state, which need not exist yet.
         state: The state of the last fit, to go on from for `n_sweeps` more.
+        saved: The state in the file, to go on from with what is missing.
 
     Returns:
         The last state.
@@ -146,16 +184,19 @@ def run(
         _continue(chain, state, mark)
     first = chain.sweeps
     blocks = chain.blocks
-    saved = None if path is None else blocks.lead(lambda: read(path, mark))
-    # A file of the last fit is older than the state that this one continues.
-    if saved is not None and (state is None or saved["first"] >= first):
+    if saved is not None:
         chain.load(saved)
         first = saved["first"]
         _warn_if_quiet(chain, settings, saved)
 
     def present() -> dict[str, Any]:
-        n_sweeps = settings.n_sweeps
-        return {**chain.state(), "first": first, "n_sweeps": n_sweeps, "mark": mark}
+        return {
+            **chain.state(),
+            "components": chain.family.settings,
+            "first": first,
+            "n_sweeps": settings.n_sweeps,
+            "mark": mark,
+        }
 
     end = _end(chain, settings, first)
     _warn_if_never_frozen(chain, settings, end)

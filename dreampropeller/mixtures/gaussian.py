@@ -32,13 +32,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dreampropeller.mixtures.family import (
-    Block,
-    Family,
-    Params,
-    Statistics,
-    segments,
-)
+from dreampropeller.mixtures.family import Block, Family, Params, Statistics, segments
 
 _CHUNK = 1024
 """Rows whose residuals are computed together: they should fit a core's cache."""
@@ -81,6 +75,10 @@ class _Gaussian(Family):
             "psi": self.base,
             "sampled": self.sampled,
         }
+
+    def restore(self, settings: dict[str, Any]) -> None:
+        r"""Take over $m_0$ and $\Psi$, which may stem from the data."""
+        self.mean, self.base = settings["mean"], settings["psi"]
 
     def resample(self, statistics: Statistics, rng: np.random.Generator) -> None:
         r"""Draw the scale $\tau$ of $\Psi_0 = \tau \Psi$, uniform over a grid.

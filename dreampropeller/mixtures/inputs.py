@@ -223,15 +223,15 @@ def as_floats(value: Any, name: str) -> np.ndarray:
 
 
 def as_jobs(value: Any) -> int | str | None:
-    """A number of processes, -1 for one per core, or "ranks"."""
+    """A number of processes, a negative one as joblib reads it, or "ranks"."""
     if value is None or (isinstance(value, str) and value == "ranks"):
         return value
     number: int = int(value) if is_whole(value) else 0
-    if number > 0 or number == -1:
+    if number != 0:
         return number
     raise ValueError(
         f"`n_jobs` is {value!r}: write a number of processes, -1 for one per core, "
-        "or 'ranks' inside a `torch.distributed` group."
+        "-2 for one less, or 'ranks' inside a `torch.distributed` group."
     )
 
 

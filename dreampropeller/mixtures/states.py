@@ -18,7 +18,7 @@ import torch
 from scipy import sparse
 from torch import Tensor
 
-from dreampropeller.mixtures.family import Family
+from dreampropeller.mixtures.inputs import NIW, Dirichlet, as_floats
 
 Mark: TypeAlias = dict[str, str]
 """What determines a chain, by the name of the parameter; data and priors as digests."""
@@ -34,16 +34,24 @@ def digest(*parts: Any) -> str:
             )
         elif isinstance(part, (np.ndarray, Tensor)):
             array = np.ascontiguousarray(np.asarray(part))
-            found.update(f"{array.shape}{array.dtype}".encode() + array.tobytes())
+            found.update(f"{array.shape}{array.dtype}".encode())
+            found.update(array.reshape(-1).data)  # not a copy
         else:
             found.update(f"{part!r};".encode())
     return found.hexdigest()
 
 
-def prior_mark(family: Family) -> str:
-    """The family's name and a digest of its prior, as resolved for the data."""
-    settings = family.settings
-    return f"{family.name}/{digest(*settings, *settings.values())}"
+def prior_mark(prior: NIW | Dirichlet) -> str:
+    """The family's name and a digest of its prior's arguments, as given.
+
+    What is taken from the data instead is rounded differently by different CPUs.
+    """
+    name = prior.covariance if isinstance(prior, NIW) else "multinomial"
+    parts: list[Any] = []
+    for argument, value in vars(prior).items():
+        plain = value is None or isinstance(value, str)
+        parts += [argument, value if plain else as_floats(value, argument)]
+    return f"{name}/{digest(*parts)}"
 
 
 def differing(mark: Mark, other: Mark) -> list[str]:
@@ -74,8 +82,12 @@ def write(state: dict[str, Any], path: Path) -> None:
             beside.unlink()
 
 
-def read(path: Path, mark: Mark) -> dict[str, Any] | None:
-    """Load a state of the same chain; None if there is no such file yet."""
+def read(path: Path, mark: Mark, last: Mark | None = None) -> dict[str, Any] | None:
+    """Load a state of the same chain; None if there is no such file yet.
+
+    A file of the chain as it was before its settings changed, whose mark is `last`,
+    counts as none.
+    """
     check_folder(path)
     if not path.exists():
         return None
@@ -91,6 +103,8 @@ def read(path: Path, mark: Mark) -> dict[str, Any] | None:
             f"`{path}` does not say which data and settings it belongs to, as files of "
             "older versions: write another `checkpoint`, or delete the file."
         )
+    if state["mark"] != mark and state["mark"] == last:
+        return None
     if names := differing(state["mark"], mark):
         raise ValueError(
             f"`{path}` belongs to a chain with other {', '.join(names)}: write another "

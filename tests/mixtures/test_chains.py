@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -91,14 +92,16 @@ def fits_of_a_rank(folder: Path) -> tuple[list[list[float]], list[str]]:
     """Labels of fits that work on two ranks, messages of those that do not."""
     rank, (x, _) = torch.distributed.get_rank(), gaussians(60, 2, 2)
     options: dict[str, Any] = {"n_jobs": "ranks", "n_sweeps": 9, "alpha": (1.0, 1.0)}
-    labels: list[list[float]] = []
+    cov, labels = np.cov, list[list[float]]()
     refused: list[str] = []
     for changed in (
         {"random_state": None},
         {"checkpoint": folder / "chain"},
         {"checkpoint": folder / "chain", "n_sweeps": 12},
     ):
-        model = DPMixture(**{**options, **changed}).fit(x)
+        # As on another type of CPU, where the covariance of the data has other bits.
+        with mock.patch("numpy.cov", lambda *a, **k: cov(*a, **k) * (1 + rank * 1e-9)):
+            model = DPMixture(**{**options, **changed}).fit(x)
         labels.append([len(model.history_["log_joint"]), *model.labels_.tolist()])
         labels[-1] += model.history_["log_joint"].tolist()
     for changed, points in (
@@ -117,9 +120,7 @@ def test_ranks_agree_on_seed_data_and_file(two_ranks: RankPool, tmp_path: Path) 
     (first, refused), second = two_ranks(fits_of_a_rank, tmp_path)
     assert (first, refused) == second
     assert [found[0] for found in first] == [9, 9, 12]
-    for message, names in zip(
-        refused, ["data, prior", "alpha", "n_sweeps"], strict=False
-    ):
+    for message, names in zip(refused, ["data", "alpha", "n_sweeps"], strict=False):
         assert f"have different {names}: with" in message
     assert "does not exist" in refused[-1]
     assert [path.name for path in tmp_path.iterdir()] == ["chain"]
@@ -170,7 +171,7 @@ def test_fit_continues_from_its_checkpoint(
     np.testing.assert_array_equal(
         resumed.history_["log_joint"], whole.history_["log_joint"]
     )
-    with pytest.raises(ValueError, match="chain with other data, prior: write"):
+    with pytest.raises(ValueError, match="chain with other data: write"):
         DPMixture(**settings, checkpoint=path).fit(x + 1)
 
 

@@ -14,7 +14,8 @@ from scipy import sparse, stats
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.utils.estimator_checks import parametrize_with_checks
 
-from dreampropeller.mixtures import NIW, Dirichlet, DPMixture, HDPMixture
+from dreampropeller.mixtures import NIW, Dirichlet, DPMixture, HDPMixture, blocks
+from dreampropeller.mixtures.inputs import as_jobs
 
 CLASSIFIERS = "asks every estimator with `predict_proba` for its classifier tags"
 NORMAL = "its data is real-valued, and counts are not"
@@ -135,6 +136,7 @@ BAD: dict[str, tuple[Callable[[], Any], str]] = {
     ),
     "patience": (lambda: DPMixture(patience=2).fit(X), "`patience` is 2"),
     "jobs": (lambda: DPMixture(n_jobs="all").fit(X), "'ranks'"),
+    "no jobs": (lambda: DPMixture(n_jobs=0).fit(X), "`n_jobs` is 0: write"),
     "jobs as a bool": (lambda: DPMixture(n_jobs=True).fit(X), "`n_jobs` is True"),
     "no ranks": (lambda: DPMixture(n_jobs="ranks").fit(X), "`init_process_group`"),
     "device": (
@@ -218,6 +220,24 @@ def test_proposals_that_are_never_fixed_give_a_warning() -> None:
 def test_jobs_may_be_a_whole_number_of_numpy() -> None:
     model: Any = DPMixture(n_sweeps=9, n_jobs=np.int64(2)).fit(X)
     np.testing.assert_array_equal(model.labels_, DPMixture(n_sweeps=9).fit(X).labels_)
+
+
+@pytest.mark.parametrize(("n_jobs", "count"), [(-1, 4), (-2, 3), (-9, 1), (3, 3)])
+def test_negative_jobs_leave_cores_free(
+    n_jobs: int, count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[int] = []
+
+    class Counted(blocks.Blocks):
+        def __init__(self, family: Any, x: Any, jobs: Any, device: str = "cpu") -> None:
+            super().__init__(family, x, device)
+            made.append(jobs)
+
+    monkeypatch.setattr(blocks, "SIZE", 32)
+    monkeypatch.setattr(blocks, "JobBlocks", Counted)
+    monkeypatch.setattr("os.cpu_count", lambda: 4)
+    with blocks.opened(NIW().resolve(X), X, as_jobs(n_jobs)):
+        assert (made or [1]) == [count]
 
 
 def test_a_prior_of_ones_own_takes_constant_columns() -> None:

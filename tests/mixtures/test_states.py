@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,8 @@ import pytest
 import torch
 from sklearn.exceptions import ConvergenceWarning
 
-from dreampropeller.mixtures import NIW, Dirichlet, DPMixture, HDPMixture
+from dreampropeller.mixtures import NIW, Dirichlet, DPMixture, HDPMixture, blocks
+from dreampropeller.mixtures.states import digest
 
 X = np.random.default_rng(0).normal(size=(60, 2)) + 9 * (np.arange(60) % 2)[:, None]
 COUNTS = np.random.default_rng(0).poisson(2.0, (60, 2))
@@ -48,6 +50,26 @@ def test_a_file_of_another_chain_is_refused(
     other = DPMixture(**{**SHORT, "checkpoint": saved, **changed})
     with pytest.raises(ValueError, match=f"with other {names}.*write another"):
         other.fit(x)
+
+
+@pytest.mark.parametrize("n_jobs", [None, 2])
+def test_another_rounding_of_the_prior_continues_the_same_chain(
+    n_jobs: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on another type of CPU, where the covariance of the data has other bits."""
+    monkeypatch.setattr(blocks, "SIZE", 32)
+    settings: dict[str, Any] = {**SHORT, "n_proposals": 2, "n_jobs": n_jobs}
+    whole = DPMixture(**{**settings, "n_sweeps": 24}).fit(X)
+    path = tmp_path / "chain"
+    part = DPMixture(**settings, warm_start=True, checkpoint=path).fit(X)
+    cov = np.cov
+    monkeypatch.setattr(np, "cov", lambda *a, **k: cov(*a, **k) * (1 + 1e-9))
+    more = DPMixture(**{**settings, "n_sweeps": 24}, checkpoint=path).fit(X)
+    for model in (more, part.set_params(checkpoint=None).fit(X)):
+        assert torch.equal(model.family_.settings["psi"], whole.family_.settings["psi"])
+        np.testing.assert_array_equal(
+            model.history_["log_joint"], whole.history_["log_joint"]
+        )
 
 
 def test_other_groups_of_the_same_points_are_refused(tmp_path: Path) -> None:
@@ -132,6 +154,34 @@ def test_warm_start_with_a_checkpoint_goes_on_from_the_last_fit(tmp_path: Path) 
     part = DPMixture(**settings, warm_start=True, checkpoint=tmp_path / "chain").fit(X)
     np.testing.assert_array_equal(part.fit(X).labels_, whole.labels_)
     assert part.n_iter_ == 24
+
+
+def test_warm_start_replaces_the_file_of_the_settings_before(tmp_path: Path) -> None:
+    path = tmp_path / "chain"
+    model = DPMixture(**SHORT, warm_start=True, checkpoint=path).fit(X)
+    model.set_params(alpha=2.0).fit(X)
+    assert model.history_["concentration"].tolist() == [1.0] * 12 + [2.0] * 12
+    assert len(torch.load(path, weights_only=True)["history"]["log_joint"]) == 24
+    DPMixture(3.0, **SHORT, checkpoint=tmp_path / "other").fit(X)
+    with pytest.raises(ValueError, match="other alpha: write another"):
+        model.set_params(checkpoint=tmp_path / "other").fit(X)
+
+
+def test_warm_start_needs_no_sweeps_to_settle() -> None:
+    model = DPMixture(n_sweeps=9, warm_start=True).fit(X)
+    assert model.set_params(n_sweeps=6).fit(X).n_iter_ == 15
+    with pytest.raises(ValueError, match="`n_sweeps` is 5: write at least 6, because"):
+        model.set_params(n_sweeps=5).fit(X)
+
+
+def test_a_digest_copies_no_array() -> None:
+    array = np.ones(10**6)
+    tracemalloc.start()
+    found = digest(array, array[:0], np.array(2.0))
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < array.nbytes / 2
+    assert found != digest(array, array[:0], np.array(3.0))
 
 
 @pytest.mark.parametrize(
