@@ -266,9 +266,8 @@ def load(
         except CheckpointError as error:  # noqa: PERF203, once per damaged file
             if isinstance(error, _NoDevice):  # sound; an older one would not fit either
                 raise
-            warnings.warn(
-                f"{error} Falling back to the checkpoint before.", stacklevel=2
-            )
+            fallback = f"{error} Falling back to the checkpoint before."
+            warnings.warn(fallback, stacklevel=2)
     raise CheckpointError(
         f"`{path}` holds no checkpoint that can be read"
         + (f" ({len(found)} damaged)" if found else "")
