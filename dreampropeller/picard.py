@@ -293,9 +293,7 @@ class PicardSolver(Solver):
                         )
             corrected.append(drift)
             # Without correction a stiff problem needs what the drifts far ahead say.
-            if self.acceleration is not None and any(
-                not error <= bound for error in errors[-1:]
-            ):
+            if self.acceleration is not None and errors and not errors[-1] <= bound:
                 weight = self.threshold.weight(state.threshold, errors[-1])
                 with timer.phase("threshold"):
                     drift = damped(drift, y, weight)
