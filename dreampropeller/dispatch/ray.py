@@ -239,8 +239,9 @@ class RayDispatcher(Dispatcher):
             if worker.ping is not None and self._is_done(worker.ping):
                 worker.ping, worker.heard = None, now
             if worker.ping is None:
-                ping = worker.actor.ping.options(concurrency_group="life")
-                worker.ping = ping.remote()
+                if now - worker.heard >= self._interval:  # short drifts need no ping
+                    ping = worker.actor.ping.options(concurrency_group="life")
+                    worker.ping = ping.remote()
             elif now - worker.heard > self._silence:
                 _log.warning(
                     "A worker has given no sign of life for %g s and is replaced. (If "
