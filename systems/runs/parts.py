@@ -36,7 +36,8 @@ def run(words: Sequence[str], config: Path | None = None) -> int:
         config: A config, which has no effect and is refused.
 
     Raises:
-        ConfigError: There is no run or no mesh, or scikit-learn is not installed.
+        ConfigError: There is no run or no mesh.
+        ImportError: scikit-learn is not installed.
     """
     if config is not None:
         raise ConfigError(
@@ -53,13 +54,7 @@ def run(words: Sequence[str], config: Path | None = None) -> int:
         )
     runs = [folders.folder_of(place) for place in places]
     meshes = [_mesh(folder) for folder in runs]
-    try:
-        found = find_parts(meshes)
-    except ImportError as error:
-        raise ConfigError(
-            f"Parts need scikit-learn ({error}): `pip install dreampropeller[mixtures]`"
-            " or `pip install scikit-learn`."
-        ) from error
+    found = find_parts(meshes)
     for folder, mesh, parts in zip(runs, meshes, found.parts, strict=True):
         write(folder, mesh, found, parts)
         print(f"{_summary(parts)} {folder / 'parts.html'}")
@@ -69,9 +64,7 @@ def run(words: Sequence[str], config: Path | None = None) -> int:
 def write(folder: Path, mesh: Any, palette: Palette, parts: Parts) -> None:
     """Write ``parts.glb`` (an object per part), ``parts.json``, the page, its image."""
     with written(folder / "parts.glb") as part:
-        part.write_bytes(
-            to_glb(*_separate(mesh, parts, palette.colours[parts.colours]))
-        )
+        part.write_bytes(to_glb(*separate(mesh, parts, palette.colours[parts.colours])))
     entries = [
         {
             "share": round(float(share), 4),
@@ -85,7 +78,7 @@ def write(folder: Path, mesh: Any, palette: Palette, parts: Parts) -> None:
         {"palette": [_hex(one) for one in palette.colours], "parts": entries},
     )
     title = str(folders.report(folder).get("title", folder.name))
-    marks = np.stack([_hue(number) for number in range(parts.count)])
+    marks = np.stack([hue(number) for number in range(parts.count)])
     rows = "\n".join(
         f"<tr><td>{number + 1}</td><td>{_swatch(mark)}</td>"
         f"<td>{_swatch(palette.colours[index])}</td><td>{share:.1%}</td></tr>"
@@ -114,12 +107,12 @@ def _mesh(folder: Path) -> Any:
             f"resume={folder}`."
         )
     mesh: Any = load_glb(path)
-    if mesh.visual.kind == "texture":  # the colours at the vertices will do
+    if mesh.visual.kind == "texture":  # the renderer reads colours at the vertices
         mesh.visual = mesh.visual.to_color()
     return mesh
 
 
-def _separate(mesh: Any, parts: Parts, colours: np.ndarray) -> list[Any]:
+def separate(mesh: Any, parts: Parts, colours: np.ndarray) -> list[Any]:
     """A mesh per part, in one colour each."""
     import trimesh
 
@@ -150,7 +143,7 @@ def _sheet(
     views = Views(cameras, cameras.axes()[0], SIZE, SIZE)
     rows = [render_mesh(mesh, views)[0]]
     for kind in (colours, marks):
-        whole = trimesh.util.concatenate(_separate(mesh, parts, kind))
+        whole = trimesh.util.concatenate(separate(mesh, parts, kind))
         rows.append(render_mesh(whole, views)[0])
     return torch.cat(rows)
 
@@ -163,7 +156,7 @@ def _summary(parts: Parts) -> str:
     )
 
 
-def _hue(number: int) -> np.ndarray:
+def hue(number: int) -> np.ndarray:
     """A colour that differs from those of the neighbouring numbers."""
     import colorsys
 

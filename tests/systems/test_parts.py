@@ -13,24 +13,11 @@ import trimesh
 from sklearn.metrics import adjusted_rand_score
 
 import launch
+from benchmarks.parts import shaded
 from systems.quality.parts import Palette, find_parts
 from systems.scene.mesh_files import save_mesh, with_texture
 from systems.scene.meshes import atlas
 from systems.toybox.objects import OBJECTS
-from systems.toybox.truth import truth
-
-
-def shaded(prompt: str, resolution: int = 40) -> Any:
-    """The true mesh, its albedo under light from above and with noise."""
-    found = truth(prompt).mesh(resolution)
-    mesh: Any = trimesh.Trimesh(
-        found.vertices.numpy(), found.faces.numpy(), process=False
-    )
-    light = 0.7 + 0.3 * mesh.vertex_normals[:, 2:]
-    noise = 0.02 * np.random.default_rng(0).normal(size=light.shape)
-    colours = (found.colours.numpy() * light + noise).clip(0, 1)
-    mesh.visual.vertex_colors = (colours * 255).round().astype(np.uint8)
-    return mesh
 
 
 def agreement(name: str, mesh: Any, found: Palette, index: int = 0) -> float:
