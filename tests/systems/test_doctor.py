@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 import launch
 from dreampropeller import WorkerError
@@ -215,3 +217,19 @@ def test_a_package_that_is_missing_is_named_with_its_extra(
 def test_a_missing_package_of_a_rank_is_named_too() -> None:
     trace = "Rank 1 failed (exit code 1):\nModuleNotFoundError: No module named 'peft'"
     assert workers.words(WorkerError(trace)).startswith("`peft` is not installed: ")
+
+
+def test_the_extra_that_is_named_brings_the_module() -> None:
+    lines = list(map(Requirement, metadata.requires("dreampropeller") or []))
+
+    def brings(extra: str) -> set[str]:
+        asked = [r for r in lines if r.marker and r.marker.evaluate({"extra": extra})]
+        inner = [brings(name) for one in asked for name in one.extras]
+        return {canonicalize_name(one.name) for one in asked}.union(*inner)
+
+    distributions = metadata.packages_distributions()
+    for module, extra in extras._EXTRAS.items():
+        if module == "pytorch_lightning":  # which `lightning` brings
+            continue
+        names = distributions.get(module, [module])
+        assert brings(extra) & set(map(canonicalize_name, names)), (module, extra)

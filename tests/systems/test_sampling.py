@@ -202,34 +202,6 @@ def test_the_strip_shows_what_was_asked_and_accepted() -> None:
 
 
 @pytest.mark.parametrize(
-    ("overrides", "message"),
-    [
-        ([ODE, "system.sampler.eta=1"], "an ODE has no noise: write `system.sampler"),
-        ([LAW], "draws its steps: write `system.sampler.eta=1`"),
-        ([ODE, "system.sampler.form=published"], "whose drift is an increment"),
-        ([LAW, "system.sampler.form=published"], "whose drift is an increment"),
-        ([LAW, SDE[1], "system.sampler.batched=true"], "write `solver.name=picard`"),
-        (["solver.name=sequential", "system.sampler.batched=true"], "has no effect"),
-        ([*SDE, "solver.non_finite=skip"], "`non_finite` has no effect on `piadm-sde`"),
-        ([ODE, "solver.threshold.value=0"], "`threshold` has no effect on `piadm-ode`"),
-        ([ODE, "solver.acceleration.name=anderson"], "`acceleration` has no effect on"),
-        ([LAW, "solver.depth=4"], "`depth` has no effect on `speculative`"),
-        (["solver.depth=4"], "`depth` has no effect on `picard`: leave it out, or"),
-        ([GUESS, "system.sampler.form=published"], "is an increment: leave one of"),
-        ([GUESS, FIRST, "system.sampler.batched=true"], "begins without one"),
-    ],
-)
-def test_a_setting_that_the_solver_ignores_is_refused(
-    overrides: list[str],
-    message: str,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    assert draw(tmp_path, *overrides) == 2
-    assert message in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
     "window", ["auto", "{name: adaptive, smallest: 2, largest: 4}"]
 )
 @pytest.mark.parametrize("name", ["piadm-ode", "speculative"])
@@ -256,6 +228,20 @@ def test_blocks_have_a_fixed_size(name: str, window: str) -> None:
             ["system.sampler.scheduler=dpm++", "system.sampler.form=published"],
             "is a multistep method",
         ),
+        # Settings that the solver would ignore.
+        ([ODE, "system.sampler.eta=1"], "an ODE has no noise: write `system.sampler"),
+        ([LAW], "draws its steps: write `system.sampler.eta=1`"),
+        ([ODE, "system.sampler.form=published"], "whose drift is an increment"),
+        ([LAW, "system.sampler.form=published"], "whose drift is an increment"),
+        ([LAW, SDE[1], "system.sampler.batched=true"], "write `solver.name=picard`"),
+        (["solver.name=sequential", "system.sampler.batched=true"], "has no effect"),
+        ([*SDE, "solver.non_finite=skip"], "`non_finite` has no effect on `piadm-sde`"),
+        ([ODE, "solver.threshold.value=0"], "`threshold` has no effect on `piadm-ode`"),
+        ([ODE, "solver.acceleration.name=anderson"], "`acceleration` has no effect on"),
+        ([LAW, "solver.depth=4"], "`depth` has no effect on `speculative`"),
+        (["solver.depth=4"], "`depth` has no effect on `picard`: leave it out, or"),
+        ([GUESS, "system.sampler.form=published"], "is an increment: leave one of"),
+        ([GUESS, FIRST, "system.sampler.batched=true"], "begins without one"),
     ],
 )
 def test_a_mistake_is_a_sentence(
