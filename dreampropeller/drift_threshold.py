@@ -22,7 +22,7 @@ from dreampropeller.threshold import Threshold
 from dreampropeller.trajectory import Parents
 from dreampropeller.tree import State, is_continuous, moving, norms, widened
 
-RUNAWAY = 16
+RUNAWAY = 4
 """Norm of a drift, in units of the anchor's, beyond which it is no unit of errors.
 
 Guesses that run away have huge drifts, which would make all errors look small.

@@ -13,6 +13,7 @@ remaining new states are the next guesses.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -180,6 +181,10 @@ class PicardSolver(Solver):
         rollout, carries = self._roll_out(trajectory, timer, state, evaluation, bound)
 
         stride = self._accept(dispatcher, state, rollout, bound)
+        if stride > rollout.undamped:  # here, not on the device of rank 0
+            rollout, carries = self._roll_out(
+                trajectory, timer, state, evaluation, math.inf
+            )
         rollout = replace(rollout, stride=stride)
         carry = carries.at(trajectory, rollout)
         state = self._learn("after", state, rollout, timer)

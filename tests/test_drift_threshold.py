@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from dreampropeller import (
     DriftThreshold,
     Evaluation,
     FixedThreshold,
+    InlineDispatcher,
     Iteration,
     PicardSolver,
     Rollout,
@@ -193,12 +195,13 @@ def test_a_wide_window_overshoots_less_when_bad_drifts_are_damped(
     assert len(damped) < 0.9 * len(plain) if gains else damped == plain
 
 
+@pytest.mark.parametrize("acceleration", [None, Secant()])
 @pytest.mark.parametrize("window", [8, 16, 32])
 @pytest.mark.parametrize(("power", "rate"), [(3, 0.1), (3, 0.2), (5, 0.07)])
-def test_guesses_that_run_away_do_not_make_errors_look_small(
-    power: int, rate: float, window: int
+def test_guesses_that_run_away_spoil_nothing(
+    power: int, rate: float, window: int, acceleration: Secant | None
 ) -> None:
-    """Their drifts are huge: as a unit they let a wrong result pass as a success."""
+    """Their drifts are huge, a bad unit of errors, and their slopes belong far away."""
 
     class Stiff(Descent):
         def init(self) -> tuple[State, None]:
@@ -208,7 +211,8 @@ def test_guesses_that_run_away_do_not_make_errors_look_small(
             return lambda step, y: ({"x": y["x"] ** power}, {})
 
     wanted = solve(Stiff(rate), Sequential()).value["x"]
-    found = solve(Stiff(rate), PicardSolver(SlidingWindow(window))).value["x"]
+    solver = PicardSolver(SlidingWindow(window), acceleration=acceleration)
+    found = solve(Stiff(rate), solver).value["x"]
     assert (found - wanted).abs().max() < 0.15 * wanted.abs().max()
 
 
@@ -225,6 +229,34 @@ def test_no_step_with_a_damped_drift_is_accepted() -> None:
 
     solver = PicardSolver(Greedy(32), DriftThreshold(), acceleration=Secant())
     solve(Descent(0.3, 150), solver, on_iteration=check)
+
+
+def test_a_rank_that_damps_what_rank_0_accepts_uses_it_in_full() -> None:
+    """Devices of different models may round an error to either side of the bound."""
+    rank0: list[SolverState[Any]] = []
+
+    def solver(tolerance: float) -> PicardSolver:
+        threshold = DriftThreshold(tolerance)
+        return PicardSolver(SlidingWindow(32), threshold, acceleration=Secant())
+
+    solve(Descent(0.3), solver(0.2), on_iteration=lambda s, _: rank0.append(s))
+    differed = 0
+    for before, after in pairwise(rank0):
+
+        class Other(InlineDispatcher):
+            wanted = after.step - before.step
+
+            def agree(self, numbers: Sequence[int]) -> list[int]:
+                nonlocal differed
+                if len(numbers) > 1:  # not the stride
+                    return list(numbers)
+                differed += numbers[0] < self.wanted
+                return [self.wanted]
+
+        options = {"max_iterations": 1, "throw": False}
+        other = solve(Descent(0.3), solver(0.1), Other, state=before, **options)
+        assert tree_equal(other.value, after.y)
+    assert differed
 
 
 def test_stride_does_not_depend_on_the_scale_of_the_problem() -> None:

@@ -208,3 +208,36 @@ def test_old_slopes_fade() -> None:
     memory = secant.before(memory, Evaluation([6], [one, one], [one]))
     # Products 1 + 4 / 2 over squares 1 + 1 / 2, and as much again.
     assert float(memory.slopes["x"]) == pytest.approx(1.0)
+
+
+def test_slopes_that_overshoot_the_nearest_pairs_leave_out_the_distant() -> None:
+    """Distances of 1 and slope 1 near, 100 and 1000 far: the far ones outvote it."""
+    near, far = {"x": torch.ones(1)}, {"x": torch.full((1,), 100.0)}
+    zero = {"x": torch.zeros(1)}
+    secant = Secant(shrinkage=1e-6)
+
+    def slope(steep: float, past: float | None = None) -> float:
+        held = {step: (zero, zero) for step in range(1, 5)}
+        sums = {} if past is None else {"x": torch.full((1,), past)}
+        memory = SecantMemory(held, sums, {"x": torch.ones(1)} if sums else {})
+        drifts = [zero, near, *[{"x": steep * far["x"]}] * 3]
+        seen = Evaluation(range(5), [zero, near, far, far, far, far], drifts)
+        return float(secant.before(memory, seen).slopes["x"])
+
+    assert slope(2) == pytest.approx(2, rel=1e-3)
+    assert slope(7) == pytest.approx(7, rel=1e-3)
+    assert slope(1000) == pytest.approx(1, rel=1e-3)
+    # What earlier iterations saw counts, unless it does not fit either.
+    assert slope(1000, past=2) == pytest.approx((1 + 0.7 * 2) / 1.7, rel=1e-3)
+    assert slope(1000, past=1e6) == pytest.approx(1, rel=1e-3)
+
+
+def test_a_correction_is_no_multiple_of_the_drift() -> None:
+    slope, zero = {"x": torch.full((2,), 100.0)}, {"x": torch.zeros(2)}
+    drift = {"x": torch.tensor([3.0, 4.0])}
+    memory = SecantMemory(slopes=slope, units={"x": 10.0})
+    found = Secant().correct(memory, drift, {"x": torch.tensor([1.0, 0.0])}, zero)["x"]
+    assert 0 < found[0] - 3 < 100
+    assert found.norm() <= 4 * 10 + 5
+    near = Secant().correct(memory, drift, {"x": torch.tensor([0.1, 0.0])}, zero)["x"]
+    assert torch.equal(near, torch.tensor([13.0, 4.0]))

@@ -16,6 +16,7 @@ the correction accounts for the pull.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -26,7 +27,17 @@ from dreampropeller.checks import is_number
 from dreampropeller.component import FULL, Memory
 from dreampropeller.rollout import Evaluation, Rollout
 from dreampropeller.trajectory import Parents
-from dreampropeller.tree import State, moving, take_rows, widened
+from dreampropeller.tree import State, moving, norms, take_rows, widened
+
+NEAR = 4
+"""The nearest one in so many pairs are those that slopes must fit."""
+OVERSHOOT = 8
+"""How many times slopes may overshoot those before distant pairs are left out."""
+LARGEST = 4
+"""Largest norm of a corrected drift, in units of its own before and the anchor's."""
+
+Sums = tuple[Tensor, Tensor]
+Pair = tuple[State, State, State, State]
 
 
 @dataclass(frozen=True)
@@ -38,6 +49,7 @@ class SecantMemory(Memory):
         products: $\sum_a \Delta g_a \Delta y_a$, decayed, by name.
         squares: $\sum_a \Delta y_a^2$, decayed, by name.
         slopes: The diagonal $\Lambda$, from `before` to `after`.
+        units: Norms of the anchor's drift, by name, from `before` to `after`.
         current: Whether anything was measured since the last jump.
     """
 
@@ -45,6 +57,7 @@ class SecantMemory(Memory):
     products: State = field(default_factory=dict)
     squares: State = field(default_factory=dict)
     slopes: State = field(default_factory=dict, metadata=FULL)
+    units: dict[str, float] = field(default_factory=dict)
     current: bool = True
 
 
@@ -55,8 +68,10 @@ class Secant(Acceleration[SecantMemory]):
     A slot that was not accepted is evaluated again, so slopes cost no evaluation. A
     guess that equals its state is not corrected: at threshold 0 the result is that of
     `Sequential` bit for bit (`test_secant.py`). Only slopes that pull back (not below
-    zero) are used, as in descent on a loss. The memory is two states, and a drift and a
-    guess per slot that is evaluated again.
+    zero) are used, as in descent on a loss. Where the drift is strongly nonlinear,
+    distant guesses run away: slopes that do not fit the nearest pairs are measured
+    without them, and corrections are bounded (`docs/method.md`). The memory is two
+    states, and a drift and a guess per slot that is evaluated again.
 
     Args:
         decay: Weight of the sums of previous iterations, from 0 to below 1.
@@ -82,38 +97,58 @@ class Secant(Acceleration[SecantMemory]):
 
     def before(self, memory: SecantMemory, evaluation: Evaluation) -> SecantMemory:
         """Estimate slopes from the steps that were evaluated before."""
-        products, squares = {}, {}
-        for step, guess, drift in zip(
-            evaluation.steps, evaluation.guesses[:-1], evaluation.drifts, strict=True
-        ):
-            if step not in memory.held:
-                continue
-            old_guess, old_drift = memory.held[step]
-            for name in moving(guess, drift).keys() & old_drift.keys():
-                if drift[name].is_complex():
-                    continue  # a slope is a real number
-                change = widened(drift[name]) - widened(old_drift[name])
-                move = widened(guess[name]) - widened(old_guess[name])
-                _add(products, name, change * move)
-                _add(squares, name, move.square())
-        if not squares:
-            products, squares = memory.products, memory.squares
-            if not memory.current:
-                return SecantMemory({}, products, squares, current=False)
-        else:
-            for name in memory.products:
-                _add(products, name, self.decay * memory.products[name])
-                _add(squares, name, self.decay * memory.squares[name])
-        return SecantMemory({}, products, squares, self.slopes(products, squares))
+        pairs = [
+            (guess, drift, *memory.held[step])
+            for step, guess, drift in zip(
+                evaluation.steps,
+                evaluation.guesses[:-1],
+                evaluation.drifts,
+                strict=True,
+            )
+            if step in memory.held
+        ]
+        near, whole = _near_and_whole(pairs)
+        products, squares = memory.products, memory.squares
+        if whole:
+            found = {
+                name: self._fitting(
+                    near.get(name), whole.get(name), self._past(memory, name)
+                )
+                for name in {**whole, **products}
+            }
+            products = {name: one for name, (one, _) in found.items()}
+            squares = {name: one for name, (_, one) in found.items()}
+        elif not memory.current:
+            return SecantMemory({}, products, squares, current=False)
+        slopes, anchor = self.slopes(products, squares), evaluation.drifts[0]
+        units = norms({name: anchor[name] for name in slopes if name in anchor})
+        return SecantMemory({}, products, squares, slopes, units)
+
+    def _past(self, memory: SecantMemory, name: str) -> Sums | None:
+        if name not in memory.products:
+            return None
+        return self.decay * memory.products[name], self.decay * memory.squares[name]
+
+    def _fitting(
+        self, near: Sums | None, whole: Sums | None, past: Sums | None
+    ) -> Sums:
+        """The most of these sums whose slopes fit the nearest pairs."""
+        if near is None:
+            return _total(whole, past)
+        product, square = near
+        for found in (_total(whole, past), _total(near, past)):
+            slope = self._slope(*found)
+            if OVERSHOOT * (slope * product).sum() >= (slope.square() * square).sum():
+                return found
+        return near
 
     def slopes(self, products: State, squares: State) -> State:
         r"""The diagonal $\Lambda$, for each tensor that has been measured."""
-        found = {}
-        for name, product in products.items():
-            square = squares[name]
-            slope = product / (square + self.shrinkage * square.mean())
-            found[name] = slope.nan_to_num(0, 0, 0).clamp(min=0)
-        return found
+        return {name: self._slope(p, squares[name]) for name, p in products.items()}
+
+    def _slope(self, product: Tensor, square: Tensor) -> Tensor:
+        slope = product / (square + self.shrinkage * square.mean())
+        return slope.nan_to_num(0, 0, 0).clamp(min=0)
 
     def correct(
         self, memory: SecantMemory, drift: State, y: State, guess: State
@@ -122,11 +157,18 @@ class Secant(Acceleration[SecantMemory]):
         moved = {
             name: torch.addcmul(
                 widened(drift[name]), slope, widened(y[name]) - widened(guess[name])
-            ).to(drift[name].dtype)
+            )
             for name, slope in memory.slopes.items()
             if name in drift
         }
-        return {**drift, **moved}
+        for name, norm in norms(moved).items():
+            unit = memory.units.get(name, math.inf)
+            if norm > LARGEST * unit:
+                plain = widened(drift[name])
+                unit = max(unit, norms({name: plain})[name])
+                share = min(1, LARGEST * unit / norm)
+                moved[name] = plain + share * (moved[name] - plain)
+        return drift | {n: value.to(drift[n].dtype) for n, value in moved.items()}
 
     def after(self, memory: SecantMemory, rollout: Rollout) -> SecantMemory:
         """Keep guesses and uncorrected drifts of the steps to be evaluated again."""
@@ -165,5 +207,26 @@ class Secant(Acceleration[SecantMemory]):
         return SecantMemory({}, products, squares, current=False)
 
 
-def _add(sums: State, name: str, value: Tensor) -> None:
-    sums[name] = sums[name] + value if name in sums else value
+def _near_and_whole(pairs: Sequence[Pair]) -> tuple[dict[str, Sums], dict[str, Sums]]:
+    """The sums over the nearest pairs, and over all, by name."""
+    nearest = math.ceil(len(pairs) / NEAR)
+    near: dict[str, Sums] = {}
+    whole: dict[str, Sums] = {}
+    for count, (guess, drift, old_guess, old_drift) in enumerate(pairs, start=1):
+        for name in moving(guess, drift).keys() & old_drift.keys():
+            if drift[name].is_complex():
+                continue  # a slope is a real number
+            change = widened(drift[name]) - widened(old_drift[name])
+            move = widened(guess[name]) - widened(old_guess[name])
+            whole[name] = _total(whole.get(name), (change * move, move.square()))
+        if count == nearest:
+            near = dict(whole)
+    return near, whole
+
+
+def _total(one: Sums | None, other: Sums | None) -> Sums:
+    if one is None or other is None:
+        found = one or other
+        assert found is not None
+        return found
+    return one[0] + other[0], one[1] + other[1]
