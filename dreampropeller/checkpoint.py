@@ -25,6 +25,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from dreampropeller import stored_tensors
 from dreampropeller.component import Memory
 from dreampropeller.solution import SolverState, Stats
 from dreampropeller.tree import decode, encode, record_name
@@ -32,9 +33,6 @@ from dreampropeller.tree import decode, encode, record_name
 FORMAT = 3
 LOCK = ".lock"
 """Name of the lock file of the writing process."""
-_STORED = {torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.bool}
-_STORED |= {torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8}
-"""Types that every version of safetensors stores; others are written as bytes."""
 _LOCKS: dict[Path, int] = {}
 _BROKEN = (
     *(OSError, SafetensorError, ValueError, TypeError, AttributeError),
@@ -84,20 +82,12 @@ def save(
     structure, leaves = encode(
         state, lambda field: not lean or field.metadata.get("lean", True)
     )
-    # Safetensors refuses tensors that share memory, and strides it cannot describe.
-    arrays = {
-        str(index): leaf.detach().to("cpu", copy=True).contiguous()
-        for index, leaf in enumerate(leaves)
-    }
-    types = _store_as_bytes(arrays)
+    arrays, described = stored_tensors.store(leaves)
     header = {
         "format": FORMAT,
         "run": state.run,
         "structure": structure,
-        "devices": [leaf.device.type for leaf in leaves],
-        "checksums": {key: _checksum(array) for key, array in arrays.items()},
-        "forms": {key: _form(array) for key, array in arrays.items()},
-        "types": types,
+        **described,
     }
     text = json.dumps(header)
     metadata = {"dreampropeller": text, "checksum": str(zlib.crc32(text.encode()))}
@@ -154,16 +144,6 @@ def _step(path: Path) -> int:
 
 def _is_lean(path: Path) -> bool:
     return path.name.endswith(".lean.safetensors")
-
-
-def _store_as_bytes(arrays: dict[str, Tensor]) -> dict[str, Any]:
-    """Replace tensors of unusual types by their bytes; type and shape of each."""
-    types = {
-        key: _form(array) for key, array in arrays.items() if array.dtype not in _STORED
-    }
-    for key in types:
-        arrays[key] = arrays[key].reshape(-1).view(torch.uint8)
-    return types
 
 
 def lock(folder: Path) -> None:
@@ -287,7 +267,7 @@ def _read(path: Path, device: torch.device | str | None) -> SolverState[Any]:
             # of CPU kernels.
             arrays = {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118
             if header["format"] == FORMAT:
-                _check(header, arrays)
+                stored_tensors.restore(header, arrays)
     except _BROKEN as error:
         raise CheckpointError(
             f"The checkpoint `{path}` cannot be read: it is missing, cut short, "
@@ -299,8 +279,6 @@ def _read(path: Path, device: torch.device | str | None) -> SolverState[Any]:
             f"reads {FORMAT}. Resume with the version that wrote it, or start a new "
             "run."
         )
-    for key, (dtype, shape) in header["types"].items():
-        arrays[key] = arrays[key].view(getattr(torch, dtype)).reshape(shape)
     try:
         leaves = [
             arrays[str(index)].to("cpu" if kind == "cpu" else device or _present(kind))
@@ -350,36 +328,6 @@ def _is_state(state: Any) -> bool:
         and isinstance(state.run, str)
         and isinstance(state.problem, dict)
     )
-
-
-def _check(header: dict[str, Any], arrays: dict[str, Tensor]) -> None:
-    """Compare the tensors with what the header says of them.
-
-    Raises:
-        ValueError: They differ.
-        KeyError: The header is incomplete.
-    """
-    forms = header.get("forms", {key: _form(array) for key, array in arrays.items()})
-    if forms != {key: _form(array) for key, array in arrays.items()}:
-        raise ValueError("tensors of other shapes or types than were written")
-    if header["checksums"] != {key: _checksum(array) for key, array in arrays.items()}:
-        raise ValueError("a checksum differs")
-    if {str(index) for index in range(len(header["devices"]))} != arrays.keys():
-        raise ValueError("tensors are missing")
-    if not all(isinstance(kind, str) for kind in header["devices"]):
-        raise ValueError("devices without names")
-    for key, (dtype, shape) in header.setdefault("types", {}).items():
-        if not isinstance(getattr(torch, dtype, None), torch.dtype):
-            raise ValueError(f"unknown type `{dtype}`")
-        arrays[key].view(getattr(torch, dtype)).reshape(shape)
-
-
-def _form(array: Tensor) -> list[Any]:
-    return [str(array.dtype).removeprefix("torch."), list(array.shape)]
-
-
-def _checksum(array: Tensor) -> int:
-    return zlib.crc32(array.view(-1).view(torch.uint8).numpy().data)
 
 
 def _newest_first(folder: Path) -> list[Path]:

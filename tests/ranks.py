@@ -158,6 +158,17 @@ def solve_twice() -> list[State]:
     return [solve(OrnsteinUhlenbeck(), solver, quick).value for _ in "ab"]
 
 
+def share_an_image() -> State:
+    """Rank 0's, in channels-last memory; the others have zeros in plain memory."""
+    image = torch.zeros(2, 3, 4, 5)
+    if os.environ["RANK"] == "0":
+        image = (
+            torch.arange(120.0).view(2, 3, 4, 5).to(memory_format=torch.channels_last)
+        )
+    with quick(OrnsteinUhlenbeck()) as dispatcher:
+        return dispatcher.share({"x": image}, None)[0]
+
+
 def wait_for_the_end(folder: str) -> None:
     with open(os.path.join(folder, os.environ["RANK"]), "w") as file:
         file.write(str(os.getpid()))

@@ -20,7 +20,7 @@ SCIENCE = {"scipy", "sklearn", "joblib", "threadpoolctl"}
 
 LAYERS = {
     "states": "dreampropeller/{tree,rng,shards,timer,checks,buffers,guard,identity,"
-    "allocator}.py",
+    "allocator,strides}.py",
     "problem": "dreampropeller/{trajectory,optim*,*_loss,loss_gradient,leaves,"
     "precision,host,attributes,lending,verification,module_check,reachable,counters,"
     "count_check,clipping,generators,belongings,leftovers,differential}.py",

@@ -29,6 +29,7 @@ from dreampropeller import (
 from dreampropeller.dispatch import wire
 from tests import ranks
 from tests.helpers import TOYS, OrnsteinUhlenbeck, tree_equal
+from tests.rank_pool import RankPool
 
 
 def test_every_rank_of_every_solve_equals_the_loop_by_hand() -> None:
@@ -279,6 +280,13 @@ def test_wire_carries_every_type_bit_for_bit() -> None:
         assert received[0][0][name].stride() == value.stride()
     assert received[0][1] == {"loss": 0.1}
     assert received[1:] == [({}, {}), ({}, {})]
+
+
+def test_a_shared_state_has_the_strides_of_rank_0(two_ranks: RankPool) -> None:
+    image = torch.arange(120.0).view(2, 3, 4, 5).to(memory_format=torch.channels_last)
+    for found in two_ranks(ranks.share_an_image):
+        assert torch.equal(found["x"], image)
+        assert found["x"].stride() == image.stride()
 
 
 def test_a_drift_has_the_strides_that_backward_gives_a_gradient() -> None:

@@ -24,6 +24,7 @@ from dreampropeller.dispatch import process_group, wire
 from dreampropeller.dispatch.base import Dispatcher
 from dreampropeller.dispatch.gathering import Axis, Layout, gather
 from dreampropeller.dispatch.ranks import Meeting, Ranks
+from dreampropeller.strides import in_memory_order, order_of, restored
 from dreampropeller.trajectory import Trajectory
 from dreampropeller.tree import Aux, Nest, State, decode, device_of, encode
 
@@ -165,20 +166,24 @@ class DistributedDispatcher(Dispatcher):
         self._layout.entries.clear()  # shapes have changed: exchanged again
         self._ranks.meet(Meeting.SHARE)
         structure, leaves = encode((y, carry))
-        places = [(str(t.device.type), str(t.dtype), list(t.shape)) for t in leaves]
+        places = [
+            (str(t.device.type), str(t.dtype), list(t.shape), order_of(t))
+            for t in leaves
+        ]
         structure, places = self._ranks.gather_json([structure, places])[0]
         device = device_of(leaves)
         received: list[Tensor] = []
-        for index, (kind, dtype, shape) in enumerate(places):
+        for index, (kind, dtype, shape, order) in enumerate(places):
             if self._ranks.rank == 0:
-                leaf = leaves[index].detach().clone().contiguous()
+                leaf = in_memory_order(leaves[index].detach().clone())
             else:
                 where = torch.device("cpu") if kind == "cpu" else device
                 name = dtype.removeprefix("torch.")
+                shape = [shape[axis] for axis in order]
                 leaf = torch.empty(shape, dtype=getattr(torch, name), device=where)
             # As bytes: not every backend supports every type.
             self._ranks.collective(dist.broadcast, wire.as_bytes(leaf), 0)
-            received.append(leaf)
+            received.append(restored(leaf, order))
         return decode(structure, received)
 
     def _evaluate_one(self, slot: int, step: int, y: State) -> tuple[State, Aux]:

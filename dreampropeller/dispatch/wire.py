@@ -13,6 +13,7 @@ import torch
 from jaxtyping import UInt8
 from torch import Tensor
 
+from dreampropeller.strides import in_memory_order, order_of, restored
 from dreampropeller.tree import Aux, State
 
 ALIGNMENT = 64
@@ -28,8 +29,7 @@ class Entry:
         is_aux: Whether it is a scalar.
         dtype: Name of its type.
         shape: Its shape.
-        order: Its dimensions, the outermost in memory first. Sums are taken in the
-            order of the memory, so that another order would round them otherwise.
+        order: Its dimensions, the outermost in memory first.
     """
 
     name: str
@@ -67,14 +67,6 @@ def entries(drift: State, aux: Aux) -> dict[Entry, Tensor]:
     return found
 
 
-def order_of(tensor: Tensor) -> tuple[int, ...]:
-    """The dimensions of a tensor, the outermost in memory first."""
-    dimensions = range(tensor.dim())
-    if tensor.is_contiguous():
-        return tuple(dimensions)
-    return tuple(sorted(dimensions, key=lambda axis: -tensor.stride(axis)))
-
-
 def size(rows: Sequence[Sequence[Entry]]) -> int:
     """Bytes of a buffer that holds these slots."""
     return sum(entry.stride for row in rows for entry in row)
@@ -90,7 +82,7 @@ def pack(
     for row, slot in zip(rows, slots, strict=False):  # rows past the slots are empty
         for entry in row:
             part = buffer[position : position + entry.num_bytes]
-            part.copy_(as_bytes(slot[entry].permute(entry.order).contiguous()))
+            part.copy_(as_bytes(in_memory_order(slot[entry])))
             position += entry.stride
 
 
@@ -107,7 +99,7 @@ def unpack(
             part = buffer[position : position + entry.num_bytes]
             value = part.view(entry.torch_dtype)
             value = value.view([entry.shape[axis] for axis in entry.order])
-            value = value.permute([entry.order.index(i) for i in range(value.dim())])
+            value = restored(value, entry.order)
             if entry.is_aux:
                 aux[entry.name] = float(value)
             else:
