@@ -102,7 +102,7 @@ def main(argv: list[str] | None = None) -> int:
         if arguments.parts is not None:
             return parts.run([*arguments.parts, *overrides], arguments.config)
         if arguments.app or arguments.view is not None:
-            return pages.run(arguments.view, overrides)
+            return pages.run(arguments.view, overrides, arguments.config)
         if is_asked(overrides):
             return training.run(arguments.config, arguments.train, overrides)
         if arguments.render:

@@ -113,6 +113,7 @@ def test_the_last_stage_is_shown(tmp_path: Path) -> None:
     [
         (["speed=3"], "`speed=3` is no setting of `--app`"),
         (["port=0"], "`port=0` is no port"),
+        (["--config", "a.yaml"], "leave out `--config a.yaml`"),
     ],
 )
 def test_refusals_are_one_sentence(

@@ -144,6 +144,7 @@ def test_a_run_in_progress_and_half_written_files(
         (["."], "`.` has no `config.yaml`: it is no run folder"),
         ([".", "port=x"], "`port=x` is no port: write `port=8081`"),
         ([".", "speed=3"], "`speed=3` is no setting of `--view`"),
+        ([".", "--config", "a.yaml"], "leave out `--config a.yaml`"),
     ],
 )
 def test_refusals_are_one_sentence(
