@@ -18,19 +18,25 @@ import torch
 from dreampropeller.checks import is_number, is_whole
 from dreampropeller.component import FULL, Memory
 from dreampropeller.rollout import Evaluation, Rollout
+from dreampropeller.secants import (
+    Measurement,
+    relative_error,
+    trusted,
+    upper_quartile,
+)
 from dreampropeller.threshold import Threshold
 from dreampropeller.trajectory import Parents
 from dreampropeller.tree import State, is_continuous, moving, norms, widened
 
-RUNAWAY = 4
-"""Norm of a drift, in units of the anchor's, beyond which it is no unit of errors.
+RUNAWAY = 2
+"""Norm of a drift, in units of recent anchors', beyond which it is no unit of errors.
 
 Guesses that run away have huge drifts, which would make all errors look small.
 """
+ANCHORS = 4
+"""Number of those anchors, of which the largest counts: a single drift is noisy."""
 ROUNDING = 64
 """Units in the last place below which a relative change of a drift is ignored."""
-COUNTED = 4
-"""Secants that an iteration counts as at most: those of one window are akin."""
 NARROW = 16
 """Longest window in which all drifts count in full: damping gains nothing there."""
 
@@ -48,6 +54,7 @@ class DriftMemory(Memory):
         age: Number of iterations since the last measurement.
         measured: Median error measured in this iteration; None if there was none.
         step: The anchor's step.
+        anchors: Norms of the drifts of the last anchors, by tensor.
         fresh: Whether the structure has changed since the last iteration.
         first: Whether this iteration is the first that measured any secant.
         wide: Whether this iteration's window is wide enough to be damped.
@@ -60,6 +67,7 @@ class DriftMemory(Memory):
     age: int = 0
     measured: float | None = None
     step: int = 0
+    anchors: list[dict[str, float]] = field(default_factory=list)
     fresh: bool = False
     first: bool = False
     wide: bool = False
@@ -88,7 +96,8 @@ class DriftThreshold(Threshold[DriftMemory]):
     these iterations with the weight of four secants at most. Timestep, noise and camera
     make the secants of different steps differ by a factor of two to three, those of one
     step by 1.3 to 1.5 (one standard deviation, measured, see `docs/results.md`), and
-    they change along a run. While there is no secant, one step is accepted; in the
+    they change along a run. Secants of guesses that ran away are raised to what others
+    say (`secants.trusted`). While there is no secant, one step is accepted; in the
     first iteration with secants half a window, but at least `hold_every` steps, because
     they were measured far from the states to come. When everything passes, the last
     slot is held back at intervals to measure one (`hold_every`), but never in a window
@@ -194,36 +203,46 @@ class DriftThreshold(Threshold[DriftMemory]):
         memory = replace(memory, own=own, step=first, measured=None, wide=wide)
         if self.exact or not memory.held:
             return replace(memory, age=memory.age + 1, first=False)
-        secants: list[float] = []
-        errors: list[float] = []
-        for step, error, distance, noise in self._measurements(memory, evaluation):
-            errors.append(error)
-            if 0 < error < noise and (memory.secants or secants):
-                continue
-            own[step] = error / distance
-            secants.append(own[step])
-        found = [*memory.secants, *([secants] if secants else [])]
-        return replace(
-            memory,
-            held={},
-            secants=found[-self.memory :],
-            age=0 if errors else memory.age + 1,
-            first=bool(secants) and not memory.secants,
-            measured=median(errors) if errors else None,
-        )
-
-    def _measurements(
-        self, memory: DriftMemory, evaluation: Evaluation
-    ) -> Iterator[tuple[int, float, float, float]]:
-        """Steps evaluated twice: step, error, distance of the guesses, rounding."""
         guesses, drifts = evaluation.guesses[:-1], evaluation.drifts
         parts = [_moving(y, drift) for y, drift in zip(guesses, drifts, strict=True)]
         sizes = [norms(part) for part in parts]
+        anchors = [*memory.anchors, sizes[0]][-ANCHORS:]
+        measured = list(self._measurements(memory, evaluation, parts, sizes, anchors))
+        known = bool(memory.secants)
+        found: list[Measurement] = []
+        for one, noise in measured:
+            if not 0 < one.error < noise or not (known or found):
+                found.append(one)
+        new = trusted(found, upper_quartile(memory.secants))
+        secants = [*memory.secants, *([list(new.values())] if new else [])]
+        return replace(
+            memory,
+            held={},
+            own={**own, **new},
+            secants=secants[-self.memory :],
+            age=0 if measured else memory.age + 1,
+            first=bool(new) and not known,
+            measured=median(one.error for one, _ in measured) if measured else None,
+            anchors=anchors,
+        )
+
+    def _measurements(
+        self,
+        memory: DriftMemory,
+        evaluation: Evaluation,
+        parts: Sequence[State],
+        sizes: Sequence[dict[str, float]],
+        anchors: Sequence[dict[str, float]],
+    ) -> Iterator[tuple[Measurement, float]]:
+        """Steps evaluated twice, and the rounding of their errors."""
         middle = {
             name: median(size[name] for size in sizes if name in size)
             for name in set().union(*sizes)
         }
-        most = {name: RUNAWAY * size for name, size in sizes[0].items() if size > 0}
+        most = {
+            name: RUNAWAY * max(size.get(name, 0.0) for size in anchors)
+            for name in middle
+        }
         for step, part, size in zip(evaluation.steps, parts, sizes, strict=True):
             if step not in memory.held:
                 continue
@@ -232,12 +251,12 @@ class DriftThreshold(Threshold[DriftMemory]):
                 continue
             change = norms({name: value - before[name] for name, value in part.items()})
             unit = {
-                name: min(max(size[name], middle[name]), most.get(name, math.inf))
+                name: min(max(size[name], middle[name]), most[name] or math.inf)
                 for name in part
             }
-            error = _relative(change, unit, memory.moved)
+            error = relative_error(change, unit, memory.moved)
             if math.isfinite(error):
-                yield step, error, distance, _rounding(part)
+                yield Measurement(step, error, distance), _rounding(part)
 
     def bound(self, memory: DriftMemory) -> float:
         """The tolerance: δ, or δ / 4 during the warm-up."""
@@ -249,7 +268,8 @@ class DriftThreshold(Threshold[DriftMemory]):
             return distance
         if distance < 0:
             return math.nan
-        return _slope(memory, step) * math.sqrt(distance)
+        secant = memory.own.get(step, upper_quartile(memory.secants))
+        return secant * math.sqrt(distance)
 
     def weight(self, memory: DriftMemory, error: float) -> float:
         r"""The weight $1 / (1 + (\tilde e / h)^2)$ in wide windows.
@@ -294,14 +314,14 @@ class DriftThreshold(Threshold[DriftMemory]):
 
         def passes(sums: tuple[dict[str, float], State]) -> bool:
             error, total = sums
-            relative = _relative(error, norms(total), memory.moved)
+            relative = relative_error(error, norms(total), memory.moved)
             return relative <= bound or not any(error.values())
 
         *_, whole = _running_sums(errors, drifts)
         if passes(whole):
             return rollout.stride
         passed = [passes(sums) for sums in _running_sums(errors, drifts)]
-        return max(slot + 1 for slot in slots if passed[slot])
+        return max((slot + 1 for slot in slots if passed[slot]), default=1)
 
     def after(self, memory: DriftMemory, rollout: Rollout) -> DriftMemory:
         """Keep the drifts of the slots that will be evaluated again."""
@@ -333,24 +353,10 @@ class DriftThreshold(Threshold[DriftMemory]):
         """The secant of a step without its own, and the last measured error."""
         if self.exact or not memory.secants:
             return {}
-        found = {"secant": _slope(memory, -1)}
+        found = {"secant": upper_quartile(memory.secants)}
         if memory.measured is not None:
             found["measured_drift_error"] = memory.measured
         return found
-
-
-def _slope(memory: DriftMemory, step: int) -> float:
-    if step in memory.own:
-        return memory.own[step]
-    known = sorted(
-        (k, min(1, COUNTED / len(part))) for part in memory.secants for k in part
-    )
-    left = 0.75 * sum(weight for _, weight in known)
-    for secant, weight in known:
-        left -= weight
-        if left < -1e-9:  # rounding
-            return secant
-    return math.inf
 
 
 def _running_sums(
@@ -371,26 +377,6 @@ def _moving(y: State, drift: State) -> State:
     """The entries that measure a drift: those that move the state, if any does."""
     continuous = {n: v for n, v in drift.items() if is_continuous(v)}
     return moving(y, drift) or continuous
-
-
-def _relative(
-    change: dict[str, float], unit: dict[str, float], moved: dict[str, float]
-) -> float:
-    """The relative error of a drift, tensors weighted by squared displacement.
-
-    If no displacement is known, they are weighted by their squared drift, which makes
-    the error Euclidean. NaN if there is no drift.
-    """
-    known = {name: size for name, size in unit.items() if size > 0}
-    ways = {name: moved.get(name, 0.0) for name in known}
-    whole = math.hypot(*ways.values())
-    if not whole > 0:
-        ways, whole = known, math.hypot(*known.values())
-    if not whole > 0:
-        return math.nan
-    return math.hypot(
-        *(way / whole * change[name] / unit[name] for name, way in ways.items())
-    )
 
 
 def _rounding(drift: State) -> float:

@@ -13,9 +13,9 @@ remaining new states are the next guesses.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -178,13 +178,13 @@ class PicardSolver(Solver):
         state = self._learn("before", state, evaluation, timer)
         bound = self.threshold.bound(state.threshold)
 
-        rollout, carries = self._roll_out(trajectory, timer, state, evaluation, bound)
+        roll_out = partial(self._roll_out, trajectory, timer, state, evaluation, bound)
+        rollout, carries = roll_out()
 
         stride = self._accept(dispatcher, state, rollout, bound)
         if stride > rollout.undamped:  # here, not on the device of rank 0
-            rollout, carries = self._roll_out(
-                trajectory, timer, state, evaluation, math.inf
-            )
+            del rollout, carries
+            rollout, carries = roll_out(trusted=stride)
         rollout = replace(rollout, stride=stride)
         carry = carries.at(trajectory, rollout)
         state = self._learn("after", state, rollout, timer)
@@ -193,13 +193,8 @@ class PicardSolver(Solver):
             state = self._predict(trajectory, dispatcher, state, rollout, carries.last)
         rate = state.growth.rate if state.growth is not None else None
         stats = state.stats.after(rollout.length, stride, rate)
-        after = replace(
-            state,
-            step=state.step + stride,
-            y=rollout.states[stride],
-            carry=carry,
-            stats=stats,
-        )
+        y = rollout.states[stride]
+        after = replace(state, step=state.step + stride, y=y, carry=carry, stats=stats)
         return after, Iteration(
             begin=state.step,
             window=rollout.length,
@@ -277,6 +272,7 @@ class PicardSolver(Solver):
         state: SolverState[Any],
         seen: Evaluation,
         bound: float,
+        trusted: int = 1,
     ) -> tuple[Rollout, Carries]:
         """Act 2: roll out from the anchor, and compare with the guesses."""
         most = self.threshold.most(state.threshold, len(seen.steps), seen.remaining)
@@ -298,9 +294,10 @@ class PicardSolver(Solver):
                         )
             corrected.append(drift)
             # Without correction a stiff problem needs what the drifts far ahead say.
-            if self.acceleration is not None and errors and not errors[-1] <= bound:
-                weight = self.threshold.weight(state.threshold, errors[-1])
+            doubted = self.acceleration is not None and slot >= trusted
+            if doubted and not errors[-1] <= bound:
                 with timer.phase("threshold"):
+                    weight = self.threshold.weight(state.threshold, errors[-1])
                     drift = damped(drift, y, weight)
             used.append(drift)
             with timer.phase("update"), torch.no_grad():
@@ -313,8 +310,8 @@ class PicardSolver(Solver):
                 error = self.threshold.error(state.threshold, step + 1, distance)
             distances.append(distance)
             errors.append(error)
-            last = slot + 1 == len(seen.steps)
-            if not last and (not error <= bound or slot + 1 == most):
+            stops = not error <= bound or slot + 1 == most
+            if stops and slot + 1 < len(seen.steps):
                 with timer.phase("rollout"):
                     carries.keep(slot + 1, carry)
         carries.last = carry
@@ -333,11 +330,11 @@ class PicardSolver(Solver):
         """Act 3: the stride, decided by rank 0."""
         passed = [error <= bound for error in rollout.errors]
         proposed = self.window.stride(state.window, passed)
-        length, remaining = len(rollout.steps), rollout.remaining
-        most = self.threshold.most(state.threshold, length, remaining)
+        steps, remaining = len(rollout.steps), rollout.remaining
+        most = self.threshold.most(state.threshold, steps, remaining)
         proposed = min(proposed, most, rollout.undamped)
+        passing = replace(rollout, stride=proposed)
         with dispatcher.timer.phase("threshold"):
-            passing = replace(rollout, stride=proposed)
             limit = self.threshold.limit(state.threshold, passing)
         return dispatcher.agree([min(proposed, limit)])[0]
 

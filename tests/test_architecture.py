@@ -25,7 +25,7 @@ LAYERS = {
     "precision,host,attributes,lending,verification,module_check,reachable,counters,"
     "count_check,clipping,generators,belongings,leftovers,differential}.py",
     "control": "dreampropeller/{component,rollout,carries,window,predictor,"
-    "*threshold}.py dreampropeller/acceleration/*",
+    "secants,*threshold}.py dreampropeller/acceleration/*",
     "dispatch": "dreampropeller/dispatch/*",
     "solver": "dreampropeller/*.py",
     "adapters": "dreampropeller/{adapters,mixtures}/*",

@@ -18,17 +18,20 @@ from dreampropeller import (
     FixedThreshold,
     InlineDispatcher,
     Iteration,
+    OptimizationTrajectory,
     PicardSolver,
     Rollout,
     Secant,
     Sequential,
     SlidingWindow,
+    Solver,
     SolverState,
     State,
     Trajectory,
     checkpoint,
     solve,
 )
+from dreampropeller.secants import Measurement, trusted
 from dreampropeller.trajectory import Drift
 from tests.helpers import STEPS, TOYS, noise, rolled_out, tree_equal
 
@@ -114,6 +117,24 @@ def test_tensors_count_by_the_way_they_moved() -> None:
     memory = threshold.before(memory, again)
     expected = math.hypot(200, 0.25) / math.hypot(300, 1.25)
     assert memory.measured == pytest.approx(expected)
+
+
+def test_secants_of_far_guesses_are_not_believed() -> None:
+    """Distances of 1, 1, 1 and 100, relative changes of 0.1, 0.2, 0.3 and 2."""
+    near = [Measurement(step, 0.1 * step, 1.0) for step in (1, 2, 3)]
+    far = Measurement(4, 2.0, 100.0)
+    found = trusted([*near, far], math.inf)
+    assert found == pytest.approx({1: 0.1, 2: 0.2, 3: 0.3, 4: 0.3})
+    # Alike at both ends, by chance: a quarter of what earlier iterations measured.
+    alike = Measurement(4, 0.5, 100.0)
+    assert trusted([*near, alike], math.inf)[4] == pytest.approx(0.005)
+    assert trusted([*near, alike], 0.6) == pytest.approx(
+        {1: 0.15, 2: 0.2, 3: 0.3, 4: 0.15}
+    )
+    # None is certain: the largest.
+    unsure = [Measurement(1, 3.0, 30.0), Measurement(2, 2.0, 4.0)]
+    assert trusted(unsure, math.inf) == pytest.approx({1: 0.5, 2: 0.5})
+    assert trusted([], 1.0) == {}
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
@@ -216,6 +237,68 @@ def test_guesses_that_run_away_spoil_nothing(
     assert (found - wanted).abs().max() < 0.15 * wanted.abs().max()
 
 
+def himmelblau(step: int, y: State) -> torch.Tensor:
+    a, b = y["x"]
+    return (a**2 + b - 11) ** 2 + (a + b**2 - 7) ** 2
+
+
+def network(seed: int) -> tuple[Any, State]:
+    """Regression with batches of 32; its guesses run far away with momentum."""
+    random = torch.Generator().manual_seed(0)
+    x = torch.rand(512, 2, generator=random) * 2 - 1
+    wanted = torch.sin(3 * x[:, 0]) * x[:, 1]
+    shapes = {"w1": (2, 32), "b1": (32,), "w2": (32, 32), "w3": (32,)}
+    y = {
+        name: torch.randn(shape, generator=random) / (32**0.5 if "1" not in name else 1)
+        for name, shape in shapes.items()
+    }
+
+    def loss(step: int, y: State) -> torch.Tensor:
+        one = slice(None)
+        if step >= 0:
+            one = torch.randint(512, (32,))
+        hidden = torch.tanh(torch.tanh(x[one] @ y["w1"] + y["b1"]) @ y["w2"])
+        return (hidden @ y["w3"] - wanted[one]).square().mean()
+
+    return loss, y
+
+
+@pytest.mark.parametrize("acceleration", [None, Secant()])
+@pytest.mark.parametrize("seed", [None, 0, 1])
+def test_descents_with_momentum_end_where_the_loop_does(
+    seed: int | None, acceleration: Secant | None
+) -> None:
+    """A secant measured at guesses that ran away says nothing of short distances."""
+    if seed is None:
+        loss, rate = himmelblau, 0.005
+        y = {"x": torch.tensor([0.1, -0.1])}
+    else:
+        rate = 0.1
+        loss, y = network(seed)
+
+    def end(solver: Solver) -> float:
+        trajectory = OptimizationTrajectory(
+            loss,
+            y,
+            lambda params: torch.optim.SGD(params.values(), rate, momentum=0.9),
+            100,
+            seed=seed or 0,
+        )
+        return float(loss(-1, solve(trajectory, solver).value))
+
+    wanted = end(Sequential())
+    found = end(PicardSolver(SlidingWindow(8), acceleration=acceleration))
+    assert found < 3 * wanted + 0.02
+
+
+def test_one_step_is_accepted_where_drifts_are_too_large_for_a_norm() -> None:
+    huge = [1e200, 1e200, 1e200]
+    values = [{"x": torch.tensor([value], dtype=torch.float64)} for value in huge]
+    seen = rolled_out([0, 1, 2], [*values, values[-1]], values, 3, values, [0.1] * 3)
+    threshold = DriftThreshold(0.5)
+    assert threshold.limit(threshold.init(), seen) == 1
+
+
 def test_no_step_with_a_damped_drift_is_accepted() -> None:
     class Greedy(SlidingWindow):
         def stride(self, memory: None, passed: Sequence[bool]) -> int:
@@ -256,6 +339,11 @@ def test_a_rank_that_damps_what_rank_0_accepts_uses_it_in_full() -> None:
         options = {"max_iterations": 1, "throw": False}
         other = solve(Descent(0.3), solver(0.1), Other, state=before, **options)
         assert tree_equal(other.value, after.y)
+        # It damps what lies ahead, a little more here, since its bound is stricter.
+        assert len(other.state.guesses) == len(after.guesses)
+        ahead = zip(other.state.guesses, after.guesses, strict=True)
+        apart = [float((one["x"] - two["x"]).abs().max()) for one, two in ahead]
+        assert max(apart, default=0) < 0.3
     assert differed
 
 

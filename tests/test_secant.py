@@ -232,6 +232,30 @@ def test_slopes_that_overshoot_the_nearest_pairs_leave_out_the_distant() -> None
     assert slope(1000, past=1e6) == pytest.approx(1, rel=1e-3)
 
 
+def test_an_entry_that_ran_away_does_not_drown_the_others() -> None:
+    """Its squares make p so large that all slopes would be 0, for many iterations."""
+    zero, near = {"x": torch.zeros(2)}, {"x": torch.ones(2)}
+    for away in (1e9, 1e30):  # the squares of the second are infinite
+        far = {"x": torch.tensor([away, 1.0])}
+        memory = SecantMemory({1: (zero, zero), 2: (zero, zero)})
+        flat = {"x": torch.tensor([0.0, 1.0])}  # where it went, nothing pulls
+        seen = Evaluation(range(3), [zero, near, far, far], [zero, near, flat])
+        found = Secant().before(memory, seen)
+        assert found.slopes["x"].tolist() == pytest.approx([0.5, 0.5])
+        assert found.squares["x"].tolist() == [1, 1]
+
+
+def test_slopes_are_tried_where_the_anchor_is_skipped() -> None:
+    zero, near = {"x": torch.zeros(1)}, {"x": torch.ones(1)}
+    far = {"x": torch.full((1,), 100.0)}
+    memory = SecantMemory({step: (zero, zero) for step in range(5)})
+    drifts = [{}, near, *[{"x": 1000 * far["x"]}] * 3]
+    seen = Evaluation(range(5), [zero, near, far, far, far, far], drifts, skips=True)
+    found = Secant().before(memory, seen)
+    assert found.slopes["x"].tolist() == [0.5]
+    assert found.units == {"x": 1.0}
+
+
 def test_a_correction_is_no_multiple_of_the_drift() -> None:
     slope, zero = {"x": torch.full((2,), 100.0)}, {"x": torch.zeros(2)}
     drift = {"x": torch.tensor([3.0, 4.0])}
@@ -241,3 +265,5 @@ def test_a_correction_is_no_multiple_of_the_drift() -> None:
     assert found.norm() <= 4 * 10 + 5
     near = Secant().correct(memory, drift, {"x": torch.tensor([0.1, 0.0])}, zero)["x"]
     assert torch.equal(near, torch.tensor([13.0, 4.0]))
+    away = Secant().correct(memory, drift, {"x": torch.tensor([1e37, 0.0])}, zero)["x"]
+    assert torch.equal(away, drift["x"])  # an infinite one says nothing

@@ -33,8 +33,10 @@ NEAR = 4
 """The nearest one in so many pairs are those that slopes must fit."""
 OVERSHOOT = 8
 """How many times slopes may overshoot those before distant pairs are left out."""
+DROWNED = 64
+"""How many times less they may explain of those than those do themselves."""
 LARGEST = 4
-"""Largest norm of a corrected drift, in units of its own before and the anchor's."""
+"""Largest norm of a corrected drift, in units of its own before or the anchor's."""
 
 Sums = tuple[Tensor, Tensor]
 Pair = tuple[State, State, State, State]
@@ -49,7 +51,8 @@ class SecantMemory(Memory):
         products: $\sum_a \Delta g_a \Delta y_a$, decayed, by name.
         squares: $\sum_a \Delta y_a^2$, decayed, by name.
         slopes: The diagonal $\Lambda$, from `before` to `after`.
-        units: Norms of the anchor's drift, by name, from `before` to `after`.
+        units: Norms of the nearest drift, the anchor's, by name, from `before` to
+            `after`.
         current: Whether anything was measured since the last jump.
     """
 
@@ -105,7 +108,7 @@ class Secant(Acceleration[SecantMemory]):
                 evaluation.drifts,
                 strict=True,
             )
-            if step in memory.held
+            if step in memory.held and drift  # an anchor that is skipped has none
         ]
         near, whole = _near_and_whole(pairs)
         products, squares = memory.products, memory.squares
@@ -120,9 +123,13 @@ class Secant(Acceleration[SecantMemory]):
             squares = {name: one for name, (_, one) in found.items()}
         elif not memory.current:
             return SecantMemory({}, products, squares, current=False)
-        slopes, anchor = self.slopes(products, squares), evaluation.drifts[0]
-        units = norms({name: anchor[name] for name in slopes if name in anchor})
-        return SecantMemory({}, products, squares, slopes, units)
+        slopes = self.slopes(products, squares)
+        nearest = {
+            name: drift[name]
+            for drift in reversed(evaluation.drifts)
+            for name in slopes.keys() & drift.keys()
+        }
+        return SecantMemory({}, products, squares, slopes, norms(nearest))
 
     def _past(self, memory: SecantMemory, name: str) -> Sums | None:
         if name not in memory.products:
@@ -136,9 +143,15 @@ class Secant(Acceleration[SecantMemory]):
         if near is None:
             return _total(whole, past)
         product, square = near
-        for found in (_total(whole, past), _total(near, past)):
+        own = (self._slope(*near) * product).sum()
+        for more in (whole, near):
+            found = _total(more, past)
             slope = self._slope(*found)
-            if OVERSHOOT * (slope * product).sum() >= (slope.square() * square).sum():
+            right = (slope * product).sum()
+            overshoots = OVERSHOOT * right < (slope.square() * square).sum()
+            # One entry that ran away makes p huge, and the slopes of all others 0.
+            drowned = DROWNED * right < own
+            if not (overshoots or drowned):
                 return found
         return near
 
@@ -161,13 +174,14 @@ class Secant(Acceleration[SecantMemory]):
             for name, slope in memory.slopes.items()
             if name in drift
         }
-        for name, norm in norms(moved).items():
-            unit = memory.units.get(name, math.inf)
-            if norm > LARGEST * unit:
-                plain = widened(drift[name])
-                unit = max(unit, norms({name: plain})[name])
-                share = min(1, LARGEST * unit / norm)
-                moved[name] = plain + share * (moved[name] - plain)
+        largest = {name: LARGEST * unit for name, unit in memory.units.items()}
+        long = {n: norm for n, norm in norms(moved).items() if norm > largest[n]}
+        plain = {name: widened(drift[name]) for name in long}
+        for name, norm in norms(plain).items():
+            share = max(largest[name], LARGEST * norm) / long[name]
+            if share < 1:
+                correction = moved[name] - plain[name]
+                moved[name] = plain[name] + share * correction if share else plain[name]
         return drift | {n: value.to(drift[n].dtype) for n, value in moved.items()}
 
     def after(self, memory: SecantMemory, rollout: Rollout) -> SecantMemory:
