@@ -155,15 +155,17 @@ class PicardSolver(Solver):
         return replace(super().jumped(state, parents), **memories)
 
     def note(self, strides: Sequence[int]) -> str:
-        """Whether an exact threshold never accepted more than one step."""
+        """Whether windows gained nothing, and what to write instead."""
         wide = self.window.length(self.window.init(), 0, 2) > 1
-        exact = wide and self.threshold.exact and len(strides) >= _TELLING
-        said = (
-            f"Each of {len(strides)} iterations accepted one step: at threshold 0 "
-            "guesses must agree bitwise, and none did. Write "
+        if not wide or len(strides) < _TELLING or sum(strides) > 1.25 * len(strides):
+            return ""
+        return f"{len(strides)} iterations took {sum(strides)} steps: " + (
+            "at threshold 0 guesses must agree bitwise, and hardly any did. Write "
             "`threshold=DriftThreshold(0.2)` to accept steps that agree closely."
+            if self.threshold.exact
+            else "drifts change too much from step to step. Lower the learning rate, "
+            'try `predictor="auto", acceleration=Secant()`, or take `Sequential()`.'
         )
-        return said if exact and max(strides) == 1 else ""
 
     def iterate(
         self,

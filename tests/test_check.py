@@ -403,7 +403,15 @@ def test_an_evaluation_that_fails_is_left_to_the_run() -> None:
 def test_a_solve_that_gains_nothing_says_so() -> None:
     found = solved(lambda step, m: error(m, torch.randn(8, 4)), num_steps=12)
     assert max(found.stats.strides) == 1
-    assert "accepted one step" in found.note
+    assert "12 iterations took 12 steps: at threshold 0" in found.note
+    steep = dp.OptimizationTrajectory(
+        lambda step, y: (y["x"] + torch.randn(8)).square().sum(),
+        {"x": torch.ones(8)},
+        lambda params: torch.optim.SGD(params.values(), 0.9),
+        40,
+    )
+    gained_nothing = dp.solve(steep, dp.PicardSolver(dp.SlidingWindow(8)))
+    assert "drifts change too much" in gained_nothing.note
     for other in (dp.Sequential(), dp.PicardSolver(dp.SlidingWindow(1))):
         made = dp.OptimizationTrajectory.from_module(
             net(), lambda step, m: error(m, DATA), sgd, 12
