@@ -30,7 +30,8 @@ from dreampropeller.component import Memory
 from dreampropeller.solution import SolverState, Stats
 from dreampropeller.tree import decode, encode, record_name
 
-FORMAT = 3
+FORMAT = 4
+_READ = (3, FORMAT)  # 3: without strides
 LOCK = ".lock"
 """Name of the lock file of the writing process."""
 _LOCKS: dict[Path, int] = {}
@@ -266,14 +267,14 @@ def _read(path: Path, device: torch.device | str | None) -> SolverState[Any]:
             # Cloned: mapped memory is aligned differently, which changes the rounding
             # of CPU kernels.
             arrays = {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118
-            if header["format"] == FORMAT:
+            if header["format"] in _READ:
                 stored_tensors.restore(header, arrays)
     except _BROKEN as error:
         raise CheckpointError(
             f"The checkpoint `{path}` cannot be read: it is missing, cut short, "
             f"damaged or not one of ours ({str(error)[:300]})."
         ) from error
-    if header["format"] != FORMAT:
+    if header["format"] not in _READ:
         raise CheckpointError(
             f"The checkpoint `{path}` has format {header['format']}, and this version "
             f"reads {FORMAT}. Resume with the version that wrote it, or start a new "

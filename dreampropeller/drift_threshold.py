@@ -20,8 +20,8 @@ from dreampropeller.component import FULL, Memory
 from dreampropeller.rollout import Evaluation, Rollout
 from dreampropeller.secants import (
     Measurement,
+    believed,
     relative_error,
-    trusted,
     upper_quartile,
 )
 from dreampropeller.threshold import Threshold
@@ -54,7 +54,8 @@ class DriftMemory(Memory):
         age: Number of iterations since the last measurement.
         measured: Median error measured in this iteration; None if there was none.
         step: The anchor's step.
-        anchors: Norms of the drifts of the last anchors, by tensor.
+        anchors: Norms of the drifts of the last anchors where secants were measured,
+            by tensor.
         fresh: Whether the structure has changed since the last iteration.
         first: Whether this iteration is the first that measured any secant.
         wide: Whether this iteration's window is wide enough to be damped.
@@ -97,7 +98,7 @@ class DriftThreshold(Threshold[DriftMemory]):
     make the secants of different steps differ by a factor of two to three, those of one
     step by 1.3 to 1.5 (one standard deviation, measured, see `docs/results.md`), and
     they change along a run. Secants of guesses that ran away are raised to what others
-    say (`secants.trusted`). While there is no secant, one step is accepted; in the
+    say (`secants.believed`). While there is no secant, one step is accepted; in the
     first iteration with secants half a window, but at least `hold_every` steps, because
     they were measured far from the states to come. When everything passes, the last
     slot is held back at intervals to measure one (`hold_every`), but never in a window
@@ -129,8 +130,8 @@ class DriftThreshold(Threshold[DriftMemory]):
       unnoticed.
     - A noisy drift weakens the bound: its norm, the unit here, is then larger than the
       relevant part, and it falls when views are added. The unit is at least the
-      window's median, so the error of a step with a small drift may exceed δ of its
-      own.
+      window's median (but at most twice the recent anchors' largest), so the error of
+      a step with a small drift may exceed δ of its own.
     - A tensor with hardly any gradient that moves nevertheless (Adam) counts by its
       displacement, so the split of parameters into tensors matters.
     - The drifts of the slots that were not accepted are held, at most one state per
@@ -206,14 +207,17 @@ class DriftThreshold(Threshold[DriftMemory]):
         guesses, drifts = evaluation.guesses[:-1], evaluation.drifts
         parts = [_moving(y, drift) for y, drift in zip(guesses, drifts, strict=True)]
         sizes = [norms(part) for part in parts]
-        anchors = [*memory.anchors, sizes[0]][-ANCHORS:]
+        # An anchor that is skipped has no drift.
+        anchors = (
+            [*memory.anchors, *sizes[:1]][-ANCHORS:] if sizes[0] else memory.anchors
+        )
         measured = list(self._measurements(memory, evaluation, parts, sizes, anchors))
         known = bool(memory.secants)
         found: list[Measurement] = []
         for one, noise in measured:
             if not 0 < one.error < noise or not (known or found):
                 found.append(one)
-        new = trusted(found, upper_quartile(memory.secants))
+        new = believed(found, upper_quartile(memory.secants))
         secants = [*memory.secants, *([list(new.values())] if new else [])]
         return replace(
             memory,
@@ -268,7 +272,8 @@ class DriftThreshold(Threshold[DriftMemory]):
             return distance
         if distance < 0:
             return math.nan
-        secant = memory.own.get(step, upper_quartile(memory.secants))
+        known = memory.own
+        secant = known[step] if step in known else upper_quartile(memory.secants)
         return secant * math.sqrt(distance)
 
     def weight(self, memory: DriftMemory, error: float) -> float:
@@ -347,7 +352,7 @@ class DriftThreshold(Threshold[DriftMemory]):
         del y
         if parents is None:
             return self.init()
-        return replace(memory, held={}, own={}, measured=None, fresh=True)
+        return replace(memory, held={}, own={}, measured=None, anchors=[], fresh=True)
 
     def diagnostics(self, memory: DriftMemory) -> dict[str, float]:
         """The secant of a step without its own, and the last measured error."""

@@ -184,9 +184,9 @@ class PicardSolver(Solver):
         rollout, carries = roll_out()
 
         stride = self._accept(dispatcher, state, rollout, bound)
-        if stride > rollout.undamped:  # here, not on the device of rank 0
+        if stride > rollout.undamped:  # rank 0 accepts what was damped here
             del rollout, carries
-            rollout, carries = roll_out(trusted=stride)
+            rollout, carries = roll_out(accepted=stride)
         rollout = replace(rollout, stride=stride)
         carry = carries.at(trajectory, rollout)
         state = self._learn("after", state, rollout, timer)
@@ -274,9 +274,9 @@ class PicardSolver(Solver):
         state: SolverState[Any],
         seen: Evaluation,
         bound: float,
-        trusted: int = 1,
+        accepted: int = 1,
     ) -> tuple[Rollout, Carries]:
-        """Act 2: roll out from the anchor, and compare with the guesses."""
+        """Act 2: roll out from the anchor, the accepted slots undamped, and compare."""
         most = self.threshold.most(state.threshold, len(seen.steps), seen.remaining)
         with timer.phase("rollout"):
             y, carry = state.y, copy_nest(state.carry)
@@ -296,7 +296,7 @@ class PicardSolver(Solver):
                         )
             corrected.append(drift)
             # Without correction a stiff problem needs what the drifts far ahead say.
-            doubted = self.acceleration is not None and slot >= trusted
+            doubted = self.acceleration is not None and slot >= accepted
             if doubted and not errors[-1] <= bound:
                 with timer.phase("threshold"):
                     weight = self.threshold.weight(state.threshold, errors[-1])

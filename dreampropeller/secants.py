@@ -1,7 +1,7 @@
-"""Secants of drifts: measured, trusted within bounds, and pooled (Eq. 9).
+"""Relative errors of drifts, and their secants: believed within bounds, and pooled.
 
 A secant is the relative change of a drift between two guesses of its step, divided by
-their distance.
+their distance (Eq. 9).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ COUNTED = 4
 SATURATED = 1
 """Relative change of a drift beyond which a secant is only a lower bound."""
 LEAST = 4
-"""How many times less than the pooled secant one of its own may say of a step."""
+"""A step's own secant counts as at least the pooled one divided by this."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Measurement:
         return self.error / self.distance
 
 
-def trusted(found: Sequence[Measurement], pooled: float) -> dict[int, float]:
+def believed(found: Sequence[Measurement], pooled: float) -> dict[int, float]:
     """The secants of steps, none smaller than can be believed.
 
     Guesses that ran away are far apart. A drift that changed by more than itself says

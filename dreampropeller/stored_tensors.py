@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dreampropeller.strides import in_memory_order, order_of, restored
+from dreampropeller.strides import flattened, restored
 
 _STORED = {torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.bool}
 _STORED |= {torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8}
@@ -19,10 +19,8 @@ _STORED |= {torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8}
 def store(leaves: Sequence[Tensor]) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Arrays as safetensors stores them, and their part of the header."""
     # Safetensors refuses tensors that share memory, and strides it cannot describe.
-    arrays = {
-        str(index): in_memory_order(leaf.detach().to("cpu", copy=True))
-        for index, leaf in enumerate(leaves)
-    }
+    flat = [flattened(leaf.detach().cpu()) for leaf in leaves]
+    arrays = {str(index): array for index, (array, _) in enumerate(flat)}
     types = {
         key: _form(array) for key, array in arrays.items() if array.dtype not in _STORED
     }
@@ -30,7 +28,7 @@ def store(leaves: Sequence[Tensor]) -> tuple[dict[str, Tensor], dict[str, Any]]:
         arrays[key] = arrays[key].reshape(-1).view(torch.uint8)
     return arrays, {
         "devices": [leaf.device.type for leaf in leaves],
-        "orders": [order_of(leaf) for leaf in leaves],
+        "orders": [order for _, order in flat],
         "checksums": {key: _checksum(array) for key, array in arrays.items()},
         "forms": {key: _form(array) for key, array in arrays.items()},
         "types": types,
@@ -57,7 +55,10 @@ def restore(header: dict[str, Any], arrays: dict[str, Tensor]) -> None:
         if not isinstance(getattr(torch, dtype, None), torch.dtype):
             raise ValueError(f"unknown type `{dtype}`")
         arrays[key] = arrays[key].view(getattr(torch, dtype)).reshape(shape)
-    for index, order in enumerate(header.get("orders", ())):  # not in older files
+    orders = header.get("orders", [])  # older files have none
+    if len(orders) not in (0, len(arrays)):
+        raise ValueError("orders are missing")
+    for index, order in enumerate(orders):
         arrays[str(index)] = restored(arrays[str(index)], order)
 
 

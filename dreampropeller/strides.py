@@ -18,16 +18,22 @@ def order_of(tensor: Tensor) -> tuple[int, ...]:
     return tuple(sorted(dimensions, key=lambda axis: -tensor.stride(axis)))
 
 
-def in_memory_order(tensor: Tensor) -> Tensor:
-    """The tensor with its dimensions in that order, contiguous."""
-    return tensor.permute(order_of(tensor)).contiguous()
+def flattened(tensor: Tensor) -> tuple[Tensor, tuple[int, ...]]:
+    """A contiguous tensor with the dimensions in the order of the memory, and that.
+
+    What shares memory within itself (`expand`, `unfold`) is written out first.
+    """
+    tensor = tensor.clone()
+    order = order_of(tensor)
+    return tensor.permute(order).contiguous(), order
 
 
 def restored(tensor: Tensor, order: Sequence[int]) -> Tensor:
-    """What `in_memory_order` was made from, in the same memory.
+    """What `flattened` was given, in the same memory.
 
     Raises:
-        RuntimeError: `order` is none of this tensor's dimensions.
-        ValueError: It leaves one out.
+        ValueError: `order` is no order of this tensor's dimensions.
     """
+    if sorted(order) != list(range(tensor.dim())):
+        raise ValueError(f"no order of {tensor.dim()} dimensions: {order}")
     return tensor.permute([order.index(axis) for axis in range(tensor.dim())])

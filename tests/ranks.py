@@ -159,14 +159,14 @@ def solve_twice() -> list[State]:
 
 
 def share_an_image() -> State:
-    """Rank 0's, in channels-last memory; the others have zeros in plain memory."""
-    image = torch.zeros(2, 3, 4, 5)
+    """Rank 0's, in channels-last memory, and a row; the others have zeros."""
+    rows, image = torch.zeros(4), torch.zeros(2, 3, 4, 5)
     if os.environ["RANK"] == "0":
-        image = (
-            torch.arange(120.0).view(2, 3, 4, 5).to(memory_format=torch.channels_last)
-        )
+        rows, image = torch.arange(4.0), torch.arange(120.0).view(2, 3, 4, 5)
+        image = image.to(memory_format=torch.channels_last)
     with quick(OrnsteinUhlenbeck()) as dispatcher:
-        return dispatcher.share({"x": image}, None)[0]
+        y = {"x": image, "rows": rows.expand(4, 4)}
+        return dispatcher.share(y, None)[0]
 
 
 def wait_for_the_end(folder: str) -> None:

@@ -287,6 +287,7 @@ def test_a_shared_state_has_the_strides_of_rank_0(two_ranks: RankPool) -> None:
     for found in two_ranks(ranks.share_an_image):
         assert torch.equal(found["x"], image)
         assert found["x"].stride() == image.stride()
+        assert torch.equal(found["rows"], torch.arange(4.0).expand(4, 4))
 
 
 def test_a_drift_has_the_strides_that_backward_gives_a_gradient() -> None:

@@ -31,7 +31,8 @@ from dreampropeller import (
     checkpoint,
     solve,
 )
-from dreampropeller.secants import Measurement, trusted
+from dreampropeller.drift_threshold import DriftMemory
+from dreampropeller.secants import Measurement, believed
 from dreampropeller.trajectory import Drift
 from tests.helpers import STEPS, TOYS, noise, rolled_out, tree_equal
 
@@ -119,22 +120,42 @@ def test_tensors_count_by_the_way_they_moved() -> None:
     assert memory.measured == pytest.approx(expected)
 
 
+def test_one_small_anchor_of_four_is_no_unit() -> None:
+    """Step 6's error is measured in units of twice the largest; a jump forgets them."""
+    threshold = DriftThreshold(0.5)
+    before = DriftMemory(anchors=[{"x": 10.0}, {"x": 0.1}, {"x": 1.0}])
+    held = {6: ({"x": torch.tensor([0.0])}, 1.0)}
+
+    def measured(memory: DriftMemory) -> float:
+        seen = learn(threshold, replace(memory, held=held), [5, 6], [0.1, 300.0])
+        assert seen.measured is not None
+        return seen.measured
+
+    assert measured(before) == pytest.approx(300 / 20)
+    after = threshold.jumped(before, {"x": torch.ones(1)}, {})
+    assert measured(after) == pytest.approx(300 / 0.2)
+    skipped = threshold.before(
+        replace(before, held=held), Evaluation([5], [{"x": torch.ones(1)}] * 2, [{}])
+    )
+    assert skipped.anchors == before.anchors
+
+
 def test_secants_of_far_guesses_are_not_believed() -> None:
     """Distances of 1, 1, 1 and 100, relative changes of 0.1, 0.2, 0.3 and 2."""
     near = [Measurement(step, 0.1 * step, 1.0) for step in (1, 2, 3)]
     far = Measurement(4, 2.0, 100.0)
-    found = trusted([*near, far], math.inf)
+    found = believed([*near, far], math.inf)
     assert found == pytest.approx({1: 0.1, 2: 0.2, 3: 0.3, 4: 0.3})
     # Alike at both ends, by chance: a quarter of what earlier iterations measured.
     alike = Measurement(4, 0.5, 100.0)
-    assert trusted([*near, alike], math.inf)[4] == pytest.approx(0.005)
-    assert trusted([*near, alike], 0.6) == pytest.approx(
+    assert believed([*near, alike], math.inf)[4] == pytest.approx(0.005)
+    assert believed([*near, alike], 0.6) == pytest.approx(
         {1: 0.15, 2: 0.2, 3: 0.3, 4: 0.15}
     )
     # None is certain: the largest.
     unsure = [Measurement(1, 3.0, 30.0), Measurement(2, 2.0, 4.0)]
-    assert trusted(unsure, math.inf) == pytest.approx({1: 0.5, 2: 0.5})
-    assert trusted([], 1.0) == {}
+    assert believed(unsure, math.inf) == pytest.approx({1: 0.5, 2: 0.5})
+    assert believed([], 1.0) == {}
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
@@ -242,7 +263,7 @@ def himmelblau(step: int, y: State) -> torch.Tensor:
     return (a**2 + b - 11) ** 2 + (a + b**2 - 7) ** 2
 
 
-def network(seed: int) -> tuple[Any, State]:
+def network() -> tuple[Any, State]:
     """Regression with batches of 32; its guesses run far away with momentum."""
     random = torch.Generator().manual_seed(0)
     x = torch.rand(512, 2, generator=random) * 2 - 1
@@ -274,7 +295,7 @@ def test_descents_with_momentum_end_where_the_loop_does(
         y = {"x": torch.tensor([0.1, -0.1])}
     else:
         rate = 0.1
-        loss, y = network(seed)
+        loss, y = network()
 
     def end(solver: Solver) -> float:
         trajectory = OptimizationTrajectory(

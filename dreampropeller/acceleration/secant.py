@@ -30,13 +30,16 @@ from dreampropeller.trajectory import Parents
 from dreampropeller.tree import State, moving, norms, take_rows, widened
 
 NEAR = 4
-"""The nearest one in so many pairs are those that slopes must fit."""
+"""Slopes must fit the nearest 1 / `NEAR` of the pairs."""
 OVERSHOOT = 8
-"""How many times slopes may overshoot those before distant pairs are left out."""
+"""Factor by which what they predict there may be too large."""
 DROWNED = 64
-"""How many times less they may explain of those than those do themselves."""
+"""Factor by which they may explain less of those pairs than the pairs' own slopes."""
 LARGEST = 4
-"""Largest norm of a corrected drift, in units of its own before or the anchor's."""
+"""Norm of a corrected drift beyond which its correction is scaled down.
+
+In units of the drift's own norm, or the anchor's where that is larger.
+"""
 
 Sums = tuple[Tensor, Tensor]
 Pair = tuple[State, State, State, State]
@@ -139,7 +142,7 @@ class Secant(Acceleration[SecantMemory]):
     def _fitting(
         self, near: Sums | None, whole: Sums | None, past: Sums | None
     ) -> Sums:
-        """The most of these sums whose slopes fit the nearest pairs."""
+        """The largest set of sums whose slopes fit the nearest pairs."""
         if near is None:
             return _total(whole, past)
         product, square = near
@@ -147,11 +150,10 @@ class Secant(Acceleration[SecantMemory]):
         for more in (whole, near):
             found = _total(more, past)
             slope = self._slope(*found)
-            right = (slope * product).sum()
-            overshoots = OVERSHOOT * right < (slope.square() * square).sum()
+            terms = (slope * product).sum(), (slope.square() * square).sum(), own
+            right, predicted, most = torch.stack(terms).tolist()
             # One entry that ran away makes p huge, and the slopes of all others 0.
-            drowned = DROWNED * right < own
-            if not (overshoots or drowned):
+            if OVERSHOOT * right >= predicted and DROWNED * right >= most:
                 return found
         return near
 

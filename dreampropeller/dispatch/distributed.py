@@ -24,7 +24,7 @@ from dreampropeller.dispatch import process_group, wire
 from dreampropeller.dispatch.base import Dispatcher
 from dreampropeller.dispatch.gathering import Axis, Layout, gather
 from dreampropeller.dispatch.ranks import Meeting, Ranks
-from dreampropeller.strides import in_memory_order, order_of, restored
+from dreampropeller.strides import flattened, restored
 from dreampropeller.trajectory import Trajectory
 from dreampropeller.tree import Aux, Nest, State, decode, device_of, encode
 
@@ -166,20 +166,20 @@ class DistributedDispatcher(Dispatcher):
         self._layout.entries.clear()  # shapes have changed: exchanged again
         self._ranks.meet(Meeting.SHARE)
         structure, leaves = encode((y, carry))
+        flat = [flattened(leaf.detach()) for leaf in leaves]
         places = [
-            (str(t.device.type), str(t.dtype), list(t.shape), order_of(t))
-            for t in leaves
+            (str(leaf.device.type), str(leaf.dtype), list(leaf.shape), order)
+            for leaf, order in flat
         ]
         structure, places = self._ranks.gather_json([structure, places])[0]
         device = device_of(leaves)
         received: list[Tensor] = []
         for index, (kind, dtype, shape, order) in enumerate(places):
             if self._ranks.rank == 0:
-                leaf = in_memory_order(leaves[index].detach().clone())
+                leaf, _ = flat[index]
             else:
                 where = torch.device("cpu") if kind == "cpu" else device
                 name = dtype.removeprefix("torch.")
-                shape = [shape[axis] for axis in order]
                 leaf = torch.empty(shape, dtype=getattr(torch, name), device=where)
             # As bytes: not every backend supports every type.
             self._ranks.collective(dist.broadcast, wire.as_bytes(leaf), 0)

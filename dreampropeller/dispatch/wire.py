@@ -13,7 +13,7 @@ import torch
 from jaxtyping import UInt8
 from torch import Tensor
 
-from dreampropeller.strides import in_memory_order, order_of, restored
+from dreampropeller.strides import order_of, restored
 from dreampropeller.tree import Aux, State
 
 ALIGNMENT = 64
@@ -82,7 +82,7 @@ def pack(
     for row, slot in zip(rows, slots, strict=False):  # rows past the slots are empty
         for entry in row:
             part = buffer[position : position + entry.num_bytes]
-            part.copy_(as_bytes(in_memory_order(slot[entry])))
+            part.copy_(as_bytes(slot[entry].permute(entry.order).contiguous()))
             position += entry.stride
 
 
