@@ -149,9 +149,10 @@ def test_nothing_to_load_is_an_error(tmp_path: Path) -> None:
 def test_another_format_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    path = checkpoint.save(tmp_path, small(1))
-    monkeypatch.setattr(checkpoint, "FORMAT", 99)
-    with pytest.raises(CheckpointError, match="format 3, and this version reads 99"):
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "FORMAT", 99)
+        path = checkpoint.save(tmp_path, small(1))
+    with pytest.raises(CheckpointError, match="format 99, and this version reads 4"):
         checkpoint.load(path)
 
 
