@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -23,8 +23,7 @@ import torch
 
 import dreampropeller as dp
 from benchmarks import runs
-from dreampropeller.drift_threshold import DriftMemory, _moving, _relative, _rounding
-from dreampropeller.rollout import Evaluation
+from dreampropeller.secants import relative_error
 from dreampropeller.tree import moving, norms
 from systems import build, quality
 from systems.prolificdreamer import LORA
@@ -43,31 +42,12 @@ class Grouped(dp.DriftThreshold):
 
     groups: tuple[str, ...] = ("scene", "lora")
 
-    def _measurements(
-        self, memory: DriftMemory, evaluation: Evaluation
-    ) -> Iterator[tuple[int, float, float, float]]:
-        pairs = zip(evaluation.guesses[:-1], evaluation.drifts, strict=True)
-        parts = [_moving(y, drift) for y, drift in pairs]
-        sizes = [norms(part) for part in parts]
-        middle = {
-            name: median(size[name] for size in sizes if name in size)
-            for name in set().union(*sizes)
-        }
-        for step, part, size in zip(evaluation.steps, parts, sizes, strict=True):
-            if step not in memory.held:
-                continue
-            before, distance = memory.held[step]
-            if not 0 < distance < math.inf or before.keys() != part.keys():
-                continue
-            change = norms({name: value - before[name] for name, value in part.items()})
-            unit = {name: max(size[name], middle[name]) for name in part}
-            errors = [
-                _relative(change, _only(group, unit), memory.moved)
-                for group in self.groups
-            ]
-            error = max(errors)
-            if math.isfinite(error):
-                yield step, error, distance, _rounding(part)
+    def _relative(
+        self, change: dict[str, float], unit: dict[str, float], moved: dict[str, float]
+    ) -> float:
+        return max(
+            relative_error(change, _only(group, unit), moved) for group in self.groups
+        )
 
 
 class SceneOnly(Grouped):

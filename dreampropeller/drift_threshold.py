@@ -258,9 +258,14 @@ class DriftThreshold(Threshold[DriftMemory]):
                 name: min(max(size[name], middle[name]), most[name] or math.inf)
                 for name in part
             }
-            error = relative_error(change, unit, memory.moved)
+            error = self._relative(change, unit, memory.moved)
             if math.isfinite(error):
                 yield Measurement(step, error, distance), _rounding(part)
+
+    def _relative(
+        self, change: dict[str, float], unit: dict[str, float], moved: dict[str, float]
+    ) -> float:
+        return relative_error(change, unit, moved)
 
     def bound(self, memory: DriftMemory) -> float:
         """The tolerance: δ, or δ / 4 during the warm-up."""

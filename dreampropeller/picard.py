@@ -156,7 +156,8 @@ class PicardSolver(Solver):
 
     def note(self, strides: Sequence[int]) -> str:
         """Whether windows gained nothing, and what to write instead."""
-        wide = self.window.length(self.window.init(), 0, 2) > 1
+        window = self.window
+        wide = window.reads_errors and window.length(window.init(), 0, 2) > 1
         if not wide or len(strides) < _TELLING or sum(strides) > 1.25 * len(strides):
             return ""
         return f"{len(strides)} iterations took {sum(strides)} steps: " + (
