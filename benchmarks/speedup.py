@@ -124,6 +124,7 @@ def solve(job: runs.Job) -> Entry:
     file = images_of(job)
     file.parent.mkdir(parents=True, exist_ok=True)
     torch.save(found.images, file)
+    del entry["pictures"]  # a place on this machine, which no log needs
     return entry
 
 

@@ -333,8 +333,8 @@ class PicardSolver(Solver):
         """Act 3: the stride, decided by rank 0."""
         passed = [error <= bound for error in rollout.errors]
         proposed = self.window.stride(state.window, passed)
-        steps, remaining = len(rollout.steps), rollout.remaining
-        most = self.threshold.most(state.threshold, steps, remaining)
+        length, remaining = len(rollout.steps), rollout.remaining
+        most = self.threshold.most(state.threshold, length, remaining)
         proposed = min(proposed, most, rollout.undamped)
         passing = replace(rollout, stride=proposed)
         with dispatcher.timer.phase("threshold"):

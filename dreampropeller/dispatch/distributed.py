@@ -166,7 +166,8 @@ class DistributedDispatcher(Dispatcher):
         self._layout.entries.clear()  # shapes have changed: exchanged again
         self._ranks.meet(Meeting.SHARE)
         structure, leaves = encode((y, carry))
-        flat = [flattened(leaf.detach()) for leaf in leaves]
+        first = self._ranks.rank == 0
+        flat = [flattened(leaf.detach()) for leaf in leaves] if first else []
         places = [
             (str(leaf.device.type), str(leaf.dtype), list(leaf.shape), order)
             for leaf, order in flat
@@ -175,7 +176,7 @@ class DistributedDispatcher(Dispatcher):
         device = device_of(leaves)
         received: list[Tensor] = []
         for index, (kind, dtype, shape, order) in enumerate(places):
-            if self._ranks.rank == 0:
+            if first:
                 leaf, _ = flat[index]
             else:
                 where = torch.device("cpu") if kind == "cpu" else device

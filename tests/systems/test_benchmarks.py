@@ -220,6 +220,11 @@ def test_published_logs_are_what_their_commands_give(folder: Path) -> None:
     assert found == set(runs._read(folder / "runs.jsonl"))
 
 
+def test_published_logs_name_no_place_on_a_machine() -> None:
+    for log in RESULTS.glob("*/runs.jsonl"):
+        assert '": "/' not in log.read_text(encoding="utf-8"), log
+
+
 def test_published_tables_are_written_over_only_by_name(tmp_path: Path) -> None:
     """`--logged` shows fewer rows of a published log, and leaves its table alone."""
     folder = RESULTS / "pareto_rates"
